@@ -1,0 +1,189 @@
+"""Every number of a pretraining run, as frozen dataclasses. Standard library only.
+
+Symbols as in docs/method.md: view size `V` (voxels per axis the encoder sees), token size `p` (product of the
+encoder's strides), level (a field of view `fov` resized to `V`), region (the part of a view that becomes a view of the
+next level).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nnunet_mim.errors import MiMError
+
+Size3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of HybridEncoder and MiMDecoder. Defaults: the published architecture (`base`)."""
+
+    embed_dims: tuple[int, ...] = (48, 96, 192, 384)
+    """channels of the three convolution stages and of the transformer"""
+    depths: tuple[int, ...] = (2, 2, 2, 11)
+    """blocks per stage"""
+    num_heads: int = 12
+    """attention heads of the transformer stage"""
+    mlp_ratio: float = 4.0
+    """hidden width of every MLP, in units of its input width"""
+    strides: tuple[Size3, ...] = ((2, 2, 2),) * 4
+    """downsampling of each stage per axis; their product is the token size"""
+    decoder_embed_dim: int = 576
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+
+    def __post_init__(self) -> None:
+        if not len(self.embed_dims) == len(self.depths) == len(self.strides) == 4:
+            raise MiMError(
+                "embed_dims, depths and strides need four entries each: three convolution stages, a transformer"
+            )
+        if any(len(s) != 3 or min(s) < 1 for s in self.strides):
+            raise MiMError(f"strides must be four triples of integers >= 1, got {self.strides}")
+        for name, dim, heads in (
+            ("encoder", self.embed_dims[-1], self.num_heads),
+            ("decoder", self.decoder_embed_dim, self.decoder_num_heads),
+        ):
+            if dim % heads or dim % 6:
+                raise MiMError(
+                    f"{name} width {dim} must be divisible by its {heads} heads and by 6 (3 axes, sin and cos)"
+                )
+
+    @property
+    def token_size(self) -> Size3:
+        """Voxels of one token per axis."""
+        return tuple(math.prod(s[axis] for s in self.strides) for axis in range(3))  # type: ignore[return-value]
+
+
+PRESETS: dict[str, NetworkConfig] = {
+    "tiny": NetworkConfig((12, 24, 48, 96), num_heads=3, decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=6),
+    "small": NetworkConfig((24, 48, 96, 192), num_heads=6, decoder_embed_dim=288, decoder_depth=4, decoder_num_heads=6),
+    "base": NetworkConfig(),
+    "large": NetworkConfig((96, 192, 384, 768), num_heads=12),
+}
+
+DEFAULT_LEARNING_RATE = {"tiny": 5e-4, "small": 5e-4, "base": 2e-4, "large": 2e-4}
+
+
+@dataclass(frozen=True)
+class LevelConfig:
+    """One level of the ladder, outermost first."""
+
+    fov: Size3
+    """field of view: the box, in voxels of the preprocessed volume, that is resized to the view size"""
+    mask_ratio: float
+    """share of regions (where regions are larger than a token) or of tokens that is masked"""
+    n_children: int
+    """views of the next level cut from masked places of one view of this level; 0 on the last level"""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mask_ratio < 1.0:
+            raise MiMError(f"mask ratio must lie between 0 and 1, got {self.mask_ratio}")
+
+
+LADDERS = ("published", "native")
+ALIGNMENTS = ("infonce", "cosine", "none")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides what one `mim_pretrain` run computes. Saved in its checkpoint."""
+
+    preset: str = "base"
+    """network size: tiny, small, base or large"""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    in_channels: int = 1
+    view_size: Size3 = (96, 96, 96)
+    """voxels per axis that the encoder sees; a multiple of twice the token size"""
+    ladder: str = "published"
+    scale: Size3 = (2, 2, 2)
+    """per axis 2, or 1 where the data is too thin for the outer field of view"""
+    mask_ratios: tuple[float, ...] = (0.5, 0.6, 0.5)
+    """per level, outermost first"""
+    n_children: tuple[int, ...] = (4, 4)
+    """children per parent on the edges 1-2 and 2-3"""
+    alignment: str = "infonce"
+    """infonce, cosine or none"""
+    alignment_weight: float = 0.1
+    """weight of the alignment loss per edge"""
+    temperature: float = 0.2
+    """of the InfoNCE logits"""
+    level_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """weight of each level's reconstruction loss"""
+    flat_fraction: float = 0.005
+    """a token whose standard deviation is below this share of the intensity window (10 HU of 2000) is no target"""
+    iterations: int = 250_000
+    """optimiser steps; 250 are one epoch in the logs"""
+    batch_size: int = 2
+    """crops an optimiser step, over all devices"""
+    learning_rate: float = 2e-4
+    """absolute peak learning rate"""
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    """largest gradient norm"""
+    body_fraction: float = 0.9
+    """share of crops that are placed on a body voxel; the others anywhere"""
+    mirror_axes: tuple[int, ...] = ()
+    """array axes of random mirroring; the left-right axis (2 in nnU-Net's order) is better left out"""
+    val_cases: int = 8
+    """cases held out to measure the loss, where no fold decides"""
+    val_every: int = 250
+    """iterations between two measurements on held-out crops"""
+    val_crops: int = 8
+    """fixed crops of held-out cases used by each measurement"""
+    save_every: int = 250
+    """iterations between two checkpoints"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ladder not in LADDERS:
+            raise MiMError(f"unknown ladder '{self.ladder}': choose one of {', '.join(LADDERS)}")
+        if self.alignment not in ALIGNMENTS:
+            raise MiMError(f"unknown alignment '{self.alignment}': choose one of {', '.join(ALIGNMENTS)}")
+        token = self.network.token_size
+        if any(v < 2 * p or v % (2 * p) for v, p in zip(self.view_size, token, strict=True)):
+            raise MiMError(f"--view {self.view_size} must be a multiple of twice the token size {token} on every axis")
+        if any(s not in (1, 2) for s in self.scale):
+            raise MiMError(f"--scale must be 1 or 2 per axis, got {self.scale}")
+        for name in ("iterations", "batch_size", "val_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise MiMError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1:
+            raise MiMError("learning_rate must be above 0 and warmup_fraction in [0, 1)")
+        if len(self.mask_ratios) != 3 or len(self.level_weights) != 3 or len(self.n_children) != 2:
+            raise MiMError("mask_ratios and level_weights need three entries, n_children two: one per level or edge")
+        if min(self.n_children) < 1:
+            raise MiMError(f"n_children must be at least 1, got {self.n_children}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, as stored in a checkpoint (safe for `weights_only` loading)."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> PretrainConfig:
+        """Inverse of `to_dict`. Raises MiMError for an unknown field."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(stored) - known):
+            raise MiMError(f"unknown settings {', '.join(unknown)}: written by another version of nnunet_mim")
+        values = {name: _frozen(value) for name, value in stored.items() if name != "network"}
+        if "network" in stored:
+            values["network"] = network_from_dict(stored["network"])
+        return cls(**values)
+
+
+def network_from_dict(stored: dict[str, Any]) -> NetworkConfig:
+    """NetworkConfig from the plain dict of a checkpoint or a plans file."""
+    return NetworkConfig(**{name: _frozen(value) for name, value in stored.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,208 @@
+"""Voxel, token and region arithmetic. Nothing else in the package knows these numbers.
+
+A view of level l shows the box `fov` of a crop, resized to `view_size` voxels. It is read as a grid of tokens of
+`token_size` voxels, numbered in raster (C) order. The views of level l+1 tile that box; such a tile is a region, made
+of `tokens_per_region` tokens per axis (or exactly one). Regions are numbered in raster order too.
+All sizes are voxels (or tokens, or regions) per axis, in array order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from nnunet_mim.config import LevelConfig, PretrainConfig, Size3
+from nnunet_mim.errors import MiMError
+
+
+def ladder_levels(
+    ladder: str,
+    view_size: Size3,
+    token_size: Size3,
+    scale: Size3 = (2, 2, 2),
+    mask_ratios: tuple[float, ...] = (0.5, 0.6, 0.5),
+    n_children: tuple[int, ...] = (4, 4),
+) -> tuple[LevelConfig, ...]:
+    """The levels of a ladder, outermost first.
+
+    Args:
+        ladder: `published` (fields of view scale*V, V, p) or `native` (scale²*V, scale*V, V).
+        view_size, token_size: V and p.
+        scale: factor between levels per axis, 2, or 1 where the data is too thin.
+        mask_ratios, n_children: per level and per edge.
+
+    Returns:
+        Three levels, or fewer: a level with a single region (the next level would show the same box) is skipped.
+    """
+    if ladder == "published":
+        fovs = [_mul(scale, view_size), view_size, token_size]
+    elif ladder == "native":
+        fovs = [_mul(scale, _mul(scale, view_size)), _mul(scale, view_size), view_size]
+    else:
+        raise MiMError(f"unknown ladder '{ladder}'")
+    kept = [i for i in range(3) if i == 2 or fovs[i] != fovs[i + 1]]
+    return tuple(LevelConfig(fovs[i], mask_ratios[i], n_children[i] if i < 2 else 0) for i in kept)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Geometry of one level of a ladder."""
+
+    fov: Size3
+    view_size: Size3
+    token_size: Size3
+    n_regions: Size3
+    """regions per axis; all ones on the last level"""
+    mask_ratio: float
+    max_children: int
+
+    @property
+    def grid(self) -> Size3:
+        """Tokens per axis."""
+        return _div(self.view_size, self.token_size, "view size", "token size")
+
+    @property
+    def n_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def n_places(self) -> int:
+        """Regions of one view, the places a child can be cut from."""
+        return math.prod(self.n_regions)
+
+    @property
+    def tokens_per_region(self) -> Size3:
+        return _div(self.grid, self.n_regions, "token grid", "regions")
+
+    @property
+    def masks_regions(self) -> bool:
+        """True where whole regions are masked (they are larger than a token), False where single tokens are."""
+        return self.max_children > 0 and math.prod(self.tokens_per_region) > 1
+
+    @property
+    def n_units(self) -> int:
+        """How many maskable units (regions or tokens) a view has."""
+        return self.n_places if self.masks_regions else self.n_tokens
+
+    @property
+    def n_masked_units(self) -> int:
+        if self.masks_regions:
+            return max(1, math.floor(self.n_units * self.mask_ratio + 1e-6))
+        return self.n_tokens - math.floor(self.n_tokens * (1 - self.mask_ratio) + 1e-6)
+
+    @property
+    def n_visible_tokens(self) -> int:
+        per_unit = math.prod(self.tokens_per_region) if self.masks_regions else 1
+        return self.n_tokens - self.n_masked_units * per_unit
+
+    @property
+    def n_children(self) -> int:
+        return min(self.max_children, self.n_masked_units)
+
+    @property
+    def down(self) -> Size3:
+        """Area-averaging factor per axis (1 where the view is native or enlarged)."""
+        return tuple(max(f // v, 1) for f, v in zip(self.fov, self.view_size, strict=True))  # type: ignore[return-value]
+
+    @cached_property
+    def region_of_token(self) -> np.ndarray:
+        """(n_tokens,) int64: raster number of the region each token lies in."""
+        index = np.stack(np.meshgrid(*(np.arange(g) for g in self.grid), indexing="ij"), axis=-1)
+        region = np.moveaxis(index // np.array(self.tokens_per_region), -1, 0)
+        return np.ravel_multi_index(tuple(region), self.n_regions).reshape(-1)
+
+    @cached_property
+    def tokens_of_region(self) -> np.ndarray:
+        """(n_places, tokens per region) int64: raster numbers of the tokens of each region, ascending."""
+        return np.argsort(self.region_of_token, kind="stable").reshape(self.n_places, -1)
+
+    @cached_property
+    def region_offsets(self) -> np.ndarray:
+        """(n_places, 3) int64: first voxel of each region, in crop voxels from the first voxel of this level's box."""
+        child_fov = np.array(_div(self.fov, self.n_regions, "field of view", "regions"))
+        return np.stack(np.unravel_index(np.arange(self.n_places), self.n_regions), axis=-1) * child_fov
+
+    @cached_property
+    def token_bounds(self) -> tuple[np.ndarray, ...]:
+        """Per axis (g, 2) int64: first and one-past-last crop voxel, from the box's first voxel, that a token is made
+        of.
+
+        For an enlarged view these are the voxels that trilinear interpolation (align_corners=False) reads.
+        """
+        bounds = []
+        for f, v, p, g in zip(self.fov, self.view_size, self.token_size, self.grid, strict=True):
+            first, last = np.arange(g) * p, (np.arange(g) + 1) * p - 1
+            if f >= v:
+                low, high = first * (f // v), (last + 1) * (f // v)
+            else:
+                low = np.floor(np.clip((first + 0.5) * f / v - 0.5, 0, f - 1)).astype(np.int64)
+                high = np.ceil(np.clip((last + 0.5) * f / v - 0.5, 0, f - 1)).astype(np.int64) + 1
+            bounds.append(np.stack([low, high], axis=-1).astype(np.int64))
+        return tuple(bounds)
+
+
+def build_levels(levels: tuple[LevelConfig, ...], view_size: Size3, token_size: Size3) -> tuple[Level, ...]:
+    """Check that a ladder divides and compute its geometry.
+
+    Raises:
+        MiMError: a field of view is not a multiple (or an integer fraction) of the view, does not tile its parent's, or
+            cuts tokens.
+    """
+    built = []
+    for i, level in enumerate(levels):
+        last = i == len(levels) - 1
+        n_regions = (
+            (1, 1, 1) if last else _div(level.fov, levels[i + 1].fov, f"level {i + 1} field of view", "the next one")
+        )
+        for f, v in zip(level.fov, view_size, strict=True):
+            if f % v and v % f:
+                raise MiMError(
+                    f"level {i + 1}: field of view {level.fov} and view {view_size} must divide on every axis"
+                )
+        one = Level(level.fov, view_size, token_size, n_regions, level.mask_ratio, 0 if last else level.n_children)
+        _ = one.grid, one.tokens_per_region
+        built.append(one)
+    return tuple(built)
+
+
+def levels_of(config: PretrainConfig) -> tuple[Level, ...]:
+    """Geometry of a run."""
+    token_size = config.network.token_size
+    ladder = ladder_levels(
+        config.ladder, config.view_size, token_size, config.scale, config.mask_ratios, config.n_children
+    )
+    return build_levels(ladder, config.view_size, token_size)
+
+
+def suitable_scale(ladder: str, view_size: Size3, median_shape: tuple[float, ...]) -> Size3:
+    """Per axis 2, or 1 where the data is too thin: the outermost box would be more than a third padding.
+
+    Args:
+        ladder: as in `ladder_levels`; decides how many times the scale is applied.
+        view_size: V.
+        median_shape: median voxels per axis of the cases.
+    """
+    steps = 2 if ladder == "native" else 1
+    fits = (1.5 * n >= v * 2**steps for v, n in zip(view_size, median_shape, strict=True))
+    return tuple(2 if f else 1 for f in fits)  # type: ignore[return-value]
+
+
+def views_per_crop(levels: tuple[Level, ...]) -> tuple[int, ...]:
+    """Number of views of each level in one crop, e.g. (1, 4, 16)."""
+    counts = [1]
+    for level in levels[:-1]:
+        counts.append(counts[-1] * level.n_children)
+    return tuple(counts)
+
+
+def _mul(a: Size3, b: Size3) -> Size3:
+    return tuple(x * y for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+
+
+def _div(a: Size3, b: Size3, name_a: str, name_b: str) -> Size3:
+    if any(x % y for x, y in zip(a, b, strict=True)):
+        raise MiMError(f"{name_a} {a} is not divisible by {name_b} {b}")
+    return tuple(x // y for x, y in zip(a, b, strict=True))  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Networks: the hybrid encoder, the decoder of pretraining, and the segmentation network."""

@@ -1,0 +1,96 @@
+"""MaskInMask: the network of MiM pretraining (arXiv 2404.15580), one level at a time.
+
+The method in short. A crop is seen at up to three levels: a wide view, views cut from its masked regions, and views cut
+from the masked tokens (or regions) of those: a mask in a mask. Each view is reconstructed from its visible tokens, and
+what the decoder says about a child view must agree with what it says about the masked place of the parent that the
+child was cut from. `pretraining/nested_crops.py` cuts the views, `pretraining/losses.py` holds the losses.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_mim.config import NetworkConfig
+from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.networks.mim_decoder import MiMDecoder
+from nnunet_mim.networks.vit_blocks import MLP
+
+
+class LevelOutput(NamedTuple):
+    """What the network says about the N views of one level."""
+
+    prediction: Tensor
+    """(N, M, P) normalised voxels of the masked tokens, in the order of `ids_masked`; P = voxels of a token x
+    channels
+    """
+    features: Tensor
+    """(N, L, D) decoder features of all tokens, raster order"""
+    child: Tensor | None
+    """(N, D) projected mean feature of each view, or None without an edge to a parent level"""
+    parent: Tensor | None
+    """(places, D) parent features, projected for `infonce`, detached and raw for `cosine`"""
+
+
+class MaskInMask(nn.Module):
+    """Encoder, decoder and projectors.
+
+    Args:
+        network: sizes.
+        in_channels: image channels.
+        n_edges: pairs of adjacent levels.
+        alignment: `infonce` (child and parent each through a projector), `cosine` (only the child) or `none`.
+    """
+
+    def __init__(
+        self, network: NetworkConfig, in_channels: int = 1, n_edges: int = 2, alignment: str = "infonce"
+    ) -> None:
+        super().__init__()
+        self.encoder = HybridEncoder(
+            in_channels, network.embed_dims, network.depths, network.strides, network.num_heads, network.mlp_ratio
+        )
+        px, py, pz = network.token_size
+        dim = network.decoder_embed_dim
+        self.decoder = MiMDecoder(
+            network.embed_dims[-1], px * py * pz * in_channels, dim, network.decoder_depth, network.decoder_num_heads,
+            network.mlp_ratio,
+        )  # fmt: skip
+        self.alignment = alignment
+        with_child, with_parent = alignment != "none", alignment == "infonce"
+        self.projectors = nn.ModuleDict(
+            {
+                "child": nn.ModuleList(MLP(dim, dim) for _ in range(n_edges if with_child else 0)),
+                "parent": nn.ModuleList(MLP(dim, dim) for _ in range(n_edges if with_parent else 0)),
+            }
+        )
+
+    def forward(
+        self,
+        images: Tensor,
+        ids_keep: Tensor,
+        ids_masked: Tensor,
+        edge: int | None = None,
+        parent_features: Tensor | None = None,
+    ) -> LevelOutput:
+        """Reconstruct the masked tokens of the views of one level, and project what alignment compares.
+
+        Args:
+            images: (N, C, X, Y, Z) views.
+            ids_keep, ids_masked: (N, K) and (N, M) int64 raster numbers of visible and masked tokens; together all
+            tokens. edge: number of the edge to the parent level, or None.
+            parent_features: (places, D) mean decoder features of every place of every parent; no gradient flows into
+            them.
+        """
+        latent = self.encoder(images, ids_keep)
+        features = self.decoder(latent, ids_keep, self.encoder.grid(images))
+        rows = torch.arange(images.shape[0], device=images.device)[:, None]
+        prediction = self.decoder.head(features[rows, ids_masked])  # masked tokens only: the others have no loss
+        child = parent = None
+        if edge is not None and parent_features is not None and self.alignment != "none":
+            child = self.projectors.get_submodule(f"child.{edge}")(features.mean(dim=1))
+            parent = parent_features.detach()
+            if self.alignment == "infonce":
+                parent = self.projectors.get_submodule(f"parent.{edge}")(parent)
+        return LevelOutput(prediction, features, child, parent)

@@ -1,0 +1,52 @@
+"""MiMDecoder: from the latent of visible tokens to the voxels of masked ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_mim.config import Size3
+from nnunet_mim.networks.vit_blocks import ViTBlock, init_weights, sincos_position
+
+
+class MiMDecoder(nn.Module):
+    """Linear, mask token, fixed position, transformer blocks, LayerNorm, and a linear head to a token's voxels.
+
+    Args:
+        latent_dim: width of the encoder's latent.
+        embed_dim, depth, num_heads, mlp_ratio: of the decoder's transformer.
+        token_voxels: outputs per token, voxels times channels (C order, channel last).
+    """
+
+    def __init__(
+        self, latent_dim: int, token_voxels: int, embed_dim: int = 576, depth: int = 8, num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.embed = nn.Linear(latent_dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.blocks = nn.ModuleList(ViTBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, token_voxels)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, ids_keep: Tensor, grid: Size3) -> Tensor:
+        """Features of all tokens.
+
+        Args:
+            latent: (N, K, D_encoder) of the visible tokens.
+            ids_keep: (N, K) int64, their raster numbers.
+            grid: tokens per axis.
+
+        Returns:
+            (N, L, D) decoder features after the LayerNorm, raster order.
+        """
+        n, n_tokens = latent.shape[0], grid[0] * grid[1] * grid[2]
+        visible = self.embed(latent)
+        rows = torch.arange(n, device=latent.device)[:, None]
+        x = self.mask_token.to(visible.dtype).expand(n, n_tokens, -1).index_put((rows, ids_keep), visible)
+        x = x + sincos_position(grid, x.shape[-1], x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)

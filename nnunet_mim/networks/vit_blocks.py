@@ -1,0 +1,85 @@
+"""Transformer blocks on token sequences (N, L, D), and fixed 3-D sine-cosine positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunet_mim.config import Size3
+from nnunet_mim.networks.conv_blocks import DropPath
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, qkv with bias."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, dim = x.shape
+        qkv = self.qkv(x).reshape(n, length, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, L, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(n, length, dim))
+
+
+class MLP(nn.Module):
+    """Linear → GELU → Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, out_dim or dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block (arXiv 2010.11929), LayerNorm eps 1e-6."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def sincos_position(grid: Size3, dim: int, like: Tensor) -> Tensor:
+    """Fixed position embedding of a token grid.
+
+    Args:
+        grid: tokens per axis.
+        dim: channels, divisible by 6: thirds for the three axes in array order, each [sin | cos] of the token's index
+            times ω_i = 10000^(-i / (dim/6)).
+        like: gives device and dtype.
+
+    Returns:
+        (gx*gy*gz, dim), tokens in raster order.
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 6, device=like.device, dtype=torch.float64) / (dim // 6))
+    axes = []
+    for g in grid:
+        angle = torch.arange(g, device=like.device, dtype=torch.float64)[:, None] * omega
+        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))  # (g, dim/3)
+    x, y, z = axes
+    parts = [x[:, None, None], y[None, :, None], z[None, None, :]]
+    return torch.cat([part.expand(*grid, -1) for part in parts], dim=-1).reshape(-1, dim).to(like.dtype)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform weights (convolutions as if flattened) and zero biases, as in MAE (arXiv 2111.06377)."""
+    if isinstance(module, (nn.Linear, nn.Conv3d)):
+        nn.init.xavier_uniform_(module.weight.data.view(module.weight.shape[0], -1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

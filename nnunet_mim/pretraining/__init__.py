@@ -1,0 +1,1 @@
+"""Self-supervised pretraining by Mask in Mask on nnU-Net-preprocessed CT."""

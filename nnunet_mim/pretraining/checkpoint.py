@@ -1,0 +1,130 @@
+"""Writing and reading checkpoints: the contract between pretraining and finetuning (docs/checkpoint.md)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import nnunet_mim
+from nnunet_mim.config import PretrainConfig
+from nnunet_mim.errors import MiMError
+from nnunet_mim.pretraining.dataset import Case
+from nnunet_mim.pretraining.sources import Source
+
+LATEST = "checkpoint_latest.pth"
+FINAL = "checkpoint_final.pth"
+
+CITATIONS = [
+    "Zhuang et al., MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Image Analysis, arXiv:2404.15580",
+    "Isensee et al., nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation, "
+    "Nature Methods 18, 203-211 (2021)",
+]
+
+
+def build_checkpoint(
+    model: nn.Module, config: PretrainConfig, sources: list[Source], train_cases: list[Case], fold: int | str,
+    iteration: int, history: list[dict[str, float]],
+) -> dict[str, Any]:  # fmt: skip
+    """Everything a finetuning run needs, of types that `torch.load(weights_only=True)` accepts.
+
+    Args:
+        model: the bare MaskInMask.
+        config: of the run.
+        sources: datasets, all in the units of the first.
+        train_cases: every case that training draws from.
+        fold: left-out fold, or `all`.
+        iteration: optimiser steps done.
+        history: logged figures, oldest first.
+    """
+    first = sources[0]
+    settings = config.to_dict()
+    encoder = {
+        name: settings["network"][name] for name in ("embed_dims", "depths", "strides", "num_heads", "mlp_ratio")
+    }
+    return {
+        "network_weights": {name: value.detach().cpu() for name, value in model.state_dict().items()},
+        "nnssl_adaptation_plan": {
+            "architecture_plans": {
+                "arch_class_name": "nnunet_mim.networks.hybrid_unet.HybridUNet",
+                "arch_kwargs": encoder,
+                "arch_kwargs_requiring_import": [],
+            },
+            "pretrain_plan": {
+                "plans_name": first.plans_name,
+                "dataset_name": first.dataset,
+                "configurations": {
+                    first.configuration: {
+                        "patch_size": list(config.view_size),
+                        "spacing": list(first.spacing),
+                        "normalization_schemes": list(first.normalization),
+                    }
+                },
+            },
+            "pretrain_num_input_channels": config.in_channels,
+            "recommended_downstream_patchsize": list(config.view_size),
+            "key_to_encoder": "encoder",
+            "key_to_stem": "encoder.stages.0.embed",
+            "keys_to_in_proj": ["encoder.stages.0.embed.proj"],
+            "key_to_lpe": None,
+            "citations": CITATIONS,
+        },
+        "mim_config": settings,
+        "mim_version": nnunet_mim.__version__,
+        "provenance": {
+            "datasets": [source.dataset for source in sources],
+            "plans_name": first.plans_name,
+            "configuration": first.configuration,
+            "fold": fold,
+            "spacing": list(first.spacing),
+            "normalization": list(first.normalization),
+            "intensity_properties": first.intensity_properties,
+            "iterations": iteration,
+            "loss_history": history,
+            "cases": [
+                {"dataset": case.source.dataset, "case": case.info.case, "sha256": case.info.sha256}
+                for case in train_cases
+            ],
+        },
+    }
+
+
+def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that `path` holds either the former file or the whole new one.
+
+    Raises:
+        MiMError: the disk is full or not writable; the former file is left as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise MiMError(f"cannot write {path} ({error}): free some disk space and continue with --c") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of `mim_pretrain` without executing anything in it.
+
+    Raises:
+        MiMError: missing, truncated, unsafe, or not a checkpoint of this package.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise MiMError(f"no checkpoint at {path}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise MiMError(
+            f"{path} is no readable checkpoint (truncated, or it holds more than tensors): {reason}"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"network_weights", "mim_config", "provenance"} <= set(checkpoint):
+        raise MiMError(f"{path} was not written by mim_pretrain: it lacks network_weights, mim_config or provenance")
+    return checkpoint

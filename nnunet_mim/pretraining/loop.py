@@ -1,0 +1,205 @@
+"""The pretraining loop, top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from nnunet_mim.config import PretrainConfig
+from nnunet_mim.errors import MiMError
+from nnunet_mim.geometry import levels_of
+from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, build_checkpoint, load_checkpoint, save_atomically
+from nnunet_mim.pretraining.dataset import Case, CropDataset
+from nnunet_mim.pretraining.monitor import HeldOut, MetricsFile
+from nnunet_mim.pretraining.nested_crops import nested_views
+from nnunet_mim.pretraining.objective import level_losses
+from nnunet_mim.pretraining.schedules import learning_rates
+from nnunet_mim.pretraining.sources import Source
+
+LOG_EVERY = 10
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on, and the intensities that the losses need."""
+
+    sources: list[Source]
+    train: list[Case]
+    val: list[Case]
+    fold: int | str
+    fill: tuple[float, ...]
+    """per channel, the window's minimum"""
+    flat_threshold: tuple[float, ...]
+    """per channel, standard deviation below which a token is no target"""
+
+
+def pretrain(
+    config: PretrainConfig, data: RunData, folder: Path, fabric: Fabric, workers: int, resume: bool
+) -> dict[str, float]:
+    """Train until `config.iterations`, writing checkpoints, `train.csv`, `val.csv` and TensorBoard events into
+    `folder`.
+
+    Every random number depends on (seed, iteration) alone, so a resumed run continues as if it had not stopped.
+
+    Args:
+        config: what to compute.
+        data: cases.
+        folder: output folder, exists.
+        fabric: launched; device and precision.
+        workers: processes that read crops; 0 reads in this one.
+        resume: continue from `checkpoint_latest.pth`.
+
+    Returns:
+        figures of the last measurement on held-out crops.
+
+    Raises:
+        MiMError: the loss is not finite; the last checkpoint is kept.
+    """
+    levels = levels_of(config)
+    torch.manual_seed(config.seed)
+    model = MaskInMask(config.network, config.in_channels, len(levels) - 1, config.alignment)
+    optimizer = build_optimizer(model, config)
+    start, history = 0, []
+    if resume:
+        stored = load_checkpoint(folder / LATEST)
+        model.load_state_dict(stored["network_weights"])
+        optimizer.load_state_dict(stored["resume_state"]["optimizer"])
+        start, history = stored["provenance"]["iterations"], stored["provenance"]["loss_history"]
+    bare = model
+    model, optimizer = fabric.setup(model, optimizer)
+    schedule = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
+
+    fill = torch.tensor(data.fill, device=fabric.device)
+    flat_threshold = torch.tensor(data.flat_threshold, device=fabric.device)
+    held_out = HeldOut(*held_out_crops(data, config, fabric.device), fill, flat_threshold, levels, config)
+    train_file, val_file = (MetricsFile(folder / f"{part}.csv", start) for part in ("train", "val"))
+    board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    batches = training_batches(data, config, start, workers, fabric.device)
+
+    def save(name: str, iteration: int, resumable: bool) -> None:
+        checkpoint = build_checkpoint(bare, config, data.sources, data.train, data.fold, iteration, history)
+        if resumable:
+            checkpoint["resume_state"] = {"optimizer": optimizer.state_dict()}
+        save_atomically(checkpoint, folder / name)
+
+    def log(file: MetricsFile, iteration: int, figures: dict[str, float]) -> None:
+        file.append(iteration, figures)
+        for name, value in figures.items():
+            board.add_scalar(name, value, iteration)
+
+    val = held_out.evaluate(model)
+    if start == 0:
+        history.append({"iteration": 0, **val, **held_out.baselines})
+        log(val_file, 0, {**val, **held_out.baselines})
+    progress = tqdm(total=config.iterations, initial=start, desc="pretraining", unit="it", smoothing=0.05)
+    recent: list[dict[str, Tensor]] = []
+    since = time.perf_counter()
+    model.train()
+    for iteration in range(start, config.iterations):
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedule[iteration])
+        crops, valid, _ = next(batches)
+        generator = torch.Generator(fabric.device).manual_seed(config.seed * 1_000_003 + 500_009 + iteration)
+        views = nested_views(crops, valid, fill, levels, generator)
+
+        step_figures: dict[str, Tensor] = {}
+        for loss, figures, _ in level_losses(model, views, flat_threshold, config):
+            fabric.backward(loss)  # level by level: activations of one level at a time
+            step_figures.update(figures)
+        norm = fabric.clip_gradients(model, optimizer, max_norm=config.grad_clip, error_if_nonfinite=False)
+        step_figures["grad_norm"] = torch.as_tensor(norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = iteration + 1
+        recent.append(step_figures)
+        if done % LOG_EVERY == 0 or done == config.iterations:
+            means = mean_figures(recent)
+            if not math.isfinite(means["train/loss"] + means["train/grad_norm"]):
+                raise MiMError(
+                    f"loss or gradient is not finite near iteration {done}: lower --lr, or continue with --c from the "
+                    f"last checkpoint in {folder}"
+                )
+            speed = len(recent) * config.batch_size / (time.perf_counter() - since)
+            log(train_file, done, {**means, "lr": float(schedule[iteration]), "crops_per_s": speed})
+            progress.set_postfix(progress_text(means, val, speed), refresh=False)
+            progress.update(len(recent))
+            recent, since = [], time.perf_counter()
+        if done % config.val_every == 0 or done == config.iterations:
+            val = held_out.evaluate(model)
+            history.append({"iteration": done, **means, **val, **held_out.baselines})
+            log(val_file, done, {**val, **held_out.baselines})
+            since = time.perf_counter()
+        if done % config.save_every == 0 and done < config.iterations:
+            save(LATEST, done, resumable=True)
+    save(FINAL, config.iterations, resumable=False)
+    (folder / LATEST).unlink(missing_ok=True)
+    progress.close()
+    board.close()
+    return {**val, **held_out.baselines}
+
+
+def build_optimizer(model: MaskInMask, config: PretrainConfig) -> torch.optim.AdamW:
+    """AdamW; no weight decay on biases, norms and other vectors."""
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        vector = parameter.ndim < 2 or name.endswith("mask_token")
+        (no_decay if vector else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def training_batches(
+    data: RunData, config: PretrainConfig, start: int, workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of iterations `start` to the last: crops (B, C, …), valid boxes (B, 3, 2) and case numbers, on the
+    device.
+    """
+    dataset = CropDataset(
+        data.train, levels_of(config)[0].fov, config.body_fraction, config.mirror_axes, seed=config.seed, stream=0
+    )
+    loader = DataLoader(
+        dataset,
+        batch_size=config.batch_size,
+        sampler=range(start * config.batch_size, config.iterations * config.batch_size),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=device.type == "cuda",
+    )
+    for crops, valid, cases in loader:
+        yield crops.to(device, non_blocking=True), valid.to(device, non_blocking=True), cases
+
+
+def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Fixed crops of the held-out cases: (val_crops, C, …) and their valid boxes."""
+    dataset = CropDataset(data.val, levels_of(config)[0].fov, body_fraction=1.0, seed=config.seed, stream=1)
+    crops, valid, _ = zip(*(dataset[i] for i in range(config.val_crops)), strict=True)
+    return torch.stack(crops).to(device), torch.stack(valid).to(device)
+
+
+def mean_figures(figures: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Mean over iterations, read from the device in one go, plus the sum of the levels as `train/loss`."""
+    stacked = torch.stack([torch.stack([value.float() for value in step.values()]) for step in figures])
+    means = dict(zip((f"train/{name}" for name in figures[0]), stacked.mean(dim=0).tolist(), strict=True))
+    return {**means, "train/loss": sum(value for name, value in means.items() if name.endswith("/loss"))}
+
+
+def progress_text(train: dict[str, float], val: dict[str, float], speed: float) -> dict[str, str]:
+    """What the progress bar shows beside speed and time left."""
+    levels = [name.split("/")[1] for name in val if name.endswith("/reconstruction")]
+    text = {f"L{level[-1]}": f"{train[f'train/{level}/reconstruction']:.3f}" for level in levels}
+    text["val"] = "/".join(f"{val[f'val/{level}/reconstruction']:.3f}" for level in levels)
+    text["crops/s"] = f"{speed:.2f}"
+    return text

@@ -1,0 +1,75 @@
+"""The losses of MiM, pure functions of tensors. Reference twins, written as loops, are in tests/reference."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VARIANCE_EPS = 1e-6
+
+
+def normalize_tokens(tokens: Tensor) -> Tensor:
+    """Subtract each token's mean and divide by sqrt(unbiased variance + 1e-6): (..., P) → (..., P)."""
+    variance, mean = torch.var_mean(tokens, dim=-1, keepdim=True)
+    return (tokens - mean) / (variance + VARIANCE_EPS).sqrt()
+
+
+def flat_tokens(tokens: Tensor, thresholds: Tensor) -> Tensor:
+    """Which tokens are too uniform to be a target (air).
+
+    Args:
+        tokens: (..., P) raw voxels, channel last.
+        thresholds: (C,) smallest standard deviation per channel.
+
+    Returns:
+        (...) bool, True = flat: in every channel the unbiased standard deviation is below the threshold.
+    """
+    channels = tokens.unflatten(-1, (-1, thresholds.shape[0]))  # (..., voxels, C)
+    return (channels.std(dim=-2) < thresholds).all(dim=-1)
+
+
+def reconstruction_loss(prediction: Tensor, tokens: Tensor, is_target: Tensor) -> Tensor:
+    """Mean squared error against normalised voxels, over target tokens.
+
+    Args:
+        prediction: (N, M, P).
+        tokens: (N, M, P) raw voxels of the same tokens.
+        is_target: (N, M) bool, True = counts. No target at all gives 0.
+
+    Returns:
+        scalar.
+    """
+    error = (prediction.float() - normalize_tokens(tokens.float())).square().mean(dim=-1)
+    weight = is_target.to(error.dtype)
+    return (error * weight).sum() / weight.sum().clamp(min=1)
+
+
+def infonce_loss(
+    child: Tensor, parent: Tensor, target: Tensor, weight: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Contrast each child with all places of all parents (InfoNCE, arXiv 1807.03748).
+
+    Args:
+        child: (N, D) projected child features.
+        parent: (Q, D) projected features of all places of all parents.
+        target: (N,) int64, the row of `parent` a child was cut from.
+        weight: (N,) float; a child outside the volume has 0.
+        temperature: divides cosine similarities.
+
+    Returns:
+        weighted mean cross-entropy, and the share of children whose own place is the most similar one.
+    """
+    logits = F.normalize(child.float(), dim=-1) @ F.normalize(parent.float(), dim=-1).T / temperature
+    total = weight.sum().clamp(min=1)
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / total
+    accuracy = ((logits.argmax(dim=1) == target) * weight).sum() / total
+    return loss, accuracy
+
+
+def cosine_loss(child: Tensor, parent: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """2 − 2·cosine between each projected child and the raw feature of its own place; arguments as in
+    `infonce_loss`.
+    """
+    similarity = F.cosine_similarity(child.float(), parent.float()[target], dim=-1)
+    return ((2 - 2 * similarity) * weight).sum() / weight.sum().clamp(min=1)

@@ -1,0 +1,147 @@
+"""From settings to a running pretraining: find the data, check everything, then train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
+
+from nnunet_mim.config import PretrainConfig, Size3
+from nnunet_mim.errors import MiMError
+from nnunet_mim.geometry import suitable_scale
+from nnunet_mim.pretraining.case_index import CaseInfo, read_index
+from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, load_checkpoint
+from nnunet_mim.pretraining.dataset import Case
+from nnunet_mim.pretraining.loop import RunData
+from nnunet_mim.pretraining.sources import Source, fold_validation_cases
+
+DEFAULT_VIEW_TOKENS = 6
+
+
+def output_folder(source: Source, fold: int | str, tag: str | None) -> Path:
+    """`nnUNet_results/DatasetXXX_Name/MiMPretrain[_TAG]__PLANS__CONFIGURATION/fold_X`, X = `all` without a fold."""
+    name = "MiMPretrain" if tag is None else f"MiMPretrain_{tag}"
+    run = f"{name}__{source.plans_name}__{source.configuration}"
+    return Path(str(nnUNet_results)) / source.dataset / run / f"fold_{fold}"
+
+
+def check_output_folder(folder: Path, resume: bool) -> bool:
+    """Decide whether a run may write into its folder.
+
+    Returns:
+        True to train, False if the run of this folder is finished and `resume` asks for nothing more.
+
+    Raises:
+        MiMError: a new run would overwrite another, or there is nothing to continue.
+    """
+    final, latest = (folder / FINAL).is_file(), (folder / LATEST).is_file()
+    if resume and final:
+        return False
+    if resume and not latest:
+        raise MiMError(f"--c: nothing to continue, no {LATEST} in {folder}: leave out --c to start anew")
+    if not resume and (final or latest):
+        state = "finished" if final else "unfinished"
+        raise MiMError(
+            f"{folder} holds another, {state} run: continue it with --c, keep it and choose a tag with -o, or delete it"
+        )
+    return True
+
+
+def check_same_config(folder: Path, config: PretrainConfig) -> None:
+    """Raise MiMError unless the run in `folder` was started with the same settings."""
+    stored = load_checkpoint(folder / LATEST)
+    if "resume_state" not in stored:
+        raise MiMError(f"{folder / LATEST} holds no resume state: it cannot be continued")
+    before, now = stored["mim_config"], config.to_dict()
+    changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in now if before.get(name) != now.get(name)]
+    if changed:
+        raise MiMError(f"--c: the run in {folder} was started with other settings ({'; '.join(changed)}): use the same")
+
+
+def default_view(infos: Sequence[CaseInfo], token_size: Size3) -> Size3:
+    """Six tokens per axis (96 voxels), fewer where the median case has no room for the view: an even number, at
+    least two.
+    """
+    median = np.median([info.shape for info in infos], axis=0)
+    tokens = [min(DEFAULT_VIEW_TOKENS, max(2, 2 * int(m // (2 * p)))) for m, p in zip(median, token_size, strict=True)]
+    return tuple(t * p for t, p in zip(tokens, token_size, strict=True))  # type: ignore[return-value]
+
+
+def default_scale(infos: Sequence[CaseInfo], ladder: str, view_size: Size3) -> Size3:
+    """Scale per axis that the median case has room for."""
+    return suitable_scale(ladder, view_size, tuple(np.median([info.shape for info in infos], axis=0)))
+
+
+def index_sources(sources: Sequence[Source]) -> list[list[CaseInfo]]:
+    """Check and describe every case of every dataset; `.npz` cases are unpacked first so that crops can be read."""
+    indexes = []
+    for source in sources:
+        if issubclass(source.dataset_class, nnUNetDatasetNumpy):
+            for case in source.cases:
+                check_npz(source, case)
+            source.dataset_class.unpack_dataset(str(source.folder), False, max(1, (os.cpu_count() or 1) // 2), True)
+        indexes.append(read_index(source))
+    return indexes
+
+
+def check_npz(source: Source, case: str) -> None:
+    """Raise MiMError for an `.npz` that is damaged: unpacking it would fail without naming it."""
+    path = source.folder / f"{case}.npz"
+    try:
+        with np.load(path) as archive:
+            _ = archive["data"].shape
+    except Exception as error:
+        raise MiMError(
+            f"cannot read {path} ({type(error).__name__}: {error}): preprocess {source.dataset} again, or move it away"
+        ) from error
+
+
+def split_cases(
+    sources: Sequence[Source], indexes: Sequence[list[CaseInfo]], fold: int | str, config: PretrainConfig
+) -> tuple[list[Case], list[Case]]:
+    """Training cases, and the held-out ones that the loss is measured on.
+
+    With a fold, its validation cases of nnU-Net's own split are held out of every labelled dataset. Without one,
+    `config.val_cases` cases (at most a tenth) are held out at random; content never appears on both sides.
+
+    Raises:
+        MiMError: too few cases.
+    """
+    cases = [Case(source, info) for source, index in zip(sources, indexes, strict=True) for info in index]
+    if fold == "all":
+        order = np.random.default_rng(config.seed).permutation(len(cases))
+        count = max(1, min(config.val_cases, len(cases) // 10))
+        held_out = {(cases[i].source.dataset, cases[i].info.case) for i in order[:count]}
+    else:
+        held_out = {(s.dataset, case) for s in sources for case in fold_validation_cases(s, int(fold))}
+        if not held_out:
+            raise MiMError(f"-f {fold}: none of the datasets has labels, so there is no split; leave out -f")
+    val = [case for case in cases if (case.source.dataset, case.info.case) in held_out]
+    seen = {case.info.sha256 for case in val}
+    train = [
+        case for case in cases
+        if (case.source.dataset, case.info.case) not in held_out and case.info.sha256 not in seen
+    ]  # fmt: skip
+    if not train or not val:
+        raise MiMError(f"{len(cases)} cases are too few: pretraining needs at least one to train on and one held out")
+    return train, val
+
+
+def run_data(
+    sources: list[Source], indexes: Sequence[list[CaseInfo]], fold: int | str, config: PretrainConfig
+) -> RunData:
+    """Cases, and the intensities that padding and the flat-token rule need."""
+    train, val = split_cases(sources, indexes, fold, config)
+    fill, width = [], []
+    for channel in range(sources[0].in_channels):
+        window = sources[0].window(channel)
+        if window is None:
+            infos = [case.info for case in train]
+            window = min(i.low[channel] for i in infos), max(i.high[channel] for i in infos)
+        fill.append(window[0])
+        width.append(window[1] - window[0])
+    return RunData(sources, train, val, fold, tuple(fill), tuple(config.flat_fraction * w for w in width))

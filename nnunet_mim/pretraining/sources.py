@@ -1,0 +1,199 @@
+"""Which preprocessed cases a run reads, and in which units they are: nnU-Net's folders, plans and splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_mim.errors import MiMError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One preprocessed nnU-Net dataset in one configuration of its plans."""
+
+    dataset: str
+    """DatasetXXX_Name"""
+    plans_name: str
+    configuration: str
+    folder: Path
+    """of the preprocessed cases"""
+    dataset_class: Any
+    """nnU-Net's reader of that folder"""
+    cases: tuple[str, ...]
+    """sorted identifiers"""
+    spacing: tuple[float, ...]
+    """mm per voxel, array order"""
+    normalization: tuple[str, ...]
+    """nnU-Net's scheme per channel"""
+    intensity_properties: dict[str, dict[str, float]]
+    """per channel, from the plans: the window and scale that CTNormalization uses, HU"""
+    plans: dict[str, Any]
+
+    @property
+    def in_channels(self) -> int:
+        return len(self.normalization)
+
+    @property
+    def index_file(self) -> Path:
+        """Where the case index is cached: beside, never inside, the folder of cases (nnU-Net reads all files there)."""
+        return self.folder.parent / "mim_case_index" / f"{self.folder.name}.json"
+
+    def case_file(self, case: str) -> Path:
+        """The file that holds the voxels of a case."""
+        for ending in (".b2nd", ".npy", ".npz"):
+            if (path := self.folder / f"{case}{ending}").is_file():
+                return path
+        return self.folder / f"{case}.b2nd"
+
+    def window(self, channel: int) -> tuple[float, float] | None:
+        """Lowest and highest normalised intensity of a CT channel; None where the scheme is not CTNormalization."""
+        if self.normalization[channel] != "CTNormalization":
+            return None
+        props = self.intensity_properties[str(channel)]
+        low, high = props["percentile_00_5"], props["percentile_99_5"]
+        return (low - props["mean"]) / props["std"], (high - props["mean"]) / props["std"]
+
+    def to_hounsfield(self, channel: int = 0) -> tuple[float, float]:
+        """(std, mean): HU = voxel * std + mean. (1, 0) where the channel is no CT."""
+        if self.normalization[channel] != "CTNormalization":
+            return 1.0, 0.0
+        props = self.intensity_properties[str(channel)]
+        return props["std"], props["mean"]
+
+
+def require_environment() -> None:
+    """Raise MiMError unless nnU-Net's folders for preprocessed data and results are set."""
+    for name, path in (("nnUNet_preprocessed", nnUNet_preprocessed), ("nnUNet_results", nnUNet_results)):
+        if not path.is_set():
+            raise MiMError(
+                f"environment variable {name} is not set: export it as for nnU-Net (see nnU-Net's setup page)"
+            )
+
+
+def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
+    """Find a preprocessed dataset.
+
+    Args:
+        dataset: number (`501`) or name (`Dataset501_Name`).
+        plans_name: plans identifier.
+        configuration: a 3-D configuration of the plans.
+
+    Raises:
+        MiMError: unknown dataset, plans or configuration; 2-D; not preprocessed; nothing in the folder.
+    """
+    name = _dataset_name(dataset)
+    base = Path(str(nnUNet_preprocessed)) / name
+    plans_file = base / f"{plans_name}.json"
+    number = name[len("Dataset") :].split("_")[0]
+    if not base.is_dir():
+        raise MiMError(
+            f"{name} is not preprocessed ({base} does not exist): run nnUNetv2_plan_and_preprocess -d {number}"
+        )
+    if not plans_file.is_file():
+        found = sorted(p.stem for p in base.glob("*.json") if "configurations" in load_json(str(p)))
+        raise MiMError(f"no plans '{plans_name}' for {name}: choose one with -p ({', '.join(found) or 'none found'})")
+    plans = load_json(str(plans_file))
+    if configuration not in plans["configurations"]:
+        available = ", ".join(plans["configurations"])
+        raise MiMError(f"{plans_file} has no configuration '{configuration}': choose one with -c ({available})")
+    manager = PlansManager(plans).get_configuration(configuration)
+    if len(manager.patch_size) != 3:
+        raise MiMError(f"configuration '{configuration}' is 2-D; MiM pretrains on volumes: use -c 3d_fullres")
+    folder = base / manager.data_identifier
+    command = f"nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {configuration}"
+    if not folder.is_dir():
+        raise MiMError(
+            f"{name} is not preprocessed for {plans_name} {configuration} ({folder} is missing): run {command}"
+        )
+    try:
+        dataset_class = infer_dataset_class(str(folder))
+    except (AssertionError, RuntimeError) as error:
+        raise MiMError(f"{folder} does not look like nnU-Net's preprocessed cases ({error}): run {command}") from error
+    cases = tuple(sorted(dataset_class.get_identifiers(str(folder))))
+    if not cases:
+        raise MiMError(f"no preprocessed case in {folder}: run {command}")
+    return Source(
+        name, plans_name, configuration, folder, dataset_class, cases,
+        tuple(float(s) for s in manager.spacing), tuple(manager.normalization_schemes),
+        plans["foreground_intensity_properties_per_channel"], plans,
+    )  # fmt: skip
+
+
+def require_same_units(sources: Sequence[Source]) -> None:
+    """Raise MiMError unless all datasets have the first one's spacing, channels, normalisation and intensity window."""
+    first = sources[0]
+    for other in sources[1:]:
+        same_spacing = all(abs(a - b) <= 1e-3 * a for a, b in zip(first.spacing, other.spacing, strict=True))
+        same_window = first.normalization == other.normalization and all(
+            first.window(c) == other.window(c) for c in range(first.in_channels)
+        )
+        if not (same_spacing and same_window):
+            spacing = ",".join(f"{s:g}" for s in first.spacing)
+            raise MiMError(
+                f"{other.dataset} has another spacing ({other.spacing} mm), normalisation or intensity window than "
+                f"{first.dataset} ({first.spacing} mm): prepare both alike with mim_plan -d {other.dataset} "
+                f"--set spacing={spacing} and nnUNetv2_preprocess"
+            )
+
+
+def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
+    """Validation cases of nnU-Net's own split; empty for a dataset without labels.
+
+    Reads `splits_final.json`, or computes what nnU-Net would write there.
+
+    Raises:
+        MiMError: the split has no such fold.
+    """
+    base = source.folder.parent
+    splits_file = base / "splits_final.json"
+    if splits_file.is_file():
+        splits = load_json(str(splits_file))
+    elif (base / "gt_segmentations").is_dir():
+        splits = generate_crossval_split(list(source.cases), seed=12345, n_splits=5)
+    else:
+        return ()
+    if not 0 <= fold < len(splits):
+        raise MiMError(f"fold {fold} does not exist in {splits_file} ({len(splits)} folds): choose another with -f")
+    return tuple(case for case in splits[fold]["val"] if case in set(source.cases))
+
+
+def window_warning(source: Source) -> str | None:
+    """What a narrow CT window cuts off, or None for a window of at least -1000 to 900 HU."""
+    if source.normalization[0] != "CTNormalization":
+        return None
+    props = source.intensity_properties["0"]
+    low, high = props["percentile_00_5"], props["percentile_99_5"]
+    lost = [
+        tissue
+        for tissue, hu in (("lung", -800), ("fat", -100), ("contrast and soft tissue", 200))
+        if not low <= hu <= high
+    ]
+    if high < 900:
+        lost.append("bone")
+    if low <= -1000 and high >= 900:
+        return None
+    lost_text = ", ".join(lost) or "some tissue"
+    return (
+        f"the plans '{source.plans_name}' clip CT to {low:g} … {high:g} HU: {lost_text} cannot be told apart in "
+        f"pretraining. mim_plan -d {source.dataset} writes plans with a wide window"
+    )
+
+
+def _dataset_name(dataset: str) -> str:
+    try:
+        return maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+    except (RuntimeError, ValueError) as error:
+        raise MiMError(
+            f"unknown dataset '{dataset}': no such DatasetXXX_Name in nnUNet_preprocessed ({nnUNet_preprocessed}), "
+            "nnUNet_raw or nnUNet_results"
+        ) from error
