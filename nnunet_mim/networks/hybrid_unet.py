@@ -1,0 +1,251 @@
+"""HybridUNet: the network nnU-Net trains. HybridEncoder run densely, a full-resolution stem, a U-Net decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunet_mim.config import NetworkConfig, Size3
+from nnunet_mim.errors import MiMError
+from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+
+N_ENCODER_STAGES = 4
+
+
+class HybridUNet(nn.Module):
+    """Segmentation network around the pretrained encoder, built by nnU-Net from a plans file.
+
+    Resolution level i has the cumulative stride of `strides[: i + 1]`: level 0 is the stem, levels 1-4 are the
+    encoder's maps, further levels are strided-convolution bottlenecks. Only `encoder.*` is pretrained.
+
+    Args:
+        input_channels: image channels.
+        num_classes: output channels (nnU-Net's segmentation heads, background included).
+        deep_supervision: initial value of `decoder.deep_supervision`, which decides what `forward` returns.
+        embed_dims, depths, num_heads, mlp_ratio, drop_path: of HybridEncoder.
+        strides: one triple a level; the first is (1, 1, 1), the next four are the encoder's, the rest (often one) the
+            bottleneck's.
+        stem_features: channels at full resolution.
+        decoder_features: channels of levels 1-4 in the decoder; default: `embed_dims`.
+        n_conv_per_stage_decoder: convolutions after each concatenation.
+
+    Raises:
+        MiMError: sizes that do not fit together.
+    """
+
+    # Read by nnU-Net's fine-tuning code. What it calls stem is the pretrained input layer, inside the encoder; our own
+    # `stem` is never pretrained.
+    key_to_encoder = "encoder"
+    key_to_stem = "encoder.stages.0.embed"
+    keys_to_in_proj = ("encoder.stages.0.embed.proj",)
+    key_to_lpe = None
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+        *,
+        embed_dims: Sequence[int] = (48, 96, 192, 384),
+        depths: Sequence[int] = (2, 2, 2, 11),
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        strides: Sequence[Sequence[int]] = ((1, 1, 1),) + ((2, 2, 2),) * 5,
+        drop_path: float = 0.0,
+        stem_features: int = 32,
+        decoder_features: Sequence[int] | None = None,
+        n_conv_per_stage_decoder: int = 1,
+    ) -> None:
+        super().__init__()
+        self.strides: list[Size3] = [tuple(int(n) for n in stride) for stride in strides]  # type: ignore[misc]
+        _check_strides(self.strides)
+        decoder_features = list(embed_dims if decoder_features is None else decoder_features)
+        if len(decoder_features) != N_ENCODER_STAGES:
+            raise MiMError(f"decoder_features must be four numbers, one for each encoder stage, got {decoder_features}")
+        encoder_strides = tuple(self.strides[1 : N_ENCODER_STAGES + 1])
+        self.encoder = HybridEncoder(
+            input_channels, tuple(embed_dims), tuple(depths), encoder_strides, num_heads, mlp_ratio, drop_path
+        )
+        bottleneck_strides = self.strides[N_ENCODER_STAGES + 1 :]
+        features = [stem_features, *decoder_features, *[decoder_features[-1]] * len(bottleneck_strides)]
+        kernels = kernel_sizes(self.strides)
+        self.cumulative_strides = [
+            tuple(math.prod(stride[axis] for stride in self.strides[: level + 1]) for axis in range(3))
+            for level in range(len(self.strides))
+        ]
+
+        self.stem = ResidualBlock(input_channels, stem_features, kernels[0])
+        self.skips = nn.ModuleList(
+            conv_norm_act(dim, width, (1, 1, 1)) for dim, width in zip(embed_dims, decoder_features, strict=True)
+        )
+        self.bottleneck = nn.ModuleList(
+            ResidualBlock(features[level - 1], features[level], kernels[level], self.strides[level])
+            for level in range(N_ENCODER_STAGES + 1, len(self.strides))
+        )
+        self.decoder = UNetDecoder(
+            features, self.strides, kernels, num_classes, deep_supervision, n_conv_per_stage_decoder
+        )
+        for part in (self.stem, self.skips, self.bottleneck, self.decoder):
+            part.apply(_init_he)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Segment a batch of patches of any size.
+
+        Args:
+            x: (N, C, X, Y, Z).
+
+        Returns:
+            (N, classes, X, Y, Z) logits; with `decoder.deep_supervision` a list from high to low resolution, one for
+            every level but the lowest, sized round(X / stride) as nnU-Net sizes its targets.
+        """
+        size = x.shape[2:]
+        padded = self.padded_size(size)
+        if padded != tuple(size):
+            x = F.pad(x, [n for a in (2, 1, 0) for n in (0, padded[a] - size[a])], mode="replicate")
+        features = [self.stem(x)]
+        for project, encoded in zip(self.skips, self.encoder.forward_features(x), strict=True):
+            features.append(project(encoded))
+        for down in self.bottleneck:
+            features.append(down(features[-1]))
+        outputs = self.decoder(features)
+        if padded != tuple(size):
+            outputs = [
+                _crop(y, [max(1, round(n * (1 / s))) for n, s in zip(size, self.cumulative_strides[i], strict=True)])
+                for i, y in enumerate(outputs)
+            ]
+        return outputs if self.decoder.deep_supervision else outputs[0]
+
+    def padded_size(self, size: Sequence[int]) -> Size3:
+        """Voxels per axis that the network really runs on.
+
+        A multiple of the encoder's token size, and at least two voxels at the lowest level: instance normalisation of a
+        single one is undefined.
+        """
+        padded = [math.ceil(n / p) * p for n, p in zip(size, self.encoder.token_size, strict=True)]
+        lowest = self.cumulative_strides[-1]
+        if all(n <= s for n, s in zip(padded, lowest, strict=True)):
+            padded[2] = math.ceil((lowest[2] + 1) / self.encoder.token_size[2]) * self.encoder.token_size[2]
+        return tuple(padded)  # type: ignore[return-value]
+
+
+class UNetDecoder(nn.Module):
+    """Transposed convolution, concatenation, convolutions; a 1x1x1 head at every level but the lowest."""
+
+    def __init__(
+        self,
+        features: Sequence[int],
+        strides: Sequence[Size3],
+        kernels: Sequence[Size3],
+        num_classes: int,
+        deep_supervision: bool,
+        n_conv: int,
+    ) -> None:
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        self.up, self.blocks, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(features[:-1]):
+            self.up.append(nn.ConvTranspose3d(features[level + 1], width, strides[level + 1], strides[level + 1]))
+            convs = [conv_norm_act(width if i else 2 * width, width, kernels[level]) for i in range(n_conv)]
+            self.blocks.append(nn.Sequential(*convs))
+            self.heads.append(nn.Conv3d(width, num_classes, 1))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Maps of all levels, high → low resolution → logits, high → low (only the first without deep supervision)."""
+        x = features[-1]
+        outputs: list[Tensor] = []
+        for level in reversed(range(len(self.blocks))):
+            x = _crop(self.up[level](x), features[level].shape[2:])
+            x = self.blocks[level](torch.cat([x, features[level]], dim=1))
+            if self.deep_supervision or level == 0:
+                outputs.insert(0, self.heads[level](x))
+        return outputs
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut; the first may be strided, on odd sizes too (output size rounded up)."""
+
+    def __init__(self, in_channels: int, channels: int, kernel: Size3, stride: Size3 = (1, 1, 1)) -> None:
+        super().__init__()
+        self.conv1 = conv_norm_act(in_channels, channels, kernel, stride)
+        self.conv2 = nn.Sequential(*conv_norm_act(channels, channels, kernel)[:2])
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != channels or stride != (1, 1, 1):
+            self.shortcut = nn.Sequential(*conv_norm_act(in_channels, channels, (1, 1, 1), stride)[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.conv2(self.conv1(x)) + self.shortcut(x), 0.01)
+
+
+def conv_norm_act(in_channels: int, channels: int, kernel: Size3, stride: Size3 = (1, 1, 1)) -> nn.Sequential:
+    """Convolution → InstanceNorm → LeakyReLU, nnU-Net's unit; size is kept (divided by the stride, rounded up)."""
+    padding = tuple(k // 2 for k in kernel)
+    return nn.Sequential(
+        nn.Conv3d(in_channels, channels, kernel, stride, padding, bias=False),  # type: ignore[arg-type]
+        nn.InstanceNorm3d(channels, affine=True),
+        nn.LeakyReLU(0.01, inplace=True),
+    )
+
+
+def kernel_sizes(strides: Sequence[Sequence[int]]) -> list[Size3]:
+    """Kernel of each level: 3, but 1 along an axis that has not been downsampled and is not about to be.
+
+    That is the axis of thick slices while the others catch up, as in nnU-Net. Where no axis is downsampled next (the
+    lowest level) the kernel is 3.
+    """
+    kernels: list[Size3] = []
+    for level in range(len(strides)):
+        untouched = [all(stride[axis] == 1 for stride in strides[: level + 2]) for axis in range(3)]
+        kernels.append(tuple(1 if u and not all(untouched) else 3 for u in untouched))  # type: ignore[arg-type]
+    return kernels
+
+
+def plans_architecture(network: NetworkConfig, patch_size: Sequence[int]) -> dict[str, Any]:
+    """The `architecture` block of a nnU-Net plans file.
+
+    Args:
+        network: sizes of the encoder; its decoder fields belong to pretraining and are not used.
+        patch_size: voxels per axis; decides on which axes there is room for a bottleneck below the token grid.
+
+    Returns:
+        Plain dict (JSON): network_class_name, arch_kwargs, _kw_requires_import (empty, but nnU-Net wants it).
+    """
+    tokens = [math.ceil(n / p) for n, p in zip(patch_size, network.token_size, strict=True)]
+    bottleneck = [2 if n >= 4 else 1 for n in tokens]
+    strides = [[1, 1, 1], *[list(stride) for stride in network.strides]]
+    return {
+        "network_class_name": f"{HybridUNet.__module__}.{HybridUNet.__name__}",
+        "arch_kwargs": {
+            "embed_dims": list(network.embed_dims),
+            "depths": list(network.depths),
+            "num_heads": network.num_heads,
+            "mlp_ratio": network.mlp_ratio,
+            "strides": [*strides, bottleneck] if max(bottleneck) > 1 else strides,
+            "stem_features": max(8, min(32, network.embed_dims[0] * 2 // 3)),
+            "decoder_features": list(network.embed_dims),
+            "n_conv_per_stage_decoder": 1,
+        },
+        "_kw_requires_import": [],
+    }
+
+
+def _check_strides(strides: Sequence[Sequence[int]]) -> None:
+    if len(strides) < N_ENCODER_STAGES + 1 or any(len(stride) != 3 for stride in strides):
+        raise MiMError(f"HybridUNet is 3-D and needs five strides or more (full size, four stages), got {strides}")
+    if tuple(strides[0]) != (1, 1, 1):
+        raise MiMError(f"the first stride of HybridUNet is full resolution and must be (1, 1, 1), got {strides[0]}")
+
+
+def _crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    return x[..., : size[0], : size[1], : size[2]]
+
+
+def _init_he(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+        nn.init.kaiming_normal_(module.weight, a=0.01)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

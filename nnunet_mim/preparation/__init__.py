@@ -1,0 +1,1 @@
+"""Getting data and plans ready for pretraining and finetuning."""

@@ -1,0 +1,177 @@
+"""`mim_plan`: finetuning plans."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+from nnunet_mim.config import PRESETS
+from nnunet_mim.errors import MiMError
+from nnunet_mim.preparation.mim_plans import check_can_write, make_mim_plans, write_plans
+from nnunet_mim.trainers.checkpoint import read_checkpoint
+from nnunet_mim.trainers.finetune_config import FinetuneConfig
+from nnunet_mim.trainers.resolve_plans import required_folder
+
+DESCRIPTION = """\
+Writes nnU-Net plans for pretraining and finetuning with MiM: nnUNet_preprocessed/DATASET/nnUNetMiMPlans.json.
+
+They take the dataset's own nnU-Net plans (-p) and change: the network (HybridUNet, of --preset, or of the checkpoint
+given with -pc), the patch size (multiples of the network's token, 16 voxels), the CT window (-1000…1000 HU instead of
+the foreground's percentiles; with -pc the window of pretraining), and add a block mim_finetune with every number of the
+finetuning recipe. With -pc the spacing of pretraining is used if it is within a factor of 1.5 of the dataset's own."""
+
+EXAMPLES = """\
+examples:
+  mim_plan -d 501 --preset small                    plans to pretrain and finetune with
+  mim_plan -d 501 -pc checkpoint_final.pth          plans to finetune an existing checkpoint with
+  mim_plan -d 501 --set num_epochs=100 lr=0.0005 patch_size=64,64,64
+
+settings for --set: patch_size, spacing (mm), batch_size, and the recipe:
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns 0, or 2 after printing a one-line error."""
+    options = _parser().parse_args(argv)
+    try:
+        run(options)
+    except MiMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Plan one dataset as the command line says."""
+    settings = parse_settings(options.set)
+    dataset = Path(required_folder("nnUNet_preprocessed"), dataset_name(options.d))
+    if "__" in options.o or not options.o.replace("_", "").isalnum() or options.o == options.p:
+        raise MiMError(f"-o {options.o}: choose a name of letters, digits and single underscores, other than -p")
+    number = dataset.name[7:10]
+    command = f"nnUNetv2_plan_and_preprocess -d {number} --no_pp"
+    base_plans = _load(dataset / f"{options.p}.json", command)
+    fingerprint = _load(dataset / "dataset_fingerprint.json", command)
+    checkpoint = read_checkpoint(options.pc) if options.pc else None
+    if checkpoint is not None and options.preset and PRESETS[options.preset] != checkpoint.network:
+        raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
+
+    dataset_json = _load(dataset / "dataset.json", command)
+    plans, notes = make_mim_plans(
+        base_plans, fingerprint, dataset_json, options.o, options.c, options.preset or "base", checkpoint, settings
+    )
+    plans_file = dataset / f"{options.o}.json"
+    preprocessed = check_can_write(plans, plans_file, options.overwrite)
+    write_plans(plans, plans_file)
+    size = checkpoint.preset if checkpoint is not None else options.preset or "base"
+    print(f"wrote {plans_file}\n  network: HybridUNet {size}")
+    for note in notes:
+        print(f"  {note}")
+    print("next:")
+    for line in next_commands(number, options.o, options.c, size, preprocessed, checkpoint is not None):
+        print(f"  {line}")
+
+
+def next_commands(
+    number: str, plans: str, configuration: str, preset: str, preprocessed: bool, pretrained: bool
+) -> list[str]:
+    """What to run after mim_plan."""
+    commands = []
+    if not preprocessed:
+        commands.append(f"nnUNetv2_preprocess -d {number} -plans_name {plans} -c {configuration}")
+    if not pretrained:
+        commands.append(f"mim_pretrain -d {number} -p {plans} -c {configuration} --preset {preset} -f 0")
+    commands.append(f"nnUNetv2_train {number} {configuration} 0 -tr nnUNetTrainerMiM -p {plans}")
+    return commands
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` pairs → dict. Values are JSON, or lists with commas (64,64,64), or plain words.
+
+    Raises:
+        MiMError: no equals sign, or a key given twice.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key or not text:
+            raise MiMError(f"--set {pair}: write key=value")
+        if key in settings:
+            raise MiMError(f"--set {key} is given twice")
+        settings[key] = _value(text)
+    return settings
+
+
+def dataset_name(given: str) -> str:
+    """Dataset number or name → full name.
+
+    Raises:
+        MiMError: no or several such datasets.
+    """
+    if given.isdigit() and int(given) < 1000:
+        found = [str(name) for name in find_candidate_datasets(int(given))]
+        if len(found) > 1:
+            raise MiMError(f"-d {given}: several datasets have this number: {', '.join(found)}")
+    else:
+        found = [name for name in _all_datasets() if name == given]
+    if not found:
+        known = ", ".join(_all_datasets()) or "none"
+        raise MiMError(f"-d {given}: no such dataset in nnUNet_raw or nnUNet_preprocessed; there: {known}")
+    return found[0]
+
+
+def _all_datasets() -> list[str]:
+    folders = [Path(path.get()) for path in (nnUNet_raw, nnUNet_preprocessed) if path.is_set()]
+    paths = (path for folder in folders for path in folder.glob("Dataset[0-9][0-9][0-9]_*"))
+    return sorted({path.name for path in paths if path.is_dir()})
+
+
+def _load(path: Path, command: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise MiMError(f"{path} does not exist: run `{command}` first")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise MiMError(f"{path} is not valid JSON ({error}): run `{command}` again") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return [_value(part) for part in text.split(",")] if "," in text else text
+
+
+def _recipe() -> str:
+    return "\n".join(f"  {f.name} ({f.default})" for f in fields(FinetuneConfig))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mim_plan", description=DESCRIPTION, epilog=EXAMPLES + _recipe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
+    parser.add_argument("-pc", metavar="CHECKPOINT", help="checkpoint_final.pth of a mim_pretrain run")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="base plans (default: nnUNetPlans)")
+    parser.add_argument("-o", "-overwrite_plans_name", dest="o", default="nnUNetMiMPlans", metavar="NAME",
+                        help="name of the new plans (default: nnUNetMiMPlans)")  # fmt: skip
+    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION",
+                        help="the configuration to keep (default: 3d_fullres)")  # fmt: skip
+    parser.add_argument("--preset", choices=list(PRESETS),
+                        help="network size (default: base, or that of the checkpoint)")  # fmt: skip
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="change a setting, see below")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace plans even if data was preprocessed with another spacing or window")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

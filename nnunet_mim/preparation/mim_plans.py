@@ -1,0 +1,268 @@
+"""nnU-Net plans for MiM: a wide CT window, HybridUNet as architecture, a patch that suits it, the finetuning recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_mim.config import PRESETS, NetworkConfig
+from nnunet_mim.errors import MiMError
+from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
+from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint
+from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, check_known_keys, default_mirror_axes
+from nnunet_mim.trainers.resolve_plans import configuration_of, n_channels
+
+WIDE_CT_WINDOW = {
+    "percentile_00_5": -1000.0,
+    "percentile_99_5": 1000.0,
+    "mean": 0.0,
+    "std": 250.0,
+    "min": -1000.0,
+    "max": 1000.0,
+    "median": 0.0,
+}
+"""HU. CTNormalization clips at the percentiles, subtracts the mean, divides by std; nothing reads the last three."""
+
+MAX_SPACING_RATIO = 1.5
+"""a checkpoint's spacing is taken over if it is within this factor of the dataset's own on every axis"""
+
+PLAN_SETTINGS = ("patch_size", "spacing", "batch_size")
+DECIDES_VOXELS = (
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+)
+
+
+def make_mim_plans(
+    base_plans: dict[str, Any],
+    fingerprint: dict[str, Any],
+    dataset_json: dict[str, Any],
+    plans_name: str,
+    configuration: str = "3d_fullres",
+    preset: str = "base",
+    checkpoint: PretrainedCheckpoint | None = None,
+    settings: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Plans with one configuration, from a dataset's base plans and fingerprint.
+
+    Args:
+        base_plans: plans of a nnU-Net planner.
+        fingerprint: dataset_fingerprint.json.
+        dataset_json: dataset.json.
+        plans_name: name of the new plans.
+        configuration: the one configuration they hold.
+        preset: network size; a checkpoint decides it itself.
+        checkpoint: pretraining to finetune; its network, spacing and intensity windows are used where they suit.
+        settings: overrides: fields of FinetuneConfig, patch_size (voxels), spacing (mm), batch_size.
+
+    Returns:
+        (plans, lines that say what was chosen and why).
+
+    Raises:
+        MiMError: bad settings, a 2-D configuration, a checkpoint that does not fit.
+    """
+    settings = dict(settings or {})
+    recipe_fields = [f.name for f in fields(FinetuneConfig)]
+    check_known_keys(settings, [*recipe_fields, *PLAN_SETTINGS], "--set")
+    notes: list[str] = []
+    config = deepcopy(configuration_of(base_plans, configuration))
+    for key in ("inherits_from", "next_stage", "previous_stage"):
+        config.pop(key, None)
+    if checkpoint is not None and checkpoint.in_channels not in (1, n_channels(dataset_json)):
+        raise MiMError(
+            f"checkpoint {checkpoint.path} was pretrained on {checkpoint.in_channels} channels, the dataset has "
+            f"{n_channels(dataset_json)}: pretrain on this dataset, or on one channel (which fits any number)"
+        )
+    network = checkpoint.network if checkpoint is not None else PRESETS[preset]
+
+    spacing, reason = _choose_spacing(config["spacing"], checkpoint, settings.get("spacing"))
+    notes.append(f"spacing (mm, array order): {[round(s, 3) for s in spacing]} ({reason})")
+    if list(spacing) != list(config["spacing"]):
+        config["median_image_size_in_voxels"] = median_shape(fingerprint, spacing, base_plans["transpose_forward"])
+    config["spacing"] = list(spacing)
+    config["data_identifier"] = f"{plans_name}_{configuration}"
+
+    median = config["median_image_size_in_voxels"]
+    config["patch_size"] = _choose_patch(config["patch_size"], median, network, settings.get("patch_size"))
+    config["batch_size"] = _choose_batch(config["batch_size"], settings.get("batch_size"))
+    notes.append(f"patch {config['patch_size']}, batch {config['batch_size']} (base plans: median image {median})")
+    config["architecture"] = plans_architecture(network, config["patch_size"])
+
+    recipe = FinetuneConfig(**{key: value for key, value in settings.items() if key in recipe_fields})
+    if recipe.mirror_axes is None:
+        recipe = replace(recipe, mirror_axes=default_mirror_axes(base_plans["transpose_forward"]))
+
+    plans = {k: v for k, v in deepcopy(base_plans).items() if k not in ("configurations", "pretrain_info")}
+    plans["plans_name"] = plans_name
+    plans["foreground_intensity_properties_per_channel"], lines = intensity_windows(
+        plans["foreground_intensity_properties_per_channel"], config["normalization_schemes"], checkpoint
+    )
+    notes.extend(lines)
+    plans["configurations"] = {configuration: config}
+    if checkpoint is not None:
+        plans["pretrain_info"] = pretrain_info(checkpoint)
+    plans[PLANS_KEY] = recipe.to_dict()
+    return plans, notes
+
+
+def intensity_windows(
+    base: dict[str, Any], schemes: Sequence[str], checkpoint: PretrainedCheckpoint | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Intensity properties per channel: CT channels get the checkpoint's window, or the wide one.
+
+    Args:
+        base: foreground_intensity_properties_per_channel of the base plans.
+        schemes: normalization_schemes of the configuration.
+        checkpoint: if any.
+
+    Returns:
+        (properties per channel, notes).
+    """
+    windows, notes = deepcopy(base), []
+    provenance = checkpoint.provenance if checkpoint is not None else {}
+    pretrained_schemes = provenance.get("normalization") or []
+    for channel, scheme in enumerate(schemes):
+        source = min(channel, len(pretrained_schemes) - 1)
+        before = pretrained_schemes[source] if pretrained_schemes else scheme
+        if before != scheme:
+            notes.append(f"WARNING: channel {channel} is normalised with {scheme}, in pretraining with {before}")
+        if scheme != "CTNormalization":
+            continue
+        stored = (provenance.get("intensity_properties") or {}).get(str(source)) if before == scheme else None
+        window = {**WIDE_CT_WINDOW, **{name: float(value) for name, value in (stored or {}).items()}}
+        windows[str(channel)] = window
+        notes.append(
+            f"channel {channel}: CT window {window['percentile_00_5']:g}…{window['percentile_99_5']:g} HU, mean "
+            f"{window['mean']:g}, std {window['std']:g} ({'as in pretraining' if stored else 'the wide window'})"
+        )
+    return windows, notes
+
+
+def pretrain_info(checkpoint: PretrainedCheckpoint) -> dict[str, Any]:
+    """The block that nnU-Net's development branch and nnUNetTrainerMiM read."""
+    return {
+        "checkpoint_path": checkpoint.path,
+        "pt_num_in_channels": checkpoint.in_channels,
+        "pt_used_patchsize": list(checkpoint.view_size),
+        "key_to_encoder": HybridUNet.key_to_encoder,
+        "key_to_stem": HybridUNet.key_to_stem,
+        "keys_to_in_proj": list(HybridUNet.keys_to_in_proj),
+        "key_to_lpe": HybridUNet.key_to_lpe,
+    }
+
+
+def median_shape(
+    fingerprint: dict[str, Any], spacing: Sequence[float], transpose_forward: Sequence[int]
+) -> list[float]:
+    """Median voxels per axis (transposed array order) after resampling every case to `spacing` (mm, same order)."""
+    order = list(transpose_forward)
+    sizes_mm = np.array(fingerprint["spacings"])[:, order] * np.array(fingerprint["shapes_after_crop"])[:, order]
+    return [float(n) for n in np.median(np.round(sizes_mm / np.array(spacing)), axis=0)]
+
+
+def suitable_patch(base_patch: Sequence[int], median: Sequence[float], token_size: Sequence[int]) -> list[int]:
+    """Nearest multiple of the token size to the base patch, and no larger than holds the median image."""
+    patch = []
+    for size, n, token in zip(base_patch, median, token_size, strict=True):
+        nearest = math.floor(size / token + 0.5) * token
+        patch.append(max(token, min(nearest, math.ceil(n / token) * token)))
+    return patch
+
+
+def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool) -> bool:
+    """Refuse to change what an existing preprocessed folder was made with.
+
+    Returns:
+        Whether that folder exists and was made with the same spacing and normalisation.
+
+    Raises:
+        MiMError: it was made with others, and `overwrite` is off.
+    """
+    (configuration,) = plans["configurations"]
+    folder = plans_file.parent / plans["configurations"][configuration]["data_identifier"]
+    if not folder.is_dir():
+        return False
+    same = False
+    if plans_file.is_file():
+        try:
+            same = _voxels_key(json.loads(plans_file.read_text()), configuration) == _voxels_key(plans, configuration)
+        except (KeyError, ValueError):
+            same = False
+    if not same and not overwrite:
+        raise MiMError(
+            f"{folder} was preprocessed with another spacing or normalisation than the new {plans['plans_name']}: "
+            f"choose another name with -o, or --overwrite and preprocess again"
+        )
+    return same
+
+
+def write_plans(plans: dict[str, Any], plans_file: Path) -> None:
+    """Write a plans file; it appears whole or not at all."""
+    temporary = plans_file.with_name(plans_file.name + ".tmp")
+    temporary.write_text(json.dumps(plans, indent=4))
+    os.replace(temporary, plans_file)
+
+
+def _choose_spacing(
+    base: Sequence[float], checkpoint: PretrainedCheckpoint | None, given: Any
+) -> tuple[list[float], str]:
+    if given is not None:
+        spacing = _three(given, "spacing", "mm")
+        if min(spacing) <= 0:
+            raise MiMError(f"--set spacing must be above 0, got {given}")
+        return [float(s) for s in spacing], "--set"
+    pretrained = checkpoint.provenance.get("spacing") if checkpoint is not None else None
+    if not pretrained:
+        return list(base), "base plans"
+    shown = [round(float(s), 3) for s in pretrained]
+    if all(1 / MAX_SPACING_RATIO <= p / b <= MAX_SPACING_RATIO for p, b in zip(pretrained, base, strict=True)):
+        return [float(s) for s in pretrained], "as in pretraining"
+    return list(base), f"base plans; WARNING: pretrained at {shown}, too far from this dataset's own to be taken over"
+
+
+def _choose_patch(base: Sequence[int], median: Sequence[float], network: NetworkConfig, given: Any) -> list[int]:
+    token = network.token_size
+    if given is None:
+        return suitable_patch(base, median, token)
+    patch = _three(given, "patch_size", "voxels")
+    if any(not isinstance(n, int) or n < p or n % p for n, p in zip(patch, token, strict=True)):
+        raise MiMError(f"--set patch_size must be multiples of the token size {list(token)}, got {given}")
+    return patch
+
+
+def _choose_batch(base: int, given: Any) -> int:
+    if given is None:
+        return base
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise MiMError(f"--set batch_size must be a whole number above 0, got {given}")
+    return given
+
+
+def _three(value: Any, name: str, unit: str) -> list:
+    valid = isinstance(value, (list, tuple)) and len(value) == 3
+    if not valid or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in value):
+        raise MiMError(f"--set {name} must be three numbers ({unit}, array order), e.g. {name}=96,96,96; got {value}")
+    return list(value)
+
+
+def _voxels_key(plans: dict[str, Any], configuration: str) -> list[Any]:
+    """Everything in plans that decides what the preprocessed voxels are."""
+    config = plans["configurations"][configuration]
+    windows = plans["foreground_intensity_properties_per_channel"]
+    used = ("percentile_00_5", "percentile_99_5", "mean", "std")
+    ct_windows = [
+        [windows[str(c)][name] for name in used] if scheme == "CTNormalization" else None
+        for c, scheme in enumerate(config["normalization_schemes"])
+    ]
+    return [plans["transpose_forward"], ct_windows, *[config.get(name) for name in DECIDES_VOXELS]]

@@ -1,0 +1,126 @@
+"""Finding and reading the pretraining checkpoint that a finetuning run starts from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunet_mim.config import NetworkConfig, network_from_dict
+from nnunet_mim.errors import MiMError
+
+ENV_CHECKPOINT = "nnUNet_mim_checkpoint"
+ENCODER_PREFIX = "encoder."
+
+
+@dataclass(frozen=True)
+class PretrainedCheckpoint:
+    """What finetuning needs of a `mim_pretrain` checkpoint."""
+
+    path: str
+    network: NetworkConfig
+    preset: str
+    in_channels: int
+    view_size: tuple[int, ...]
+    encoder: dict[str, Tensor] = field(repr=False)
+    """parameters of HybridEncoder, without the `encoder.` prefix"""
+    provenance: dict[str, Any] = field(repr=False)
+    """datasets, spacing (mm), normalization, intensity_properties, iterations, cases with their voxel hashes, …"""
+
+
+def find_checkpoint(plans: dict[str, Any], configuration: str, fold: int | str, results: str | Path) -> Path | None:
+    """Where a fresh finetuning run takes its encoder from; first hit wins.
+
+    The environment variable nnUNet_mim_checkpoint, `plans["pretrain_info"]["checkpoint_path"]`, then the finished
+    `mim_pretrain` run of the same dataset, plans and configuration that left out this fold (or used all cases).
+
+    Args:
+        plans: content of the plans file.
+        configuration: e.g. 3d_fullres.
+        fold: number or "all".
+        results: the nnUNet_results folder.
+
+    Returns:
+        None where nothing was named and no finished run exists.
+
+    Raises:
+        MiMError: a named file is missing, or several tagged runs match.
+    """
+    named = [
+        (os.environ.get(ENV_CHECKPOINT), f"environment variable {ENV_CHECKPOINT}"),
+        ((plans.get("pretrain_info") or {}).get("checkpoint_path"), "pretrain_info in the plans file"),
+    ]
+    for path, source in named:
+        if path:
+            if not Path(path).is_file():
+                raise MiMError(f"pretraining checkpoint {path} ({source}) does not exist: correct or remove the path")
+            return Path(path)
+    for name in dict.fromkeys((f"fold_{fold}", "fold_all")):
+        found = [run / name / "checkpoint_final.pth" for run in _pretraining_runs(plans, configuration, results)]
+        found = [path for path in found if path.is_file()]
+        untagged = [path for path in found if path.parts[-3].startswith("MiMPretrain__")]
+        if len(untagged or found) > 1:
+            raise MiMError(
+                f"several pretraining runs fit ({', '.join(map(str, found))}): choose one, {ENV_CHECKPOINT}=CHECKPOINT"
+            )
+        if found:
+            return (untagged or found)[0]
+    return None
+
+
+def no_checkpoint_error(plans: dict[str, Any], configuration: str, fold: int | str, results: str | Path) -> MiMError:
+    """The error for a run that has no checkpoint to start from: says what to do, and what was found instead."""
+    runs = _pretraining_runs(plans, configuration, results)
+    other = sorted(str(path) for run in runs for path in run.glob("fold_*/checkpoint_*.pth"))
+    dataset, plans_name = plans["dataset_name"], plans["plans_name"]
+    hint = f" (not used, of another fold or unfinished: {', '.join(other)})" if other else ""
+    fold_option = "" if fold == "all" else f" -f {fold}"
+    command = f"mim_pretrain -d {dataset[7:10]} -p {plans_name} -c {configuration}{fold_option}"
+    return MiMError(
+        f"no pretraining checkpoint for {dataset}, {plans_name}, {configuration}, fold {fold}{hint}: run `{command}`, "
+        f"or set {ENV_CHECKPOINT}=CHECKPOINT, or write plans with `mim_plan -pc CHECKPOINT`; without pretraining use "
+        f"-tr nnUNetTrainerMiMScratch"
+    )
+
+
+def read_checkpoint(path: str | Path) -> PretrainedCheckpoint:
+    """Load and check a pretraining checkpoint; no code in the file is run (`weights_only`).
+
+    Raises:
+        MiMError: missing, unreadable, truncated, not written by mim_pretrain, or inconsistent.
+    """
+    path = Path(path).absolute()
+    if not path.is_file():
+        raise MiMError(f"pretraining checkpoint {path} does not exist")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise MiMError(
+            f"cannot read {path} as a pretraining checkpoint ({type(error).__name__}: truncated, or not written by "
+            f"mim_pretrain): pretrain again or copy the file again"
+        ) from error
+    if not isinstance(stored, dict) or not {"network_weights", "mim_config"} <= set(stored):
+        raise MiMError(
+            f"{path} is not a pretraining checkpoint (no network_weights and mim_config in it): give the "
+            f"checkpoint_final.pth of a mim_pretrain run"
+        )
+    config, weights = stored["mim_config"], stored["network_weights"]
+    try:
+        network = network_from_dict(config["network"])
+        in_channels, view_size = int(config["in_channels"]), tuple(config["view_size"])
+    except (KeyError, TypeError) as error:
+        raise MiMError(f"{path}: incomplete mim_config ({error}): written by another version of nnunet_mim") from error
+    encoder = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
+    if not encoder:
+        raise MiMError(f"{path} holds no parameters named {ENCODER_PREFIX}*: give the checkpoint of a mim_pretrain run")
+    preset, provenance = str(config.get("preset", "custom")), stored.get("provenance") or {}
+    return PretrainedCheckpoint(str(path), network, preset, in_channels, view_size, encoder, provenance)
+
+
+def _pretraining_runs(plans: dict[str, Any], configuration: str, results: str | Path) -> list[Path]:
+    pattern = f"MiMPretrain*__{plans['plans_name']}__{configuration}"
+    return sorted(Path(results, plans["dataset_name"]).glob(pattern))

@@ -1,0 +1,158 @@
+"""nnU-Net trainers that finetune a MiM-pretrained encoder, and their control from random weights.
+
+What differs from stock nnU-Net: the network (HybridUNet), where its encoder's weights come from, the optimiser with its
+schedule, and the mirroring axes. All numbers come from the plans' `mim_finetune` block (finetune_config.py).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_mim.networks.hybrid_unet import HybridUNet
+from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
+from nnunet_mim.trainers.finetune_config import default_mirror_axes
+from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
+from nnunet_mim.trainers.provenance import leak_warning, leaked_cases, unit_differences, units_warning
+from nnunet_mim.trainers.resolve_plans import required_folder, resolve_plans
+from nnunet_mim.trainers.transfer import TransferReport, check_architecture, transfer_encoder
+
+TRANSFER_FILE = "mim_transfer.json"
+
+
+class nnUNetTrainerMiM(nnUNetTrainer):
+    """Finetunes a HybridUNet whose encoder `mim_pretrain` trained.
+
+    The pretraining file is read when a training starts and never again: `--c`, `--val` and prediction work without it.
+    """
+
+    load_pretrained = True
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the base class's signature)
+    ) -> None:
+        resolved = resolve_plans(
+            plans, configuration, fold, dataset_json, self.__class__.__name__, self.load_pretrained
+        )
+        resolved.plans.setdefault("continue_training", False)
+        super().__init__(resolved.plans, configuration, fold, dataset_json, device)
+        self.finetune = resolved.finetune
+        self.initial_lr = self.finetune.lr
+        self.weight_decay = self.finetune.weight_decay
+        self.num_epochs = self.finetune.num_epochs
+        self.num_iterations_per_epoch = self.finetune.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.finetune.val_iterations_per_epoch
+        self.enable_deep_supervision = self.finetune.deep_supervision
+        self._checkpoint: PretrainedCheckpoint | None = resolved.checkpoint
+        self._fresh = self.load_pretrained
+        self._report: TransferReport | None = None
+        for note in resolved.notes:
+            self._log(note)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationSchedule]:
+        """AdamW and its schedule, after the weight transfer.
+
+        nnU-Net calls this once, on every rank, after building (and compiling) the network and before DDP wraps it: the
+        one place where pretrained weights can be put in.
+        """
+        network: HybridUNet = getattr(self.network, "_orig_mod", self.network)  # type: ignore[assignment]
+        if self._fresh:
+            self._load_pretrained_encoder(network)
+        if not self.enable_deep_supervision:
+            network.decoder.heads[1:].requires_grad_(False)  # unused, and DDP wants a gradient for every parameter
+        return build_optimizer(network, self.finetune)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Restore a finetuning run; a network that is not yet built needs no pretrained weights then."""
+        self._fresh = False
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._report is not None and self.local_rank == 0:
+            self._check_provenance()
+        self._checkpoint = None
+
+    def train_step(self, batch: dict) -> dict:
+        self.lr_scheduler.advance()
+        return super().train_step(batch)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (the base class's name)
+        """nnU-Net's choices, with the mirroring axes of the recipe (default: all but left-right)."""
+        rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        axes = self.finetune.mirror_axes
+        if axes is None:
+            axes = default_mirror_axes(self.plans_manager.transpose_forward)
+        self.inference_allowed_mirroring_axes = axes or None  # nnU-Net's prediction takes None, not an empty tuple
+        self._log(f"Mirroring axes (array order): {axes}")
+        return rotation, dummy_2d, initial_patch_size, axes
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        super().perform_actual_validation(save_probabilities)
+        record = Path(self.output_folder, TRANSFER_FILE)
+        if self.local_rank == 0 and self.load_pretrained and record.is_file():
+            stored = json.loads(record.read_text())
+            if stored["leaked_cases"]:
+                self._log(leak_warning(stored["leaked_cases"], stored["n_val_cases"], stored["source"]))
+
+    def _load_pretrained_encoder(self, network: HybridUNet) -> None:
+        if self._checkpoint is None:  # a fold is trained once more, over an old result
+            results = required_folder("nnUNet_results")
+            plans, where = self.plans_manager.plans, (self.configuration_name, self.fold, results)
+            path = find_checkpoint(plans, *where)
+            if path is None:
+                raise no_checkpoint_error(plans, *where)
+            self._checkpoint = read_checkpoint(path)
+        channels = network.encoder.in_channels
+        check_architecture(self._checkpoint, self.configuration_manager.network_arch_init_kwargs, channels)
+        self._report = transfer_encoder(network, self._checkpoint)
+        for line in self._report.lines():
+            self._log(line)
+
+    def _check_provenance(self) -> None:
+        """Warn about validation cases the encoder has seen and about other units; record what was transferred."""
+        assert self._checkpoint is not None
+        assert self._report is not None
+        provenance, leaked = self._checkpoint.provenance, []
+        _, val_cases = self.do_split()
+        if self.fold != "all":  # there the validation cases are training cases anyway
+            cases = self.dataset_class(self.preprocessed_dataset_folder, val_cases)
+            leaked = leaked_cases(
+                provenance, self.plans_manager.dataset_name, val_cases, lambda case: cases.load_case(case)[0][:]
+            )
+        if leaked:
+            self._log(leak_warning(leaked, len(val_cases), self._checkpoint.path))
+        differences = unit_differences(
+            provenance,
+            self.configuration_manager.configuration,
+            self.plans_manager.foreground_intensity_properties_per_channel,
+        )
+        if differences:
+            self._log(units_warning(differences))
+        record = {
+            **self._report.to_dict(),
+            "leaked_cases": leaked,
+            "n_val_cases": len(val_cases),
+            "unit_differences": differences,
+            "pretraining": {k: v for k, v in provenance.items() if k not in ("cases", "loss_history")},
+        }
+        Path(self.output_folder, TRANSFER_FILE).write_text(json.dumps(record, indent=2))
+
+    def _log(self, text: str) -> None:
+        if self.local_rank == 0:
+            self.print_to_log_file(text)
+
+
+class nnUNetTrainerMiMScratch(nnUNetTrainerMiM):
+    """The control: same network, same recipe, random weights."""
+
+    load_pretrained = False

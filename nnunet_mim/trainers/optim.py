@@ -1,0 +1,116 @@
+"""Optimiser groups with layer-wise learning rates, and a schedule that knows the global iteration."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from nnunet_mim.networks.hybrid_unet import HybridUNet
+from nnunet_mim.trainers.finetune_config import FinetuneConfig
+
+POLY_EXPONENT = 0.9
+
+
+def lr_factor(iteration: int, total: int, config: FinetuneConfig) -> float:
+    """Share of the peak learning rate at an iteration.
+
+    Linear from 1/w to 1 over the first w = round(total * warmup_fraction) iterations, then cosine or poly, reaching 0
+    at `total`.
+
+    Args:
+        iteration: number of optimiser steps already done, 0 … total - 1.
+        total: optimiser steps of the whole training.
+    """
+    warmup = round(total * config.warmup_fraction)
+    if iteration < warmup:
+        return (iteration + 1) / warmup
+    progress = min(1.0, (iteration - warmup) / max(1, total - warmup))
+    if config.schedule == "poly":
+        return (1 - progress) ** POLY_EXPONENT
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class IterationSchedule:
+    """Sets the learning rate of every group from the global iteration, so that `--c` needs no state of its own.
+
+    Args:
+        optimizer: its groups may have an `lr_scale`.
+        config: recipe; its number of epochs and iterations decide the total.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: FinetuneConfig) -> None:
+        self.optimizer = optimizer
+        self.config = config
+        self.iteration = 0
+        self.step(0)
+
+    def step(self, epoch: int) -> None:
+        """Jump to the start of an epoch (nnU-Net calls this before each one)."""
+        self.iteration = epoch * self.config.iterations_per_epoch
+        self._apply()
+
+    def advance(self) -> None:
+        """Set the rate of the optimiser step that comes next, and count it."""
+        self._apply()
+        self.iteration += 1
+
+    def _apply(self) -> None:
+        total = self.config.num_epochs * self.config.iterations_per_epoch
+        lr = self.config.lr * lr_factor(self.iteration, total, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def encoder_layer(name: str, n_vit_blocks: int) -> int:
+    """Depth of an encoder parameter: stages 0-2, token embedding 3, transformer blocks from 4 on, last the final norm.
+
+    Args:
+        name: of the parameter inside HybridEncoder, e.g. `stages.1.blocks.0.conv1.weight`.
+        n_vit_blocks: transformer blocks of that encoder.
+    """
+    parts = name.split(".")
+    if parts[0] == "stages":
+        return int(parts[1])
+    if parts[0] in ("token_embed", "token_proj"):
+        return 3
+    if parts[0] == "vit_blocks":
+        return 4 + int(parts[1])
+    if parts[0] == "norm":
+        return 4 + n_vit_blocks
+    raise ValueError(f"encoder parameter {name} belongs to no known layer")
+
+
+def parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]:
+    """AdamW groups of a HybridUNet: every trainable parameter exactly once.
+
+    Groups differ in `lr_scale` (layer_decay ** distance from the encoder's end; 1 outside the encoder) and weight decay
+    (none on 1-d parameters). The first group has the full learning rate: nnU-Net logs that one.
+    """
+    n_vit_blocks = len(network.encoder.vit_blocks)
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if name.startswith("encoder."):
+            distance = 4 + n_vit_blocks - encoder_layer(name.removeprefix("encoder."), n_vit_blocks)
+            scale = config.layer_decay**distance
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+    return sorted(groups.values(), key=lambda group: (-group["lr_scale"], -group["weight_decay"]))
+
+
+def build_optimizer(network: HybridUNet, config: FinetuneConfig) -> tuple[AdamW, IterationSchedule]:
+    """AdamW that clips gradients before each step, and its schedule."""
+    optimizer = AdamW(parameter_groups(network, config), lr=config.lr)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip(*_: object) -> None:
+        # nnU-Net's own training step unscales the gradients and clips at 12 before it gets here.
+        nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer, IterationSchedule(optimizer, config)

@@ -1,0 +1,100 @@
+"""Whether validation cases were seen in pretraining, and whether both stages see the same units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from nnunet_mim.voxel_hash import voxel_sha256
+
+WINDOW_FIELDS = ("percentile_00_5", "percentile_99_5", "mean", "std")
+
+
+def leaked_cases(
+    provenance: dict[str, Any], dataset: str, val_cases: Iterable[str], load_voxels: Callable[[str], np.ndarray]
+) -> list[str]:
+    """Validation cases that the encoder was pretrained on.
+
+    A case counts if the same dataset and identifier were pretrained on, or the same voxels under any name.
+
+    Args:
+        provenance: of the pretraining checkpoint; its `cases` are {dataset, case, sha256}.
+        dataset: e.g. Dataset501_HeadNeckOAR.
+        val_cases: identifiers.
+        load_voxels: identifier → (C, X, Y, Z) preprocessed voxels; called only where the name does not decide.
+    """
+    seen = provenance.get("cases") or []
+    names = {(case["dataset"], case["case"]) for case in seen}
+    hashes = {case["sha256"] for case in seen if case.get("sha256")}
+    return [
+        case
+        for case in val_cases
+        if (dataset, case) in names or (bool(hashes) and voxel_sha256(load_voxels(case)) in hashes)
+    ]
+
+
+def leak_warning(leaked: list[str], n_val: int, source: str) -> str:
+    """Text of the loud warning."""
+    bar = "#" * 100
+    names = ", ".join(leaked[:10]) + (f" and {len(leaked) - 10} more" if len(leaked) > 10 else "")
+    return (
+        f"\n{bar}\nWARNING: {len(leaked)} of {n_val} validation cases of this fold were PRETRAINED ON ({names}).\n"
+        f"Their voxels (not their labels) are known to the encoder of {source}.\n"
+        f"Validation scores of this fold are optimistic: pretrain with `mim_pretrain -f FOLD` to leave its validation "
+        f"cases out.\n{bar}\n"
+    )
+
+
+def unit_differences(provenance: dict[str, Any], config: dict[str, Any], intensity: dict[str, Any]) -> list[str]:
+    """What differs in the preprocessing of pretraining and finetuning.
+
+    Args:
+        provenance: of the checkpoint: spacing (mm, array order), normalization (names), intensity_properties (per
+            channel, as nnU-Net's plans hold them).
+        config: the plans' configuration.
+        intensity: the plans' foreground_intensity_properties_per_channel.
+
+    Returns:
+        One sentence a difference; empty where pretraining and finetuning see the same units.
+    """
+    differences = []
+    spacing = provenance.get("spacing")
+    if spacing and not np.allclose(spacing, config["spacing"], rtol=0.02):
+        differences.append(f"spacing (mm): pretrained at {_rounded(spacing)}, now {_rounded(config['spacing'])}")
+    schemes = provenance.get("normalization") or []
+    for channel, scheme in enumerate(config["normalization_schemes"]):
+        if not schemes:
+            break
+        before = schemes[min(channel, len(schemes) - 1)]
+        if before != scheme:
+            differences.append(f"channel {channel}: pretrained with {before}, now {scheme}")
+        elif scheme == "CTNormalization":
+            old = _window(provenance.get("intensity_properties") or {}, min(channel, len(schemes) - 1))
+            new = _window(intensity, channel)
+            if old and not np.allclose(old, new, rtol=1e-3, atol=1e-3):
+                differences.append(f"channel {channel}: pretrained on {_describe(old)}, now {_describe(new)}")
+    return differences
+
+
+def units_warning(differences: list[str]) -> str:
+    """Text of the warning about different preprocessing."""
+    return (
+        "WARNING: pretraining and finetuning do not see the same units, which costs some of the benefit: "
+        + "; ".join(differences)
+        + ". Plans of `mim_plan -pc CHECKPOINT` keep them equal."
+    )
+
+
+def _window(intensity: dict[str, Any], channel: int) -> list[float]:
+    properties = intensity.get(str(channel))
+    return [float(properties[name]) for name in WINDOW_FIELDS] if properties else []
+
+
+def _describe(window: list[float]) -> str:
+    return f"CT window {window[0]:g}…{window[1]:g} HU (mean {window[2]:g}, std {window[3]:g})"
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [round(float(v), 3) for v in values]

@@ -1,0 +1,191 @@
+"""From the plans nnU-Net hands over to the plans a trainer runs with and saves: architecture and recipe filled in."""
+
+from __future__ import annotations
+
+import json
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_mim.config import PRESETS
+from nnunet_mim.errors import MiMError
+from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
+from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
+from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
+from nnunet_mim.trainers.transfer import check_architecture, describe
+
+DEFAULT_PRESET = "base"
+
+
+@dataclass
+class ResolvedPlans:
+    """What a trainer starts from."""
+
+    plans: dict[str, Any]
+    """a copy with HybridUNet as the configuration's architecture, and a complete `mim_finetune`"""
+    finetune: FinetuneConfig
+    checkpoint: PretrainedCheckpoint | None
+    """already read and checked where this is surely a fresh training"""
+    notes: list[str]
+    """lines for the training log"""
+
+
+def resolve_plans(
+    plans: dict[str, Any],
+    configuration: str,
+    fold: int | str,
+    dataset_json: dict[str, Any],
+    trainer: str,
+    pretrained: bool,
+) -> ResolvedPlans:
+    """Check everything that can be wrong before nnU-Net does anything, and fill in what the plans leave open.
+
+    Plans of `mim_plan` name HybridUNet already. Other plans give patch, batch and spacing; the architecture is then,
+    first hit: that of folds trained in the same output folder, that of the pretraining checkpoint, (control) that of
+    nnUNetTrainerMiM's output folder, (control) the default preset.
+
+    Args:
+        plans: content of the plans file, with `continue_training` as nnU-Net adds it; not changed.
+        configuration: e.g. 3d_fullres.
+        fold: number or "all".
+        dataset_json: content of dataset.json.
+        trainer: class name, part of the output folder's name.
+        pretrained: whether this trainer starts from a pretraining checkpoint.
+
+    Raises:
+        MiMError: any bad input; one line.
+    """
+    plans = deepcopy(plans)
+    finetune = FinetuneConfig.from_plans(plans)
+    config = configuration_of(plans, configuration)
+    results = required_folder("nnUNet_results")
+    run_folder = Path(results, plans["dataset_name"], f"{trainer}__{plans['plans_name']}__{configuration}")
+    fold_folder = run_folder / f"fold_{fold}"
+    if plans.get("continue_training") and not any(fold_folder.glob("checkpoint_*.pth")):
+        raise MiMError(f"--c: nothing to continue in {fold_folder}: start the training without --c")
+
+    notes: list[str] = []
+    planned = config["architecture"] if uses_hybrid_unet(config) else None
+    saved = saved_architecture(run_folder, configuration)
+    if planned and saved and not same_architecture(planned, saved):
+        raise MiMError(
+            f"{run_folder} holds folds of another architecture than the plans {plans['plans_name']} have now: "
+            f"move that folder away, or write plans under another name (mim_plan -o NAME)"
+        )
+    architecture = planned or saved
+
+    checkpoint = None
+    surely_fresh = not plans.get("continue_training") and not (fold_folder / "checkpoint_final.pth").is_file()
+    if surely_fresh and (pretrained or architecture is None):
+        path = find_checkpoint(plans, configuration, fold, results)
+        if path is not None:
+            checkpoint = read_checkpoint(path)
+        elif pretrained:
+            raise no_checkpoint_error(plans, configuration, fold, results)
+    if architecture is None:
+        architecture, note = _architecture_for_other_plans(plans, configuration, config, checkpoint, results)
+        notes.append(f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {note}")
+        notes.extend(_deep_supervision_note(architecture, config["patch_size"]))
+
+    architecture["arch_kwargs"]["drop_path"] = finetune.drop_path
+    if checkpoint is not None and pretrained:
+        check_architecture(checkpoint, architecture["arch_kwargs"], n_channels(dataset_json))
+    plans["configurations"][configuration]["architecture"] = architecture
+    plans[PLANS_KEY] = finetune.to_dict()
+    return ResolvedPlans(plans, finetune, checkpoint if pretrained else None, notes)
+
+
+def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """A 3-D configuration of the plans, inheritance resolved.
+
+    Raises:
+        MiMError: not in the plans, 2-D, or the second stage of a cascade.
+    """
+    available = sorted(plans["configurations"])
+    if configuration not in available:
+        raise MiMError(
+            f"configuration {configuration} is not in plans {plans['plans_name']}: available are {', '.join(available)}"
+        )
+    config = PlansManager(deepcopy(plans)).get_configuration(configuration).configuration
+    if len(config["patch_size"]) != 3:
+        raise MiMError(f"configuration {configuration} is 2-D and MiM networks are 3-D: use 3d_fullres")
+    if config.get("previous_stage"):
+        raise MiMError(f"configuration {configuration} is a cascade, unknown to MiM: use 3d_fullres or 3d_lowres")
+    return config
+
+
+def n_channels(dataset_json: dict[str, Any]) -> int:
+    """Image channels of a dataset (`modality` is the old name of `channel_names`)."""
+    return len(dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"])
+
+
+def required_folder(variable: str) -> str:
+    """Value of one of nnU-Net's environment variables.
+
+    Raises:
+        MiMError: not set.
+    """
+    folder = os.environ.get(variable)
+    if not folder:
+        raise MiMError(f"environment variable {variable} is not set: export {variable}=FOLDER (nnU-Net's own variable)")
+    return folder
+
+
+def uses_hybrid_unet(config: dict[str, Any]) -> bool:
+    """Whether a configuration of a plans file names our network."""
+    return config.get("architecture", {}).get("network_class_name", "").rsplit(".", 1)[-1] == HybridUNet.__name__
+
+
+def saved_architecture(run_folder: Path, configuration: str) -> dict[str, Any] | None:
+    """Architecture in the plans.json of an output folder in which at least one fold has a checkpoint."""
+    plans_file = run_folder / "plans.json"
+    if not plans_file.is_file() or not any(run_folder.glob("fold_*/checkpoint_*.pth")):
+        return None
+    config = json.loads(plans_file.read_text())["configurations"].get(configuration, {})
+    return config["architecture"] if uses_hybrid_unet(config) else None
+
+
+def same_architecture(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Equal but for drop_path, which belongs to the recipe and changes no parameter."""
+    kwargs = [{k: v for k, v in block["arch_kwargs"].items() if k != "drop_path"} for block in (a, b)]
+    return a["network_class_name"] == b["network_class_name"] and kwargs[0] == kwargs[1]
+
+
+def _architecture_for_other_plans(
+    plans: dict[str, Any],
+    configuration: str,
+    config: dict[str, Any],
+    checkpoint: PretrainedCheckpoint | None,
+    results: str,
+) -> tuple[dict[str, Any], str]:
+    if checkpoint is not None:
+        architecture = plans_architecture(checkpoint.network, config["patch_size"])
+        return architecture, f"the checkpoint ({checkpoint.preset}: {describe(checkpoint.network)})"
+    sibling = Path(results, plans["dataset_name"], f"nnUNetTrainerMiM__{plans['plans_name']}__{configuration}")
+    saved = saved_architecture(sibling, configuration)
+    if saved is not None:
+        return saved, f"{sibling.name}, whose control this is"
+    preset = PRESETS[DEFAULT_PRESET]
+    return (
+        plans_architecture(preset, config["patch_size"]),
+        f"the default preset {DEFAULT_PRESET} ({describe(preset)}); the control of a pretrained network needs the same "
+        f"one: set nnUNet_mim_checkpoint or use plans of mim_plan",
+    )
+
+
+def _deep_supervision_note(architecture: dict[str, Any], patch_size: list[int]) -> list[str]:
+    """nnU-Net rounds the size of low-resolution targets; say where that shifts them against the network's grid."""
+    strides = architecture["arch_kwargs"]["strides"]
+    steps = [1, 1, 1]
+    for stride in strides[: len(strides) - 2]:  # the lowest supervised level has no weight in the loss
+        steps = [a * b for a, b in zip(steps, stride, strict=True)]
+    if all(n % s == 0 for n, s in zip(patch_size, steps, strict=True)):
+        return []
+    return [
+        f"Patch size {list(patch_size)} is no multiple of {steps}: low-resolution targets of deep supervision are off "
+        f"by up to half a voxel of theirs; plans of mim_plan have a patch size that fits"
+    ]

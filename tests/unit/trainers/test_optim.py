@@ -1,0 +1,108 @@
+"""Learning rates and parameter groups, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
+from nnunet_mim.trainers.finetune_config import FinetuneConfig
+from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer, encoder_layer, lr_factor, parameter_groups
+
+
+@pytest.fixture
+def network(network_config):
+    return HybridUNet(1, 2, True, **plans_architecture(network_config, (64, 64, 64))["arch_kwargs"])
+
+
+def test_warmup_then_cosine_by_hand():
+    config = FinetuneConfig(warmup_fraction=0.2, schedule="cosine")
+    factors = [lr_factor(i, 10, config) for i in range(10)]
+    assert factors[:3] == [0.5, 1.0, 1.0]  # two of ten steps warm up; the first step after them is at the peak
+    assert factors[6] == pytest.approx(0.5)  # half way from 2 to 10
+    assert factors[4] == pytest.approx((1 + math.sqrt(0.5)) / 2)  # a quarter of the way: cos 45°
+    assert 0 < factors[9] < factors[8]
+    assert lr_factor(10, 10, config) == pytest.approx(0)
+
+
+def test_poly_by_hand():
+    config = FinetuneConfig(warmup_fraction=0.0, schedule="poly")
+    assert lr_factor(0, 100, config) == 1.0
+    assert lr_factor(25, 100, config) == pytest.approx(0.75**0.9)
+    assert lr_factor(99, 100, config) == pytest.approx(0.01**0.9)
+
+
+def test_every_parameter_is_in_exactly_one_group(network):
+    groups = parameter_groups(network, FinetuneConfig())
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in network.parameters())
+
+
+def test_frozen_parameters_are_in_none(network):
+    network.decoder.heads[1:].requires_grad_(False)
+    grouped = {id(p) for group in parameter_groups(network, FinetuneConfig()) for p in group["params"]}
+    assert grouped == {id(p) for p in network.parameters() if p.requires_grad}
+    assert len(grouped) < len(list(network.parameters()))
+
+
+def test_layer_decay_and_weight_decay_by_name(network):
+    config = FinetuneConfig(layer_decay=0.5, weight_decay=0.1)
+    found = {id(p): g for g in parameter_groups(network, config) for p in g["params"]}
+    named = dict(network.named_parameters())
+    # two transformer blocks: stage 0, 1, 2, token embedding, block 0, block 1, final norm = layers 0 … 6
+    expected = {
+        "encoder.stages.0.embed.proj.weight": (0.5**6, 0.1),
+        "encoder.stages.0.to_token.bias": (0.5**6, 0.0),
+        "encoder.stages.2.blocks.0.dwconv.weight": (0.5**4, 0.1),
+        "encoder.token_proj.weight": (0.5**3, 0.1),
+        "encoder.vit_blocks.0.attn.qkv.weight": (0.5**2, 0.1),
+        "encoder.vit_blocks.1.norm1.weight": (0.5**1, 0.0),
+        "encoder.norm.weight": (1.0, 0.0),
+        "stem.conv1.0.weight": (1.0, 0.1),
+        "decoder.heads.0.bias": (1.0, 0.0),
+    }
+    for name, (scale, decay) in expected.items():
+        group = found[id(named[name])]
+        assert (group["lr_scale"], group["weight_decay"]) == (scale, decay), name
+
+
+def test_the_first_group_has_the_full_rate_because_nnunet_logs_it(network):
+    assert parameter_groups(network, FinetuneConfig(layer_decay=0.8))[0]["lr_scale"] == 1.0
+
+
+def test_a_parameter_of_no_known_layer_is_an_error():
+    with pytest.raises(ValueError, match="no known layer"):
+        encoder_layer("mystery.weight", 2)
+
+
+def rates(optimizer):
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def test_schedule_goes_on_where_a_resumed_run_starts(network):
+    config = FinetuneConfig(num_epochs=4, iterations_per_epoch=5, warmup_fraction=0.3, lr=0.1, layer_decay=0.5)
+    optimizer = torch.optim.SGD(parameter_groups(network, config), lr=1.0)
+    schedule = IterationSchedule(optimizer, config)
+    straight = []
+    for epoch in range(4):
+        schedule.step(epoch)
+        for _ in range(5):
+            schedule.advance()
+            straight.append(rates(optimizer))
+    assert [r[0] for r in straight] == pytest.approx([0.1 * lr_factor(i, 20, config) for i in range(20)])
+    assert straight[3][-1] == pytest.approx(straight[3][0] * 0.5**6)
+
+    resumed = IterationSchedule(torch.optim.SGD(parameter_groups(network, config), lr=1.0), config)
+    resumed.step(2)
+    for i in range(10, 15):
+        resumed.advance()
+        assert rates(resumed.optimizer) == pytest.approx(straight[i])
+
+
+def test_gradients_are_clipped_before_the_step(network):
+    optimizer, _ = build_optimizer(network, FinetuneConfig(grad_clip=0.5))
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in network.parameters()))
+    assert norm.item() == pytest.approx(0.5, rel=1e-3)
