@@ -126,6 +126,8 @@ class PretrainConfig:
     """largest gradient norm"""
     body_fraction: float = 0.9
     """share of crops that are placed on a body voxel; the others anywhere"""
+    body_children: bool = True
+    """cut children from masked places with some tissue in them, as long as there are any"""
     mirror_axes: tuple[int, ...] = ()
     """array axes of random mirroring; the left-right axis (2 in nnU-Net's order) is better left out"""
     val_cases: int = 8

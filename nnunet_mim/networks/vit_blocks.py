@@ -67,10 +67,11 @@ def sincos_position(grid: Size3, dim: int, like: Tensor) -> Tensor:
     Returns:
         (gx*gy*gz, dim), tokens in raster order.
     """
-    omega = 10000.0 ** (-torch.arange(dim // 6, device=like.device, dtype=torch.float64) / (dim // 6))
+    dtype = torch.float32 if like.device.type == "mps" else torch.float64  # MPS has no float64
+    omega = 10000.0 ** (-torch.arange(dim // 6, device=like.device, dtype=dtype) / (dim // 6))
     axes = []
     for g in grid:
-        angle = torch.arange(g, device=like.device, dtype=torch.float64)[:, None] * omega
+        angle = torch.arange(g, device=like.device, dtype=dtype)[:, None] * omega
         axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))  # (g, dim/3)
     x, y, z = axes
     parts = [x[:, None, None], y[None, :, None], z[None, None, :]]

@@ -121,9 +121,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise MiMError(f"no checkpoint at {path}") from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:150]
         raise MiMError(
-            f"{path} is no readable checkpoint (truncated, or it holds more than tensors): {reason}"
+            f"{path} is no readable checkpoint: truncated, or it holds more than tensors and plain values "
+            f"({type(error).__name__}); take another copy or an earlier checkpoint"
         ) from error
     if not isinstance(checkpoint, dict) or not {"network_weights", "mim_config", "provenance"} <= set(checkpoint):
         raise MiMError(f"{path} was not written by mim_pretrain: it lacks network_weights, mim_config or provenance")

@@ -82,6 +82,7 @@ def pretrain(
 
     fill = torch.tensor(data.fill, device=fabric.device)
     flat_threshold = torch.tensor(data.flat_threshold, device=fabric.device)
+    place_threshold = flat_threshold if config.body_children else None
     held_out = HeldOut(*held_out_crops(data, config, fabric.device), fill, flat_threshold, levels, config)
     train_file, val_file = (MetricsFile(folder / f"{part}.csv", start) for part in ("train", "val"))
     board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
@@ -102,50 +103,51 @@ def pretrain(
     if start == 0:
         history.append({"iteration": 0, **val, **held_out.baselines})
         log(val_file, 0, {**val, **held_out.baselines})
-    progress = tqdm(total=config.iterations, initial=start, desc="pretraining", unit="it", smoothing=0.05)
     recent: list[dict[str, Tensor]] = []
     since = time.perf_counter()
     model.train()
-    for iteration in range(start, config.iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = float(schedule[iteration])
-        crops, valid, _ = next(batches)
-        generator = torch.Generator(fabric.device).manual_seed(config.seed * 1_000_003 + 500_009 + iteration)
-        views = nested_views(crops, valid, fill, levels, generator)
+    with tqdm(total=config.iterations, initial=start, desc="pretraining", unit="it", smoothing=0.05) as progress:
+        for iteration in range(start, config.iterations):
+            for group in optimizer.param_groups:
+                group["lr"] = float(schedule[iteration])
+            crops, valid, _ = next(batches)
+            generator = torch.Generator(fabric.device).manual_seed(config.seed * 1_000_003 + 500_009 + iteration)
+            views = nested_views(crops, valid, fill, levels, generator, place_threshold)
 
-        step_figures: dict[str, Tensor] = {}
-        for loss, figures, _ in level_losses(model, views, flat_threshold, config):
-            fabric.backward(loss)  # level by level: activations of one level at a time
-            step_figures.update(figures)
-        norm = fabric.clip_gradients(model, optimizer, max_norm=config.grad_clip, error_if_nonfinite=False)
-        step_figures["grad_norm"] = torch.as_tensor(norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            step_figures: dict[str, Tensor] = {}
+            for loss, figures, _ in level_losses(model, views, flat_threshold, config):
+                fabric.backward(loss)  # level by level: activations of one level at a time
+                step_figures.update(figures)
+            norm = fabric.clip_gradients(model, optimizer, max_norm=config.grad_clip, error_if_nonfinite=False)
+            step_figures["grad_norm"] = torch.as_tensor(norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        done = iteration + 1
-        recent.append(step_figures)
-        if done % LOG_EVERY == 0 or done == config.iterations:
-            means = mean_figures(recent)
-            if not math.isfinite(means["train/loss"] + means["train/grad_norm"]):
-                raise MiMError(
-                    f"loss or gradient is not finite near iteration {done}: lower --lr, or continue with --c from the "
-                    f"last checkpoint in {folder}"
-                )
-            speed = len(recent) * config.batch_size / (time.perf_counter() - since)
-            log(train_file, done, {**means, "lr": float(schedule[iteration]), "crops_per_s": speed})
-            progress.set_postfix(progress_text(means, val, speed), refresh=False)
-            progress.update(len(recent))
-            recent, since = [], time.perf_counter()
-        if done % config.val_every == 0 or done == config.iterations:
-            val = held_out.evaluate(model)
-            history.append({"iteration": done, **means, **val, **held_out.baselines})
-            log(val_file, done, {**val, **held_out.baselines})
-            since = time.perf_counter()
-        if done % config.save_every == 0 and done < config.iterations:
-            save(LATEST, done, resumable=True)
+            done = iteration + 1
+            recent.append(step_figures)
+            measure = done % config.val_every == 0 or done == config.iterations
+            due = done % config.save_every == 0
+            if done % LOG_EVERY == 0 or measure or due:
+                means = mean_figures(recent)
+                if not math.isfinite(means["train/loss"] + means["train/grad_norm"]):
+                    raise MiMError(
+                        f"loss or gradient is not finite near iteration {done}: lower --lr, or continue with --c from the "
+                        f"last checkpoint in {folder}"
+                    )
+                speed = len(recent) * config.batch_size / (time.perf_counter() - since)
+                log(train_file, done, {**means, "lr": float(schedule[iteration]), "crops_per_s": speed})
+                progress.set_postfix(progress_text(means, val, speed), refresh=False)
+                progress.update(len(recent))
+                recent, since = [], time.perf_counter()
+            if measure:
+                val = held_out.evaluate(model)
+                history.append({"iteration": done, **means, **val, **held_out.baselines})
+                log(val_file, done, {**val, **held_out.baselines})
+                since = time.perf_counter()
+            if due and done < config.iterations:
+                save(LATEST, done, resumable=True)
     save(FINAL, config.iterations, resumable=False)
     (folder / LATEST).unlink(missing_ok=True)
-    progress.close()
     board.close()
     return {**val, **held_out.baselines}
 
@@ -190,10 +192,20 @@ def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) 
 
 
 def mean_figures(figures: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean over iterations, read from the device in one go, plus the sum of the levels as `train/loss`."""
-    stacked = torch.stack([torch.stack([value.float() for value in step.values()]) for step in figures])
-    means = dict(zip((f"train/{name}" for name in figures[0]), stacked.mean(dim=0).tolist(), strict=True))
-    return {**means, "train/loss": sum(value for name, value in means.items() if name.endswith("/loss"))}
+    """Mean over iterations, read from the device in one go, plus the sum of the levels as `train/loss`.
+
+    Reconstruction losses are weighted by their number of target tokens, as in HeldOut.
+    """
+    names = list(figures[0])
+    values = torch.stack([torch.stack([step[name].float() for name in names]) for step in figures])
+    columns = {name: values[:, i] for i, name in enumerate(names)}
+    means = {}
+    for name, column in columns.items():
+        level, _, kind = name.partition("/")
+        weight = columns[f"{level}/targets"] if kind == "reconstruction" else torch.ones_like(column)
+        means[f"train/{name}"] = (column * weight).sum() / weight.sum().clamp(min=1)
+    result = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+    return {**result, "train/loss": sum(value for name, value in result.items() if name.endswith("/loss"))}
 
 
 def progress_text(train: dict[str, float], val: dict[str, float], speed: float) -> dict[str, str]:

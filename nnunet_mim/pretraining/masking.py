@@ -9,7 +9,7 @@ from nnunet_mim.geometry import Level
 
 
 def random_masks(
-    n: int, level: Level, device: torch.device, generator: torch.Generator
+    n: int, level: Level, device: torch.device, generator: torch.Generator, avoid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw the masks of n views of a level and the places that their children are cut from.
 
@@ -21,6 +21,8 @@ def random_masks(
         level: geometry of the level.
         device: of the result.
         generator: random numbers, on the same device.
+        avoid: (n, n_units) bool, True = a region or token that becomes a child's place only where no other masked one
+            is left (air); it has no influence on the mask. None: all alike.
 
     Returns:
         ids_keep: (n, K) int64, raster numbers of the visible tokens, ascending.
@@ -35,6 +37,9 @@ def random_masks(
         mask = unit_mask[:, torch.as_tensor(level.region_of_token, device=device)]
     tokens = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible first, each part in raster order
     ids_keep, ids_masked = tokens.split([level.n_visible_tokens, level.n_tokens - level.n_visible_tokens], dim=1)
+    if avoid is not None:
+        last = avoid.gather(1, masked_units).to(torch.uint8).argsort(dim=1, stable=True)
+        masked_units = masked_units.gather(1, last)
     return ids_keep, ids_masked, masked_units[:, : level.n_children]
 
 

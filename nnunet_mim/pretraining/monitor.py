@@ -33,11 +33,12 @@ class HeldOut:
     ) -> None:  # fmt: skip
         self.flat_threshold = flat_threshold
         self.config = config
+        place_threshold = flat_threshold if config.body_children else None
         self.batches: list[list[LevelViews]] = []
         for number in range(crops.shape[0]):
             generator = torch.Generator(crops.device).manual_seed(config.seed * 1_000_003 + number)
             one = slice(number, number + 1)
-            self.batches.append(nested_views(crops[one], valid[one], fill, levels, generator))
+            self.batches.append(nested_views(crops[one], valid[one], fill, levels, generator, place_threshold))
         self.baselines = self._baselines()
 
     @torch.no_grad()
@@ -57,7 +58,9 @@ class HeldOut:
                         f"val/{name}", float(value), targets_of(figures, level) if kind == "reconstruction" else 1.0
                     )
         model.train()
-        return mean.result()
+        means = mean.result()
+        means["val/loss"] = sum(value for name, value in means.items() if name.endswith("/loss"))
+        return means
 
     def _baselines(self) -> dict[str, float]:
         mean = WeightedMean()

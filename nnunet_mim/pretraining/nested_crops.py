@@ -11,6 +11,7 @@ from torch import Tensor
 from nnunet_mim.config import Size3
 from nnunet_mim.geometry import Level
 from nnunet_mim.networks.depthwise import tokens_from_grid
+from nnunet_mim.pretraining.losses import flat_tokens
 from nnunet_mim.pretraining.masking import random_masks
 
 
@@ -46,7 +47,12 @@ class LevelViews:
 
 
 def nested_views(
-    crops: Tensor, valid: Tensor, fill: Tensor, levels: tuple[Level, ...], generator: torch.Generator
+    crops: Tensor,
+    valid: Tensor,
+    fill: Tensor,
+    levels: tuple[Level, ...],
+    generator: torch.Generator,
+    flat_threshold: Tensor | None = None,
 ) -> list[LevelViews]:
     """Cut, resize and mask the views of all levels.
 
@@ -56,6 +62,8 @@ def nested_views(
         fill: (C,) float: the intensity window's minimum, given to voxels outside the volume.
         levels: geometry, outermost first.
         generator: random numbers for masks and places, on the device of the crops.
+        flat_threshold: (C,) standard deviation below which a token counts as air; children are then cut from masked
+            places with some tissue in them as long as there are any (docs/adr/0001). None: from any masked place.
 
     Returns:
         One LevelViews per level; level l+1 has n_children views for each view of level l, in its order.
@@ -67,7 +75,8 @@ def nested_views(
     views = []
     for level in levels:
         images = resize(cut(crops, crop, offset, level.fov), level)
-        ids_keep, ids_masked, places = random_masks(crop.shape[0], level, device, generator)
+        avoid = None if flat_threshold is None or not level.n_children else flat_places(images, level, flat_threshold)
+        ids_keep, ids_masked, places = random_masks(crop.shape[0], level, device, generator, avoid)
         padded = padded_tokens(offset, valid[crop], level)
         box_end = offset + torch.as_tensor(level.fov, device=device)
         outside = ((box_end <= valid[crop, :, 0]) | (offset >= valid[crop, :, 1])).any(dim=1)
@@ -106,6 +115,13 @@ def resize(boxes: Tensor, level: Level) -> Tensor:
     if tuple(boxes.shape[2:]) != level.view_size:
         boxes = F.interpolate(boxes, size=level.view_size, mode="trilinear", align_corners=False)
     return boxes
+
+
+def flat_places(images: Tensor, level: Level, flat_threshold: Tensor) -> Tensor:
+    """(N, C, *view_size) → (N, n_places) bool, True = every token of the place is flat (air)."""
+    tokens = tokens_from_grid(images.permute(0, 2, 3, 4, 1), level.token_size).flatten(2)
+    flat = flat_tokens(tokens, flat_threshold)  # (N, L)
+    return flat[:, torch.as_tensor(level.tokens_of_region, device=images.device)].all(dim=2)
 
 
 def padded_tokens(offset: Tensor, valid: Tensor, level: Level) -> Tensor:

@@ -191,7 +191,8 @@ def window_warning(source: Source) -> str | None:
 
 def _dataset_name(dataset: str) -> str:
     try:
-        return maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+        # nnU-Net returns numpy.str_, which a checkpoint must not hold
+        return str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
     except (RuntimeError, ValueError) as error:
         raise MiMError(
             f"unknown dataset '{dataset}': no such DatasetXXX_Name in nnUNet_preprocessed ({nnUNet_preprocessed}), "

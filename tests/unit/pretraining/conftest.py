@@ -1,0 +1,83 @@
+"""A small preprocessed nnU-Net dataset, written with nnU-Net's own classes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
+
+from nnunet_mim.demo.phantoms import make_phantom
+
+PLANS = {
+    "dataset_name": "Dataset900_Tiny",
+    "plans_name": "tinyPlans",
+    "transpose_forward": [0, 1, 2],
+    "transpose_backward": [0, 1, 2],
+    "image_reader_writer": "SimpleITKIO",
+    "label_manager": "LabelManager",
+    "foreground_intensity_properties_per_channel": {
+        "0": {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0, "min": 0, "max": 0}
+    },
+    "configurations": {
+        "2d": {"data_identifier": "tinyPlans_2d", "patch_size": [64, 64], "spacing": [3.0, 3.0], "architecture": {}},
+        "3d_fullres": {
+            "data_identifier": "tinyPlans_3d_fullres",
+            "patch_size": [64, 64, 64],
+            "batch_size": 2,
+            "spacing": [3.0, 3.0, 3.0],
+            "normalization_schemes": ["CTNormalization"],
+            "architecture": {},
+        },
+        "other": {"inherits_from": "3d_fullres", "data_identifier": "nothing_there"},
+    },
+}
+
+
+@pytest.fixture
+def write_dataset(tmp_path, monkeypatch):
+    """write(n=6, shape=…, storage='b2nd', number=900, …) → folder of the preprocessed cases; nnU-Net's variables are
+    set.
+    """
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+
+    def write(n=6, shape=(48, 48, 48), storage="b2nd", number=900, spacing=(3.0, 3.0, 3.0), labelled=True, window=None):
+        base = tmp_path / "preprocessed" / f"Dataset{number}_Tiny"
+        folder = base / "tinyPlans_3d_fullres"
+        folder.mkdir(parents=True)
+        plans = json.loads(json.dumps(PLANS))
+        plans["dataset_name"] = base.name
+        plans["configurations"]["3d_fullres"]["spacing"] = list(spacing)
+        if window is not None:
+            plans["foreground_intensity_properties_per_channel"]["0"].update(window)
+        (base / "tinyPlans.json").write_text(json.dumps(plans))
+        if labelled:
+            (base / "gt_segmentations").mkdir()
+        for i in range(n):
+            hu, labels = make_phantom(number + i, shape)
+            write_case(folder, f"case_{i:02d}", hu[None] / np.float32(250), labels[None].astype(np.int8), storage)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def save_case():
+    """save(folder, case, data (C, X, Y, Z), seg=None, storage='b2nd'): replace one preprocessed case."""
+    return write_case
+
+
+def write_case(folder: Path, case: str, data, seg=None, storage="b2nd"):
+    """Write one case as nnU-Net's preprocessing does."""
+    data = np.asarray(data, dtype=np.float32)
+    seg = np.zeros(data.shape, dtype=np.int8) if seg is None else seg
+    for old in folder.glob(f"{case}*"):
+        old.unlink()
+    properties = {"class_locations": {}, "spacing": (3.0, 3.0, 3.0)}
+    if storage == "b2nd":
+        chunks = (1, *(min(32, n) for n in data.shape[1:]))
+        nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / case), chunks, chunks)
+    else:
+        nnUNetDatasetNumpy.save_case(data, seg, properties, str(folder / case))

@@ -1,0 +1,283 @@
+"""`mim_pretrain`: whole small runs, and every bad input."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_mim.config import PretrainConfig
+from nnunet_mim.pretraining import cli, loop
+from nnunet_mim.pretraining.checkpoint import load_checkpoint
+from nnunet_mim.pretraining.nested_crops import nested_views
+from nnunet_mim.pretraining.sources import find_source, fold_validation_cases
+from nnunet_mim.voxel_hash import voxel_sha256
+
+SMALL = ["-p", "tinyPlans", "--preset", "tiny", "--view", "32", "-device", "cpu", "--batch", "1", "--workers", "0",
+         "--children", "2", "1"]  # fmt: skip
+
+
+def run(*args):
+    return cli.main(["-d", "900", *SMALL, *args])
+
+
+def refused(capsys, *args):
+    """The one-line error of a command that must fail."""
+    assert cli.main(list(args)) == 2
+    *progress, message = capsys.readouterr().err.strip().split("\n")
+    assert message.startswith("error: ")
+    assert not any("Traceback" in line for line in progress)
+    return message
+
+
+def fold_folder(tmp_path, fold="0", tag=""):
+    return tmp_path / "results" / "Dataset900_Tiny" / f"MiMPretrain{tag}__tinyPlans__3d_fullres" / f"fold_{fold}"
+
+
+@pytest.fixture
+def interrupted_run(monkeypatch):
+    """interrupted_run(*args, after=n): a run that is stopped while iteration n+1 begins."""
+
+    def start(*args, after):
+        iterations = []
+
+        def stop_later(*views_args):
+            iterations.append(1)
+            if len(iterations) > after:
+                raise KeyboardInterrupt
+            return nested_views(*views_args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "nested_views", stop_later)
+            with pytest.raises(KeyboardInterrupt):
+                run(*args)
+
+    return start
+
+
+def test_a_small_run_writes_the_checkpoint_of_the_contract(write_dataset, tmp_path, capsys):
+    folder = write_dataset(n=6)
+    assert run("-f", "0", "--iterations", "3", "--val_every", "2") == 0
+    output = fold_folder(tmp_path)
+    assert {p.name for p in output.iterdir()} == {"checkpoint_final.pth", "train.csv", "val.csv", "tensorboard"}
+    checkpoint = load_checkpoint(output / "checkpoint_final.pth")
+
+    assert {"network_weights", "nnssl_adaptation_plan", "mim_config", "mim_version", "provenance"} == set(checkpoint)
+    assert set(checkpoint["nnssl_adaptation_plan"]) == {
+        "architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize",
+        "key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe", "citations",
+    }  # fmt: skip
+    assert {name.split(".")[0] for name in checkpoint["network_weights"]} == {"encoder", "decoder", "projectors"}
+    config = PretrainConfig.from_dict(checkpoint["mim_config"])
+    assert config.view_size == (32, 32, 32)
+    assert config.iterations == 3
+
+    provenance = checkpoint["provenance"]
+    assert provenance["iterations"] == 3
+    assert provenance["fold"] == 0
+    assert [row["iteration"] for row in provenance["loss_history"]] == [0, 2, 3]
+    source = find_source("900", "tinyPlans", "3d_fullres")
+    held_out = fold_validation_cases(source, 0)
+    assert held_out, "the fold must hold something out"
+    assert {c["case"] for c in provenance["cases"]} == set(source.cases) - set(held_out)
+    for entry in provenance["cases"]:
+        voxels = source.dataset_class(str(folder), [entry["case"]]).load_case(entry["case"])[0][:]
+        assert entry["sha256"] == voxel_sha256(np.asarray(voxels))
+
+    with (output / "val.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["iteration"] for row in rows] == ["0", "2", "3"]
+    assert float(rows[0]["baseline/level3/token_mean"]) == pytest.approx(1, abs=0.01)
+    printed = capsys.readouterr().out
+    assert "2 views a crop of (16, 16, 16) voxels, seen as (32, 32, 32): 4 of 8 tokens visible" in printed
+    assert "nnUNetv2_train" in printed
+
+
+def test_folds_of_nnunet_are_respected(write_dataset, tmp_path):
+    folder = write_dataset(n=6)
+    splits = [{"train": [f"case_{i:02d}" for i in range(6) if i != k], "val": [f"case_{k:02d}"]} for k in range(5)]
+    (folder.parent / "splits_final.json").write_text(json.dumps(splits))
+    assert run("-f", "3", "--iterations", "1") == 0
+    cases = load_checkpoint(fold_folder(tmp_path, "3") / "checkpoint_final.pth")["provenance"]["cases"]
+    assert [c["case"] for c in cases] == ["case_00", "case_01", "case_02", "case_04", "case_05"]
+
+
+def test_a_renamed_copy_of_a_held_out_case_is_not_trained_on(write_dataset, save_case, tmp_path):
+    folder = write_dataset(n=6)
+    splits = [{"train": ["case_01"], "val": ["case_00"]}]
+    (folder.parent / "splits_final.json").write_text(json.dumps(splits))
+    source = find_source("900", "tinyPlans", "3d_fullres")
+    copy = np.asarray(source.dataset_class(str(folder), ["case_00"]).load_case("case_00")[0][:])
+    save_case(folder, "case_99", copy)
+    assert run("-f", "0", "--iterations", "1") == 0
+    cases = load_checkpoint(fold_folder(tmp_path) / "checkpoint_final.pth")["provenance"]["cases"]
+    assert {c["case"] for c in cases} == {f"case_{i:02d}" for i in range(1, 6)}
+
+
+def test_a_continued_run_equals_an_uninterrupted_one(write_dataset, interrupted_run, tmp_path):
+    write_dataset(n=4)
+    common = ("--iterations", "6", "--save_every", "2", "--val_every", "3")
+    assert run("-o", "whole", *common) == 0
+
+    interrupted_run("-o", "broken", *common, after=5)
+    assert (fold_folder(tmp_path, "all", "_broken") / "checkpoint_latest.pth").is_file()
+    assert run("-o", "broken", "--c", *common) == 0
+    folders = [fold_folder(tmp_path, "all", tag) for tag in ("_whole", "_broken")]
+    whole, broken = (load_checkpoint(folder / "checkpoint_final.pth") for folder in folders)
+    for name, value in whole["network_weights"].items():
+        assert torch.equal(value, broken["network_weights"][name]), name
+    assert whole["provenance"]["loss_history"] == broken["provenance"]["loss_history"]
+    with (folders[0] / "val.csv").open() as one, (folders[1] / "val.csv").open() as two:
+        assert list(csv.DictReader(one)) == list(csv.DictReader(two))
+
+
+def test_volumes_smaller_than_the_view_are_padded(write_dataset, tmp_path):
+    write_dataset(n=4, shape=(24, 40, 40))
+    assert run("--iterations", "2", "--view", "64", "64", "64") == 0
+    history = load_checkpoint(fold_folder(tmp_path, "all") / "checkpoint_final.pth")["provenance"]["loss_history"]
+    assert history[-1]["val/level3/padded_share"] < history[-1]["val/level2/padded_share"] <= 1
+    assert all(np.isfinite(value) for value in history[-1].values())
+
+
+def test_two_datasets_in_one_run_and_fold_only_of_the_labelled(write_dataset, tmp_path):
+    write_dataset(n=5, number=900)
+    write_dataset(n=3, number=901, labelled=False)
+    assert cli.main(["-d", "900", "901", *SMALL, "-f", "0", "--iterations", "1"]) == 0
+    cases = load_checkpoint(fold_folder(tmp_path) / "checkpoint_final.pth")["provenance"]["cases"]
+    assert sum(c["dataset"] == "Dataset900_Tiny" for c in cases) == 4
+    assert sum(c["dataset"] == "Dataset901_Tiny" for c in cases) == 3
+
+
+@pytest.mark.parametrize("options", [("--ladder", "native"), ("--alignment", "cosine"), ("--alignment", "none"),
+                                     ("--view", "32", "32", "64", "--scale", "1", "2", "2")])  # fmt: skip
+def test_every_choice_trains(write_dataset, tmp_path, options):
+    write_dataset(n=3)
+    assert run("--iterations", "2", *options) == 0
+
+
+def test_the_loss_falls(write_dataset, tmp_path):
+    write_dataset(n=3)
+    assert run("--iterations", "40", "--lr", "2e-3", "--val_every", "20") == 0
+    history = load_checkpoint(fold_folder(tmp_path, "all") / "checkpoint_final.pth")["provenance"]["loss_history"]
+    assert history[-1]["val/loss"] < 0.93 * history[0]["val/loss"]
+
+
+# --- bad input: one line, before any long work -----------------------------------------------------------------------
+
+
+def test_nnunet_variables_not_set(write_dataset, monkeypatch, capsys):
+    write_dataset(n=2)
+    monkeypatch.delenv("nnUNet_results")
+    assert "nnUNet_results is not set" in refused(capsys, "-d", "900", *SMALL)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("-d", "999", *SMALL), "unknown dataset '999'"),
+        (("-d", "900", *SMALL, "-p", "noPlans"), "no plans 'noPlans'"),
+        (("-d", "900", *SMALL, "-c", "3d_lowres"), "choose one with -c (2d, 3d_fullres, other)"),
+        (("-d", "900", *SMALL, "-c", "2d"), "2-D"),
+        (("-d", "900", *SMALL, "-c", "other"), "nnUNetv2_preprocess -d 900 -plans_name tinyPlans -c other"),
+        (("-d", "900", *SMALL, "--c"), "nothing to continue"),
+        (("-d", "900", *SMALL, "--view", "40"), "multiple of twice the token size"),
+        (("-d", "900", *SMALL, "--view", "64", "64"), "one number or three"),
+        (("-d", "900", *SMALL, "--scale", "3", "2", "2"), "--scale must be 1 or 2"),
+        (("-d", "900", *SMALL, "--mask_ratios", "0.5", "1", "0.5"), "mask ratio"),
+        (("-d", "900", *SMALL, "--iterations", "0"), "iterations must be at least 1"),
+        (("-d", "900", *SMALL, "--lr", "0"), "learning_rate"),
+        (("-d", "900", *SMALL, "-f", "x"), "-f takes 'all' or a fold number"),
+        (("-d", "900", *SMALL, "-f", "7"), "fold 7 does not exist"),
+    ],
+)
+def test_bad_arguments(write_dataset, capsys, tmp_path, args, says):
+    write_dataset(n=5)
+    assert says in refused(capsys, *args)
+    assert not (tmp_path / "results").exists(), "nothing may have been written"
+
+
+def test_not_preprocessed_at_all(write_dataset, capsys, tmp_path):
+    write_dataset(n=1)
+    (tmp_path / "raw" / "Dataset905_Raw").mkdir(parents=True)
+    assert "nnUNetv2_plan_and_preprocess -d 905" in refused(capsys, "-d", "905", *SMALL)
+
+
+def test_no_gpu(write_dataset, capsys, monkeypatch):
+    write_dataset(n=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = [a if a != "cpu" else "cuda" for a in SMALL]
+    assert "-device cpu" in refused(capsys, "-d", "900", *args)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "nan", "channels", "vanished"])
+@pytest.mark.parametrize("storage", ["b2nd", "npz"])
+def test_damaged_cases_are_named_before_training(write_dataset, save_case, capsys, tmp_path, damage, storage):
+    folder = write_dataset(n=3, storage=storage)
+    path = folder / f"case_01.{storage}"
+    shape = (1, 48, 48, 48)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "nan":
+        data = np.zeros(shape)
+        data[0, 5, 5, 5] = np.nan
+        save_case(folder, "case_01", data, storage=storage)
+    elif damage == "channels":
+        save_case(folder, "case_01", np.zeros((2, *shape[1:])), storage=storage)
+    elif damage == "vanished":
+        (folder / "case_01.pkl").unlink()
+    message = refused(capsys, "-d", "900", *SMALL, "--iterations", "1")
+    assert "case_01" in message
+    assert "preprocess" in message
+    assert not (tmp_path / "results").exists()
+
+
+def test_datasets_in_other_units_are_refused(write_dataset, capsys):
+    write_dataset(n=2, number=900)
+    write_dataset(n=2, number=901, spacing=(3.0, 3.0, 4.0))
+    write_dataset(n=2, number=902, window={"percentile_99_5": 200.0})
+    assert "mim_plan -d Dataset901_Tiny --set spacing=3,3,3" in refused(capsys, "-d", "900", "901", *SMALL)
+    assert "Dataset902_Tiny" in refused(capsys, "-d", "900", "902", *SMALL)
+
+
+def test_a_narrow_window_is_warned_of(write_dataset, capsys):
+    write_dataset(n=2, window={"percentile_00_5": -100.0, "percentile_99_5": 160.0})
+    assert run("--iterations", "1") == 0
+    assert "clip CT to -100 … 160 HU" in capsys.readouterr().out
+
+
+def test_another_run_in_the_folder_is_never_overwritten(write_dataset, capsys, tmp_path):
+    write_dataset(n=2)
+    assert run("--iterations", "1") == 0
+    before = (fold_folder(tmp_path, "all") / "checkpoint_final.pth").read_bytes()
+    assert "holds another, finished run" in refused(capsys, "-d", "900", *SMALL, "--iterations", "1")
+    assert run("--iterations", "1", "--c") == 0
+    assert "finished already" in capsys.readouterr().out
+    assert (fold_folder(tmp_path, "all") / "checkpoint_final.pth").read_bytes() == before
+    assert run("--iterations", "1", "-o", "second") == 0
+
+
+def test_continuing_with_other_settings_is_refused_with_the_difference(write_dataset, interrupted_run, capsys):
+    write_dataset(n=2)
+    interrupted_run("--iterations", "3", "--save_every", "1", after=2)
+    message = refused(capsys, "-d", "900", *SMALL, "--iterations", "5", "--save_every", "1", "--c")
+    assert "iterations 3 -> 5" in message
+    assert "holds another, unfinished run" in refused(capsys, "-d", "900", *SMALL)
+
+
+def test_a_truncated_checkpoint_is_refused(write_dataset, interrupted_run, capsys, tmp_path):
+    write_dataset(n=2)
+    interrupted_run("--iterations", "3", "--save_every", "1", after=2)
+    latest = fold_folder(tmp_path, "all") / "checkpoint_latest.pth"
+    latest.write_bytes(latest.read_bytes()[:5000])
+    message = refused(capsys, "-d", "900", *SMALL, "--iterations", "3", "--save_every", "1", "--c")
+    assert "checkpoint_latest.pth is no readable checkpoint" in message
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(write_dataset, capsys, tmp_path):
+    write_dataset(n=2)
+    message = refused(capsys, "-d", "900", *SMALL, "--iterations", "40", "--lr", "1e30", "--save_every", "1")
+    assert "not finite" in message
+    assert (fold_folder(tmp_path, "all") / "checkpoint_latest.pth").is_file()
