@@ -8,7 +8,7 @@ next level).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nnunet_mim.errors import MiMError
@@ -92,7 +92,8 @@ class PretrainConfig:
 
     preset: str = "base"
     """network size: tiny, small, base or large"""
-    network: NetworkConfig = field(default_factory=NetworkConfig)
+    network: NetworkConfig = None  # type: ignore[assignment]
+    """sizes; default: the preset's"""
     in_channels: int = 1
     view_size: Size3 = (96, 96, 96)
     """voxels per axis that the encoder sees; a multiple of twice the token size"""
@@ -141,6 +142,10 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.network is None:
+            if self.preset not in PRESETS:
+                raise MiMError(f"unknown preset '{self.preset}': choose one of {', '.join(PRESETS)}")
+            object.__setattr__(self, "network", PRESETS[self.preset])
         if self.ladder not in LADDERS:
             raise MiMError(f"unknown ladder '{self.ladder}': choose one of {', '.join(LADDERS)}")
         if self.alignment not in ALIGNMENTS:
@@ -167,9 +172,7 @@ class PretrainConfig:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> PretrainConfig:
         """Inverse of `to_dict`. Raises MiMError for an unknown field."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(stored) - known):
-            raise MiMError(f"unknown settings {', '.join(unknown)}: written by another version of nnunet_mim")
+        _check_known(stored, cls)
         values = {name: _frozen(value) for name, value in stored.items() if name != "network"}
         if "network" in stored:
             values["network"] = network_from_dict(stored["network"])
@@ -177,8 +180,15 @@ class PretrainConfig:
 
 
 def network_from_dict(stored: dict[str, Any]) -> NetworkConfig:
-    """NetworkConfig from the plain dict of a checkpoint or a plans file."""
+    """NetworkConfig from the plain dict of a checkpoint or a plans file. Raises MiMError for an unknown field."""
+    _check_known(stored, NetworkConfig)
     return NetworkConfig(**{name: _frozen(value) for name, value in stored.items()})
+
+
+def _check_known(stored: dict[str, Any], cls: type) -> None:
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(stored) - known):
+        raise MiMError(f"unknown settings {', '.join(unknown)}: written by another version of nnunet_mim")
 
 
 def _plain(value: Any) -> Any:

@@ -149,7 +149,7 @@ def build_levels(levels: tuple[LevelConfig, ...], view_size: Size3, token_size: 
 
     Raises:
         MiMError: a field of view is not a multiple (or an integer fraction) of the view, does not tile its parent's, or
-            cuts tokens.
+            cuts tokens; or a mask leaves no token visible.
     """
     built = []
     for i, level in enumerate(levels):
@@ -163,7 +163,11 @@ def build_levels(levels: tuple[LevelConfig, ...], view_size: Size3, token_size: 
                     f"level {i + 1}: field of view {level.fov} and view {view_size} must divide on every axis"
                 )
         one = Level(level.fov, view_size, token_size, n_regions, level.mask_ratio, 0 if last else level.n_children)
-        _ = one.grid, one.tokens_per_region
+        if one.n_visible_tokens < 1:
+            raise MiMError(
+                f"level {i + 1}: mask ratio {level.mask_ratio} leaves none of {one.n_tokens} tokens visible: lower it, "
+                f"or use larger views"
+            )
         built.append(one)
     return tuple(built)
 

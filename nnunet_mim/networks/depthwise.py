@@ -49,7 +49,7 @@ class DepthwiseConv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, X, Y, Z, C) → (N, X, Y, Z, C), channels last."""
         x = x.permute(0, 4, 1, 2, 3)
-        use_cpu_path = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and torch.is_grad_enabled()
+        use_cpu_path = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         if use_cpu_path:
             y = _DepthwiseCPU.apply(x, self.weight, self.bias)
         else:

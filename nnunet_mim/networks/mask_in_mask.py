@@ -40,7 +40,7 @@ class MaskInMask(nn.Module):
     Args:
         network: sizes.
         in_channels: image channels.
-        n_edges: pairs of adjacent levels.
+        n_edges: pairs of adjacent levels of a full ladder; a skipped level leaves the projectors of its edge unused.
         alignment: `infonce` (child and parent each through a projector), `cosine` (only the child) or `none`.
     """
 

@@ -68,7 +68,7 @@ def pretrain(
     """
     levels = levels_of(config)
     torch.manual_seed(config.seed)
-    model = MaskInMask(config.network, config.in_channels, len(levels) - 1, config.alignment)
+    model = MaskInMask(config.network, config.in_channels, alignment=config.alignment)
     optimizer = build_optimizer(model, config)
     start, history = 0, []
     if resume:
@@ -131,8 +131,8 @@ def pretrain(
                 means = mean_figures(recent)
                 if not math.isfinite(means["train/loss"] + means["train/grad_norm"]):
                     raise MiMError(
-                        f"loss or gradient is not finite near iteration {done}: lower --lr, or continue with --c from the "
-                        f"last checkpoint in {folder}"
+                        f"loss or gradient is not finite near iteration {done}: lower --lr, or continue with --c from "
+                        f"the last checkpoint in {folder}"
                     )
                 speed = len(recent) * config.batch_size / (time.perf_counter() - since)
                 log(train_file, done, {**means, "lr": float(schedule[iteration]), "crops_per_s": speed})

@@ -75,9 +75,11 @@ def nested_views(
     views = []
     for level in levels:
         images = resize(cut(crops, crop, offset, level.fov), level)
-        avoid = None if flat_threshold is None or not level.n_children else flat_places(images, level, flat_threshold)
-        ids_keep, ids_masked, places = random_masks(crop.shape[0], level, device, generator, avoid)
         padded = padded_tokens(offset, valid[crop], level)
+        avoid = None
+        if flat_threshold is not None and level.n_children:
+            avoid = empty_places(images, padded, level, flat_threshold)
+        ids_keep, ids_masked, places = random_masks(crop.shape[0], level, device, generator, avoid)
         box_end = offset + torch.as_tensor(level.fov, device=device)
         outside = ((box_end <= valid[crop, :, 0]) | (offset >= valid[crop, :, 1])).any(dim=1)
         views.append(LevelViews(level, images, crop, offset, ids_keep, ids_masked, places, padded, outside))
@@ -117,11 +119,21 @@ def resize(boxes: Tensor, level: Level) -> Tensor:
     return boxes
 
 
-def flat_places(images: Tensor, level: Level, flat_threshold: Tensor) -> Tensor:
-    """(N, C, *view_size) → (N, n_places) bool, True = every token of the place is flat (air)."""
+def empty_places(images: Tensor, padded: Tensor, level: Level, flat_threshold: Tensor) -> Tensor:
+    """Which places hold no target: every token of theirs is flat (air) or has padding in it.
+
+    Args:
+        images: (N, C, *view_size).
+        padded: (N, L) bool, True = padding in the token.
+        level: geometry.
+        flat_threshold: (C,) standard deviation below which a token is flat.
+
+    Returns:
+        (N, n_places) bool, True = empty.
+    """
     tokens = tokens_from_grid(images.permute(0, 2, 3, 4, 1), level.token_size).flatten(2)
-    flat = flat_tokens(tokens, flat_threshold)  # (N, L)
-    return flat[:, torch.as_tensor(level.tokens_of_region, device=images.device)].all(dim=2)
+    no_target = flat_tokens(tokens, flat_threshold) | padded  # (N, L)
+    return no_target[:, torch.as_tensor(level.tokens_of_region, device=images.device)].all(dim=2)
 
 
 def padded_tokens(offset: Tensor, valid: Tensor, level: Level) -> Tensor:

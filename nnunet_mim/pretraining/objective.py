@@ -32,7 +32,7 @@ def level_losses(
     """
     parent_features = None
     for number, view in enumerate(views):
-        edge = number - 1 if number else None
+        edge = level_index(number, len(views)) - 1 if number else None
         output = model(view.images, view.ids_keep, view.ids_masked, edge, parent_features)
 
         tokens = view.masked_tokens()

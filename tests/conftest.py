@@ -1,0 +1,48 @@
+"""Fixtures of all tests: the slow reference twins, and data that lies beside the project (never inside it)."""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# No deadline: machines are shared. In CI the examples are the same on every run.
+settings.register_profile("nnunet_mim", deadline=None, max_examples=60, derandomize=os.environ.get("CI") == "true")
+settings.load_profile("nnunet_mim")
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The twins of tests/reference, e.g. `reference.losses.infonce`; without `reference_` in front, loaded once."""
+    modules = {}
+    for path in sorted((ROOT / "tests" / "reference").glob("reference_*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        modules[path.stem.removeprefix("reference_")] = module
+    return SimpleNamespace(**modules)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Folder of real CT: `MIM_TEST_DATA`, or `../shared/data` beside the project."""
+    return _outside_folder(Path(os.environ.get("MIM_TEST_DATA") or ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def golden_folder():
+    """Folder of stored outputs of the published model: `golden`, beside the folder of real CT."""
+    data = Path(os.environ.get("MIM_TEST_DATA") or ROOT.parent / "shared" / "data")
+    return _outside_folder(data.resolve().parent / "golden")
+
+
+def _outside_folder(folder):
+    """The folder; where it is missing the test is skipped, but fails in CI, which has to have it."""
+    if not folder.is_dir():
+        stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        stop(f"{folder} is missing: set MIM_TEST_DATA to the folder of test CTs")
+    return folder

@@ -1,0 +1,86 @@
+"""Running the real commands in nnU-Net folders of their own, on real CT where there is any."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+REPOSITORY = Path(__file__).parents[2]
+DATA = Path(os.environ.get("MIM_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
+
+
+class Workplace:
+    """nnU-Net's three folders, and commands run in them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            (folder / name).mkdir()
+        self.env = {
+            **{k: v for k, v in os.environ.items() if k != "nnUNet_mim_checkpoint"},
+            **{name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
+            "nnUNet_n_proc_DA": "0",
+            "nnUNet_def_n_proc": "1",
+        }
+
+    def command(self, name, *arguments):
+        return [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
+
+    def __call__(self, name, *arguments, fails=False, **env):
+        """Run a command. Returns what it printed (its errors, where it has to fail)."""
+        done = subprocess.run(
+            self.command(name, *arguments), env={**self.env, **env}, capture_output=True, text=True, cwd=self.folder
+        )
+        assert (done.returncode != 0) == fails, f"{name} {arguments}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stderr if fails else done.stdout
+
+    def write_dataset(self, dataset, n_cases, side):
+        """Write `n_cases` training images of side³ voxels around an organ, one label, and one more image in `new`."""
+        raw = self.folder / "nnUNet_raw" / dataset
+        for path in (raw / "imagesTr", raw / "labelsTr", self.folder / "new"):
+            path.mkdir(parents=True)
+        for i in range(n_cases + 1):
+            image, label = real_case(i, side) or made_up_case(i, side)
+            if i == n_cases:
+                sitk.WriteImage(image, self.folder / "new" / "new_1_0000.nii.gz")
+            else:
+                sitk.WriteImage(image, raw / "imagesTr" / f"case_{i}_0000.nii.gz")
+                sitk.WriteImage(label, raw / "labelsTr" / f"case_{i}.nii.gz")
+        labels = {"background": 0, "organ": 1}
+        content = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": n_cases, "file_ending": ".nii.gz"}
+        (raw / "dataset.json").write_text(json.dumps(content))
+
+
+def real_case(index, side):
+    """A crop of a real CT around its organs and its label, or None where there is no test data."""
+    folder = DATA / "nnUNet_raw" / "Dataset501_HeadNeckOAR"
+    files = sorted((folder / "imagesTr").glob("*.nii.gz"))
+    if len(files) <= index:
+        assert os.environ.get("CI") != "true", f"{folder} is missing: set MIM_TEST_DATA to the folder of test CTs"
+        return None
+    image = sitk.ReadImage(files[index])
+    label = sitk.ReadImage(folder / "labelsTr" / files[index].name.replace("_0000", ""))
+    centre = np.argwhere(sitk.GetArrayFromImage(label) > 0).mean(0)[::-1]
+    start = [int(np.clip(c - side // 2, 0, n - side)) for c, n in zip(centre, image.GetSize(), strict=True)]
+    image, label = (sitk.RegionOfInterest(x, [side] * 3, start) for x in (image, label))
+    return image, sitk.Cast(label > 0, sitk.sitkUInt8)
+
+
+def made_up_case(index, side):
+    """Noise with a denser ball; (image, label)."""
+    rng = np.random.default_rng(index)
+    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"))
+    ball = ((grid - rng.integers(3 * side // 8, 5 * side // 8, (3, 1, 1, 1))) ** 2).sum(0) < (side // 4) ** 2
+    voxels = rng.normal(40, 60, (side,) * 3) + 300 * ball
+    return sitk.GetImageFromArray(voxels.astype(np.int16)), sitk.GetImageFromArray(ball.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def workplace_of(tmp_path_factory):
+    """workplace_of(name) → a Workplace in a new folder."""
+    return lambda name: Workplace(tmp_path_factory.mktemp(name))

@@ -1,0 +1,109 @@
+"""MaskInMask: what comes out, through which projector, and where gradients stop."""
+
+import pytest
+import torch
+
+from nnunet_mim.config import NetworkConfig
+from nnunet_mim.networks.mask_in_mask import MaskInMask
+
+NETWORK = NetworkConfig((3, 4, 5, 6), (1, 1, 1, 1), 2, 2.0, ((2, 2, 1), (1, 2, 2), (1, 1, 1), (1, 1, 2)), 12, 1, 2)
+SIZE = (6, 8, 8)  # grid (3, 2, 2)
+N_TOKENS, N_VISIBLE = 12, 5
+
+
+def make(alignment="infonce", in_channels=2, n_edges=2):
+    torch.manual_seed(0)
+    model = MaskInMask(NETWORK, in_channels, n_edges, alignment).double()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def inputs(n=3, in_channels=2):
+    order = torch.stack([torch.randperm(N_TOKENS) for _ in range(n)])
+    return torch.randn(n, in_channels, *SIZE, dtype=torch.float64), order[:, :N_VISIBLE], order[:, N_VISIBLE:]
+
+
+def test_prediction_is_made_for_the_masked_tokens_in_their_order(reference):
+    model = make()
+    images, keep, masked = inputs()
+    output = model(images, keep, masked)
+    voxels = 2 * 4 * 4 * 2
+    assert output.prediction.shape == (3, N_TOKENS - N_VISIBLE, voxels)
+    assert output.features.shape == (3, N_TOKENS, 12)
+    assert output.child is None
+    assert output.parent is None
+    latent = model.encoder(images, keep)
+    for n in range(3):
+        features, every = reference.network.decoder(
+            latent[n], keep[n], (3, 2, 2), dict(model.decoder.named_parameters()), 2
+        )
+        torch.testing.assert_close(output.features[n], features, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(output.prediction[n], every[masked[n]], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("edge", [0, 1])
+@pytest.mark.parametrize("alignment", ["infonce", "cosine"])
+def test_child_and_parent_of_an_edge(reference, alignment, edge):
+    """Child: mean of all tokens, projected. Parent: projected for infonce, raw for cosine; never a way back."""
+    model = make(alignment)
+    images, keep, masked = inputs()
+    parents = torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
+    output = model(images, keep, masked, edge, parents)
+
+    def projected(x, side):
+        prefix = f"projectors.{side}.{edge}."
+        state = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
+        return reference.network.projector(x, state)
+
+    mean = sum(output.features[:, t] for t in range(N_TOKENS)) / N_TOKENS
+    torch.testing.assert_close(output.child, projected(mean, "child"), rtol=1e-9, atol=1e-9)
+    if alignment == "cosine":
+        assert torch.equal(output.parent, parents)
+        assert not output.parent.requires_grad
+    else:
+        torch.testing.assert_close(output.parent, projected(parents, "parent"), rtol=1e-9, atol=1e-9)
+    (output.child.sum() + output.parent.sum()).backward()
+    assert parents.grad is None
+    sides = ("child",) if alignment == "cosine" else ("child", "parent")
+    for name, parameter in model.named_parameters():
+        if name.startswith("projectors."):
+            used = name.startswith(tuple(f"projectors.{side}.{edge}." for side in sides))
+            assert (parameter.grad is not None) == used, name
+        elif name.startswith("encoder."):
+            assert parameter.grad is not None, name
+
+
+def test_without_alignment_there_are_no_projectors():
+    model = make("none")
+    images, keep, masked = inputs()
+    output = model(images, keep, masked, 0, torch.randn(7, 12, dtype=torch.float64))
+    assert output.child is None
+    assert output.parent is None
+    assert not any("projectors" in key for key in model.state_dict())
+
+
+def test_cosine_has_no_projector_on_the_parent_side():
+    assert {key.split(".")[1] for key in make("cosine").state_dict() if key.startswith("projectors.")} == {"child"}
+
+
+@pytest.mark.parametrize("n_edges", [0, 1, 2])
+def test_one_pair_of_projectors_per_edge(n_edges):
+    keys = {tuple(key.split(".")[1:3]) for key in make(n_edges=n_edges).state_dict() if key.startswith("projectors.")}
+    assert keys == {(side, str(edge)) for side in ("child", "parent") for edge in range(n_edges)}
+
+
+def test_state_dict_prefixes():
+    assert {key.split(".")[0] for key in make().state_dict()} == {"encoder", "decoder", "projectors"}
+
+
+def test_masked_voxels_reach_nothing_but_the_target():
+    model = make()
+    images, keep, masked = inputs(1)
+    changed = images.clone()
+    number = int(masked[0, 0])
+    x, y, z = (number // 4) * 2, number // 2 % 2 * 4, number % 2 * 4
+    changed[0, :, x : x + 2, y : y + 4, z : z + 4] = torch.nan
+    before, after = model(images, keep, masked), model(changed, keep, masked)
+    assert torch.equal(before.prediction, after.prediction)
+    assert torch.equal(before.features, after.features)
