@@ -35,6 +35,8 @@ class FinetuneConfig:
     """largest gradient norm, at most 12 (nnU-Net clips there already)"""
     drop_path: float = 0.0
     """stochastic depth of the encoder's last block"""
+    oversample_foreground: float = 0.33
+    """share of patches centred on a labelled voxel, as in nnU-Net; raise it for small organs and short schedules"""
     deep_supervision: bool = True
     mirror_axes: tuple[int, ...] | None = None
     """mirrored in augmentation and prediction; axes of the preprocessed arrays; None: all but left-right"""
@@ -42,7 +44,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
             _check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number above 0", self)
-        for name in ("lr", "layer_decay", "weight_decay", "warmup_fraction", "grad_clip", "drop_path"):
+        numbers = ("lr", "layer_decay", "weight_decay", "warmup_fraction", "grad_clip", "drop_path")
+        for name in (*numbers, "oversample_foreground"):
             _check(name, _is_number(getattr(self, name)), "a number", self)
         _check("lr", self.lr > 0, "above 0", self)
         _check("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1", self)
@@ -50,6 +53,7 @@ class FinetuneConfig:
         _check("warmup_fraction", 0 <= self.warmup_fraction < 1, "0 or more and below 1", self)
         _check("grad_clip", 0 < self.grad_clip <= NNUNET_GRAD_CLIP, f"above 0 and at most {NNUNET_GRAD_CLIP:g}", self)
         _check("drop_path", 0 <= self.drop_path < 1, "0 or more and below 1", self)
+        _check("oversample_foreground", 0 <= self.oversample_foreground <= 1, "between 0 and 1", self)
         _check("schedule", self.schedule in ("cosine", "poly"), "cosine or poly", self)
         _check("deep_supervision", isinstance(self.deep_supervision, bool), "true or false", self)
         if self.mirror_axes is not None:

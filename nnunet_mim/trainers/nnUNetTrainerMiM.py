@@ -51,6 +51,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         self.num_epochs = self.finetune.num_epochs
         self.num_iterations_per_epoch = self.finetune.iterations_per_epoch
         self.num_val_iterations_per_epoch = self.finetune.val_iterations_per_epoch
+        self.oversample_foreground_percent = self.finetune.oversample_foreground
         self.enable_deep_supervision = self.finetune.deep_supervision
         self._checkpoint: PretrainedCheckpoint | None = resolved.checkpoint
         self._fresh = self.load_pretrained

@@ -89,6 +89,19 @@ def test_control_has_the_same_network_and_recipe_and_random_weights(
     assert "Pretrained weights" not in log_text(control)
 
 
+def test_the_recipe_of_the_plans_reaches_nnunet(folders, mim_plans, dataset_json):
+    mim_plans["mim_finetune"] = {
+        "num_epochs": 7, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2, "oversample_foreground": 0.8,
+        "deep_supervision": False, "mirror_axes": [1],
+    }  # fmt: skip
+    trainer = start(nnUNetTrainerMiMScratch, mim_plans, dataset_json)
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == (7, 3, 2)
+    assert trainer.oversample_foreground_percent == 0.8
+    assert not trainer.enable_deep_supervision
+    assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] == (1,)
+    assert trainer.inference_allowed_mirroring_axes == (1,)
+
+
 def test_control_needs_no_checkpoint_and_the_trainer_never_goes_on_without(folders, mim_plans, dataset_json):
     start(nnUNetTrainerMiMScratch, mim_plans, dataset_json).initialize()
     with pytest.raises(MiMError, match="no pretraining checkpoint for Dataset007_Toy"):
