@@ -114,6 +114,8 @@ class PretrainConfig:
     """weight of each level's reconstruction loss"""
     flat_fraction: float = 0.005
     """a token whose standard deviation is below this share of the intensity window (10 HU of 2000) is no target"""
+    init_checkpoint: str = ""
+    """checkpoint of an earlier run whose weights this one starts from; empty: random weights"""
     iterations: int = 250_000
     """optimiser steps; 250 are one epoch in the logs"""
     batch_size: int = 2

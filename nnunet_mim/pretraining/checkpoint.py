@@ -26,7 +26,7 @@ CITATIONS = [
 
 
 def build_checkpoint(
-    model: nn.Module, config: PretrainConfig, sources: list[Source], train_cases: list[Case], fold: int | str,
+    model: nn.Module, config: PretrainConfig, sources: list[Source], seen: list[dict[str, str]], fold: int | str,
     iteration: int, history: list[dict[str, float]],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything a finetuning run needs, of types that `torch.load(weights_only=True)` accepts.
@@ -35,7 +35,7 @@ def build_checkpoint(
         model: the bare MaskInMask.
         config: of the run.
         sources: datasets, all in the units of the first.
-        train_cases: every case that training draws from.
+        seen: records of every case that these weights were trained on, see `case_records`.
         fold: left-out fold, or `all`.
         iteration: optimiser steps done.
         history: logged figures, oldest first.
@@ -84,12 +84,19 @@ def build_checkpoint(
             "intensity_properties": first.intensity_properties,
             "iterations": iteration,
             "loss_history": history,
-            "cases": [
-                {"dataset": case.source.dataset, "case": case.info.case, "sha256": case.info.sha256}
-                for case in train_cases
-            ],
+            "cases": seen,
         },
     }
+
+
+def case_records(cases: list[Case]) -> list[dict[str, str]]:
+    """Dataset, identifier and content hash of each case, as stored under `provenance["cases"]`."""
+    return [{"dataset": c.source.dataset, "case": c.info.case, "sha256": c.info.sha256} for c in cases]
+
+
+def merged_records(earlier: list[dict[str, str]], now: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Union of two lists of records, in order: weights of an earlier run remember its cases."""
+    return list({tuple(record.values()): record for record in [*earlier, *now]}.values())
 
 
 def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:

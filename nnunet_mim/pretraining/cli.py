@@ -132,6 +132,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=default.seed, help="of weights, crops and masks (default: %(default)s)")
 
+    add(
+        "--init",
+        default="",
+        metavar="CHECKPOINT",
+        help="start from the weights of an earlier run, to go on with a new schedule or on other data",
+    )
+
     running = parser.add_argument_group("running")
     add = running.add_argument
     add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="as in nnUNetv2_train (default: %(default)s)")
@@ -202,6 +209,8 @@ def run(args: argparse.Namespace) -> None:
     if not runs.check_output_folder(folder, args.resume):
         print(f"finished already: {folder / FINAL}")
         return
+    if args.init and not args.resume:
+        runs.check_init(args.init, network, first.in_channels)
     for source in sources:
         if warning := window_warning(source):
             print(f"warning: {warning}")
@@ -246,6 +255,7 @@ def build_config(args: argparse.Namespace, in_channels: int, view: Size3, scale:
         mask_ratios=tuple(args.mask_ratios),
         n_children=tuple(args.children),
         alignment=args.alignment,
+        init_checkpoint=os.path.abspath(args.init) if args.init else "",
         iterations=args.iterations,
         batch_size=args.batch,
         learning_rate=DEFAULT_LEARNING_RATE[args.preset] if args.lr is None else args.lr,

@@ -19,7 +19,15 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import MaskInMask
-from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, build_checkpoint, load_checkpoint, save_atomically
+from nnunet_mim.pretraining.checkpoint import (
+    FINAL,
+    LATEST,
+    build_checkpoint,
+    case_records,
+    load_checkpoint,
+    merged_records,
+    save_atomically,
+)
 from nnunet_mim.pretraining.dataset import Case, CropDataset
 from nnunet_mim.pretraining.monitor import HeldOut, MetricsFile
 from nnunet_mim.pretraining.nested_crops import nested_views
@@ -70,10 +78,12 @@ def pretrain(
     torch.manual_seed(config.seed)
     model = MaskInMask(config.network, config.in_channels, alignment=config.alignment)
     optimizer = build_optimizer(model, config)
-    start, history = 0, []
-    if resume:
-        stored = load_checkpoint(folder / LATEST)
+    start, history, seen = 0, [], case_records(data.train)
+    if resume or config.init_checkpoint:
+        stored = load_checkpoint(folder / LATEST if resume else Path(config.init_checkpoint))
         model.load_state_dict(stored["network_weights"])
+        seen = merged_records(stored["provenance"]["cases"], seen)
+    if resume:
         optimizer.load_state_dict(stored["resume_state"]["optimizer"])
         start, history = stored["provenance"]["iterations"], stored["provenance"]["loss_history"]
     bare = model
@@ -89,7 +99,7 @@ def pretrain(
     batches = training_batches(data, config, start, workers, fabric.device)
 
     def save(name: str, iteration: int, resumable: bool) -> None:
-        checkpoint = build_checkpoint(bare, config, data.sources, data.train, data.fold, iteration, history)
+        checkpoint = build_checkpoint(bare, config, data.sources, seen, data.fold, iteration, history)
         if resumable:
             checkpoint["resume_state"] = {"optimizer": optimizer.state_dict()}
         save_atomically(checkpoint, folder / name)

@@ -10,7 +10,7 @@ import numpy as np
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
 
-from nnunet_mim.config import PretrainConfig, Size3
+from nnunet_mim.config import NetworkConfig, PretrainConfig, Size3, network_from_dict
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_scale
 from nnunet_mim.pretraining.case_index import CaseInfo, read_index
@@ -60,6 +60,16 @@ def check_same_config(folder: Path, config: PretrainConfig) -> None:
     changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in now if before.get(name) != now.get(name)]
     if changed:
         raise MiMError(f"--c: the run in {folder} was started with other settings ({'; '.join(changed)}): use the same")
+
+
+def check_init(path: str, network: NetworkConfig, in_channels: int) -> None:
+    """Raise MiMError unless a run of this network can start from the weights in `path`."""
+    stored = load_checkpoint(Path(path))["mim_config"]
+    if network_from_dict(stored["network"]) != network or stored["in_channels"] != in_channels:
+        raise MiMError(
+            f"--init {path} holds a network of preset {stored['preset']} with {stored['in_channels']} channels, not the "
+            "one of this run: choose its --preset and data with as many channels"
+        )
 
 
 def default_view(infos: Sequence[CaseInfo], token_size: Size3) -> Size3:

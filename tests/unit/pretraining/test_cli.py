@@ -163,6 +163,22 @@ def test_the_loss_falls(write_dataset, tmp_path):
     assert history[-1]["val/loss"] < 0.93 * history[0]["val/loss"]
 
 
+def test_a_run_from_an_earlier_ones_weights_remembers_its_cases(write_dataset, tmp_path, capsys):
+    write_dataset(n=3, number=901)
+    write_dataset(n=3, number=900)
+    assert cli.main(["-d", "901", *SMALL, "--iterations", "1", "--lr", "1e-9"]) == 0
+    earlier = tmp_path / "results/Dataset901_Tiny/MiMPretrain__tinyPlans__3d_fullres/fold_all/checkpoint_final.pth"
+    assert run("--iterations", "1", "--lr", "1e-9", "--init", str(earlier), "--seed", "5") == 0
+    first, second = (load_checkpoint(path) for path in (earlier, fold_folder(tmp_path, "all") / earlier.name))
+    for name, value in first["network_weights"].items():
+        torch.testing.assert_close(second["network_weights"][name], value, rtol=0, atol=1e-6)
+    datasets = [case["dataset"] for case in second["provenance"]["cases"]]
+    assert datasets == ["Dataset901_Tiny"] * 2 + ["Dataset900_Tiny"] * 2
+    small = [a if a != "tiny" else "small" for a in SMALL]
+    assert "not the one of this run" in refused(capsys, "-d", "900", *small, "-o", "other", "--init", str(earlier))
+    assert "no checkpoint at" in refused(capsys, "-d", "900", *SMALL, "-o", "other", "--init", str(tmp_path / "no.pth"))
+
+
 # --- bad input: one line, before any long work -----------------------------------------------------------------------
 
 
