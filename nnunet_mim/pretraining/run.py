@@ -67,8 +67,8 @@ def check_init(path: str, network: NetworkConfig, in_channels: int) -> None:
     stored = load_checkpoint(Path(path))["mim_config"]
     if network_from_dict(stored["network"]) != network or stored["in_channels"] != in_channels:
         raise MiMError(
-            f"--init {path} holds a network of preset {stored['preset']} with {stored['in_channels']} channels, not the "
-            "one of this run: choose its --preset and data with as many channels"
+            f"--init {path} holds a network of preset {stored['preset']} for {stored['in_channels']} channels, not "
+            "that of this run: choose its --preset, and data with as many channels"
         )
 
 

@@ -175,7 +175,7 @@ def test_a_run_from_an_earlier_ones_weights_remembers_its_cases(write_dataset, t
     datasets = [case["dataset"] for case in second["provenance"]["cases"]]
     assert datasets == ["Dataset901_Tiny"] * 2 + ["Dataset900_Tiny"] * 2
     small = [a if a != "tiny" else "small" for a in SMALL]
-    assert "not the one of this run" in refused(capsys, "-d", "900", *small, "-o", "other", "--init", str(earlier))
+    assert "not that of this run" in refused(capsys, "-d", "900", *small, "-o", "other", "--init", str(earlier))
     assert "no checkpoint at" in refused(capsys, "-d", "900", *SMALL, "-o", "other", "--init", str(tmp_path / "no.pth"))
 
 
