@@ -1,0 +1,124 @@
+"""The volume a phantom is painted into, and the shapes it is painted with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+AIR_HU = -1000
+HALF = 144.0  # model mm from the middle of the volume to each of its faces
+BEND = (2.5, 2.0, 2.5)  # standard deviation (model mm; z, y, x) of the displacement field, which stops at twice that
+FULL = (slice(None),) * 3
+
+Numbers = Sequence[float] | np.ndarray  # a point (x, y, z), radii: model mm
+
+
+class Canvas:
+    """The volume being painted: HU, labels, and every voxel's place (x, y, z) in the undeformed body, in model mm."""
+
+    def __init__(self, rng: np.random.Generator, shape: Sequence[int]) -> None:
+        edges = [2 * HALF / n for n in shape]
+        self.axes = [
+            ((np.arange(n) + 0.5) * edge - HALF).astype(np.float32) for n, edge in zip(shape, edges, strict=True)
+        ]
+        self.soft = float(np.mean(edges))  # mm over which a surface is blended
+        z, y, x = np.meshgrid(*self.axes, indexing="ij", sparse=True)
+        self.size = rng.uniform((0.97, 1.02, 0.94), (1.03, 1.22, 1.05))
+        bend = [np.clip(smooth_field(rng, 5, shape), -2, 2) * amount for amount in BEND]
+        self.z, self.y, self.x = (
+            axis / np.float32(s) + b for axis, s, b in zip((z, y, x), self.size, bend, strict=True)
+        )
+        self.rough = smooth_field(rng, 14, shape)  # unit variance, about 20 mm: lumpy surfaces, streaks, bowel content
+        self.hu = np.full(shape, AIR_HU, np.float32)
+        self.labels = np.zeros(shape, np.uint8)
+
+    def box(self, low: Numbers, high: Numbers) -> tuple[slice, ...]:
+        """Slices (z, y, x) that hold the structure between two corners (x, y, z) of the undeformed body."""
+        margin = 2.5 * max(BEND) + self.soft
+        spans = zip(self.axes, self.size, reversed([*low]), reversed([*high]), strict=True)
+        return tuple(slice(*np.searchsorted(a, (lo * s - margin, hi * s + margin))) for a, s, lo, hi in spans)
+
+    def paint(
+        self, f: np.ndarray, value: float | np.ndarray, label: int | None = None, box: tuple[slice, ...] = FULL
+    ) -> None:
+        """Blend `value` (HU; a number or a full volume) in where `f` is negative, over one voxel; label the inside."""
+        weight = np.clip(0.5 - f / self.soft, 0, 1)
+        hu = self.hu[box]
+        hu += weight * ((value[box] if isinstance(value, np.ndarray) else value) - hu)
+        if label is not None:
+            self.labels[box][f < 0] = label
+
+    def ellipsoid(
+        self,
+        centre: Numbers,
+        radii: Numbers,
+        turn: float = 0.0,
+        lean: float = 0.0,
+        lumps: float = 0.0,
+        box: tuple[slice, ...] = FULL,
+    ) -> np.ndarray:
+        """Ellipsoid turned by `turn` radians about z, sheared by `lean` mm in x per mm of z, rough by `lumps` mm."""
+        x, y, z = (axis[box] - c for axis, c in zip((self.x, self.y, self.z), centre, strict=True))
+        x = x - lean * z
+        u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+        q = (u / radii[0]) ** 2 + (v / radii[1]) ** 2 + (z / radii[2]) ** 2
+        return (np.sqrt(q) - 1) * min(radii) + lumps * self.rough[box]
+
+    def blob(
+        self,
+        centre: Numbers,
+        radii: Numbers,
+        value: float | np.ndarray,
+        label: int | None = None,
+        *,
+        turn: float = 0.0,
+        lean: float = 0.0,
+        lumps: float = 0.0,
+        grow: float = 0.0,
+    ) -> None:
+        """Paint an ellipsoid, `grow` mm larger than its radii, inside its own box; see `ellipsoid`."""
+        wide = max(radii[:2]) + abs(lean) * radii[2]
+        reach = np.array([wide, wide, radii[2]]) + grow + 2 * lumps
+        box = self.box(np.asarray(centre) - reach, np.asarray(centre) + reach)
+        self.paint(self.ellipsoid(centre, radii, turn, lean, lumps, box) - grow, value, label, box)
+
+    def tube(
+        self,
+        points: Sequence[Numbers],
+        radii: float | Numbers,
+        value: float | np.ndarray,
+        label: int | None = None,
+    ) -> None:
+        """Paint a chain of capsules through points (x, y, z), of one radius or a radius per point."""
+        path = np.asarray(points, float)
+        radius = np.broadcast_to(np.asarray(radii, float), len(path))
+        for a, b, ra, rb in zip(path[:-1], path[1:], radius[:-1], radius[1:], strict=True):
+            box = self.box(np.minimum(a, b) - max(ra, rb), np.maximum(a, b) + max(ra, rb))
+            x, y, z = (axis[box] - o for axis, o in zip((self.x, self.y, self.z), a, strict=True))
+            d = b - a
+            t = np.clip((x * d[0] + y * d[1] + z * d[2]) / (d @ d), 0, 1)
+            gap = np.sqrt((x - t * d[0]) ** 2 + (y - t * d[1]) ** 2 + (z - t * d[2]) ** 2)
+            self.paint(gap - (ra + t * (rb - ra)), value, label, box)
+
+
+def oval(x: np.ndarray, y: np.ndarray, a: np.ndarray | float, b: np.ndarray | float, power: float) -> np.ndarray:
+    """Implicit superellipse in the axial plane, with half-axes that may change with height."""
+    r = (np.abs(x / a) ** power + np.abs(y / b) ** power) ** (1 / power)
+    return (r - 1) * np.minimum(a, b)
+
+
+def distance(x: np.ndarray, y: np.ndarray, unit: float) -> np.ndarray:
+    """Distance from the z axis, in units of `unit` mm."""
+    return np.sqrt(x * x + y * y) / unit
+
+
+def smooth_field(rng: np.random.Generator, cells: int, shape: Sequence[int]) -> np.ndarray:
+    """Random field (Z, Y, X) float32 with mean 0, variance 1 and `cells` bumps an axis, the same at every shape."""
+    field = rng.standard_normal((cells + 2,) * 3).astype(np.float32)
+    for n in shape:  # each pass interpolates the leading axis and moves it to the end
+        place = (np.arange(n) + 0.5) / n * cells + 0.5
+        weights = np.exp(-0.5 * ((place[:, None] - np.arange(cells + 2)) / 0.6) ** 2)
+        weights /= np.sqrt((weights**2).sum(1, keepdims=True))
+        field = np.tensordot(field, weights.astype(np.float32), axes=(0, 1))
+    return field

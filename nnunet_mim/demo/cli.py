@@ -1,0 +1,114 @@
+"""`mim_demo`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from nnunet_mim.demo.stages import MIN_BODIES, QUICK, DemoSettings, Folders, make_stages
+from nnunet_mim.errors import MiMError
+
+DESCRIPTION = """\
+Shows the whole way on CT of made-up bodies, with the commands that you would use on your own data:
+nnU-Net plans, mim_plan adapts the plans, nnU-Net preprocesses, mim_pretrain pretrains without labels, nnUNetv2_train
+finetunes, nnUNetv2_predict finds the organs of bodies it has never seen. At the end FOLDER/index.html shows it all.
+
+Everything is kept in FOLDER; nothing outside it is read or written. Takes minutes, on two CPU cores too."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns 0, 2 after a one-line error, 130 after Ctrl-C."""
+    options = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        run(options)
+    except MiMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; to go on: mim_demo -o {options.o} --continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check everything, then run the stages and write the page."""
+    settings = QUICK if options.quick else DemoSettings()
+    if options.bodies is not None:
+        settings = replace(settings, bodies=options.bodies)
+    if settings.bodies < MIN_BODIES:
+        raise MiMError(f"--bodies {settings.bodies}: give at least {MIN_BODIES}, for nnU-Net's five folds")
+    folders = Folders(Path(options.o).expanduser().resolve())
+
+    from nnunet_mim.demo.runner import find_command, open_folder, run_stages
+
+    device = options.device or default_device()
+    stages = make_stages(settings, folders, device)
+    for stage in stages:
+        if isinstance(stage.run, list):
+            find_command(stage.run[0])
+    state = open_folder(folders.root, settings, device, options.resume)
+
+    start = time.perf_counter()
+    say(f"in {folders.root}; output of the commands in logs/. To run them by hand:")
+    for name, value in folders.environment().items():
+        say(f"  export {name}={value}")
+    run_stages(stages, folders, state, say)
+
+    from nnunet_mim.demo.report import write_report
+
+    say("Write the page")
+    dice = write_report(folders, settings, state)
+    say(f"mean Dice on {settings.test_bodies} unseen bodies: {dice:.2f}; {time.perf_counter() - start:.0f} s in all")
+    say(f"look at {folders.page}")
+
+
+def default_device() -> str:
+    """`cuda` where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def say(line: str) -> None:
+    """Print at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of mim_demo."""
+    parser = argparse.ArgumentParser(
+        "mim_demo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "-o",
+        default="mim_demo",
+        metavar="FOLDER",
+        help="new folder for all that is made (default: ./mim_demo)",
+    )
+    parser.add_argument("-device", choices=["cpu", "cuda"], default=None, help="default: cuda if there is one")
+    parser.add_argument(
+        "--bodies", type=int, default=None, metavar="N",
+        help=f"made-up bodies to train on, at least {MIN_BODIES} "
+        f"(default: {DemoSettings().bodies}, {QUICK.bodies} with --quick)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller and shorter: shows that all runs, not what it can do"
+    )
+    parser.add_argument(
+        "--continue", action="store_true", dest="resume", help="skip the stages that are done; give the same options"
+    )
+    return parser
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Running the stages one after the other: commands as child processes, logs, times, and what is done already."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nnunet_mim.demo.stages import DemoSettings, Folders, Stage
+from nnunet_mim.errors import MiMError
+
+STATE_FILE = "demo.json"
+FORGET = ("nnUNet_mim_checkpoint", "NNUNET_MIM_NO_AUTOREGISTER")  # would lead the finetuning elsewhere
+
+
+def open_folder(folder: Path, settings: DemoSettings, device: str, resume: bool) -> dict[str, Any]:
+    """Check that the demonstration may write into its folder, and read or make the record of its stages.
+
+    Returns:
+        `settings`, `device` and `stages`, a list of what is done: name, title, command, seconds, cpu_seconds.
+
+    Raises:
+        MiMError: the folder holds something (and `resume` is not set), nothing to continue, or another demonstration.
+    """
+    wanted = {"settings": json.loads(json.dumps(asdict(settings))), "device": device}
+    file = folder / STATE_FILE
+    if resume:
+        if not file.is_file():
+            raise MiMError(f"nothing to continue in {folder}: leave out --continue")
+        try:
+            state = json.loads(file.read_text())
+        except ValueError as error:
+            raise MiMError(f"cannot read {file} ({error}): delete {folder} and start anew") from error
+        if {name: state.get(name) for name in wanted} != wanted:
+            raise MiMError(f"{folder} was started with other options: give the same --quick, --bodies, -device again")
+        return state
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MiMError(f"{folder} exists and is not empty: continue with --continue, or choose another folder with -o")
+    state = {**wanted, "stages": []}
+    try:
+        write_state(folder, state)
+    except OSError as error:
+        raise MiMError(f"cannot write into {folder} ({error}): choose another folder with -o") from error
+    return state
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the record of what is done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{STATE_FILE}.tmp"
+    temporary.write_text(json.dumps(state, indent=2) + "\n")
+    temporary.replace(folder / STATE_FILE)
+
+
+def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Run every stage that is not done yet.
+
+    Args:
+        stages: in their order.
+        folders: of the demonstration.
+        state: from `open_folder`; added to and written after each stage.
+        say: prints one line.
+
+    Raises:
+        MiMError: a stage failed; the last lines of its log have been said.
+    """
+    folders.logs.mkdir(parents=True, exist_ok=True)
+    done = {stage["name"]: stage for stage in state["stages"]}
+    for number, stage in enumerate(stages, start=1):
+        say(f"[{number}/{len(stages)}] {stage.title}")
+        if stage.name in done:
+            say(f"      done before, in {done[stage.name]['seconds']:.0f} s")
+            continue
+        remove(stage.output)
+        log = folders.logs / f"{number:02d}_{stage.name}.log"
+        command = shlex.join(stage.run) if isinstance(stage.run, list) else ""
+        if command:
+            say(f"      {command}")
+        wall, cpu = time.perf_counter(), _cpu_seconds()
+        if isinstance(stage.run, list):
+            code = run_command(stage.run, log, child_environment(folders))
+            if code:
+                for line in last_lines(log):
+                    say(f"      | {line}")
+                raise MiMError(f"stage {stage.name} failed (exit code {code}), all it said is in {log}; "
+                               f"to try again: mim_demo -o {folders.root} --continue")  # fmt: skip
+        else:
+            stage.run()
+            log.write_text(f"{stage.title}: {stage.output}\n")
+        seconds, cpu_seconds = time.perf_counter() - wall, _cpu_seconds() - cpu
+        say(f"      {seconds:.0f} s")
+        record = {"name": stage.name, "title": stage.title, "command": command}
+        state["stages"].append({**record, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)})
+        write_state(folders.root, state)
+
+
+def child_environment(folders: Folders) -> dict[str, str]:
+    """This process's environment with nnU-Net's folders, and settings that suit a small machine and a short run."""
+    environment = {name: value for name, value in os.environ.items() if name not in FORGET}
+    return {
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait leave their core to the process that prepares the data
+        **environment,
+        **folders.environment(),
+        "nnUNet_n_proc_DA": "1",
+        "nnUNet_compile": "F",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def find_command(name: str) -> str:
+    """Path of a command of the Python that runs this.
+
+    Raises:
+        MiMError: it is not installed.
+    """
+    places = [str(Path(sys.executable).parent), sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        raise MiMError(f"command {name} not found beside {sys.executable}: install nnunet_mim with pip and try again")
+    return found
+
+
+def run_command(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+    """Run a command, its output in `log`, and return its exit code. It is ended, with its children, if this one is."""
+    program = [find_command(command[0]), *command[1:]]
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            program,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,  # a process group of its own, which _end ends as a whole
+        )
+        try:
+            return child.wait()
+        finally:
+            if child.returncode is None:
+                _end(child)
+
+
+def last_lines(log: Path, count: int = 12) -> list[str]:
+    """The last lines of a log that are not empty; of a progress bar only its last state."""
+    text = log.read_bytes().decode(errors="replace")
+    lines = [re.split("\r", line.rstrip("\r"))[-1].rstrip() for line in text.split("\n")]
+    return [line for line in lines if line][-count:]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _end(child: subprocess.Popen) -> None:
+    if hasattr(os, "killpg"):
+        os.killpg(child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    else:
+        child.kill()
+    child.wait()
+
+
+def _cpu_seconds() -> float:
+    """User and system seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
