@@ -33,7 +33,7 @@ class DemoSettings:
     iterations: int = 320
     val_every: int = 40
     patch: int = 64
-    epochs: int = 8
+    epochs: int = 7
     epoch_iterations: int = 80
 
     @property

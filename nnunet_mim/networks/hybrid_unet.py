@@ -225,7 +225,7 @@ def plans_architecture(network: NetworkConfig, patch_size: Sequence[int]) -> dic
             "num_heads": network.num_heads,
             "mlp_ratio": network.mlp_ratio,
             "strides": [*strides, bottleneck] if max(bottleneck) > 1 else strides,
-            "stem_features": max(8, min(32, network.embed_dims[0] * 2 // 3)),
+            "stem_features": max(16, min(32, network.embed_dims[0] * 2 // 3)),
             "decoder_features": list(network.embed_dims),
             "n_conv_per_stage_decoder": 1,
         },

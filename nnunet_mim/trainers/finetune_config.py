@@ -36,7 +36,8 @@ class FinetuneConfig:
     drop_path: float = 0.0
     """stochastic depth of the encoder's last block"""
     oversample_foreground: float = 0.33
-    """share of patches centred on a labelled voxel, as in nnU-Net; raise it for small organs and short schedules"""
+    """share of patches centred on a labelled voxel, as in nnU-Net; raise it for small organs and short schedules (with
+    batch_size 1 nnU-Net's rounding makes 0.33 none at all)"""
     deep_supervision: bool = True
     mirror_axes: tuple[int, ...] | None = None
     """mirrored in augmentation and prediction; axes of the preprocessed arrays; None: all but left-right"""

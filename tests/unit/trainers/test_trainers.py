@@ -251,7 +251,7 @@ def test_folds_of_another_architecture_are_protected(
     trainer.on_train_start()
     trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
     other = deepcopy(mim_plans)
-    other["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["stem_features"] = 16
+    other["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["stem_features"] = 24
     with pytest.raises(MiMError, match="folds of another architecture"):
         start(nnUNetTrainerMiM, other, dataset_json, fold=1)
     dropping = deepcopy(mim_plans)
