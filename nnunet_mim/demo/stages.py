@@ -136,7 +136,7 @@ def make_stages(settings: DemoSettings, folders: Folders, device: str) -> list[S
 
     d, s = str(DATASET_ID), settings
     recipe = {
-        "patch_size": f"{s.patch},{s.patch},{s.patch}", "batch_size": 2, "num_epochs": s.epochs,
+        "patch_size": f"{s.patch},{s.patch},{s.patch}", "batch_size": 1, "num_epochs": s.epochs,
         "iterations_per_epoch": s.epoch_iterations, "val_iterations_per_epoch": 2, "lr": 0.002,
         "oversample_foreground": 1.0,
     }  # fmt: skip
