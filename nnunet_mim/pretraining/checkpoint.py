@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 import nnunet_mim
 from nnunet_mim.config import PretrainConfig
@@ -26,27 +27,21 @@ CITATIONS = [
 
 
 def build_checkpoint(
-    model: nn.Module, config: PretrainConfig, sources: list[Source], seen: list[dict[str, str]], fold: int | str,
-    iteration: int, history: list[dict[str, float]],
-) -> dict[str, Any]:  # fmt: skip
+    weights: Mapping[str, Tensor], config: PretrainConfig, provenance: dict[str, Any]
+) -> dict[str, Any]:
     """Everything a finetuning run needs, of types that `torch.load(weights_only=True)` accepts.
 
     Args:
-        model: the bare MaskInMask.
+        weights: state dict of the bare MaskInMask.
         config: of the run.
-        sources: datasets, all in the units of the first.
-        seen: records of every case that these weights were trained on, see `case_records`.
-        fold: left-out fold, or `all`.
-        iteration: optimiser steps done.
-        history: logged figures, oldest first.
+        provenance: where the weights come from, see `run_provenance`.
     """
-    first = sources[0]
     settings = config.to_dict()
     encoder = {
         name: settings["network"][name] for name in ("embed_dims", "depths", "strides", "num_heads", "mlp_ratio")
     }
     return {
-        "network_weights": {name: value.detach().cpu() for name, value in model.state_dict().items()},
+        "network_weights": {name: value.detach().cpu() for name, value in weights.items()},
         "nnssl_adaptation_plan": {
             "architecture_plans": {
                 "arch_class_name": "nnunet_mim.networks.hybrid_unet.HybridUNet",
@@ -54,13 +49,13 @@ def build_checkpoint(
                 "arch_kwargs_requiring_import": [],
             },
             "pretrain_plan": {
-                "plans_name": first.plans_name,
-                "dataset_name": first.dataset,
+                "plans_name": provenance["plans_name"],
+                "dataset_name": (provenance["datasets"] or [""])[0],
                 "configurations": {
-                    first.configuration: {
+                    provenance["configuration"]: {
                         "patch_size": list(config.view_size),
-                        "spacing": list(first.spacing),
-                        "normalization_schemes": list(first.normalization),
+                        "spacing": list(provenance["spacing"]),
+                        "normalization_schemes": list(provenance["normalization"]),
                     }
                 },
             },
@@ -74,18 +69,34 @@ def build_checkpoint(
         },
         "mim_config": settings,
         "mim_version": nnunet_mim.__version__,
-        "provenance": {
-            "datasets": [source.dataset for source in sources],
-            "plans_name": first.plans_name,
-            "configuration": first.configuration,
-            "fold": fold,
-            "spacing": list(first.spacing),
-            "normalization": list(first.normalization),
-            "intensity_properties": first.intensity_properties,
-            "iterations": iteration,
-            "loss_history": history,
-            "cases": seen,
-        },
+        "provenance": provenance,
+    }
+
+
+def run_provenance(
+    sources: list[Source], seen: list[dict[str, str]], fold: int | str, iteration: int, history: list[dict[str, float]]
+) -> dict[str, Any]:
+    """What a checkpoint says about where its weights come from.
+
+    Args:
+        sources: datasets, all in the units of the first.
+        seen: records of every case that the weights were trained on, see `case_records`.
+        fold: left-out fold, or `all`.
+        iteration: optimiser steps done.
+        history: logged figures, oldest first.
+    """
+    first = sources[0]
+    return {
+        "datasets": [source.dataset for source in sources],
+        "plans_name": first.plans_name,
+        "configuration": first.configuration,
+        "fold": fold,
+        "spacing": list(first.spacing),
+        "normalization": list(first.normalization),
+        "intensity_properties": first.intensity_properties,
+        "iterations": iteration,
+        "loss_history": history,
+        "cases": seen,
     }
 
 

@@ -26,6 +26,7 @@ from nnunet_mim.pretraining.checkpoint import (
     case_records,
     load_checkpoint,
     merged_records,
+    run_provenance,
     save_atomically,
 )
 from nnunet_mim.pretraining.dataset import Case, CropDataset
@@ -99,7 +100,8 @@ def pretrain(
     batches = training_batches(data, config, start, workers, fabric.device)
 
     def save(name: str, iteration: int, resumable: bool) -> None:
-        checkpoint = build_checkpoint(bare, config, data.sources, seen, data.fold, iteration, history)
+        provenance = run_provenance(data.sources, seen, data.fold, iteration, history)
+        checkpoint = build_checkpoint(bare.state_dict(), config, provenance)
         if resumable:
             checkpoint["resume_state"] = {"optimizer": optimizer.state_dict()}
         save_atomically(checkpoint, folder / name)

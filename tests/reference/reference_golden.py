@@ -1,46 +1,13 @@
-"""The published model's parameters by formula, its stored inputs, and what its keys are called here.
+"""A checkpoint like the published one, its parameters by formula, and the inputs of the stored outputs.
 
 Source: README of the golden outputs (published base architecture, arXiv 2404.15580).
 """
 
-import re
+import argparse
 import zlib
 
 import numpy as np
 import torch
-
-COMPUTED = ("pos_embed", "decoder_pos_embed")
-"""Published keys that are no parameters here: positions are computed."""
-
-RENAMES = (
-    (r"patch_embed([123])\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.embed."),
-    (r"patch_embed4\.", "encoder.token_embed."),
-    (r"patch_embed5\.", "encoder.token_proj."),
-    (r"stage([123])_output_decode\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.to_token."),
-    (r"blocks([123])\.(\d+)\.attn\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.blocks.{m[2]}.dwconv."),
-    (r"blocks([123])\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.blocks."),
-    (r"blocks4\.", "encoder.vit_blocks."),
-    (r"norm\.", "encoder.norm."),
-    (r"mask_token", "decoder.mask_token"),
-    (r"decoder_embed\.", "decoder.embed."),
-    (r"decoder_blocks\.", "decoder.blocks."),
-    (r"decoder_norm\.", "decoder.norm."),
-    (r"decoder_pred\.", "decoder.head."),
-    (r"aggregate_mid\.", "projectors.child.0."),
-    (r"aggregate_pred_up_feature\.", "projectors.parent.0."),
-    (r"aggregate_down\.", "projectors.child.1."),
-    (r"aggregate_pred_mid_feature\.", "projectors.parent.1."),
-)
-
-
-def our_key(published):
-    """Name of a published parameter in MaskInMask, or None for what is computed here. KeyError: unknown."""
-    if published in COMPUTED:
-        return None
-    for pattern, name in RENAMES:
-        if re.match(pattern, published):
-            return re.sub(f"^{pattern}", name, published, count=1)
-    raise KeyError(published)
 
 
 def parameter(key, shape):
@@ -59,3 +26,24 @@ def images(shift):
     j = np.arange(96**3, dtype=np.float64)
     samples = [0.5 + 0.5 * np.sin(0.013 * j + shift), 0.5 + 0.5 * np.cos(0.0071 * j + 2 * shift)]
     return torch.from_numpy(np.stack(samples).astype(np.float32).reshape(2, 1, 96, 96, 96))
+
+
+def checkpoint(shapes, sincos):
+    """What the published code saves, beside the state dict its optimizer, counters and options.
+
+    `shapes`: name → shape of all tensors; `sincos(grid, dim)`: (tokens, dim) fixed position embedding.
+    """
+    model = {
+        key: torch.as_tensor(sincos((6, 6, 6), shape[2]), dtype=torch.float32)[None]
+        if key.endswith("pos_embed")
+        else parameter(key, shape)
+        for key, shape in shapes.items()
+    }
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4)}
+    return {
+        "model": model,
+        "optimizer": {"state": {0: moments}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.95), "params": [0]}]},
+        "epoch": 399,
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0},
+        "args": argparse.Namespace(batch_size=16, tags=None, roi_x=96),
+    }

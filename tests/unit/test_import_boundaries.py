@@ -20,6 +20,7 @@ LAYERS = {
     "trainers": 2,
     "_nnunet_plugin": 3,
     "preparation": 3,
+    "conversion": 4,
     "benchmarking": 4,
     "demo": 5,
 }

@@ -1,0 +1,1 @@
+"""Importing weights of the published MiM architecture (`mim_convert`)."""
