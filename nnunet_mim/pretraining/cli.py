@@ -156,6 +156,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="processes that read crops (default: 1 on a CPU, else up to 12; 0 reads in the main process)",
     )
     add(
+        "--views_per_pass",
+        type=int,
+        default=None,
+        metavar="N",
+        help="most views computed at once: less memory, same result (default: all views of a level)",
+    )
+    add(
         "--val_every",
         type=int,
         default=default.val_every,
@@ -198,6 +205,8 @@ def run(args: argparse.Namespace) -> None:
     fold = "all" if args.f == "all" else _fold(args.f)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise MiMError("no CUDA device found: add -device cpu (slow; try --preset tiny --view 64)")
+    if args.views_per_pass is not None and args.views_per_pass < 1:
+        raise MiMError(f"--views_per_pass must be at least 1, got {args.views_per_pass}")
     network = PRESETS[args.preset]
     smallest_view: Size3 = tuple(2 * p for p in network.token_size)  # type: ignore[assignment]
     levels_of(build_config(args, 1, _view(args.view) if args.view else smallest_view, _scale(args) or (2, 2, 2)))
@@ -236,7 +245,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"preset {config.preset}, {config.iterations} iterations of {config.batch_size} crops, output {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     workers = default_workers(args.device) if args.workers is None else args.workers
-    figures = pretrain(config, data, folder, fabric, workers, args.resume)
+    figures = pretrain(config, data, folder, fabric, workers, args.resume, args.views_per_pass)
     print(summary(figures))
     print(f"wrote {folder / FINAL}")
     next_fold = 0 if fold == "all" else fold

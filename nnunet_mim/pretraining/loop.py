@@ -32,7 +32,7 @@ from nnunet_mim.pretraining.checkpoint import (
 from nnunet_mim.pretraining.dataset import Case, CropDataset
 from nnunet_mim.pretraining.monitor import HeldOut, MetricsFile
 from nnunet_mim.pretraining.nested_crops import nested_views
-from nnunet_mim.pretraining.objective import level_losses
+from nnunet_mim.pretraining.objective import add_figures, level_losses
 from nnunet_mim.pretraining.schedules import learning_rates
 from nnunet_mim.pretraining.sources import Source
 
@@ -54,7 +54,13 @@ class RunData:
 
 
 def pretrain(
-    config: PretrainConfig, data: RunData, folder: Path, fabric: Fabric, workers: int, resume: bool
+    config: PretrainConfig,
+    data: RunData,
+    folder: Path,
+    fabric: Fabric,
+    workers: int,
+    resume: bool,
+    views_per_pass: int | None = None,
 ) -> dict[str, float]:
     """Train until `config.iterations`, writing checkpoints, `train.csv`, `val.csv` and TensorBoard events into
     `folder`.
@@ -68,6 +74,7 @@ def pretrain(
         fabric: launched; device and precision.
         workers: processes that read crops; 0 reads in this one.
         resume: continue from `checkpoint_latest.pth`.
+        views_per_pass: most views computed at once, which bounds the memory; None: all views of a level.
 
     Returns:
         figures of the last measurement on held-out crops.
@@ -94,7 +101,8 @@ def pretrain(
     fill = torch.tensor(data.fill, device=fabric.device)
     flat_threshold = torch.tensor(data.flat_threshold, device=fabric.device)
     place_threshold = flat_threshold if config.body_children else None
-    held_out = HeldOut(*held_out_crops(data, config, fabric.device), fill, flat_threshold, levels, config)
+    val_crops = held_out_crops(data, config, fabric.device)
+    held_out = HeldOut(*val_crops, fill, flat_threshold, levels, config, views_per_pass)
     train_file, val_file = (MetricsFile(folder / f"{part}.csv", start) for part in ("train", "val"))
     board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
     batches = training_batches(data, config, start, workers, fabric.device)
@@ -127,9 +135,9 @@ def pretrain(
             views = nested_views(crops, valid, fill, levels, generator, place_threshold)
 
             step_figures: dict[str, Tensor] = {}
-            for loss, figures, _ in level_losses(model, views, flat_threshold, config):
-                fabric.backward(loss)  # level by level: activations of one level at a time
-                step_figures.update(figures)
+            for loss, figures, _ in level_losses(model, views, flat_threshold, config, views_per_pass):
+                fabric.backward(loss)  # pass by pass: activations of one at a time
+                add_figures(step_figures, figures)
             norm = fabric.clip_gradients(model, optimizer, max_norm=config.grad_clip, error_if_nonfinite=False)
             step_figures["grad_norm"] = torch.as_tensor(norm)
             optimizer.step()

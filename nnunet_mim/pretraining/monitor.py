@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import Level
 from nnunet_mim.pretraining.baselines import trivial_losses
-from nnunet_mim.pretraining.losses import flat_tokens
 from nnunet_mim.pretraining.nested_crops import LevelViews, nested_views
-from nnunet_mim.pretraining.objective import level_losses, level_name
+from nnunet_mim.pretraining.objective import add_figures, level_losses, level_name, target_tokens
 
 
 class HeldOut:
@@ -25,12 +24,14 @@ class HeldOut:
         fill, flat_threshold: (C,) as in training.
         levels: geometry.
         config: of the run; its seed fixes the masks.
+        views_per_pass: most views computed at once; None: all views of a level of one crop.
     """
 
     def __init__(
         self, crops: Tensor, valid: Tensor, fill: Tensor, flat_threshold: Tensor, levels: tuple[Level, ...],
-        config: PretrainConfig,
+        config: PretrainConfig, views_per_pass: int | None = None,
     ) -> None:  # fmt: skip
+        self.views_per_pass = views_per_pass
         self.flat_threshold = flat_threshold
         self.config = config
         place_threshold = flat_threshold if config.body_children else None
@@ -51,12 +52,12 @@ class HeldOut:
         model.eval()
         mean = WeightedMean()
         for views in self.batches:
-            for _, figures, _ in level_losses(model, views, self.flat_threshold, self.config):
-                for name, value in figures.items():
-                    level, kind = name.split("/")
-                    mean.add(
-                        f"val/{name}", float(value), targets_of(figures, level) if kind == "reconstruction" else 1.0
-                    )
+            figures: dict[str, Tensor] = {}
+            for _, part, _ in level_losses(model, views, self.flat_threshold, self.config, self.views_per_pass):
+                add_figures(figures, part)
+            for name, value in figures.items():
+                level, kind = name.split("/")
+                mean.add(f"val/{name}", float(value), targets_of(figures, level) if kind == "reconstruction" else 1.0)
         model.train()
         means = mean.result()
         means["val/loss"] = sum(value for name, value in means.items() if name.endswith("/loss"))
@@ -66,9 +67,7 @@ class HeldOut:
         mean = WeightedMean()
         for views in self.batches:
             for number, view in enumerate(views):
-                tokens = view.masked_tokens()
-                padded = torch.gather(view.padded, 1, view.ids_masked)
-                is_target = ~(padded | flat_tokens(tokens, self.flat_threshold))
+                is_target, _ = target_tokens(view, self.flat_threshold)
                 for predictor, value in trivial_losses(view, is_target).items():
                     mean.add(f"baseline/{level_name(number, len(views))}/{predictor}", value, float(is_target.sum()))
         return mean.result()

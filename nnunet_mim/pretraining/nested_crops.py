@@ -39,11 +39,14 @@ class LevelViews:
     outside: Tensor
     """(N,) bool: True = the view is all padding"""
 
-    def masked_tokens(self) -> Tensor:
-        """(N, M, P) voxels of the masked tokens: C order, channel last; P = voxels of a token x channels."""
-        rows = torch.arange(self.images.shape[0], device=self.images.device)[:, None]
-        tokens = tokens_from_grid(self.images.permute(0, 2, 3, 4, 1), self.level.token_size)
-        return tokens[rows, self.ids_masked].flatten(2)
+    def masked_tokens(self, part: slice = slice(None)) -> Tensor:
+        """(N, M, P) voxels of the masked tokens of all views, or of a part of them: C order, channel last; P = voxels
+        of a token x channels.
+        """
+        images, ids_masked = self.images[part], self.ids_masked[part]
+        rows = torch.arange(images.shape[0], device=images.device)[:, None]
+        tokens = tokens_from_grid(images.permute(0, 2, 3, 4, 1), self.level.token_size)
+        return tokens[rows, ids_masked].flatten(2)
 
 
 def nested_views(

@@ -8,70 +8,106 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_mim.config import PretrainConfig
+from nnunet_mim.geometry import Level
 from nnunet_mim.networks.mask_in_mask import LevelOutput
 from nnunet_mim.pretraining.losses import cosine_loss, flat_tokens, infonce_loss, reconstruction_loss
 from nnunet_mim.pretraining.nested_crops import LevelViews
 
 
 def level_losses(
-    model: nn.Module, views: list[LevelViews], flat_threshold: Tensor, config: PretrainConfig
+    model: nn.Module,
+    views: list[LevelViews],
+    flat_threshold: Tensor,
+    config: PretrainConfig,
+    views_per_pass: int | None = None,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor], LevelOutput]]:
-    """Run the levels in turn, outermost first.
+    """Run the levels in turn, outermost first, each in one pass or in several.
 
-    The features of a parent level are detached, so each level's loss can be back-propagated before the next level runs:
-    peak memory is one level's, the gradients are those of the sum.
+    The features of a parent level are detached, and every view's loss is a share of its level's mean. So the losses
+    that are yielded sum to the objective, and each can be back-propagated before the next pass runs: memory is that of
+    one pass, however many views there are, and the gradients are those of the sum.
 
     Args:
         model: MaskInMask, or its Fabric wrapper.
         views: of all levels.
         flat_threshold: (C,) standard deviation below which a token is no target.
         config: weights of the losses.
+        views_per_pass: largest number of views in one pass; None: all views of a level.
 
     Yields:
-        weighted loss of the level (its terms sum to the objective), detached figures by name, and the network's output.
+        the pass's share of the weighted loss, its share of each figure (detached, by name; to be added up over passes,
+        see `add_figures`), and the network's output.
     """
     parent_features = None
     for number, view in enumerate(views):
-        edge = level_index(number, len(views)) - 1 if number else None
-        output = model(view.images, view.ids_keep, view.ids_masked, edge, parent_features)
-
-        tokens = view.masked_tokens()
-        padded = torch.gather(view.padded, 1, view.ids_masked)
-        flat = flat_tokens(tokens, flat_threshold)
-        is_target = ~(padded | flat)
-        reconstruction = reconstruction_loss(output.prediction, tokens, is_target)
-        name = level_name(number, len(views))
-        loss = config.level_weights[level_index(number, len(views))] * reconstruction
-        figures = {
-            f"{name}/reconstruction": reconstruction.detach(),
-            f"{name}/targets": is_target.float().sum(),
-            f"{name}/padded_share": padded.float().mean(),
-            f"{name}/flat_share": (flat & ~padded).float().mean(),
-        }
-        if output.child is not None and output.parent is not None:
-            parent_view = views[number - 1]
-            weight = (~view.outside).to(output.child.dtype)
-            target = place_index(parent_view)
-            if config.alignment == "infonce":
-                alignment, accuracy = infonce_loss(output.child, output.parent, target, weight, config.temperature)
-                figures[f"{name}/alignment_top1"] = accuracy.detach()
-            else:
-                alignment = cosine_loss(output.child, output.parent, target, weight)
-            figures[f"{name}/alignment"] = alignment.detach()
-            loss = loss + config.alignment_weight * alignment
-        figures[f"{name}/loss"] = loss.detach()
-        yield loss, figures, output
-        parent_features = place_features(output.features.detach(), view)
+        name, index = level_name(number, len(views)), level_index(number, len(views))
+        is_target, shares = target_tokens(view, flat_threshold)
+        n_targets = is_target.sum()
+        inside = (~view.outside).to(view.images.dtype)
+        own_place = place_index(views[number - 1]) if number else None
+        features = []
+        for part in passes(view.images.shape[0], views_per_pass):
+            edge = index - 1 if number else None
+            output = model(view.images[part], view.ids_keep[part], view.ids_masked[part], edge, parent_features)
+            tokens = view.masked_tokens(part)
+            reconstruction = reconstruction_loss(output.prediction, tokens, is_target[part], n_targets)
+            loss = config.level_weights[index] * reconstruction
+            figures = {f"{name}/reconstruction": reconstruction.detach()}
+            figures |= {f"{name}/{key}": value[part].sum() for key, value in shares.items()}
+            if output.child is not None and output.parent is not None and own_place is not None:
+                pairs = output.child, output.parent, own_place[part], inside[part]
+                if config.alignment == "infonce":
+                    alignment, accuracy = infonce_loss(*pairs, config.temperature, inside.sum())
+                    figures[f"{name}/alignment_top1"] = accuracy.detach()
+                else:
+                    alignment = cosine_loss(*pairs, inside.sum())
+                figures[f"{name}/alignment"] = alignment.detach()
+                loss = loss + config.alignment_weight * alignment
+            figures[f"{name}/loss"] = loss.detach()
+            yield loss, figures, output
+            features.append(place_features(output.features.detach(), view.level))
+        parent_features = torch.cat(features)
 
 
-def place_features(features: Tensor, view: LevelViews) -> Tensor:
+def passes(n_views: int, views_per_pass: int | None) -> Iterator[slice]:
+    """Cut `n_views` into slices of at most `views_per_pass`."""
+    step = views_per_pass or n_views
+    return (slice(first, min(first + step, n_views)) for first in range(0, n_views, step))
+
+
+def add_figures(total: dict[str, Tensor], figures: dict[str, Tensor]) -> None:
+    """Add the figures of one pass to those of the passes before."""
+    for name, value in figures.items():
+        total[name] = total[name] + value if name in total else value
+
+
+@torch.no_grad()
+def target_tokens(view: LevelViews, flat_threshold: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Which masked tokens count in the loss: those without padding that are not flat (air).
+
+    Returns:
+        (N, M) bool, True = counts; and per view the figures `targets` (a count), `padded_share` and `flat_share` (of
+        the level's masked tokens), each (N,).
+    """
+    padded = torch.gather(view.padded, 1, view.ids_masked)
+    flat = torch.cat([flat_tokens(view.masked_tokens(part), flat_threshold) for part in passes(padded.shape[0], 4)])
+    is_target = ~(padded | flat)
+    figures = {
+        "targets": is_target.float().sum(dim=1),
+        "padded_share": padded.float().sum(dim=1) / padded.numel(),
+        "flat_share": (flat & ~padded).float().sum(dim=1) / padded.numel(),
+    }
+    return is_target, figures
+
+
+def place_features(features: Tensor, level: Level) -> Tensor:
     """Mean decoder feature of every place of every view: (N, L, D) → (N * n_places, D)."""
-    tokens = torch.as_tensor(view.level.tokens_of_region, device=features.device)  # (places, tokens)
+    tokens = torch.as_tensor(level.tokens_of_region, device=features.device)  # (places, tokens)
     return features[:, tokens].mean(dim=2).flatten(0, 1)
 
 
 def place_index(parent: LevelViews) -> Tensor:
-    """(N_child,) int64: the row of `place_features(…, parent)` that each child was cut from."""
+    """(N_child,) int64: the row of `place_features` of the parents that each child was cut from."""
     first = torch.arange(parent.places.shape[0], device=parent.places.device) * parent.level.n_places
     return (first[:, None] + parent.places).flatten()
 

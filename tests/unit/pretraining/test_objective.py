@@ -12,7 +12,7 @@ from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
 from nnunet_mim.pretraining.masking import mask_of
 from nnunet_mim.pretraining.nested_crops import nested_views
-from nnunet_mim.pretraining.objective import level_losses, place_features, place_index
+from nnunet_mim.pretraining.objective import add_figures, level_losses, place_features, place_index
 
 NETWORK = NetworkConfig((3, 4, 3, 6), (1, 1, 1, 1), 2, 2.0, ((2, 1, 1), (1, 2, 1), (1, 1, 1), (1, 1, 2)), 12, 1, 2)
 PUBLISHED = PretrainConfig(
@@ -165,6 +165,30 @@ def test_the_case_has_padding_air_and_views_outside():
     assert not views[1].outside.all()
 
 
+@pytest.mark.parametrize("views_per_pass", [1, 2, 5])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_passes_of_a_few_views_add_up_to_the_whole_level(name, views_per_pass):
+    config = CONFIGS[name]
+    model, views = make_model(config), make_views(config)
+
+    def run(views_per_pass):
+        model.zero_grad()
+        figures, sizes = {}, []
+        for loss, part, output in level_losses(model, views, THRESHOLD, config, views_per_pass):
+            loss.backward()  # pass by pass: nothing of one pass is needed by the next
+            add_figures(figures, part)
+            sizes.append(len(output.prediction))
+        return figures, gradients(model), sizes
+
+    (whole, whole_gradients, _), (found, found_gradients, sizes) = run(None), run(views_per_pass)
+    assert max(sizes) <= views_per_pass
+    assert sum(sizes) == sum(len(view.images) for view in views)
+    assert found.keys() == whole.keys()
+    for key, value in whole.items():
+        assert found[key].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-7), key
+    assert_close(found_gradients, whole_gradients, 1e-9)
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_gradients_of_the_levels_add_up_to_one_backward_of_the_total(name):
     config = CONFIGS[name]
@@ -270,7 +294,7 @@ def test_place_features_and_index_point_at_the_place_a_child_was_cut_from(refere
     config = CONFIGS[name]
     for parent, child in zip(make_views(config), make_views(config)[1:], strict=False):
         features = torch.randn(len(parent.images), parent.level.n_tokens, 5, dtype=torch.float64)
-        places = place_features(features, parent)
+        places = place_features(features, parent.level)
         regions = reference.geometry.tokens_of_regions(
             config.view_size, config.network.token_size, parent.level.n_regions
         )
