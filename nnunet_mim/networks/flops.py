@@ -1,7 +1,7 @@
-"""Floating-point operations of the networks, counted by hand: 2 per multiply-add, convolutions and matrix products only.
+"""Floating-point operations of the networks, counted by hand: 2 per multiply-add of convolutions and matrix products.
 
-Norms, activations and additions are left out (under 2 % of the total). PyTorch's FlopCounter takes a depthwise convolution
-for a full one and is off by the number of channels.
+Norms, activations and additions are left out. PyTorch's FlopCounter takes a depthwise convolution for a full one and
+is off by the number of channels.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def encoder_flops(network: NetworkConfig, in_channels: int, n_visible: int, n_co
         network: sizes.
         in_channels: image channels.
         n_visible: tokens that the transformer sees.
-        n_convolved: tokens that the convolution stages compute; None: the visible ones. The dense masked computation has
-            all of them here.
+        n_convolved: tokens that the convolution stages compute; None: the visible ones. In the dense masked computation
+            these are all.
     """
     dims, ratio = network.embed_dims, network.mlp_ratio
     voxels = math.prod(network.token_size)  # of one token, at the resolution of the stage

@@ -138,12 +138,15 @@ class HybridEncoder(nn.Module):
         maps = [m.squeeze(1).permute(0, 4, 1, 2, 3) for m in maps]
         return [*maps, latent.transpose(1, 2).reshape(x.shape[0], -1, *grid)]
 
-    def forward_dense(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward_dense(
+        self, x: Tensor, mask: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
         """The masked computation on all voxels, with PyTorch's own convolution: reference for `forward`.
 
         Args:
             x: (N, C, X, Y, Z).
             mask: (N, L) bool, True = masked; every row masks the same number of tokens.
+            memory_format: layout that PyTorch's depthwise convolution gets, its default or channels last.
 
         Returns:
             (N, K, D) latent of the visible tokens in raster order.
@@ -156,9 +159,8 @@ class HybridEncoder(nn.Module):
             keep = visible
             for axis in (1, 2, 3):
                 keep = keep.repeat_interleave(y.shape[axis] // keep.shape[axis], dim=axis)
-            y = nn.functional.conv3d(
-                (y * keep).permute(0, 4, 1, 2, 3), conv.weight, conv.bias, padding=conv.padding, groups=conv.groups
-            )
+            y = (y * keep).permute(0, 4, 1, 2, 3).contiguous(memory_format=memory_format)
+            y = nn.functional.conv3d(y, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
             return y.permute(0, 2, 3, 4, 1).unsqueeze(1)
 
         tokens, stage_sum, _ = self._run_stages(x.permute(0, 2, 3, 4, 1).unsqueeze(1), depthwise)

@@ -87,10 +87,22 @@ class MaskInMask(nn.Module):
         features = self.decoder(latent, ids_keep, self.encoder.grid(images))
         rows = torch.arange(images.shape[0], device=images.device)[:, None]
         prediction = self.decoder.head(features[rows, ids_masked])  # masked tokens only: the others have no loss
-        child = parent = None
-        if edge is not None and parent_features is not None and self.alignment != "none":
-            child = self.projectors.get_submodule(f"child.{edge}")(features.mean(dim=1))
-            parent = parent_features.detach()
-            if self.alignment == "infonce":
-                parent = self.projectors.get_submodule(f"parent.{edge}")(parent)
+        child, parent = self.align(features, edge, parent_features)
         return LevelOutput(prediction, features, child, parent)
+
+    def align(
+        self, features: Tensor, edge: int | None, parent_features: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The two sides that alignment compares, `LevelOutput.child` and `.parent`; (None, None) where there is none.
+
+        Args:
+            features: (N, L, D) decoder features of the children.
+            edge, parent_features: as in `forward`.
+        """
+        if edge is None or parent_features is None or self.alignment == "none":
+            return None, None
+        child = self.projectors.get_submodule(f"child.{edge}")(features.mean(dim=1))
+        parent = parent_features.detach()
+        if self.alignment == "infonce":
+            parent = self.projectors.get_submodule(f"parent.{edge}")(parent)
+        return child, parent

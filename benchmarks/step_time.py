@@ -1,0 +1,269 @@
+"""Time and memory of pretraining's forward and backward pass.
+
+    python benchmarks/step_time.py --preset base --view 96 --batch 2 --ratio 0.6 --device cpu --repeats 3 --json
+
+One level: `--batch` views with `--ratio` of their tokens masked, computed in turns by `visible` (what mim_pretrain runs)
+and by `dense` (the same masked computation on all voxels and all tokens, with torch's own conv3d in its default layout;
+`dense_channels_last` is the same in channels-last layout). Same weights, masks and targets. Medians. Peak memory is that
+above the process's own before the pass, each path in a process of its own.
+
+    python benchmarks/step_time.py --full-crop --preset base --view 96 --repeats 3 --json
+
+All levels of one crop as mim_pretrain runs them, the FLOPs counted by hand (networks/flops.py; those that the visible
+tokens need), and their rate beside that of a large matrix product on the same machine. `--dense` times the dense
+computation only, for both.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nnunet_mim.config import PRESETS, PretrainConfig
+from nnunet_mim.geometry import levels_of, views_per_crop
+from nnunet_mim.networks.depthwise import tokens_from_grid
+from nnunet_mim.networks.flops import crop_flops, dense_view_flops, view_flops
+from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
+from nnunet_mim.pretraining.losses import reconstruction_loss
+from nnunet_mim.pretraining.masking import mask_of
+from nnunet_mim.pretraining.nested_crops import nested_views
+from nnunet_mim.pretraining.objective import level_losses
+
+PATHS = ("dense", "dense_channels_last", "visible")
+
+
+class Dense(torch.nn.Module):
+    """The dense masked computation behind MaskInMask's interface."""
+
+    def __init__(self, model, memory_format=torch.contiguous_format):
+        super().__init__()
+        self.model, self.memory_format = model, memory_format
+
+    def encode(self, images, ids_masked):
+        mask = mask_of(ids_masked, images[0, 0].numel() // torch.tensor(self.model.encoder.token_size).prod().item())
+        return self.model.encoder.forward_dense(images, mask, self.memory_format)
+
+    def forward(self, images, ids_keep, ids_masked, edge=None, parent_features=None):
+        model = self.model
+        features = model.decoder(self.encode(images, ids_masked), ids_keep, model.encoder.grid(images))
+        rows = torch.arange(images.shape[0], device=images.device)[:, None]
+        prediction = model.decoder.head(features)[rows, ids_masked]
+        child, parent = model.align(features, edge, parent_features)
+        return LevelOutput(prediction, features, child, parent)
+
+
+def build(options):
+    """Model, images, and the raster numbers of visible and masked tokens, the same for every path and process."""
+    torch.manual_seed(0)
+    network = PRESETS[options.preset]
+    model = MaskInMask(network, alignment="infonce" if options.full_crop else "none").to(options.device)
+    size = [options.view] * 3
+    images = torch.randn(options.batch, 1, *size, device=options.device)
+    n_tokens = images[0].numel() // torch.tensor(network.token_size).prod().item()
+    order = torch.rand(options.batch, n_tokens, device=options.device).argsort(dim=1)
+    n_visible = int(n_tokens * (1 - options.ratio) + 1e-6)
+    keep, masked = order.split([n_visible, n_tokens - n_visible], dim=1)
+    return model, images, keep.sort(dim=1).values, masked.sort(dim=1).values
+
+
+def path_model(model, path):
+    layout = {"dense": torch.contiguous_format, "dense_channels_last": torch.channels_last_3d}
+    return Dense(model, layout[path]) if path in layout else model
+
+
+def level_step(model, path, images, keep, masked):
+    """Forward and backward of one level; returns its loss."""
+    rows = torch.arange(images.shape[0], device=images.device)[:, None]
+    tokens = tokens_from_grid(images.permute(0, 2, 3, 4, 1), model.encoder.token_size)[rows, masked].flatten(2)
+    every = torch.ones_like(masked, dtype=torch.bool)
+    loss = reconstruction_loss(path_model(model, path)(images, keep, masked).prediction, tokens, every)
+    loss.backward()
+    return loss.detach()
+
+
+def encoder_step(model, path, images, keep, masked):
+    """Forward and backward of the encoder alone."""
+    if path == "visible":
+        latent = model.encoder(images, keep)
+    else:
+        latent = path_model(model, path).encode(images, masked)
+    latent.square().mean().backward()
+    return latent.detach().sum()
+
+
+def crop_step(model, path, options):
+    """Forward and backward of all levels of one crop."""
+    config = crop_config(options)
+    levels = levels_of(config)
+    torch.manual_seed(1)
+    crop = torch.randn(1, 1, *levels[0].fov, device=options.device)
+    valid = torch.tensor([[[0, n] for n in levels[0].fov]], device=options.device)
+    fill, flat = torch.zeros(1, device=options.device), torch.zeros(1, device=options.device)
+    generator = torch.Generator(options.device).manual_seed(0)
+    total = torch.zeros((), device=options.device)
+    for loss, _, _ in level_losses(
+        path_model(model, path), nested_views(crop, valid, fill, levels, generator, flat), flat, config,
+        options.views_per_pass,
+    ):  # fmt: skip
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def crop_config(options):
+    config = PretrainConfig(preset=options.preset, view_size=(options.view,) * 3)
+    return replace(config, n_children=tuple(options.children))
+
+
+def timed(step, model, device):
+    """Seconds and the result of one step, from gradients that are not there yet."""
+    model.zero_grad(set_to_none=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, float(result)
+
+
+def in_turns(step, paths, model, repeats, device):
+    """Medians of the seconds of every path, the first round left out; and every path's last result."""
+    seconds = {path: [] for path in paths}
+    results = {}
+    for repeat in range(repeats + 1):
+        for path in paths:
+            duration, results[path] = timed(lambda path=path: step(path), model, device)
+            if repeat:
+                seconds[path].append(duration)
+    return {path: statistics.median(values) for path, values in seconds.items()}, results
+
+
+def peak_mb(options, path):
+    """Peak memory of one step above the process's own, in a process of its own; MB of 2^20 bytes."""
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--measure", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def measure(options):
+    """In the child process: one step of one path, and its peak memory."""
+    model, *inputs = build(options)
+    step = (lambda: crop_step(model, options.measure, options)) if options.full_crop else (
+        lambda: level_step(model, options.measure, *inputs)
+    )  # fmt: skip
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        before = status_kb("VmRSS")
+        step()
+        peak = 1024 * (status_kb("VmHWM") - before)
+    print(peak / 2**20)
+
+
+def status_kb(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def matrix_gflops(device, size=2048, repeats=5):
+    """GFLOP/s of a large float32 matrix product."""
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    medians, _ = in_turns(lambda _: (a @ b).sum(), ["product"], torch.nn.Module(), repeats, device)
+    return 2 * size**3 / medians["product"] / 1e9
+
+
+def one_level(options):
+    paths = ("dense",) if options.dense else PATHS
+    model, images, keep, masked = build(options)
+    seconds, losses = in_turns(
+        lambda path: level_step(model, path, images, keep, masked), paths, model, options.repeats, options.device
+    )
+    encoder, _ = in_turns(
+        lambda path: encoder_step(model, path, images, keep, masked), paths, model, options.repeats, options.device
+    )
+    result = {f"{path}_s": seconds[path] for path in paths} | {f"encoder_{path}_s": encoder[path] for path in paths}
+    if not options.dense:
+        n_visible, n_tokens = keep.shape[1], keep.shape[1] + masked.shape[1]
+        counts = [count(model.encoder.config, 1, n_visible, n_tokens) for count in (dense_view_flops, view_flops)]
+        result |= {
+            "speedup": seconds["dense"] / seconds["visible"],
+            "speedup_over_channels_last": seconds["dense_channels_last"] / seconds["visible"],
+            "encoder_speedup": encoder["dense"] / encoder["visible"],
+            "flop_ratio": counts[0] / counts[1],
+            "max_abs_loss_diff": max(abs(losses[path] - losses["visible"]) for path in paths),
+        }
+    if options.device == "cuda" or Path("/proc/self/clear_refs").exists():
+        result |= {f"{path}_peak_mb": peak_mb(options, path) for path in paths}
+        if not options.dense:
+            result["peak_ratio"] = result["visible_peak_mb"] / result["dense_peak_mb"]
+    return result
+
+
+def full_crop(options):
+    path = "dense" if options.dense else "visible"
+    model, *_ = build(options)
+    seconds, _ = in_turns(lambda path: crop_step(model, path, options), [path], model, options.repeats, options.device)
+    config = crop_config(options)
+    gflop = crop_flops(config.network, 1, levels_of(config)) / 1e9
+    machine = matrix_gflops(options.device)
+    rate = gflop / seconds[path]
+    result = {
+        "views": sum(views_per_crop(levels_of(config))),
+        "seconds": seconds[path],
+        "crops_per_s": 1 / seconds[path],
+        "gflop": gflop,
+        "gflop_per_s": rate,
+        "matrix_gflop_per_s": machine,
+        "share_of_matrix_rate": rate / machine,
+    }
+    if options.device == "cuda" or Path("/proc/self/clear_refs").exists():
+        result["peak_mb"] = peak_mb(options, path)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="base")
+    add("--view", type=int, default=96, help="voxels per axis")
+    add("--batch", type=int, default=2, help="views of the one level")
+    add("--ratio", type=float, default=0.6, help="masked share of the one level")
+    add("--full-crop", action="store_true", help="all levels of one crop")
+    add("--children", type=int, nargs=2, default=(4, 4), help="with --full-crop")
+    add("--views_per_pass", type=int, default=None, help="with --full-crop")
+    add("--dense", action="store_true", help="time the dense computation only")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--threads", type=int, default=os.cpu_count())
+    add("--repeats", type=int, default=3)
+    add("--json", action="store_true", help="one JSON object as the last line")
+    add("--measure", choices=PATHS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.measure:
+        measure(options)
+        return
+    result = full_crop(options) if options.full_crop else one_level(options)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} threads"
+    print(f"torch {torch.__version__}, {platform.machine()}, {device}; {' '.join(sys.argv[1:])}\n")
+    print("| figure | value |\n|---|---|")
+    for name, value in result.items():
+        print(f"| {name} | {value:.4g} |")
+    if options.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
