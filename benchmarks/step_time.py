@@ -2,10 +2,10 @@
 
     python benchmarks/step_time.py --preset base --view 96 --batch 2 --ratio 0.6 --device cpu --repeats 3 --json
 
-One level: `--batch` views with `--ratio` of their tokens masked, computed in turns by `visible` (what mim_pretrain runs)
-and by `dense` (the same masked computation on all voxels and all tokens, with torch's own conv3d in its default layout;
-`dense_channels_last` is the same in channels-last layout). Same weights, masks and targets. Medians. Peak memory is that
-above the process's own before the pass, each path in a process of its own.
+One level: `--batch` views with `--ratio` of their tokens masked, computed in turns by `visible` (what mim_pretrain
+runs) and by `dense` (the same masked computation on all voxels and all tokens, with torch's own conv3d in its default
+layout; `dense_channels_last` is the same in channels-last layout). Same weights, masks and targets. Medians. Peak
+memory is that above the process's own before the pass, each path in a process of its own.
 
     python benchmarks/step_time.py --full-crop --preset base --view 96 --repeats 3 --json
 
@@ -91,10 +91,7 @@ def level_step(model, path, images, keep, masked):
 
 def encoder_step(model, path, images, keep, masked):
     """Forward and backward of the encoder alone."""
-    if path == "visible":
-        latent = model.encoder(images, keep)
-    else:
-        latent = path_model(model, path).encode(images, masked)
+    latent = model.encoder(images, keep) if path == "visible" else path_model(model, path).encode(images, masked)
     latent.square().mean().backward()
     return latent.detach().sum()
 

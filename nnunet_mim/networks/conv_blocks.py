@@ -7,16 +7,11 @@ stride cell) at a time, so both run the same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_mim.config import Size3
-from nnunet_mim.networks.depthwise import DepthwiseConv3d
-
-SpatialConv = Callable[[DepthwiseConv3d, Tensor], Tensor]
-"""applies a depthwise convolution to boxes (N, T, x, y, z, C), each caller in its own way"""
+from nnunet_mim.networks.depthwise import DepthwiseConv3d, SpatialConv
 
 
 class PointwiseConv(nn.Conv3d):

@@ -3,9 +3,15 @@
 PyTorch's depthwise backward on a CPU is several times slower than its forward. The input gradient of a stride-1
 depthwise convolution is the same convolution with the flipped kernel, so `DepthwiseConv3d` computes it as one, in
 channels-last layout, where oneDNN has a vectorised kernel (measured in benchmarks/results/depthwise_cpu.md).
+On a GPU Triton kernels take over where Triton is installed (depthwise_triton.py); NNUNET_MIM_TRITON=0 switches them
+off. What is here is their fallback and their test.
 """
 
 from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +61,46 @@ class DepthwiseConv3d(nn.Conv3d):
         else:
             y = F.conv3d(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
         return y.permute(0, 2, 3, 4, 1)
+
+
+SpatialConv = Callable[[DepthwiseConv3d, Tensor], Tensor]
+"""applies a depthwise convolution to boxes (N, T, x, y, z, C), each caller in its own way"""
+
+
+def conv_on_tokens(ids_keep: Tensor, grid: Size3) -> SpatialConv:
+    """The convolution of pretraining: boxes are visible tokens, masked voxels count as zero.
+
+    Args:
+        ids_keep: (N, K) int64, raster numbers of the visible tokens in `grid`.
+        grid: tokens per axis.
+    """
+    if use_triton(ids_keep.device):
+        return _triton_conv(ids_keep, grid)
+    return lambda conv, x: depthwise_on_tokens(conv, x, ids_keep, grid)
+
+
+def conv_on_patches(n: int, device: torch.device) -> SpatialConv:
+    """The convolution of finetuning: the one box (N, 1, X, Y, Z, C) is the whole patch of each of `n` samples."""
+    if use_triton(device):
+        return _triton_conv(torch.zeros(n, 1, dtype=torch.int64, device=device), (1, 1, 1))
+    return lambda conv, x: conv(x.squeeze(1)).unsqueeze(1)
+
+
+def use_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels run there: CUDA, Triton installed, not switched off."""
+    wanted = device.type == "cuda" and os.environ.get("NNUNET_MIM_TRITON") != "0"
+    return wanted and importlib.util.find_spec("triton") is not None
+
+
+def _triton_conv(ids_keep: Tensor, grid: Size3) -> SpatialConv:
+    from nnunet_mim.networks.depthwise_triton import masked_depthwise, slot_table
+
+    def convolve(conv: DepthwiseConv3d, x: Tensor) -> Tensor:
+        token = list(x.shape[2:5])
+        table = slot_table(ids_keep, list(grid), token, conv.kernel_size[0])
+        return masked_depthwise(x, conv.weight, conv.bias, ids_keep, table, list(grid), token)
+
+    return convolve
 
 
 def depthwise_on_tokens(conv: DepthwiseConv3d, x: Tensor, ids_keep: Tensor, grid: Size3) -> Tensor:

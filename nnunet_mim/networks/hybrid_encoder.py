@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig, Size3
-from nnunet_mim.networks.conv_blocks import ConvBlock, PatchConv, SpatialConv, StageEmbed
+from nnunet_mim.networks.conv_blocks import ConvBlock, PatchConv, StageEmbed
 from nnunet_mim.networks.depthwise import (
     DepthwiseConv3d,
-    depthwise_on_tokens,
+    SpatialConv,
+    conv_on_patches,
+    conv_on_tokens,
     grid_from_tokens,
     tokens_from_grid,
 )
@@ -109,11 +111,7 @@ class HybridEncoder(nn.Module):
         grid = self.grid(x)
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
         boxes = tokens_from_grid(x.permute(0, 2, 3, 4, 1), self.token_size)[rows, ids_keep]
-
-        def depthwise(conv: DepthwiseConv3d, y: Tensor) -> Tensor:
-            return depthwise_on_tokens(conv, y, ids_keep, grid)
-
-        tokens, stage_sum, _ = self._run_stages(boxes, depthwise)
+        tokens, stage_sum, _ = self._run_stages(boxes, conv_on_tokens(ids_keep, grid))
         tokens, stage_sum = tokens.flatten(1, 4), stage_sum.flatten(1, 4)  # (N, K, D): a box is one token
         position = sincos_position(grid, tokens.shape[-1], tokens)[ids_keep]
         return self._run_transformer(tokens + position, stage_sum)
@@ -128,11 +126,8 @@ class HybridEncoder(nn.Module):
             Four channels-first maps, at the cumulative strides of the stages; the last is the transformer's output.
         """
         grid = self.grid(x)
-
-        def depthwise(conv: DepthwiseConv3d, y: Tensor) -> Tensor:
-            return conv(y.squeeze(1)).unsqueeze(1)
-
-        tokens, stage_sum, maps = self._run_stages(x.permute(0, 2, 3, 4, 1).unsqueeze(1), depthwise)
+        boxes = x.permute(0, 2, 3, 4, 1).unsqueeze(1)
+        tokens, stage_sum, maps = self._run_stages(boxes, conv_on_patches(x.shape[0], x.device))
         tokens, stage_sum = tokens.flatten(1, 4), stage_sum.flatten(1, 4)  # (N, L, D)
         latent = self._run_transformer(tokens + sincos_position(grid, tokens.shape[-1], tokens), stage_sum)
         maps = [m.squeeze(1).permute(0, 4, 1, 2, 3) for m in maps]

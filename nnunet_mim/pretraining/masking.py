@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nnunet_mim.geometry import Level
+from nnunet_mim.pretraining.level_tensors import on_device
 
 
 def random_masks(
@@ -34,7 +35,7 @@ def random_masks(
     unit_mask = torch.zeros(n, level.n_units, dtype=torch.bool, device=device).scatter(1, masked_units, True)
     mask = unit_mask
     if level.masks_regions:
-        mask = unit_mask[:, torch.as_tensor(level.region_of_token, device=device)]
+        mask = unit_mask[:, on_device(level, device).region_of_token]
     tokens = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible first, each part in raster order
     ids_keep, ids_masked = tokens.split([level.n_visible_tokens, level.n_tokens - level.n_visible_tokens], dim=1)
     if avoid is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nnunet_mim.config import Size3
 from nnunet_mim.geometry import Level
 from nnunet_mim.networks.depthwise import tokens_from_grid
+from nnunet_mim.pretraining.level_tensors import on_device
 from nnunet_mim.pretraining.losses import flat_tokens
 from nnunet_mim.pretraining.masking import random_masks
 
@@ -83,11 +84,10 @@ def nested_views(
         if flat_threshold is not None and level.n_children:
             avoid = empty_places(images, padded, level, flat_threshold)
         ids_keep, ids_masked, places = random_masks(crop.shape[0], level, device, generator, avoid)
-        box_end = offset + torch.as_tensor(level.fov, device=device)
+        box_end = offset + on_device(level, device).fov
         outside = ((box_end <= valid[crop, :, 0]) | (offset >= valid[crop, :, 1])).any(dim=1)
         views.append(LevelViews(level, images, crop, offset, ids_keep, ids_masked, places, padded, outside))
-        region_offsets = torch.as_tensor(level.region_offsets, device=device)
-        offset = (offset[:, None] + region_offsets[places]).flatten(0, 1)
+        offset = (offset[:, None] + on_device(level, device).region_offsets[places]).flatten(0, 1)
         crop = crop.repeat_interleave(places.shape[1], output_size=crop.shape[0] * places.shape[1])
     return views
 
@@ -136,7 +136,7 @@ def empty_places(images: Tensor, padded: Tensor, level: Level, flat_threshold: T
     """
     tokens = tokens_from_grid(images.permute(0, 2, 3, 4, 1), level.token_size).flatten(2)
     no_target = flat_tokens(tokens, flat_threshold) | padded  # (N, L)
-    return no_target[:, torch.as_tensor(level.tokens_of_region, device=images.device)].all(dim=2)
+    return no_target[:, on_device(level, images.device).tokens_of_region].all(dim=2)
 
 
 def padded_tokens(offset: Tensor, valid: Tensor, level: Level) -> Tensor:
@@ -151,8 +151,8 @@ def padded_tokens(offset: Tensor, valid: Tensor, level: Level) -> Tensor:
         (N, L) bool, True = padding in the token.
     """
     padded = torch.zeros(offset.shape[0], *level.grid, dtype=torch.bool, device=offset.device)
-    for axis, bounds in enumerate(level.token_bounds):
-        low, high = (torch.as_tensor(bounds[:, i], device=offset.device) + offset[:, axis, None] for i in (0, 1))
+    for axis, bounds in enumerate(on_device(level, offset.device).token_bounds):
+        low, high = (bounds[:, i] + offset[:, axis, None] for i in (0, 1))
         outside = (low < valid[:, axis, :1]) | (high > valid[:, axis, 1:])  # (N, g)
         padded |= outside.reshape(offset.shape[0], *(-1 if a == axis else 1 for a in range(3)))
     return padded.flatten(1)

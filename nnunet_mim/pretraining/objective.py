@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import Level
 from nnunet_mim.networks.mask_in_mask import LevelOutput
+from nnunet_mim.pretraining.level_tensors import on_device
 from nnunet_mim.pretraining.losses import cosine_loss, flat_tokens, infonce_loss, reconstruction_loss
 from nnunet_mim.pretraining.nested_crops import LevelViews
 
@@ -102,7 +103,7 @@ def target_tokens(view: LevelViews, flat_threshold: Tensor) -> tuple[Tensor, dic
 
 def place_features(features: Tensor, level: Level) -> Tensor:
     """Mean decoder feature of every place of every view: (N, L, D) → (N * n_places, D)."""
-    tokens = torch.as_tensor(level.tokens_of_region, device=features.device)  # (places, tokens)
+    tokens = on_device(level, features.device).tokens_of_region  # (places, tokens)
     return features[:, tokens].mean(dim=2).flatten(0, 1)
 
 

@@ -1,0 +1,104 @@
+"""The Triton kernels against the PyTorch path, run by Triton's interpreter where there is no GPU."""
+
+import importlib
+import importlib.util
+import math
+import os
+
+import pytest
+import torch
+
+from nnunet_mim.networks.depthwise import DepthwiseConv3d, depthwise_on_tokens
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = {
+    "cube, several chunks of rows": ((3, 3, 2), (4, 4, 4), 5, 7),
+    "token of 2, where the kernel reaches its neighbours' far side": ((3, 2, 4), (2, 2, 2), 3, 11),
+    "token of 1, where it reaches two tokens on": ((2, 3, 3), (2, 1, 1), 6, 8),
+    "anisotropic": ((2, 3, 2), (1, 4, 2), 7, 5),
+    "one visible token": ((2, 2, 2), (3, 3, 3), 2, 1),
+    "one token, nothing masked: a whole patch": ((1, 1, 1), (6, 5, 7), 3, 1),
+    "all visible": ((2, 2, 2), (2, 3, 2), 4, 8),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The module, its kernels interpreted if there is no GPU: Triton decides that when they are defined.
+
+    The interpreter takes as long for a large block as for a small one, so blocks are large there.
+    """
+    if DEVICE == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    module = importlib.import_module("nnunet_mim.networks.depthwise_triton")
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(module, "ROWS", 128)
+            patch.setattr(module, "ROWS_PER_CHUNK", 256)
+        yield module
+
+
+def make(case, dtype=torch.float32, n=2, seed=0):
+    grid, token, channels, n_visible = CASES[case]
+    torch.manual_seed(seed)
+    conv = DepthwiseConv3d(channels, 5)
+    ids_keep = torch.rand(n, math.prod(grid)).argsort(dim=1)[:, :n_visible].sort(dim=1).values
+    x = torch.randn(n, n_visible, *token, channels).to(dtype)
+    grad = torch.randn_like(x)
+    conv = conv.double() if dtype == torch.float64 else conv
+    return conv.to(DEVICE), x.to(DEVICE), grad.to(DEVICE), ids_keep.to(DEVICE), grid, token
+
+
+def run(function, x, conv, grad):
+    conv.zero_grad()
+    x = x.detach().requires_grad_()
+    y = function(x)
+    y.backward(grad.to(y.dtype))
+    return y.detach(), x.grad, conv.weight.grad.clone(), conv.bias.grad.clone()
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_forward_and_gradients_equal_the_dense_grid(kernels, case):
+    conv, x, grad, ids_keep, grid, token = make(case, torch.float64)
+    table = kernels.slot_table(ids_keep, list(grid), list(token), 5)
+    wanted = run(lambda x: depthwise_on_tokens(conv, x, ids_keep, grid), x, conv, grad)
+    found = run(
+        lambda x: kernels.masked_depthwise(x, conv.weight, conv.bias, ids_keep, table, list(grid), list(token)),
+        x, conv, grad,
+    )  # fmt: skip
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_half_precision_voxels_are_summed_in_float32(kernels):
+    conv, x, grad, ids_keep, grid, token = make("anisotropic", torch.bfloat16)
+    table = kernels.slot_table(ids_keep, list(grid), list(token), 5)
+    found = run(
+        lambda x: kernels.masked_depthwise(x, conv.weight, conv.bias, ids_keep, table, list(grid), list(token)),
+        x, conv, grad,
+    )  # fmt: skip
+    wanted = run(lambda x: depthwise_on_tokens(conv, x, ids_keep, grid), x.float(), conv, grad.float())
+    assert found[0].dtype == found[1].dtype == torch.bfloat16
+    for a, b in zip(found[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0.01, atol=0.01)  # rounded once, at the end
+    for a, b in zip(found[2:], wanted[2:], strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_slot_table_by_hand(kernels):
+    """Two views of a 1x2x2 grid: tokens 1, 2 visible, then 0, 3; the rim of a 5-kernel over tokens of 2 is one."""
+    table = kernels.slot_table(torch.tensor([[1, 2], [0, 3]]), [1, 2, 2], [2, 2, 2], 5)
+    assert table.shape == (2, 3, 4, 4)
+    assert table[:, 1, 1:3, 1:3].tolist() == [[[-1, 0], [1, -1]], [[2, -1], [-1, 3]]]
+    assert int((table >= 0).sum()) == 4
+
+
+def test_operation_is_registered_properly(kernels):
+    """PyTorch's own checks: shapes of the fake version, autograd registration, no aliasing."""
+    conv, x, _, ids_keep, grid, token = make("one visible token")
+    table = kernels.slot_table(ids_keep, list(grid), list(token), 5)
+    arguments = (x.requires_grad_(), conv.weight, conv.bias, ids_keep, table, list(grid), list(token))
+    torch.library.opcheck(kernels.masked_depthwise, arguments)
