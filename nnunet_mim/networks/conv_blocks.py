@@ -7,11 +7,22 @@ stride cell) at a time, so both run the same code.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nnunet_mim.config import Size3
 from nnunet_mim.networks.depthwise import DepthwiseConv3d, SpatialConv
+
+
+def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Tensor:
+    """Run a block; with `recompute` its activations are not kept but computed again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 class PointwiseConv(nn.Conv3d):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig, Size3
-from nnunet_mim.networks.conv_blocks import ConvBlock, PatchConv, StageEmbed
+from nnunet_mim.networks.conv_blocks import ConvBlock, PatchConv, StageEmbed, run_block
 from nnunet_mim.networks.depthwise import (
     DepthwiseConv3d,
     SpatialConv,
@@ -37,11 +37,11 @@ class ConvStage(nn.Module):
         self.blocks = nn.ModuleList(ConvBlock(dim, mlp_ratio, drop_paths[i]) for i in range(depth))
         self.to_token = PatchConv(dim, token_dim, stride_to_token)
 
-    def forward(self, boxes: Tensor, depthwise: SpatialConv) -> tuple[Tensor, Tensor]:
+    def forward(self, boxes: Tensor, depthwise: SpatialConv, recompute: bool = False) -> tuple[Tensor, Tensor]:
         """(N, T, x, y, z, C_in) → the stage's map (N, T, x/sx, y/sy, z/sz, C), and its share of the tokens."""
         boxes = self.embed(boxes)
         for block in self.blocks:
-            boxes = block(boxes, depthwise)
+            boxes = run_block(block, recompute, boxes, depthwise)
         return boxes, self.to_token(boxes)
 
 
@@ -98,12 +98,13 @@ class HybridEncoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dims[3], eps=1e-6)
         self.apply(init_weights)
 
-    def forward(self, x: Tensor, ids_keep: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids_keep: Tensor, recompute: bool = False) -> Tensor:
         """Encode the visible tokens; masked voxels are never read.
 
         Args:
             x: (N, C, X, Y, Z) views; sizes are multiples of the token size.
             ids_keep: (N, K) int64, raster numbers of the visible tokens.
+            recompute: keep no activations inside blocks, compute them again in the backward pass.
 
         Returns:
             (N, K, D) latent tokens in the order of `ids_keep`.
@@ -111,10 +112,10 @@ class HybridEncoder(nn.Module):
         grid = self.grid(x)
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
         boxes = tokens_from_grid(x.permute(0, 2, 3, 4, 1), self.token_size)[rows, ids_keep]
-        tokens, stage_sum, _ = self._run_stages(boxes, conv_on_tokens(ids_keep, grid))
+        tokens, stage_sum, _ = self._run_stages(boxes, conv_on_tokens(ids_keep, grid), recompute)
         tokens, stage_sum = tokens.flatten(1, 4), stage_sum.flatten(1, 4)  # (N, K, D): a box is one token
         position = sincos_position(grid, tokens.shape[-1], tokens)[ids_keep]
-        return self._run_transformer(tokens + position, stage_sum)
+        return self._run_transformer(tokens + position, stage_sum, recompute)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Encode whole patches, nothing masked (finetuning).
@@ -168,16 +169,18 @@ class HybridEncoder(nn.Module):
         """Tokens per axis of a batch of images (N, C, X, Y, Z)."""
         return tuple(size // p for size, p in zip(x.shape[2:], self.token_size, strict=True))  # type: ignore[return-value]
 
-    def _run_stages(self, boxes: Tensor, depthwise: SpatialConv) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _run_stages(
+        self, boxes: Tensor, depthwise: SpatialConv, recompute: bool = False
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(N, T, x, y, z, C) → stage-4 embedding, sum of the stages' token embeddings, maps of stages 1-3."""
         maps, stage_sum = [], None
         for stage in self.stages:
-            boxes, token = stage(boxes, depthwise)
+            boxes, token = stage(boxes, depthwise, recompute)
             maps.append(boxes)
             stage_sum = token if stage_sum is None else stage_sum + token
         return self.token_proj(self.token_embed(boxes)), stage_sum, maps  # type: ignore[return-value]
 
-    def _run_transformer(self, tokens: Tensor, stage_sum: Tensor) -> Tensor:
+    def _run_transformer(self, tokens: Tensor, stage_sum: Tensor, recompute: bool = False) -> Tensor:
         for block in self.vit_blocks:
-            tokens = block(tokens)
+            tokens = run_block(block, recompute, tokens)
         return self.norm(tokens + stage_sum)

@@ -73,18 +73,21 @@ class MaskInMask(nn.Module):
         ids_masked: Tensor,
         edge: int | None = None,
         parent_features: Tensor | None = None,
+        recompute: bool = False,
     ) -> LevelOutput:
         """Reconstruct the masked tokens of the views of one level, and project what alignment compares.
 
         Args:
             images: (N, C, X, Y, Z) views.
-            ids_keep, ids_masked: (N, K) and (N, M) int64 raster numbers of visible and masked tokens; together all
-            tokens. edge: number of the edge to the parent level, or None.
+            ids_keep, ids_masked: (N, K) and (N, M) int64 raster numbers of visible and masked tokens; together all.
+            edge: number of the edge to the parent level, or None.
             parent_features: (places, D) mean decoder features of every place of every parent; no gradient flows into
-            them.
+                them.
+            recompute: keep no activations inside blocks, compute them again in the backward pass: less memory, a third
+                more time.
         """
-        latent = self.encoder(images, ids_keep)
-        features = self.decoder(latent, ids_keep, self.encoder.grid(images))
+        latent = self.encoder(images, ids_keep, recompute)
+        features = self.decoder(latent, ids_keep, self.encoder.grid(images), recompute)
         rows = torch.arange(images.shape[0], device=images.device)[:, None]
         prediction = self.decoder.head(features[rows, ids_masked])  # masked tokens only: the others have no loss
         child, parent = self.align(features, edge, parent_features)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_mim.config import Size3
+from nnunet_mim.networks.conv_blocks import run_block
 from nnunet_mim.networks.vit_blocks import ViTBlock, init_weights, sincos_position
 
 
@@ -31,13 +32,14 @@ class MiMDecoder(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Tensor, ids_keep: Tensor, grid: Size3) -> Tensor:
+    def forward(self, latent: Tensor, ids_keep: Tensor, grid: Size3, recompute: bool = False) -> Tensor:
         """Features of all tokens.
 
         Args:
             latent: (N, K, D_encoder) of the visible tokens.
             ids_keep: (N, K) int64, their raster numbers.
             grid: tokens per axis.
+            recompute: keep no activations inside blocks, compute them again in the backward pass.
 
         Returns:
             (N, L, D) decoder features after the LayerNorm, raster order.
@@ -48,5 +50,5 @@ class MiMDecoder(nn.Module):
         x = self.mask_token.to(visible.dtype).expand(n, n_tokens, -1).index_put((rows, ids_keep), visible)
         x = x + sincos_position(grid, x.shape[-1], x)
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, recompute, x)
         return self.norm(x)

@@ -163,6 +163,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="most views computed at once: less memory, same result (default: all views of a level)",
     )
     add(
+        "--recompute",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="LEVEL",
+        help="levels (1 2 3) that keep no activations but compute them again: less memory, same result, slower",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile the network; takes a minute or more at the start (default: off)",
+    )
+    add(
         "--val_every",
         type=int,
         default=default.val_every,
@@ -198,15 +212,15 @@ def run(args: argparse.Namespace) -> None:
     from nnunet_mim.geometry import levels_of, views_per_crop
     from nnunet_mim.pretraining import run as runs
     from nnunet_mim.pretraining.checkpoint import FINAL
-    from nnunet_mim.pretraining.loop import pretrain
+    from nnunet_mim.pretraining.loop import RunOptions, pretrain
     from nnunet_mim.pretraining.sources import find_source, require_environment, require_same_units, window_warning
 
     require_environment()
     fold = "all" if args.f == "all" else _fold(args.f)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise MiMError("no CUDA device found: add -device cpu (slow; try --preset tiny --view 64)")
-    if args.views_per_pass is not None and args.views_per_pass < 1:
-        raise MiMError(f"--views_per_pass must be at least 1, got {args.views_per_pass}")
+    workers = default_workers(args.device) if args.workers is None else args.workers
+    options = RunOptions(workers, args.views_per_pass, tuple(args.recompute), args.compile)
     network = PRESETS[args.preset]
     smallest_view: Size3 = tuple(2 * p for p in network.token_size)  # type: ignore[assignment]
     levels_of(build_config(args, 1, _view(args.view) if args.view else smallest_view, _scale(args) or (2, 2, 2)))
@@ -244,8 +258,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"  {count} views a crop of {level.fov} voxels, seen as {level.view_size}: {visible}")
     print(f"preset {config.preset}, {config.iterations} iterations of {config.batch_size} crops, output {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    workers = default_workers(args.device) if args.workers is None else args.workers
-    figures = pretrain(config, data, folder, fabric, workers, args.resume, args.views_per_pass)
+    figures = pretrain(config, data, folder, fabric, args.resume, options)
     print(summary(figures))
     print(f"wrote {folder / FINAL}")
     next_fold = 0 if fold == "all" else fold

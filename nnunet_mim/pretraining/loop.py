@@ -53,14 +53,35 @@ class RunData:
     """per channel, standard deviation below which a token is no target"""
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is computed on a machine; none of this changes what is computed (but for rounding)."""
+
+    workers: int = 0
+    """processes that read crops; 0 reads in the main process"""
+    views_per_pass: int | None = None
+    """most views computed at once, which bounds the memory; None: all views of a level"""
+    recompute: tuple[int, ...] = ()
+    """levels (1 to 3) whose activations are computed again in the backward pass: less memory, more time"""
+    compile: bool = False
+    """torch.compile the network, one graph a level"""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise MiMError(f"--workers must be 0 or more, got {self.workers}")
+        if self.views_per_pass is not None and self.views_per_pass < 1:
+            raise MiMError(f"--views_per_pass must be at least 1, got {self.views_per_pass}")
+        if not set(self.recompute) <= {1, 2, 3}:
+            raise MiMError(f"--recompute takes level numbers 1, 2, 3, got {self.recompute}")
+
+
 def pretrain(
     config: PretrainConfig,
     data: RunData,
     folder: Path,
     fabric: Fabric,
-    workers: int,
     resume: bool,
-    views_per_pass: int | None = None,
+    run: RunOptions,
 ) -> dict[str, float]:
     """Train until `config.iterations`, writing checkpoints, `train.csv`, `val.csv` and TensorBoard events into
     `folder`.
@@ -72,9 +93,8 @@ def pretrain(
         data: cases.
         folder: output folder, exists.
         fabric: launched; device and precision.
-        workers: processes that read crops; 0 reads in this one.
         resume: continue from `checkpoint_latest.pth`.
-        views_per_pass: most views computed at once, which bounds the memory; None: all views of a level.
+        run: how to compute it on this machine.
 
     Returns:
         figures of the last measurement on held-out crops.
@@ -94,18 +114,20 @@ def pretrain(
     if resume:
         optimizer.load_state_dict(stored["resume_state"]["optimizer"])
         start, history = stored["provenance"]["iterations"], stored["provenance"]["loss_history"]
-    bare = model
-    model, optimizer = fabric.setup(model, optimizer)
+    bare, network = model, model
+    if run.compile:  # a graph for every level, and for a last pass with fewer views
+        network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+    model, optimizer = fabric.setup(network, optimizer)
     schedule = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
 
     fill = torch.tensor(data.fill, device=fabric.device)
     flat_threshold = torch.tensor(data.flat_threshold, device=fabric.device)
     place_threshold = flat_threshold if config.body_children else None
     val_crops = held_out_crops(data, config, fabric.device)
-    held_out = HeldOut(*val_crops, fill, flat_threshold, levels, config, views_per_pass)
+    held_out = HeldOut(*val_crops, fill, flat_threshold, levels, config, run.views_per_pass)
     train_file, val_file = (MetricsFile(folder / f"{part}.csv", start) for part in ("train", "val"))
     board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-    batches = training_batches(data, config, start, workers, fabric.device)
+    batches = training_batches(data, config, start, run.workers, fabric.device)
 
     def save(name: str, iteration: int, resumable: bool) -> None:
         provenance = run_provenance(data.sources, seen, data.fold, iteration, history)
@@ -135,7 +157,9 @@ def pretrain(
             views = nested_views(crops, valid, fill, levels, generator, place_threshold)
 
             step_figures: dict[str, Tensor] = {}
-            for loss, figures, _ in level_losses(model, views, flat_threshold, config, views_per_pass):
+            for loss, figures, _ in level_losses(
+                model, views, flat_threshold, config, run.views_per_pass, run.recompute
+            ):
                 fabric.backward(loss)  # pass by pass: activations of one at a time
                 add_figures(step_figures, figures)
             norm = fabric.clip_gradients(model, optimizer, max_norm=config.grad_clip, error_if_nonfinite=False)

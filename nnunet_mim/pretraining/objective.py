@@ -21,6 +21,7 @@ def level_losses(
     flat_threshold: Tensor,
     config: PretrainConfig,
     views_per_pass: int | None = None,
+    recompute: tuple[int, ...] = (),
 ) -> Iterator[tuple[Tensor, dict[str, Tensor], LevelOutput]]:
     """Run the levels in turn, outermost first, each in one pass or in several.
 
@@ -34,6 +35,7 @@ def level_losses(
         flat_threshold: (C,) standard deviation below which a token is no target.
         config: weights of the losses.
         views_per_pass: largest number of views in one pass; None: all views of a level.
+        recompute: numbers (1 to 3) of the levels that keep no activations inside blocks.
 
     Yields:
         the pass's share of the weighted loss, its share of each figure (detached, by name; to be added up over passes,
@@ -49,7 +51,8 @@ def level_losses(
         features = []
         for part in passes(view.images.shape[0], views_per_pass):
             edge = index - 1 if number else None
-            output = model(view.images[part], view.ids_keep[part], view.ids_masked[part], edge, parent_features)
+            inputs = view.images[part], view.ids_keep[part], view.ids_masked[part]
+            output = model(*inputs, edge, parent_features, index + 1 in recompute)
             tokens = view.masked_tokens(part)
             reconstruction = reconstruction_loss(output.prediction, tokens, is_target[part], n_targets)
             loss = config.level_weights[index] * reconstruction

@@ -208,9 +208,9 @@ def test_alignment_sends_no_gradient_into_the_parent_pass():
     seen = []
 
     class Recording(nn.Module):
-        def forward(self, images, keep, masked, edge, parent_features):
+        def forward(self, images, keep, masked, edge, parent_features, recompute):
             seen.append(parent_features)
-            return model(images, keep, masked, edge, parent_features)
+            return model(images, keep, masked, edge, parent_features, recompute)
 
     losses = [loss for loss, _, _ in level_losses(Recording(), views, THRESHOLD, config)]
     assert seen[0] is None
@@ -256,7 +256,7 @@ def test_a_perfect_prediction_has_no_reconstruction_loss(reference):
     config = replace(PUBLISHED, alignment="none")
 
     class Oracle(nn.Module):
-        def forward(self, images, keep, masked, edge, parent_features):
+        def forward(self, images, keep, masked, edge, parent_features, recompute):
             rows = []
             for image, ids in zip(images, masked, strict=True):
                 voxels = [reference.geometry.token_voxels(image, config.network.token_size, int(t)) for t in ids]

@@ -1,0 +1,102 @@
+"""How a step is computed: what is recomputed or compiled changes nothing, and nothing waits for the device."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from nnunet_mim.config import NetworkConfig, PretrainConfig
+from nnunet_mim.errors import MiMError
+from nnunet_mim.geometry import levels_of
+from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.pretraining.loop import RunOptions
+from nnunet_mim.pretraining.nested_crops import nested_views
+from nnunet_mim.pretraining.objective import add_figures, level_losses
+
+NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
+CONFIG = PretrainConfig(network=NETWORK, view_size=(32, 32, 32), n_children=(2, 2))
+FLAT = 0.05
+
+
+def make_model():
+    torch.manual_seed(0)
+    return MaskInMask(NETWORK)
+
+
+def make_views(generator=None):
+    levels = levels_of(CONFIG)
+    torch.manual_seed(1)
+    crops = torch.randn(2, 1, *levels[0].fov)
+    valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 2)
+    generator = generator or torch.Generator().manual_seed(0)
+    return nested_views(crops, valid, torch.zeros(1), levels, generator, torch.tensor([FLAT]))
+
+
+def step(model, views, **how):
+    """Losses, gradients by name, and bytes that the backward pass keeps."""
+    bare = getattr(model, "_orig_mod", model)
+    bare.zero_grad()
+    kept, losses = 0, []
+
+    def pack(tensor):
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for loss, _, _ in level_losses(model, views, torch.tensor([FLAT]), CONFIG, **how):
+            losses.append(loss.detach())
+            loss.backward()
+    return torch.stack(losses), {name: p.grad.clone() for name, p in bare.named_parameters()}, kept
+
+
+@pytest.mark.parametrize("levels", [(1,), (2, 3), (1, 2, 3)])
+def test_recomputing_keeps_less_and_changes_nothing(levels):
+    model, views = make_model(), make_views()
+    losses, gradients, kept = step(model, views)
+    found_losses, found_gradients, found_kept = step(model, views, recompute=levels)
+    assert torch.equal(losses, found_losses)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-5, atol=1e-7)
+    assert found_kept < kept * (0.95 if levels == (1,) else 0.7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [(), (1, 2, 3)])
+def test_a_step_compiles_without_graph_breaks(recompute):
+    """fullgraph=True raises at the first break."""
+    model, views = make_model(), make_views()
+    losses, gradients, _ = step(model, views)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    found_losses, found_gradients, _ = step(compiled, views, recompute=recompute)
+    torch.testing.assert_close(found_losses, losses, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_in_a_step_reads_a_value_from_the_device():
+    """Fake tensors have shapes but no values: .item(), a data-dependent shape or branch raises."""
+    levels = levels_of(CONFIG)
+    make_views()  # the geometry's tensors exist once, as in any iteration but the first
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = make_model()
+        crops = torch.randn(2, 1, *levels[0].fov)
+        valid = torch.zeros(2, 3, 2, dtype=torch.int64)
+        views = nested_views(
+            crops, valid, torch.zeros(1), levels, torch.Generator().manual_seed(0), torch.full((1,), FLAT)
+        )
+        figures = {}
+        for loss, part, _ in level_losses(model, views, torch.full((1,), FLAT), CONFIG, views_per_pass=3):
+            loss.backward()
+            add_figures(figures, part)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=False)
+        with pytest.raises(DataDependentOutputException):
+            figures["level1/loss"].item()  # the test itself: this would be noticed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"views_per_pass": 0}, "views_per_pass"), ({"recompute": (4,)}, "recompute"), ({"workers": -1}, "workers")],
+)
+def test_bad_options(options, message):
+    with pytest.raises(MiMError, match=message):
+        RunOptions(**options)
