@@ -3,12 +3,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:-$(mktemp -d)}
+mkdir -p "$out"
 
 python - <<'PYTHON'
 import torch
 assert torch.cuda.is_available(), "no CUDA device"
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "GPUs", torch.cuda.device_count())
 PYTHON
-pytest -m gpu tests/e2e/test_gpu.py
+pytest tests/unit/networks/test_depthwise_triton.py tests/e2e/test_gpu.py
+python benchmarks/gpu/gpu_paths.py --json | tee "$out/gpu_paths.md"
+python benchmarks/step_time.py --device cuda --preset base --view 96 --batch 2 --ratio 0.6 | tee "$out/step_time.md"
 mim_demo -o "$out/demo" -device cuda
-echo "the demo's page, with the time of each stage: $out/demo/index.html"
+echo "tables in $out; the demo's page, with the time of each stage: $out/demo/index.html"

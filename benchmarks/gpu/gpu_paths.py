@@ -1,0 +1,248 @@
+"""Checks every way a pretraining step runs on a GPU against float64 on the CPU, then times them all.
+
+    python benchmarks/gpu/gpu_paths.py [--presets tiny small base large] [--view 96] [--batch 2] [--steps 10] [--json]
+
+A path is `torch` or `triton` (the depthwise convolution) and `eager` or `compiled`. Timed is a whole optimiser step of
+mim_pretrain in bf16: views cut and masked on the device, all levels forward and backward, clipping, AdamW. `share` is
+that of the measured bf16 matrix-product rate, with FLOPs counted by hand (networks/flops.py). `waits` says whether the
+host ever waited for the device. With `--device cpu` the script itself can be tried without a GPU.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
+from nnunet_mim.geometry import levels_of, views_per_crop
+from nnunet_mim.networks.flops import crop_flops
+from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.pretraining.loop import build_optimizer
+from nnunet_mim.pretraining.nested_crops import LevelViews, nested_views
+from nnunet_mim.pretraining.objective import level_losses
+
+PATHS = (("torch", "eager"), ("triton", "eager"), ("triton", "compiled"))
+CHECKED = {  # what is compared → largest ‖out − ref‖ / ‖ref‖ of the loss's gradient
+    "float64": 1e-9,
+    "float32": 1e-3,
+    "bf16": 5e-2,
+}
+ANISOTROPIC = NetworkConfig(
+    (12, 24, 48, 96), (1, 2, 1, 2), 3, strides=((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
+    decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=4,
+)  # fmt: skip
+
+
+def use(path):
+    """Choose the depthwise convolution of the models that run next."""
+    os.environ["NNUNET_MIM_TRITON"] = "1" if path == "triton" else "0"
+
+
+def config_of(preset, view, batch):
+    network = ANISOTROPIC if preset == "anisotropic" else PRESETS[preset]
+    view = tuple(p * (view // 16) for p in network.token_size)
+    return PretrainConfig(preset=preset, network=network, view_size=view, batch_size=batch)
+
+
+def inputs_of(config, device, dtype=torch.float32):
+    fov = levels_of(config)[0].fov
+    torch.manual_seed(1)
+    crops = torch.randn(config.batch_size, 1, *fov, dtype=dtype)
+    valid = torch.tensor([[[0, n] for n in fov]] * config.batch_size)
+    return crops.to(device), valid.to(device)
+
+
+def moved(view, device, dtype):
+    """The same views on another device."""
+    fields = {name: getattr(view, name) for name in view.__dataclass_fields__}
+    return LevelViews(
+        **{k: v.to(device) if torch.is_tensor(v) else v for k, v in fields.items() if k != "images"},
+        images=view.images.to(device, dtype),
+    )
+
+
+def loss_and_gradient(model, views, config, device, autocast):
+    flat = torch.full((1,), 0.04, device=device, dtype=views[0].images.dtype)
+    total, bare = 0.0, getattr(model, "_orig_mod", model)
+    bare.zero_grad()
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        for loss, _, _ in level_losses(model, views, flat, config):
+            loss.backward()
+            total += loss.item()
+    return total, torch.cat([p.grad.flatten().double().cpu() for p in bare.parameters()])
+
+
+def check(device):
+    """Compare every path with the CPU in float64; returns rows and whether all are within bounds."""
+    rows = []
+    for preset in ("tiny", "anisotropic"):
+        config = replace(config_of(preset, 64, 1), n_children=(2, 2))
+        torch.manual_seed(0)
+        reference = MaskInMask(config.network).double()
+        crops, valid = inputs_of(config, "cpu", torch.float64)
+        fill, flat = torch.zeros(1, dtype=torch.float64), torch.full((1,), 0.04, dtype=torch.float64)
+        views = nested_views(crops, valid, fill, levels_of(config), torch.Generator().manual_seed(0), flat)
+        wanted, gradient = loss_and_gradient(reference, views, config, "cpu", False)
+        for convolution, mode in PATHS:
+            use(convolution)
+            for precision, bound in CHECKED.items():
+                dtype = torch.float64 if precision == "float64" else torch.float32
+                model = copy.deepcopy(reference).to(device, dtype)
+                if mode == "compiled":
+                    model = torch.compile(model, fullgraph=True, dynamic=False)
+                there = [moved(view, device, dtype) for view in views]
+                found, found_gradient = loss_and_gradient(model, there, config, device, precision == "bf16")
+                error = float((found_gradient - gradient).norm() / gradient.norm())
+                rows.append((preset, convolution, mode, precision, abs(found - wanted) / wanted, error, error <= bound))
+                torch._dynamo.reset()
+    return rows
+
+
+def bf16_rate(device, size=8192, repeats=20):
+    """FLOP/s of a large bf16 matrix product."""
+    size = size if device == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_step(config, device, mode):
+    """A function that does one optimiser step."""
+    torch.manual_seed(0)
+    model = MaskInMask(config.network).to(device)
+    optimizer = build_optimizer(model, config)
+    network = torch.compile(model, dynamic=False) if mode == "compiled" else model
+    crops, valid = inputs_of(config, device)
+    fill, flat = torch.zeros(1, device=device), torch.full((1,), 0.04, device=device)
+    generator, levels = torch.Generator(device).manual_seed(0), levels_of(config)
+
+    def step():
+        views = nested_views(crops, valid, fill, levels, generator, flat)
+        with torch.autocast(device, torch.bfloat16):
+            for loss, _, _ in level_losses(network, views, flat, config):
+                loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def time_path(config, device, mode, steps):
+    """Median seconds of a step, peak memory in MiB, and whether the host never waited."""
+    step = make_step(config, device, mode)
+    for _ in range(3):
+        step()
+    synchronize(device)
+    waited = None
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+            waited = False
+        except RuntimeError as error:
+            print(f"a step waits for the device: {error}")
+            waited = True
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    seconds = []
+    for _ in range(steps):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
+    return statistics.median(seconds), peak, waited
+
+
+def profile(config, device, mode, steps=3):
+    step = make_step(config, device, mode)
+    step()
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profiler:
+        for _ in range(steps):
+            step()
+        synchronize(device)
+    return profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=10, max_name_column_width=60)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS))
+    add("--view", type=int, default=96)
+    add("--batch", type=int, default=2, help="crops a step")
+    add("--steps", type=int, default=10)
+    add("--device", default="cuda", choices=["cuda", "cpu"])
+    add("--json", action="store_true")
+    options = parser.parse_args()
+    device = options.device
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}\n")
+
+    print("| check | convolution | mode | precision | loss | gradient | within bounds |\n|---|---|---|---|---|---|---|")
+    checks = check(device)
+    for *what, loss, error, good in checks:
+        print(f"| {' | '.join(what)} | {loss:.1e} | {error:.1e} | {'yes' if good else 'NO'} |")
+
+    rate = bf16_rate(device)
+    print(f"\nbf16 matrix product: {rate / 1e12:.0f} TFLOP/s\n")
+    print("| preset | convolution | mode | crops/s | TFLOP/s | share | peak MiB | waits |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for preset in options.presets:
+        config = config_of(preset, options.view, options.batch)
+        flops = crop_flops(config.network, 1, levels_of(config))
+        for convolution, mode in PATHS:
+            use(convolution)
+            torch._dynamo.reset()
+            try:
+                seconds, peak, waited = time_path(config, device, mode, options.steps)
+            except torch.OutOfMemoryError:
+                print(f"| {preset} | {convolution} | {mode} | out of memory | | | | |")
+                continue
+            speed = config.batch_size / seconds
+            rows.append(
+                {
+                    "preset": preset, "convolution": convolution, "mode": mode, "crops_per_s": speed,
+                    "tflop_per_s": speed * flops / 1e12, "share": speed * flops / rate, "peak_mib": peak,
+                    "waits": waited,
+                }
+            )  # fmt: skip
+            print(
+                f"| {preset} | {convolution} | {mode} | {speed:.2f} | {speed * flops / 1e12:.1f} | "
+                f"{speed * flops / rate:.3f} | {peak:.0f} | {waited} |"
+            )
+    last = options.presets[-1] if "base" not in options.presets else "base"
+    config = config_of(last, options.view, options.batch)
+    views = sum(views_per_crop(levels_of(config)))
+    use("triton")
+    print(f"\nprofile, {last}, triton, eager, {views} views a crop:\n{profile(config, device, 'eager')}")
+    if options.json:
+        print(json.dumps({"device": name, "bf16_tflop_per_s": rate / 1e12, "rows": rows}))
+    if not all(row[-1] for row in checks):
+        raise SystemExit("a path differs from float64 on the CPU by more than its bound")
+
+
+if __name__ == "__main__":
+    main()
