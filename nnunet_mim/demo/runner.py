@@ -114,6 +114,7 @@ def child_environment(folders: Folders) -> dict[str, str]:
         **environment,
         **folders.environment(),
         "nnUNet_n_proc_DA": "1",
+        "nnUNet_def_n_proc": "1",  # every process of nnU-Net's pools takes ten seconds to start
         "nnUNet_compile": "F",
         "PYTHONUNBUFFERED": "1",
     }

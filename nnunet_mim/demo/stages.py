@@ -23,18 +23,18 @@ class DemoSettings:
     bodies: int = 12
     """phantoms to train on, a fifth of them held out of both trainings (fold 0)"""
     test_bodies: int = 2
-    shape: int = 128
+    shape: int = 64
     """voxels along each axis of a phantom; a phantom is 288 mm wide"""
-    view: int = 64
+    view: int = 32
     """voxels per axis that the encoder sees; half of `shape`, so that level 1 shows the whole body"""
-    children: tuple[int, int] = (2, 1)
-    batch: int = 1
-    lr: float = 1e-3
-    iterations: int = 320
+    children: tuple[int, int] = (2, 2)
+    batch: int = 4
+    lr: float = 2e-3
+    iterations: int = 280
     val_every: int = 40
-    patch: int = 64
-    epochs: int = 7
-    epoch_iterations: int = 80
+    patch: int = 48
+    epochs: int = 8
+    epoch_iterations: int = 100
 
     @property
     def spacing(self) -> float:
@@ -43,8 +43,7 @@ class DemoSettings:
 
 
 QUICK = DemoSettings(
-    quick=True, bodies=MIN_BODIES, test_bodies=1, shape=64, view=32, iterations=40, val_every=10, patch=32, epochs=2,
-    epoch_iterations=30,
+    quick=True, bodies=MIN_BODIES, test_bodies=1, iterations=40, val_every=10, patch=32, epochs=2, epoch_iterations=30,
 )  # fmt: skip
 
 
@@ -138,7 +137,7 @@ def make_stages(settings: DemoSettings, folders: Folders, device: str) -> list[S
     recipe = {
         "patch_size": f"{s.patch},{s.patch},{s.patch}", "batch_size": 1, "num_epochs": s.epochs,
         "iterations_per_epoch": s.epoch_iterations, "val_iterations_per_epoch": 2, "lr": 0.002,
-        "oversample_foreground": 1.0,
+        "oversample_foreground": 1.0, "mirror_axes": "[]",  # mirroring needs longer schedules
     }  # fmt: skip
     plan = ["nnUNetv2_plan_and_preprocess", "-d", d, "-c", CONFIGURATION, "--no_pp", "-npfp", "2"]
     mim_plan = ["mim_plan", "-d", d, "--preset", "tiny", "--set", *(f"{key}={value}" for key, value in recipe.items())]
