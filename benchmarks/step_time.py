@@ -29,9 +29,9 @@ import torch
 
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
-from nnunet_mim.networks.depthwise import tokens_from_grid
 from nnunet_mim.networks.flops import crop_flops, dense_view_flops, view_flops
 from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
+from nnunet_mim.networks.token_layout import tokens_from_grid
 from nnunet_mim.pretraining.losses import reconstruction_loss
 from nnunet_mim.pretraining.masking import mask_of
 from nnunet_mim.pretraining.nested_crops import nested_views

@@ -13,8 +13,8 @@ from torch import Tensor
 from nnunet_mim.config import PretrainConfig, Size3
 from nnunet_mim.demo.figures import ReconstructedView
 from nnunet_mim.geometry import Level, levels_of
-from nnunet_mim.networks.depthwise import grid_from_tokens, tokens_from_grid
 from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.token_layout import grid_from_tokens, tokens_from_grid
 from nnunet_mim.pretraining.losses import VARIANCE_EPS
 from nnunet_mim.pretraining.nested_crops import LevelViews, nested_views
 from nnunet_mim.pretraining.objective import level_name

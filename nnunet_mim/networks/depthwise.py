@@ -1,10 +1,7 @@
 """Depthwise convolution, and its use on visible tokens only.
 
-PyTorch's depthwise backward on a CPU is several times slower than its forward. The input gradient of a stride-1
-depthwise convolution is the same convolution with the flipped kernel, so `DepthwiseConv3d` computes it as one, in
-channels-last layout, where oneDNN has a vectorised kernel (measured in benchmarks/results/depthwise_cpu.md).
-On a GPU Triton kernels take over where Triton is installed (depthwise_triton.py); NNUNET_MIM_TRITON=0 switches them
-off. What is here is their fallback and their test.
+`depthwise_on_tokens` says what is computed, with PyTorch's own operations. Where there is something faster it takes
+over: on a CPU depthwise_cpu.py, on a GPU with Triton depthwise_triton.py (NNUNET_MIM_TRITON=0 switches that off).
 """
 
 from __future__ import annotations
@@ -18,32 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_mim.config import Size3
-
-
-class _DepthwiseCPU(torch.autograd.Function):
-    """Depthwise convolution of (N, C, X, Y, Z) with zero padding that keeps the size; odd kernel, stride 1."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        ctx.save_for_backward(x, weight)
-        return F.conv3d(x, weight, bias, padding=_same(weight), groups=weight.shape[0])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def, override]
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last_3d)
-        channels, padding = weight.shape[0], _same(weight)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.conv3d(grad, weight.flip(2, 3, 4), padding=padding, groups=channels)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, [1, 1, 1], padding, [1, 1, 1], False, [0, 0, 0], channels, [False, True, False]
-            )[1]
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(dim=(0, 2, 3, 4))
-        return grad_x, grad_weight, grad_bias
+from nnunet_mim.networks.depthwise_cpu import masked_depthwise as masked_depthwise_cpu
+from nnunet_mim.networks.token_layout import grid_from_rows, rows_from_grid, voxel_rows
 
 
 class DepthwiseConv3d(nn.Conv3d):
@@ -54,12 +27,7 @@ class DepthwiseConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, X, Y, Z, C) → (N, X, Y, Z, C), channels last."""
-        x = x.permute(0, 4, 1, 2, 3)
-        use_cpu_path = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        if use_cpu_path:
-            y = _DepthwiseCPU.apply(x, self.weight, self.bias)
-        else:
-            y = F.conv3d(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
+        y = F.conv3d(x.permute(0, 4, 1, 2, 3), self.weight, self.bias, padding=self.padding, groups=self.groups)
         return y.permute(0, 2, 3, 4, 1)
 
 
@@ -76,14 +44,24 @@ def conv_on_tokens(ids_keep: Tensor, grid: Size3) -> SpatialConv:
     """
     if use_triton(ids_keep.device):
         return _triton_conv(ids_keep, grid)
-    return lambda conv, x: depthwise_on_tokens(conv, x, ids_keep, grid)
+
+    def convolve(conv: DepthwiseConv3d, x: Tensor) -> Tensor:
+        if use_cpu_path(x):
+            return masked_depthwise_cpu(x, conv.weight, conv.bias, ids_keep, grid)  # type: ignore[arg-type]
+        return depthwise_on_tokens(conv, x, ids_keep, grid)
+
+    return convolve
 
 
 def conv_on_patches(n: int, device: torch.device) -> SpatialConv:
     """The convolution of finetuning: the one box (N, 1, X, Y, Z, C) is the whole patch of each of `n` samples."""
-    if use_triton(device):
-        return _triton_conv(torch.zeros(n, 1, dtype=torch.int64, device=device), (1, 1, 1))
-    return lambda conv, x: conv(x.squeeze(1)).unsqueeze(1)
+    return conv_on_tokens(torch.zeros(n, 1, dtype=torch.int64, device=device), (1, 1, 1))
+
+
+def use_cpu_path(x: Tensor) -> bool:
+    """Whether depthwise_cpu.py is the fastest: float32 training on a CPU, not under autocast, not compiled."""
+    eager = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return eager and x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled()
 
 
 def use_triton(device: torch.device) -> bool:
@@ -116,29 +94,7 @@ def depthwise_on_tokens(conv: DepthwiseConv3d, x: Tensor, ids_keep: Tensor, grid
         (N, K, x, y, z, C), equal to the convolution of the dense grid with masked voxels set to zero, at visible
         tokens.
     """
-    n, _, tx, ty, tz, channels = x.shape
-    rows = torch.arange(n, device=x.device)[:, None]
-    dense = x.new_zeros(n, grid[0] * grid[1] * grid[2], tx, ty, tz, channels)
-    dense = dense.index_put((rows, ids_keep), x)
-    dense = conv(grid_from_tokens(dense, grid))
-    return tokens_from_grid(dense, (tx, ty, tz))[rows, ids_keep]
-
-
-def grid_from_tokens(tokens: Tensor, grid: Size3) -> Tensor:
-    """(N, gx*gy*gz, x, y, z, C) → (N, gx*x, gy*y, gz*z, C)."""
-    n, _, tx, ty, tz, channels = tokens.shape
-    gx, gy, gz = grid
-    x = tokens.reshape(n, gx, gy, gz, tx, ty, tz, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(n, gx * tx, gy * ty, gz * tz, channels)
-
-
-def tokens_from_grid(x: Tensor, token_size: Size3) -> Tensor:
-    """(N, gx*x, gy*y, gz*z, C) → (N, gx*gy*gz, x, y, z, C); inverse of `grid_from_tokens`."""
-    n, sx, sy, sz, channels = x.shape
-    tx, ty, tz = token_size
-    x = x.reshape(n, sx // tx, tx, sy // ty, ty, sz // tz, tz, channels).permute(0, 1, 3, 5, 2, 4, 6, 7)
-    return x.reshape(n, -1, tx, ty, tz, channels)
-
-
-def _same(weight: Tensor) -> list[int]:
-    return [k // 2 for k in weight.shape[2:]]
+    token: Size3 = tuple(x.shape[2:5])  # type: ignore[assignment]
+    rows = voxel_rows(ids_keep, grid, token)
+    y = rows_from_grid(conv(grid_from_rows(x, rows, grid)), rows)
+    return y.view(x.shape)

@@ -14,14 +14,8 @@ from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig, Size3
 from nnunet_mim.networks.conv_blocks import ConvBlock, PatchConv, StageEmbed, run_block
-from nnunet_mim.networks.depthwise import (
-    DepthwiseConv3d,
-    SpatialConv,
-    conv_on_patches,
-    conv_on_tokens,
-    grid_from_tokens,
-    tokens_from_grid,
-)
+from nnunet_mim.networks.depthwise import DepthwiseConv3d, SpatialConv, conv_on_patches, conv_on_tokens
+from nnunet_mim.networks.token_layout import grid_from_tokens, tokens_from_grid
 from nnunet_mim.networks.vit_blocks import ViTBlock, init_weights, sincos_position
 
 

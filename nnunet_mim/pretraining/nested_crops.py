@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnunet_mim.config import Size3
 from nnunet_mim.geometry import Level
-from nnunet_mim.networks.depthwise import tokens_from_grid
+from nnunet_mim.networks.token_layout import tokens_from_grid
 from nnunet_mim.pretraining.level_tensors import on_device
 from nnunet_mim.pretraining.losses import flat_tokens
 from nnunet_mim.pretraining.masking import random_masks

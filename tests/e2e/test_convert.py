@@ -31,7 +31,7 @@ def test_published_weights_finetune(workplace_of, golden_folder, reference):
     stages = [key for key in published if key.startswith("stage")]
     assert len(transfer["loaded"]) == len(published)  # the whole encoder, the convolutions to tokens included
     assert len(stages) == 6
-    assert transfer["adapted"] == []
+    assert transfer["adapted"] == {}
     assert transfer["unit_differences"] == []
     assert "licence" in transfer["pretraining"]["note"]
     summary = json.loads((run / "validation" / "summary.json").read_text())

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import math
-import os
 
 import pytest
 import torch
@@ -26,12 +25,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def kernels():
-    """The module, its kernels interpreted if there is no GPU: Triton decides that when they are defined.
+    """The module; where there is no GPU, tests/conftest.py has its kernels interpreted.
 
     The interpreter takes as long for a large block as for a small one, so blocks are large there.
     """
-    if DEVICE == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
     module = importlib.import_module("nnunet_mim.networks.depthwise_triton")
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
