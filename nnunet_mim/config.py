@@ -132,7 +132,7 @@ class PretrainConfig:
     body_children: bool = True
     """cut children from masked places with some tissue in them, as long as there are any"""
     mirror_axes: tuple[int, ...] = ()
-    """array axes of random mirroring; the left-right axis (2 in nnU-Net's order) is better left out"""
+    """array axes of random mirroring; the left-right axis (where `transpose_forward` puts 2) is better left out"""
     val_cases: int = 8
     """cases held out to measure the loss, where no fold decides"""
     val_every: int = 250
@@ -157,6 +157,10 @@ class PretrainConfig:
             raise MiMError(f"--view {self.view_size} must be a multiple of twice the token size {token} on every axis")
         if any(s not in (1, 2) for s in self.scale):
             raise MiMError(f"--scale must be 1 or 2 per axis, got {self.scale}")
+        if not set(self.mirror_axes) <= {0, 1, 2}:
+            raise MiMError(f"--mirror_axes takes array axes 0, 1 and 2, got {self.mirror_axes}")
+        if self.seed < 0:
+            raise MiMError(f"--seed must be 0 or more, got {self.seed}")
         for name in ("iterations", "batch_size", "val_every", "save_every"):
             if getattr(self, name) < 1:
                 raise MiMError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,5 +1,28 @@
 """The one exception that commands turn into a one-line message."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MiMError(RuntimeError):
     """Bad input or bad environment. The message is one line: it names the file or option, and the remedy."""
+
+
+class ExitingMiMError(MiMError, SystemExit):
+    """A MiMError that ends somebody else's command (nnUNetv2_train) with its one line instead of a traceback."""
+
+    def __init__(self, message: str) -> None:
+        RuntimeError.__init__(self, message)
+        SystemExit.__init__(self, f"error: {message}")  # what Python prints, with exit code 1
+        self.args = (message,)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a MiMError inside into a ExitingMiMError."""
+    try:
+        yield
+    except MiMError as error:
+        raise ExitingMiMError(str(error)) from None

@@ -40,7 +40,8 @@ def read_index(source: Source, n_threads: int | None = None, show_progress: bool
     """Describe all cases of a dataset, reading only those that are new or changed since the cached index was written.
 
     Raises:
-        MiMError: a case that cannot be read, is truncated, has other channels than the plans, or holds NaN or infinity.
+        MiMError: cases that cannot be read, are truncated, have other channels than the plans, or hold NaN or infinity.
+            What was learned of the sound ones is kept.
     """
     cached = _load_cache(source.index_file)
     infos: dict[str, CaseInfo] = {}
@@ -52,12 +53,24 @@ def read_index(source: Source, n_threads: int | None = None, show_progress: bool
     missing = [case for case in source.cases if case not in infos]
     if missing:
         with ThreadPoolExecutor(n_threads or min(8, os.cpu_count() or 1)) as pool:
-            described = pool.map(lambda case: describe_case(source, case), missing)
+            described = pool.map(lambda case: _describe_or_error(source, case), missing)
             progress = tqdm(described, total=len(missing), desc=f"checking {source.dataset}", disable=not show_progress)
-            infos.update(zip(missing, progress, strict=True))
-        entries = {case: {"stamp": stamps[case], "info": asdict(infos[case])} for case in source.cases}
-        _save_cache(source.index_file, entries)
+            results = dict(zip(missing, progress, strict=True))
+        infos |= {case: result for case, result in results.items() if isinstance(result, CaseInfo)}
+        _save_cache(source.index_file, {c: {"stamp": stamps[c], "info": asdict(info)} for c, info in infos.items()})
+        errors = {case: result for case, result in results.items() if isinstance(result, MiMError)}
+        if errors:
+            first, *others = errors
+            more = f" ({len(others)} more cases cannot be used: {', '.join(others)})" if others else ""
+            raise MiMError(f"{errors[first]}{more}") from errors[first]
     return [infos[case] for case in source.cases]
+
+
+def _describe_or_error(source: Source, case: str) -> CaseInfo | MiMError:
+    try:
+        return describe_case(source, case)
+    except MiMError as error:
+        return error
 
 
 def describe_case(source: Source, case: str) -> CaseInfo:

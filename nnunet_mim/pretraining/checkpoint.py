@@ -92,6 +92,7 @@ def run_provenance(
         "configuration": first.configuration,
         "fold": fold,
         "spacing": list(first.spacing),
+        "transpose_forward": list(first.plans.get("transpose_forward", (0, 1, 2))),
         "normalization": list(first.normalization),
         "intensity_properties": first.intensity_properties,
         "iterations": iteration,

@@ -128,7 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=default.mirror_axes,
         metavar="A",
-        help="array axes of random mirroring (default: none; axis 2 is left-right and better left out)",
+        help="array axes (0 1 2) of random mirroring (default: none; leave out the left-right axis, which is 2 unless "
+        "the plans' transpose_forward moved it)",
     )
     add("--seed", type=int, default=default.seed, help="of weights, crops and masks (default: %(default)s)")
 
@@ -145,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--precision",
         default=None,
-        choices=["32-true", "bf16-mixed", "16-mixed"],
+        choices=["32-true", "bf16-mixed"],
         help="default: bf16-mixed on cuda, else 32-true",
     )
     add(
@@ -213,7 +214,13 @@ def run(args: argparse.Namespace) -> None:
     from nnunet_mim.pretraining import run as runs
     from nnunet_mim.pretraining.checkpoint import FINAL
     from nnunet_mim.pretraining.loop import RunOptions, pretrain
-    from nnunet_mim.pretraining.sources import find_source, require_environment, require_same_units, window_warning
+    from nnunet_mim.pretraining.sources import (
+        find_source,
+        fold_validation_cases,
+        require_environment,
+        require_same_units,
+        window_warning,
+    )
 
     require_environment()
     fold = "all" if args.f == "all" else _fold(args.f)
@@ -232,8 +239,12 @@ def run(args: argparse.Namespace) -> None:
     if not runs.check_output_folder(folder, args.resume):
         print(f"finished already: {folder / FINAL}")
         return
+    if fold != "all":
+        for source in sources:
+            fold_validation_cases(source, int(fold))  # says now what is wrong with the fold
+    stored = runs.resumable_checkpoint(folder) if args.resume else None
     if args.init and not args.resume:
-        runs.check_init(args.init, network, first.in_channels)
+        runs.check_init(args.init, network, first.in_channels, args.alignment)
     for source in sources:
         if warning := window_warning(source):
             print(f"warning: {warning}")
@@ -243,9 +254,9 @@ def run(args: argparse.Namespace) -> None:
     view = _view(args.view) if args.view else runs.default_view(infos, network.token_size)
     scale = _scale(args) or runs.default_scale(infos, args.ladder, view)
     config = build_config(args, first.in_channels, view, scale)
-    if args.resume:
-        runs.check_same_config(folder, config)
     data = runs.run_data(sources, indexes, fold, config)
+    if stored is not None:
+        runs.check_same_run(stored, config, data.train)
 
     precision: Any = args.precision or ("bf16-mixed" if args.device == "cuda" else "32-true")
     fabric = Fabric(accelerator=args.device, devices=1, precision=precision)

@@ -224,7 +224,14 @@ def training_batches(
         prefetch_factor=4 if workers else None,
         pin_memory=device.type == "cuda",
     )
-    for crops, valid, cases in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            crops, valid, cases = next(batches)
+        except StopIteration:
+            return
+        except MiMError as error:  # a worker's comes with its traceback before the one line
+            raise MiMError(str(error).strip().splitlines()[-1].split("MiMError: ")[-1]) from error
         yield crops.to(device, non_blocking=True), valid.to(device, non_blocking=True), cases
 
 

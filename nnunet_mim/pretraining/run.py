@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.paths import nnUNet_results
@@ -14,7 +15,7 @@ from nnunet_mim.config import NetworkConfig, PretrainConfig, Size3, network_from
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_scale
 from nnunet_mim.pretraining.case_index import CaseInfo, read_index
-from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, load_checkpoint
+from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, case_records, load_checkpoint
 from nnunet_mim.pretraining.dataset import Case
 from nnunet_mim.pretraining.loop import RunData
 from nnunet_mim.pretraining.sources import Source, fold_validation_cases
@@ -51,24 +52,45 @@ def check_output_folder(folder: Path, resume: bool) -> bool:
     return True
 
 
-def check_same_config(folder: Path, config: PretrainConfig) -> None:
-    """Raise MiMError unless the run in `folder` was started with the same settings."""
+def resumable_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint that `--c` continues from. Raises MiMError where it is damaged or cannot be continued."""
     stored = load_checkpoint(folder / LATEST)
     if "resume_state" not in stored:
         raise MiMError(f"{folder / LATEST} holds no resume state: it cannot be continued")
+    return stored
+
+
+def check_same_run(stored: dict[str, Any], config: PretrainConfig, train: Sequence[Case]) -> None:
+    """Raise MiMError unless an interrupted run was started with these settings and cases.
+
+    Args:
+        stored: its checkpoint.
+        config: settings now.
+        train: cases to train on now.
+    """
     before, now = stored["mim_config"], config.to_dict()
     changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in now if before.get(name) != now.get(name)]
     if changed:
-        raise MiMError(f"--c: the run in {folder} was started with other settings ({'; '.join(changed)}): use the same")
+        raise MiMError(f"--c: the run was started with other settings ({'; '.join(changed)}): use the same")
+    records = {tuple(sorted(record.items())) for record in case_records(list(train))}
+    known = {tuple(sorted(record.items())) for record in stored["provenance"]["cases"]}
+    gone = set() if config.init_checkpoint else known - records  # --init brings records of an earlier run's cases
+    if changed_cases := sorted({dict(record)["case"] for record in (records - known) | gone}):
+        raise MiMError(
+            f"--c: the run was started on other cases than those of -d now ({len(changed_cases)} came, went or "
+            f"changed, {changed_cases[0]} first): give the same datasets, or start a new run with -o TAG and --init"
+        )
 
 
-def check_init(path: str, network: NetworkConfig, in_channels: int) -> None:
+def check_init(path: str, network: NetworkConfig, in_channels: int, alignment: str) -> None:
     """Raise MiMError unless a run of this network can start from the weights in `path`."""
     stored = load_checkpoint(Path(path))["mim_config"]
-    if network_from_dict(stored["network"]) != network or stored["in_channels"] != in_channels:
+    found = network_from_dict(stored["network"]), stored["in_channels"], stored["alignment"]
+    if found != (network, in_channels, alignment):
         raise MiMError(
-            f"--init {path} holds a network of preset {stored['preset']} for {stored['in_channels']} channels, not "
-            "that of this run: choose its --preset, and data with as many channels"
+            f"--init {path} holds a network of preset {stored['preset']} for {stored['in_channels']} channels with "
+            f"alignment {stored['alignment']}, not that of this run: choose its --preset and --alignment, and data "
+            "with as many channels"
         )
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.errors import MiMError
+
+N_FOLDS = 5
+"""of nnU-Net's own split"""
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,9 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
             f"{name} is not preprocessed ({base} does not exist): run nnUNetv2_plan_and_preprocess -d {number}"
         )
     if not plans_file.is_file():
-        found = sorted(p.stem for p in base.glob("*.json") if "configurations" in load_json(str(p)))
+        found = sorted(p.stem for p in base.glob("*.json") if "configurations" in _load_json(p))
         raise MiMError(f"no plans '{plans_name}' for {name}: choose one with -p ({', '.join(found) or 'none found'})")
-    plans = load_json(str(plans_file))
+    plans = _load_json(plans_file)
     if configuration not in plans["configurations"]:
         available = ", ".join(plans["configurations"])
         raise MiMError(f"{plans_file} has no configuration '{configuration}': choose one with -c ({available})")
@@ -130,19 +133,22 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
 
 
 def require_same_units(sources: Sequence[Source]) -> None:
-    """Raise MiMError unless all datasets have the first one's spacing, channels, normalisation and intensity window."""
+    """Raise MiMError unless all datasets have the first one's spacing, axes, channels, normalisation and intensity
+    window.
+    """
     first = sources[0]
     for other in sources[1:]:
         same_spacing = all(abs(a - b) <= 1e-3 * a for a, b in zip(first.spacing, other.spacing, strict=True))
         same_window = first.normalization == other.normalization and all(
             first.window(c) == other.window(c) for c in range(first.in_channels)
         )
-        if not (same_spacing and same_window):
+        same_axes = first.plans.get("transpose_forward") == other.plans.get("transpose_forward")
+        if not (same_spacing and same_window and same_axes):
             spacing = ",".join(f"{s:g}" for s in first.spacing)
             raise MiMError(
-                f"{other.dataset} has another spacing ({other.spacing} mm), normalisation or intensity window than "
-                f"{first.dataset} ({first.spacing} mm): prepare both alike with mim_plan -d {other.dataset} "
-                f"--set spacing={spacing} and nnUNetv2_preprocess"
+                f"{other.dataset} has another spacing ({other.spacing} mm), order of axes, normalisation or intensity "
+                f"window than {first.dataset} ({first.spacing} mm): prepare both alike with mim_plan -d "
+                f"{other.dataset} --set spacing={spacing} and nnUNetv2_preprocess"
             )
 
 
@@ -152,14 +158,19 @@ def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
     Reads `splits_final.json`, or computes what nnU-Net would write there.
 
     Raises:
-        MiMError: the split has no such fold.
+        MiMError: the split has no such fold, or there are too few cases for nnU-Net's split.
     """
     base = source.folder.parent
     splits_file = base / "splits_final.json"
     if splits_file.is_file():
-        splits = load_json(str(splits_file))
+        splits = _load_json(splits_file)
     elif (base / "gt_segmentations").is_dir():
-        splits = generate_crossval_split(list(source.cases), seed=12345, n_splits=5)
+        if len(source.cases) < N_FOLDS:
+            raise MiMError(
+                f"{source.dataset} has {len(source.cases)} cases, too few for nnU-Net's {N_FOLDS} folds: leave out -f, "
+                f"or write a split of your own into {splits_file}"
+            )
+        splits = generate_crossval_split(list(source.cases), seed=12345, n_splits=N_FOLDS)
     else:
         return ()
     if not 0 <= fold < len(splits):
@@ -190,11 +201,25 @@ def window_warning(source: Source) -> str | None:
 
 
 def _dataset_name(dataset: str) -> str:
+    roots = [Path(str(root)) for root in (nnUNet_preprocessed, nnUNet_raw, nnUNet_results) if root.is_set()]
+    named = [p.name for root in roots for p in root.glob(f"Dataset{int(dataset):03d}_*")] if dataset.isdigit() else []
+    if len(set(named)) > 1:
+        raise MiMError(f"dataset number {dataset} is ambiguous ({', '.join(sorted(set(named)))}): give the whole name")
     try:
         # nnU-Net returns numpy.str_, which a checkpoint must not hold
-        return str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
-    except (RuntimeError, ValueError) as error:
+        name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
+    except (RuntimeError, ValueError):
+        name = ""
+    if not name or not any((root / name).is_dir() for root in roots):
         raise MiMError(
             f"unknown dataset '{dataset}': no such DatasetXXX_Name in nnUNet_preprocessed ({nnUNet_preprocessed}), "
             "nnUNet_raw or nnUNet_results"
-        ) from error
+        )
+    return name
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise MiMError(f"cannot read {path} ({error}): restore the file, or delete it and plan anew") from error

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_mim.errors import one_line_errors
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
 from nnunet_mim.trainers.finetune_config import default_mirror_axes
@@ -40,9 +41,10 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008 (the base class's signature)
     ) -> None:
-        resolved = resolve_plans(
-            plans, configuration, fold, dataset_json, self.__class__.__name__, self.load_pretrained
-        )
+        with one_line_errors():
+            resolved = resolve_plans(
+                plans, configuration, fold, dataset_json, self.__class__.__name__, self.load_pretrained
+            )
         resolved.plans.setdefault("continue_training", False)
         super().__init__(resolved.plans, configuration, fold, dataset_json, device)
         self.finetune = resolved.finetune
@@ -67,7 +69,8 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         """
         network: HybridUNet = getattr(self.network, "_orig_mod", self.network)  # type: ignore[assignment]
         if self._fresh:
-            self._load_pretrained_encoder(network)
+            with one_line_errors():
+                self._load_pretrained_encoder(network)
         if not self.enable_deep_supervision:
             network.decoder.heads[1:].requires_grad_(False)  # unused, and DDP wants a gradient for every parameter
         return build_optimizer(network, self.finetune)
@@ -136,6 +139,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
             provenance,
             self.configuration_manager.configuration,
             self.plans_manager.foreground_intensity_properties_per_channel,
+            self.plans_manager.transpose_forward,
         )
         if differences:
             self._log(units_warning(differences))

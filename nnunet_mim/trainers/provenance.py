@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,14 +47,17 @@ def leak_warning(leaked: list[str], n_val: int, source: str) -> str:
     )
 
 
-def unit_differences(provenance: dict[str, Any], config: dict[str, Any], intensity: dict[str, Any]) -> list[str]:
+def unit_differences(
+    provenance: dict[str, Any], config: dict[str, Any], intensity: dict[str, Any], transpose: Sequence[int] = (0, 1, 2)
+) -> list[str]:
     """What differs in the preprocessing of pretraining and finetuning.
 
     Args:
         provenance: of the checkpoint: spacing (mm, array order), normalization (names), intensity_properties (per
-            channel, as nnU-Net's plans hold them).
+            channel, as nnU-Net's plans hold them), transpose_forward (order of axes).
         config: the plans' configuration.
         intensity: the plans' foreground_intensity_properties_per_channel.
+        transpose: the plans' transpose_forward.
 
     Returns:
         One sentence a difference; empty where pretraining and finetuning see the same units.
@@ -63,6 +66,9 @@ def unit_differences(provenance: dict[str, Any], config: dict[str, Any], intensi
     spacing = provenance.get("spacing")
     if spacing and not np.allclose(spacing, config["spacing"], rtol=0.02):
         differences.append(f"spacing (mm): pretrained at {_rounded(spacing)}, now {_rounded(config['spacing'])}")
+    axes = provenance.get("transpose_forward")
+    if axes and list(axes) != list(transpose):
+        differences.append(f"order of axes: pretrained with {list(axes)}, now {list(transpose)}")
     schemes = provenance.get("normalization") or []
     for channel, scheme in enumerate(config["normalization_schemes"]):
         if not schemes:

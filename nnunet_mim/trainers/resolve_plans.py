@@ -62,6 +62,7 @@ def resolve_plans(
     plans = deepcopy(plans)
     finetune = FinetuneConfig.from_plans(plans)
     config = configuration_of(plans, configuration)
+    require_preprocessed(plans, configuration, config)
     results = required_folder("nnUNet_results")
     run_folder = Path(results, plans["dataset_name"], f"{trainer}__{plans['plans_name']}__{configuration}")
     fold_folder = run_folder / f"fold_{fold}"
@@ -116,6 +117,17 @@ def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any
     if config.get("previous_stage"):
         raise MiMError(f"configuration {configuration} is a cascade, unknown to MiM: use 3d_fullres or 3d_lowres")
     return config
+
+
+def require_preprocessed(plans: dict[str, Any], configuration: str, config: dict[str, Any]) -> None:
+    """Raise MiMError unless the cases of this configuration have been preprocessed."""
+    dataset, plans_name = plans["dataset_name"], plans["plans_name"]
+    folder = Path(required_folder("nnUNet_preprocessed"), dataset, config["data_identifier"])
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise MiMError(
+            f"{dataset} is not preprocessed for {plans_name} {configuration} ({folder} is missing or empty): run "
+            f"nnUNetv2_preprocess -d {dataset[7:10]} -plans_name {plans_name} -c {configuration}"
+        )
 
 
 def n_channels(dataset_json: dict[str, Any]) -> int:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nnunet_mim.config import PretrainConfig
-from nnunet_mim.pretraining import cli, loop
+from nnunet_mim.pretraining import case_index, cli, loop
+from nnunet_mim.pretraining import run as runs
 from nnunet_mim.pretraining.checkpoint import load_checkpoint
 from nnunet_mim.pretraining.nested_crops import nested_views
 from nnunet_mim.pretraining.sources import find_source, fold_validation_cases
@@ -176,22 +177,29 @@ def test_a_run_from_an_earlier_ones_weights_remembers_its_cases(write_dataset, t
     assert datasets == ["Dataset901_Tiny"] * 2 + ["Dataset900_Tiny"] * 2
     small = [a if a != "tiny" else "small" for a in SMALL]
     assert "not that of this run" in refused(capsys, "-d", "900", *small, "-o", "other", "--init", str(earlier))
+    other = ("-o", "other", "--init", str(earlier), "--alignment", "cosine")
+    assert "alignment infonce, not that of this run" in refused(capsys, "-d", "900", *SMALL, *other)
     assert "no checkpoint at" in refused(capsys, "-d", "900", *SMALL, "-o", "other", "--init", str(tmp_path / "no.pth"))
 
 
 # --- bad input: one line, before any long work -----------------------------------------------------------------------
 
 
-def test_nnunet_variables_not_set(write_dataset, monkeypatch, capsys):
+@pytest.mark.parametrize("variable", ["nnUNet_results", "nnUNet_preprocessed"])
+def test_nnunet_variables_not_set(write_dataset, monkeypatch, capsys, variable):
     write_dataset(n=2)
-    monkeypatch.delenv("nnUNet_results")
-    assert "nnUNet_results is not set" in refused(capsys, "-d", "900", *SMALL)
+    monkeypatch.delenv(variable)
+    assert f"{variable} is not set" in refused(capsys, "-d", "900", *SMALL)
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         (("-d", "999", *SMALL), "unknown dataset '999'"),
+        (("-d", "Dataset999_Typo", *SMALL), "unknown dataset 'Dataset999_Typo'"),
+        (("-d", "900", *SMALL, "--seed", "-1"), "--seed must be 0 or more"),
+        (("-d", "900", *SMALL, "--mirror_axes", "3"), "--mirror_axes takes array axes 0, 1 and 2"),
+        (("-d", "900", *SMALL, "--mirror_axes", "-1"), "--mirror_axes takes array axes 0, 1 and 2"),
         (("-d", "900", *SMALL, "-p", "noPlans"), "no plans 'noPlans'"),
         (("-d", "900", *SMALL, "-c", "3d_lowres"), "choose one with -c (2d, 3d_fullres, other)"),
         (("-d", "900", *SMALL, "-c", "2d"), "2-D"),
@@ -211,6 +219,31 @@ def test_bad_arguments(write_dataset, capsys, tmp_path, args, says):
     write_dataset(n=5)
     assert says in refused(capsys, *args)
     assert not (tmp_path / "results").exists(), "nothing may have been written"
+
+
+def test_a_fold_is_checked_before_any_case_is_read(write_dataset, capsys, monkeypatch):
+    write_dataset(n=5)
+    monkeypatch.setattr(runs, "index_sources", lambda sources: pytest.fail("read cases before looking at the fold"))
+    assert "fold 7 does not exist" in refused(capsys, "-d", "900", *SMALL, "-f", "7")
+
+
+def test_too_few_cases_for_a_fold(write_dataset, capsys):
+    write_dataset(n=4)
+    assert "too few for nnU-Net's 5 folds" in refused(capsys, "-d", "900", *SMALL, "-f", "0")
+
+
+@pytest.mark.parametrize("name", ["tinyPlans.json", "splits_final.json"])
+def test_a_broken_json_file_is_named(write_dataset, capsys, name):
+    folder = write_dataset(n=5)
+    (folder.parent / name).write_text('{"half": [1,')
+    assert name in refused(capsys, "-d", "900", *SMALL, "-f", "0")
+
+
+def test_an_ambiguous_number(write_dataset, capsys, tmp_path):
+    write_dataset(n=1)
+    (tmp_path / "raw" / "Dataset900_Twin").mkdir(parents=True)
+    message = refused(capsys, "-d", "900", *SMALL)
+    assert "ambiguous (Dataset900_Tiny, Dataset900_Twin)" in message
 
 
 def test_not_preprocessed_at_all(write_dataset, capsys, tmp_path):
@@ -250,6 +283,47 @@ def test_damaged_cases_are_named_before_training(write_dataset, save_case, capsy
     assert not (tmp_path / "results").exists()
 
 
+def test_all_damaged_cases_are_named_and_sound_ones_are_not_read_again(write_dataset, capsys, monkeypatch):
+    folder = write_dataset(n=4)
+    for case in ("case_01", "case_03"):
+        (folder / f"{case}.b2nd").write_bytes(b"")
+    message = refused(capsys, "-d", "900", *SMALL)
+    assert "case_01.b2nd" in message
+    assert "1 more cases cannot be used: case_03" in message
+    described = []
+    original = case_index.describe_case
+    monkeypatch.setattr(case_index, "describe_case", lambda s, case: described.append(case) or original(s, case))
+    refused(capsys, "-d", "900", *SMALL)
+    assert sorted(described) == ["case_01", "case_03"]
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_case_that_breaks_during_training_ends_the_run_with_one_line(
+    write_dataset, capsys, monkeypatch, tmp_path, workers
+):
+    folder = write_dataset(n=2)
+
+    def break_cases(*args, **kwargs):
+        for path in folder.glob("*.b2nd"):
+            path.write_bytes(b"no blosc")
+        return original(*args, **kwargs)
+
+    original = loop.training_batches
+    monkeypatch.setattr(loop, "training_batches", break_cases)
+    message = refused(capsys, "-d", "900", *SMALL, "--iterations", "2", "--workers", workers)
+    assert "cannot read" in message
+    assert ".b2nd" in message
+
+
+def test_datasets_with_other_axes_are_refused(write_dataset, capsys):
+    write_dataset(n=2, number=900)
+    folder = write_dataset(n=2, number=901)
+    plans = json.loads((folder.parent / "tinyPlans.json").read_text())
+    plans["transpose_forward"] = [1, 0, 2]
+    (folder.parent / "tinyPlans.json").write_text(json.dumps(plans))
+    assert "order of axes" in refused(capsys, "-d", "900", "901", *SMALL)
+
+
 def test_datasets_in_other_units_are_refused(write_dataset, capsys):
     write_dataset(n=2, number=900)
     write_dataset(n=2, number=901, spacing=(3.0, 3.0, 4.0))
@@ -281,6 +355,18 @@ def test_continuing_with_other_settings_is_refused_with_the_difference(write_dat
     message = refused(capsys, "-d", "900", *SMALL, "--iterations", "5", "--save_every", "1", "--c")
     assert "iterations 3 -> 5" in message
     assert "holds another, unfinished run" in refused(capsys, "-d", "900", *SMALL)
+
+
+def test_continuing_on_other_cases_is_refused(write_dataset, interrupted_run, save_case, capsys):
+    folder = write_dataset(n=3)
+    write_dataset(n=2, number=901)
+    interrupted_run("--iterations", "3", "--save_every", "1", after=2)
+    again = ("--iterations", "3", "--save_every", "1", "--c")
+    message = refused(capsys, "-d", "900", "901", *SMALL, *again)
+    assert "started on other cases" in message
+    for number in range(3):
+        save_case(folder, f"case_{number:02d}", np.random.default_rng(number).normal(size=(1, 48, 48, 48)))
+    assert "2 came, went or changed" in refused(capsys, "-d", "900", *SMALL, *again)
 
 
 def test_a_truncated_checkpoint_is_refused(write_dataset, interrupted_run, capsys, tmp_path):

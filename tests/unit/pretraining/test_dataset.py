@@ -104,6 +104,31 @@ def test_mirroring_flips_crop_and_valid_box_together(write_dataset):
     assert 0 < flipped < 12
 
 
+def test_only_the_crop_is_read(write_dataset, monkeypatch):
+    """A case is opened lazily and asked for the crop's box, never for the whole volume."""
+    write_dataset(n=1, shape=(64, 64, 64))
+    case = cases_of()[0]
+    asked = []
+    original = case.source.dataset_class.load_case
+
+    class Recorder:
+        def __init__(self, data):
+            assert not isinstance(data, np.ndarray), "the whole case has been decompressed"
+            self.data = data
+
+        def __getitem__(self, box):
+            asked.append(self.data[box].shape)
+            return self.data[box]
+
+    def recorded(self, identifier):
+        data, *rest = original(self, identifier)
+        return Recorder(data), *rest
+
+    monkeypatch.setattr(case.source.dataset_class, "load_case", recorded)
+    CropDataset([case], (32, 16, 32))[0]
+    assert asked == [(1, 32, 16, 32)]
+
+
 def test_a_case_that_breaks_after_the_check_is_named(write_dataset):
     folder = write_dataset(n=1)
     case = cases_of()[0]

@@ -53,7 +53,8 @@ def make_views(config, crops=None, seed=1):
     own, valid = make_crops(config)
     fill = torch.tensor([-4.0, -2.0], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    return nested_views(own if crops is None else crops, valid, fill, levels_of(config), generator)
+    crops = own if crops is None else crops
+    return nested_views(crops, valid, fill, levels_of(config), generator, THRESHOLD)  # children prefer tissue: default
 
 
 def twin_terms(reference, model, views, config):

@@ -286,6 +286,10 @@ def bad_network(plans):
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["depths"] = [1, 1, 1, 3]
 
 
+def bad_preprocessing(plans):
+    plans["configurations"]["3d_fullres"]["data_identifier"] = "never_preprocessed"
+
+
 def bad_cascade(plans):
     plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
 
@@ -297,6 +301,7 @@ def bad_cascade(plans):
         (bad_key, "unknown setting 'learning_rate'"),
         (bad_network, "another architecture"),
         (bad_cascade, "cascade"),
+        (bad_preprocessing, "nnUNetv2_preprocess -d .* -plans_name .* -c 3d_fullres"),
     ],
 )
 def test_bad_input_is_one_line_before_any_folder_is_made(
@@ -308,7 +313,16 @@ def test_bad_input_is_one_line_before_any_folder_is_made(
     with pytest.raises(MiMError, match=message) as error:
         nnUNetTrainerMiM(mim_plans, "3d_fullres", 0, dataset_json, CPU)
     assert "\n" not in str(error.value)
+    assert isinstance(error.value, SystemExit), "nnUNetv2_train would print a traceback"
+    assert error.value.code == f"error: {error.value}"
     assert not list((folders / "nnUNet_results").iterdir())
+
+
+def test_checkpoint_for_another_number_of_channels(folders, mim_plans, dataset_json, make_checkpoint, monkeypatch):
+    path, _ = make_checkpoint(in_channels=3)
+    monkeypatch.setenv("nnUNet_mim_checkpoint", str(path))
+    with pytest.raises(MiMError, match="3 channels"):
+        nnUNetTrainerMiM(mim_plans, "3d_fullres", 0, dataset_json, CPU)
 
 
 @pytest.mark.parametrize(("configuration", "message"), [("2d", "2-D"), ("3d_lowres", "available are 2d, 3d_fullres")])
