@@ -71,12 +71,16 @@ def use_triton(device: torch.device) -> bool:
 
 
 def _triton_conv(ids_keep: Tensor, grid: Size3) -> SpatialConv:
-    from nnunet_mim.networks.depthwise_triton import masked_depthwise, slot_table
+    from nnunet_mim.networks.depthwise_triton import masked_depthwise, rims, slot_table
+
+    tables: dict[tuple[int, ...], Tensor] = {}  # blocks and stages whose kernels reach equally far share one
 
     def convolve(conv: DepthwiseConv3d, x: Tensor) -> Tensor:
-        token = list(x.shape[2:5])
-        table = slot_table(ids_keep, list(grid), token, conv.kernel_size[0])
-        return masked_depthwise(x, conv.weight, conv.bias, ids_keep, table, list(grid), token)
+        token, kernel = list(x.shape[2:5]), conv.kernel_size[0]
+        reach = tuple(rims(token, kernel))
+        if reach not in tables:
+            tables[reach] = slot_table(ids_keep, list(grid), token, kernel)
+        return masked_depthwise(x, conv.weight, conv.bias, ids_keep, tables[reach], list(grid), token)
 
     return convolve
 

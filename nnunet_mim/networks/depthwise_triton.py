@@ -17,10 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, CHANNELS = 32, 64
-"""voxels and channels of one program"""
-ROWS_PER_CHUNK = 4096
-"""voxels that one program of the weight gradient sums over"""
+from nnunet_mim.errors import MiMError
+
+LINES, CHANNELS = 32, 32
+"""lines of voxels and channels of one program"""
+LONGEST_LINE = 8
+"""voxels along z whose sums one thread keeps"""
+SECTOR = 16
+"""half-precision channels of one 32-byte memory sector"""
+LINES_PER_CHUNK = 1024
+"""lines that one program of the weight gradient sums over"""
 
 
 def slot_table(ids_keep: Tensor, grid: list[int], token: list[int], kernel: int) -> Tensor:
@@ -54,7 +60,7 @@ def _place(rows, ids, K, GY: tl.constexpr, GZ: tl.constexpr, TX: tl.constexpr, T
     """Row numbers → number of the view, and voxel coordinates in its dense grid."""
     slot = rows // (TX * TY * TZ)
     local = rows % (TX * TY * TZ)
-    token = tl.load(ids + slot)
+    token = tl.load(ids + slot).to(tl.int32)
     x = (token // (GY * GZ)) * TX + local // (TY * TZ)
     y = (token // GZ % GY) * TY + local // TZ % TY
     z = (token % GZ) * TZ + local % TZ
@@ -62,83 +68,107 @@ def _place(rows, ids, K, GY: tl.constexpr, GZ: tl.constexpr, TX: tl.constexpr, T
 
 
 @triton.jit
-def _source(
-    table, view, x, y, z,
-    GX: tl.constexpr, GY: tl.constexpr, GZ: tl.constexpr, TX: tl.constexpr, TY: tl.constexpr, TZ: tl.constexpr,
+def _column(
+    view, x, y, GX: tl.constexpr, GY: tl.constexpr, GZ: tl.constexpr, TX: tl.constexpr, TY: tl.constexpr,
     HX: tl.constexpr, HY: tl.constexpr, HZ: tl.constexpr,
 ):  # fmt: skip
-    """Row number of a voxel given by its coordinates in the dense grid; negative where it is masked or outside."""
-    x, y, z = x + HX * TX, y + HY * TY, z + HZ * TZ
-    place = ((view * (GX + 2 * HX) + x // TX) * (GY + 2 * HY) + y // TY) * (GZ + 2 * HZ) + z // TZ
-    slot = tl.load(table + place).to(tl.int64)
-    inside = ((x % TX) * TY + y % TY) * TZ + z % TZ
-    return tl.where(slot < 0, -1, slot * (TX * TY * TZ) + inside)
+    """Coordinates in the dense grid → where their column begins in the table, and its number inside its token."""
+    x, y = x + HX * TX, y + HY * TY
+    place = ((view * (GX + 2 * HX) + x // TX) * (GY + 2 * HY) + y // TY) * (GZ + 2 * HZ)
+    return place, (x % TX) * TY + y % TY
+
+
+@triton.jit
+def _load_voxels(
+    x_ptr, table, place, column, z, C, channels, wanted,
+    TXYZ: tl.constexpr, TZ: tl.constexpr, HZ: tl.constexpr,
+):  # fmt: skip
+    """Voxels at height z of columns, zero where masked, outside, or not wanted."""
+    z = z + HZ * TZ
+    slot = tl.load(table + place + z // TZ)
+    row = slot * TXYZ + column * TZ + z % TZ
+    return tl.load(
+        x_ptr + row.to(tl.int64)[:, None] * C + channels[None, :], mask=(slot >= 0)[:, None] & wanted, other=0.0
+    )
+
+
+@triton.jit
+def _add_at(sums, m: tl.constexpr, value):
+    """Add to one tensor of a tuple."""
+    return sums[:m] + (sums[m] + value,) + sums[m + 1 :]
 
 
 @triton.jit
 def _convolve_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, ids, table, n_rows, K, C,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, ids, table, n_lines, K, C,
     GX: tl.constexpr, GY: tl.constexpr, GZ: tl.constexpr, TX: tl.constexpr, TY: tl.constexpr, TZ: tl.constexpr,
     HX: tl.constexpr, HY: tl.constexpr, HZ: tl.constexpr, KERNEL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, SUM: tl.constexpr,
+    LINE: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """LINE neighbouring voxels along z of LINES places: a voxel is loaded once for all sums that it goes into."""
+    lines = tl.program_id(0) * LINES + tl.arange(0, LINES)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    in_rows, in_channels = rows < n_rows, channels < C
-    rows = tl.minimum(rows, n_rows - 1)
-    view, x, y, z = _place(rows, ids, K, GY, GZ, TX, TY, TZ)
-    total = tl.zeros((ROWS, CHANNELS), SUM)
+    in_channels = channels < C
+    wanted = (lines < n_lines)[:, None] & in_channels[None, :]
+    view, x, y, z = _place(tl.minimum(lines, n_lines - 1) * LINE, ids, K, GY, GZ, TX, TY, TZ)
+    zero = tl.zeros((LINES, CHANNELS), SUM)
     if HAS_BIAS:
-        total += tl.load(bias_ptr + channels, mask=in_channels, other=0.0).to(SUM)[None, :]
-    for i in range(KERNEL):
-        for j in range(KERNEL):
+        zero += tl.load(bias_ptr + channels, mask=in_channels, other=0.0).to(SUM)[None, :]
+    sums = (zero,) * LINE
+    for ij in range(KERNEL * KERNEL):
+        place, column = _column(
+            view, x + ij // KERNEL - KERNEL // 2, y + ij % KERNEL - KERNEL // 2, GX, GY, GZ, TX, TY, HX, HY, HZ
+        )
+        for n in tl.static_range(LINE + KERNEL - 1):
+            voxels = _load_voxels(
+                x_ptr, table, place, column, z + (n - KERNEL // 2), C, channels, wanted, TX * TY * TZ, TZ, HZ
+            ).to(SUM)
             for k in tl.static_range(KERNEL):
-                source = _source(
-                    table, view, x + i - KERNEL // 2, y + j - KERNEL // 2, z + k - KERNEL // 2,
-                    GX, GY, GZ, TX, TY, TZ, HX, HY, HZ,
-                )  # fmt: skip
-                voxels = tl.load(
-                    x_ptr + source[:, None] * C + channels[None, :],
-                    mask=(source >= 0)[:, None] & in_channels[None, :], other=0.0,
-                )  # fmt: skip
-                tap = (i * KERNEL + j) * KERNEL + k
-                weight = tl.load(weight_ptr + tap * C + channels, mask=in_channels, other=0.0)
-                total += voxels.to(SUM) * weight.to(SUM)[None, :]
-    tl.store(
-        out_ptr + rows[:, None] * C + channels[None, :], total.to(out_ptr.dtype.element_ty),
-        mask=in_rows[:, None] & in_channels[None, :],
-    )  # fmt: skip
+                if n - k >= 0 and n - k < LINE:  # constants: decided when the kernel is compiled
+                    weight = tl.load(weight_ptr + (ij * KERNEL + k) * C + channels, mask=in_channels, other=0.0)
+                    sums = _add_at(sums, n - k, voxels * weight.to(SUM)[None, :])
+    out = out_ptr + (lines * LINE).to(tl.int64)[:, None] * C + channels[None, :]
+    for m in tl.static_range(LINE):
+        tl.store(out + m * C, sums[m].to(out_ptr.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
 def _weight_gradient_kernel(
-    x_ptr, grad_ptr, partial_ptr, ids, table, n_rows, K, C,
+    x_ptr, grad_ptr, partial_ptr, ids, table, n_lines, K, C,
     GX: tl.constexpr, GY: tl.constexpr, GZ: tl.constexpr, TX: tl.constexpr, TY: tl.constexpr, TZ: tl.constexpr,
     HX: tl.constexpr, HY: tl.constexpr, HZ: tl.constexpr, KERNEL: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, ROWS_PER_CHUNK: tl.constexpr,
-    SUM: tl.constexpr,
+    LINE: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr, LINES_PER_CHUNK: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """One tap of the kernel, summed over a chunk of rows: partial (chunks, taps, C)."""
-    chunk, tap = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    """Taps (i, j, 0…KERNEL-1), summed over a chunk of lines: partial (chunks, taps, C).
+
+    Programs of neighbouring numbers share a chunk, which then stays in the cache for all (i, j).
+    """
+    chunk, ij = tl.program_id(0) // (KERNEL * KERNEL), tl.program_id(0) % (KERNEL * KERNEL)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_channels = channels < C
-    i, j, k = tap // (KERNEL * KERNEL), tap // KERNEL % KERNEL, tap % KERNEL
-    total = tl.zeros((ROWS, CHANNELS), SUM)
-    for start in range(0, ROWS_PER_CHUNK, ROWS):
-        rows = chunk * ROWS_PER_CHUNK + start + tl.arange(0, ROWS)
-        in_rows = rows < n_rows
-        rows = tl.minimum(rows, n_rows - 1)
-        view, x, y, z = _place(rows, ids, K, GY, GZ, TX, TY, TZ)
-        source = _source(
-            table, view, x + i - KERNEL // 2, y + j - KERNEL // 2, z + k - KERNEL // 2,
-            GX, GY, GZ, TX, TY, TZ, HX, HY, HZ,
-        )  # fmt: skip
-        needed = ((source >= 0) & in_rows)[:, None] & in_channels[None, :]
-        voxels = tl.load(x_ptr + source[:, None] * C + channels[None, :], mask=needed, other=0.0)
-        grad = tl.load(grad_ptr + rows[:, None] * C + channels[None, :], mask=needed, other=0.0)
-        total += voxels.to(SUM) * grad.to(SUM)
-    place = partial_ptr + (chunk * (KERNEL * KERNEL * KERNEL) + tap) * C + channels
-    tl.store(place, tl.sum(total, axis=0), mask=in_channels)
+    shift_x, shift_y = ij // KERNEL - KERNEL // 2, ij % KERNEL - KERNEL // 2
+    sums = (tl.zeros((LINES, CHANNELS), SUM),) * KERNEL
+    for start in range(0, LINES_PER_CHUNK, LINES):
+        lines = chunk * LINES_PER_CHUNK + start + tl.arange(0, LINES)
+        wanted = (lines < n_lines)[:, None] & in_channels[None, :]
+        lines = tl.minimum(lines, n_lines - 1)
+        view, x, y, z = _place(lines * LINE, ids, K, GY, GZ, TX, TY, TZ)
+        place, column = _column(view, x + shift_x, y + shift_y, GX, GY, GZ, TX, TY, HX, HY, HZ)
+        grads = grad_ptr + (lines * LINE).to(tl.int64)[:, None] * C + channels[None, :]
+        voxels = ()
+        for n in tl.static_range(LINE + KERNEL - 1):
+            voxels = voxels + (
+                _load_voxels(
+                    x_ptr, table, place, column, z + (n - KERNEL // 2), C, channels, wanted, TX * TY * TZ, TZ, HZ
+                ),
+            )
+        for m in tl.static_range(LINE):
+            grad = tl.load(grads + m * C, mask=wanted, other=0.0).to(SUM)
+            for k in tl.static_range(KERNEL):
+                sums = _add_at(sums, k, grad * voxels[m + k].to(SUM))
+    out = partial_ptr + tl.program_id(0).to(tl.int64) * KERNEL * C + channels  # programs are numbered as partial is
+    for k in tl.static_range(KERNEL):
+        tl.store(out + k * C, tl.sum(sums[k], axis=0), mask=in_channels)
 
 
 def convolve(
@@ -160,13 +190,14 @@ def convolve(
     kernel, channels = weight.shape[-1], x.shape[-1]
     taps = weight.reshape(channels, -1).t().contiguous()  # (k³, C), so that channels lie together
     out = torch.empty_like(x)
-    n_rows = x.numel() // channels
-    programs = (triton.cdiv(n_rows, ROWS), triton.cdiv(channels, _channel_block(channels)))
-    _convolve_kernel[programs](
-        x, taps, taps if bias is None else bias, out, ids_keep, table, n_rows, ids_keep.shape[1], channels,
-        *grid, *token, *rims(token, kernel), KERNEL=kernel, HAS_BIAS=bias is not None,
-        ROWS=ROWS, CHANNELS=_channel_block(channels), SUM=_sum_type(x)[1],
-    )  # fmt: skip
+    line, n_lines = _lines(x)
+    programs = (triton.cdiv(n_lines, LINES), triton.cdiv(channels, _channel_block(channels)))
+    with torch.cuda.device_of(x):
+        _convolve_kernel[programs](
+            x, taps, taps if bias is None else bias, out, ids_keep, table, n_lines, ids_keep.shape[1], channels,
+            *grid, *token, *rims(token, kernel), KERNEL=kernel, HAS_BIAS=bias is not None,
+            LINE=line, LINES=LINES, CHANNELS=_channel_block(channels), SUM=_sum_type(x)[1],
+        )  # fmt: skip
     return out
 
 
@@ -181,16 +212,17 @@ def weight_gradient(
         kernel: voxels per axis of the convolution.
     """
     channels = x.shape[-1]
-    n_rows = x.numel() // channels
-    chunks = triton.cdiv(n_rows, ROWS_PER_CHUNK)
+    line, n_lines = _lines(x)
+    chunks = triton.cdiv(n_lines, LINES_PER_CHUNK)
     dtype, sum_type = _sum_type(x)
     partial = torch.empty(chunks, kernel**3, channels, dtype=dtype, device=x.device)
     block = _channel_block(channels)
-    _weight_gradient_kernel[(chunks, triton.cdiv(channels, block), kernel**3)](
-        x, grad, partial, ids_keep, table, n_rows, ids_keep.shape[1], channels,
-        *grid, *token, *rims(token, kernel), KERNEL=kernel,
-        ROWS=ROWS, CHANNELS=block, ROWS_PER_CHUNK=ROWS_PER_CHUNK, SUM=sum_type,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _weight_gradient_kernel[(chunks * kernel**2, triton.cdiv(channels, block))](
+            x, grad, partial, ids_keep, table, n_lines, ids_keep.shape[1], channels,
+            *grid, *token, *rims(token, kernel), KERNEL=kernel,
+            LINE=line, LINES=LINES, CHANNELS=block, LINES_PER_CHUNK=LINES_PER_CHUNK, SUM=sum_type,
+        )  # fmt: skip
     return partial.sum(dim=0).t().reshape(channels, 1, kernel, kernel, kernel)
 
 
@@ -200,7 +232,18 @@ def _sum_type(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
 
 
 def _channel_block(channels: int) -> int:
-    return min(CHANNELS, triton.next_power_of_2(channels))
+    """Channels of one program: a power of two that divides them, if there is one of at least a memory sector."""
+    divisor = channels & -channels
+    return min(CHANNELS, divisor if divisor >= SECTOR else triton.next_power_of_2(channels))
+
+
+def _lines(x: Tensor) -> tuple[int, int]:
+    """Voxels of a line, a divisor of the token's, and how many lines there are."""
+    line = max(n for n in range(1, LONGEST_LINE + 1) if x.shape[4] % n == 0)
+    n_voxels = x.numel() // x.shape[-1]
+    if n_voxels >= 2**31:  # the kernels count in 32 bits
+        raise MiMError(f"{n_voxels} voxels in one pass are too many: lower --views_per_pass")
+    return line, n_voxels // line
 
 
 @torch.library.custom_op("nnunet_mim::masked_depthwise", mutates_args=())
@@ -208,7 +251,7 @@ def masked_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor, ids_keep: Tensor, table: Tensor, grid: list[int], token: list[int]
 ) -> Tensor:
     """`convolve` with gradients, seen by torch.compile as one operation."""
-    return convolve(x.contiguous(), weight, bias, ids_keep, table, grid, token)
+    return convolve(x.contiguous(), weight, bias, ids_keep.contiguous(), table, grid, token)
 
 
 @torch.library.custom_op("nnunet_mim::masked_depthwise_backward", mutates_args=())
@@ -216,7 +259,7 @@ def masked_depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, ids_keep: Tensor, table: Tensor, grid: list[int], token: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `masked_depthwise`: input, weight, bias."""
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x, ids_keep = grad.contiguous(), x.contiguous(), ids_keep.contiguous()
     grad_x = convolve(grad, weight.flip(2, 3, 4), None, ids_keep, table, grid, token)
     grad_weight = weight_gradient(x, grad, ids_keep, table, grid, token, weight.shape[-1])
     return grad_x, grad_weight.to(weight.dtype), grad.sum(dim=(0, 1, 2, 3, 4), dtype=_sum_type(x)[0]).to(weight.dtype)

@@ -37,11 +37,11 @@ def random_masks(
     if level.masks_regions:
         mask = unit_mask[:, on_device(level, device).region_of_token]
     tokens = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible first, each part in raster order
-    ids_keep, ids_masked = tokens.split([level.n_visible_tokens, level.n_tokens - level.n_visible_tokens], dim=1)
+    ids_keep, ids_masked = tokens[:, : level.n_visible_tokens], tokens[:, level.n_visible_tokens :]
     if avoid is not None:
         last = avoid.gather(1, masked_units).to(torch.uint8).argsort(dim=1, stable=True)
         masked_units = masked_units.gather(1, last)
-    return ids_keep, ids_masked, masked_units[:, : level.n_children]
+    return ids_keep.contiguous(), ids_masked.contiguous(), masked_units[:, : level.n_children]
 
 
 def mask_of(ids_masked: Tensor, n_tokens: int) -> Tensor:
