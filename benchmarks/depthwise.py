@@ -18,8 +18,6 @@ import torch.nn.functional as F
 
 from nnunet_mim.networks.depthwise import DepthwiseConv3d, conv_on_patches
 
-SHAPES = [(16, 12, 32), (2, 48, 48), (2, 96, 24), (2, 192, 12)]
-
 
 def torch_step(x, conv):
     x = x.detach().requires_grad_()
@@ -46,6 +44,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--shapes", nargs="+", default=["16x12x32", "2x48x48", "2x96x24", "2x192x12"], help="NxCxsize")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -53,7 +52,7 @@ def main() -> None:
     print("| N x C x size³ | torch (s) | torch channels last (s) | ours (s) | speed-up | largest relative difference |")
     print("|---|---|---|---|---|---|")
     rows = []
-    for n, c, size in SHAPES:
+    for n, c, size in ([int(number) for number in shape.split("x")] for shape in args.shapes):
         conv = DepthwiseConv3d(c)
         x, grad = torch.randn(n, c, size, size, size), torch.randn(n, c, size, size, size)
         last = [t.contiguous(memory_format=torch.channels_last_3d) for t in (x, grad)]

@@ -51,7 +51,8 @@ class Dense(torch.nn.Module):
         mask = mask_of(ids_masked, images[0, 0].numel() // torch.tensor(self.model.encoder.token_size).prod().item())
         return self.model.encoder.forward_dense(images, mask, self.memory_format)
 
-    def forward(self, images, ids_keep, ids_masked, edge=None, parent_features=None):
+    def forward(self, images, ids_keep, ids_masked, edge=None, parent_features=None, recompute=False):
+        assert not recompute
         model = self.model
         features = model.decoder(self.encode(images, ids_masked), ids_keep, model.encoder.grid(images))
         rows = torch.arange(images.shape[0], device=images.device)[:, None]

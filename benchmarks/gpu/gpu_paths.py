@@ -17,6 +17,7 @@ import time
 from dataclasses import replace
 
 import torch
+from lightning_fabric import Fabric
 
 from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
@@ -27,6 +28,7 @@ from nnunet_mim.pretraining.nested_crops import LevelViews, nested_views
 from nnunet_mim.pretraining.objective import level_losses
 
 PATHS = (("torch", "eager"), ("triton", "eager"), ("triton", "compiled"))
+VIEWS_PER_PASS = 32  # mim_pretrain's default on a GPU
 CHECKED = {  # what is compared → largest ‖out − ref‖ / ‖ref‖ of the loss's gradient
     "float64": 1e-9,
     "float32": 1e-3,
@@ -36,6 +38,13 @@ ANISOTROPIC = NetworkConfig(
     (12, 24, 48, 96), (1, 2, 1, 2), 3, strides=((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
     decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=4,
 )  # fmt: skip
+
+
+PRECISION = {"float64": "64-true", "float32": "32-true", "bf16": "bf16-mixed"}
+
+
+def fabric_on(device, precision):
+    return Fabric(accelerator=device, devices=1, precision=precision)
 
 
 def use(path):
@@ -66,18 +75,17 @@ def moved(view, device, dtype):
     )
 
 
-def loss_and_gradient(model, views, config, device, autocast):
-    flat = torch.full((1,), 0.04, device=device, dtype=views[0].images.dtype)
-    total, bare = 0.0, getattr(model, "_orig_mod", model)
-    bare.zero_grad()
-    with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        for loss, _, _ in level_losses(model, views, flat, config):
-            loss.backward()
-            total += loss.item()
+def loss_and_gradient(bare, network, views, config, fabric):
+    """Loss and gradient as the loop of mim_pretrain computes them; `network` is `bare`, or a compiled version of it."""
+    flat = torch.full((1,), 0.04, device=fabric.device, dtype=views[0].images.dtype)
+    model, total = fabric.setup(network), 0.0
+    for loss, _, _ in level_losses(model, views, flat, config):
+        fabric.backward(loss)
+        total += loss.item()
     return total, torch.cat([p.grad.flatten().double().cpu() for p in bare.parameters()])
 
 
-def check(device):
+def check(device, paths):
     """Compare every path with the CPU in float64; returns rows and whether all are within bounds."""
     rows = []
     for preset in ("tiny", "anisotropic"):
@@ -87,16 +95,17 @@ def check(device):
         crops, valid = inputs_of(config, "cpu", torch.float64)
         fill, flat = torch.zeros(1, dtype=torch.float64), torch.full((1,), 0.04, dtype=torch.float64)
         views = nested_views(crops, valid, fill, levels_of(config), torch.Generator().manual_seed(0), flat)
-        wanted, gradient = loss_and_gradient(reference, views, config, "cpu", False)
-        for convolution, mode in PATHS:
+        wanted, gradient = loss_and_gradient(reference, reference, views, config, fabric_on("cpu", "64-true"))
+        for convolution, mode in paths:
             use(convolution)
             for precision, bound in CHECKED.items():
                 dtype = torch.float64 if precision == "float64" else torch.float32
                 model = copy.deepcopy(reference).to(device, dtype)
-                if mode == "compiled":
-                    model = torch.compile(model, fullgraph=True, dynamic=False)
+                model.zero_grad()
+                network = torch.compile(model, fullgraph=True, dynamic=False) if mode == "compiled" else model
                 there = [moved(view, device, dtype) for view in views]
-                found, found_gradient = loss_and_gradient(model, there, config, device, precision == "bf16")
+                fabric = fabric_on(device, PRECISION[precision])
+                found, found_gradient = loss_and_gradient(model, network, there, config, fabric)
                 error = float((found_gradient - gradient).norm() / gradient.norm())
                 rows.append((preset, convolution, mode, precision, abs(found - wanted) / wanted, error, error <= bound))
                 torch._dynamo.reset()
@@ -125,19 +134,19 @@ def synchronize(device):
 def make_step(config, device, mode):
     """A function that does one optimiser step."""
     torch.manual_seed(0)
-    model = MaskInMask(config.network).to(device)
-    optimizer = build_optimizer(model, config)
-    network = torch.compile(model, dynamic=False) if mode == "compiled" else model
+    bare = MaskInMask(config.network)
+    fabric = fabric_on(device, "bf16-mixed")
+    network = torch.compile(bare, dynamic=False) if mode == "compiled" else bare
+    model, optimizer = fabric.setup(network, build_optimizer(bare, config))
     crops, valid = inputs_of(config, device)
     fill, flat = torch.zeros(1, device=device), torch.full((1,), 0.04, device=device)
     generator, levels = torch.Generator(device).manual_seed(0), levels_of(config)
 
     def step():
         views = nested_views(crops, valid, fill, levels, generator, flat)
-        with torch.autocast(device, torch.bfloat16):
-            for loss, _, _ in level_losses(network, views, flat, config):
-                loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for loss, _, _ in level_losses(model, views, flat, config, VIEWS_PER_PASS):
+            fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=config.grad_clip, error_if_nonfinite=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -194,6 +203,7 @@ def main():
     add("--batch", type=int, default=2, help="crops a step")
     add("--steps", type=int, default=10)
     add("--device", default="cuda", choices=["cuda", "cpu"])
+    add("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     add("--json", action="store_true")
     options = parser.parse_args()
     device = options.device
@@ -201,7 +211,8 @@ def main():
     print(f"{name}, torch {torch.__version__}\n")
 
     print("| check | convolution | mode | precision | loss | gradient | within bounds |\n|---|---|---|---|---|---|---|")
-    checks = check(device)
+    paths = [path for path in PATHS if path[1] in options.modes]
+    checks = check(device, paths)
     for *what, loss, error, good in checks:
         print(f"| {' | '.join(what)} | {loss:.1e} | {error:.1e} | {'yes' if good else 'NO'} |")
 
@@ -213,7 +224,7 @@ def main():
     for preset in options.presets:
         config = config_of(preset, options.view, options.batch)
         flops = crop_flops(config.network, 1, levels_of(config))
-        for convolution, mode in PATHS:
+        for convolution, mode in paths:
             use(convolution)
             torch._dynamo.reset()
             try:
@@ -239,7 +250,10 @@ def main():
     use("triton")
     print(f"\nprofile, {last}, triton, eager, {views} views a crop:\n{profile(config, device, 'eager')}")
     if options.json:
-        print(json.dumps({"device": name, "bf16_tflop_per_s": rate / 1e12, "rows": rows}))
+        names = ("preset", "convolution", "mode", "precision", "loss", "gradient", "within_bounds")
+        found = [dict(zip(names, row, strict=True)) for row in checks]
+        machine = {"device": name, "torch": torch.__version__, "bf16_tflop_per_s": rate / 1e12}
+        print(json.dumps({**machine, "checks": found, "rows": rows}))
     if not all(row[-1] for row in checks):
         raise SystemExit("a path differs from float64 on the CPU by more than its bound")
 

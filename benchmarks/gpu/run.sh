@@ -10,7 +10,9 @@ import torch
 assert torch.cuda.is_available(), "no CUDA device"
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "GPUs", torch.cuda.device_count())
 PYTHON
-pytest tests/unit/networks/test_depthwise_triton.py tests/e2e/test_gpu.py
+pytest -m gpu
+pytest tests/unit/networks/test_depthwise_triton.py
+python benchmarks/gpu/depthwise_tiles.py | tee "$out/depthwise_tiles.md"
 python benchmarks/gpu/gpu_paths.py --json | tee "$out/gpu_paths.md"
 python benchmarks/step_time.py --device cuda --preset base --view 96 --batch 2 --ratio 0.6 | tee "$out/step_time.md"
 mim_demo -o "$out/demo" -device cuda

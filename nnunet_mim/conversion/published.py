@@ -6,7 +6,12 @@ between the two is folded into the first convolution, which is exact because tha
 
 from __future__ import annotations
 
+import contextlib
+import io
+import pickle
+import pickletools
 import re
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,16 +85,55 @@ def read_published(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if refused := re.findall(r"GLOBAL (\S+)", str(error)):
+        refused = [name for name in named_in_pickle(path) if not _is_plain(name)]
+        if refused or isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            what = f"run {', '.join(refused)}" if refused else "need more than PyTorch's safe loading does"
             raise MiMError(
-                f"{path} is refused: loading it would run {', '.join(dict.fromkeys(refused))}, and only tensors, plain "
-                f"containers and argparse.Namespace are allowed; nothing was run. Get the file from its authors"
+                f"{path} is refused: loading it would {what}, and only tensors, plain containers and "
+                f"argparse.Namespace are allowed; nothing was run. Get the file from its authors"
             ) from error
         raise MiMError(f"cannot read {path} ({type(error).__name__}: truncated or damaged): copy it again") from error
     model = stored.get("model") if isinstance(stored, dict) else None
-    if not isinstance(model, dict) or not all(isinstance(value, Tensor) for value in model.values()):
+    if not isinstance(model, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in model.items()
+    ):
         raise MiMError(f"{path} is no published MiM checkpoint: it holds no state dict under 'model'")
+    for key, value in model.items():
+        usable = value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
+        if not usable or not bool(value.isfinite().all()):
+            raise MiMError(f"{path}: {key} is no dense tensor of finite numbers: get the file from its authors")
     return model
+
+
+def named_in_pickle(path: Path) -> list[str]:
+    """Names of the classes and functions that a file of `torch.save` refers to, read without running anything.
+
+    As far as they can be read: an empty list for a file that is no pickle or ends early.
+    """
+    names: dict[str, None] = {}
+    texts: list[str] = []
+    with contextlib.suppress(Exception):  # it only names what has been refused already
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                content = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+        else:
+            content = path.read_bytes()
+        stream = io.BytesIO(content)
+        while stream.tell() < len(content):  # the older format is several pickles, one after the other
+            for operation, argument, _ in pickletools.genops(stream):
+                if operation.name in ("GLOBAL", "INST"):
+                    names[str(argument).replace(" ", ".")] = None
+                elif operation.name == "STACK_GLOBAL":
+                    names[".".join(texts[-2:])] = None
+                elif isinstance(argument, str):
+                    texts.append(argument)
+    return list(names)
+
+
+def _is_plain(name: str) -> bool:
+    return name in ("argparse.Namespace", "collections.OrderedDict") or bool(
+        re.fullmatch(r"torch\.(_utils\._rebuild_(tensor(_v2)?|parameter)|\w+Storage|\w*(float|int|bool)\w*)", name)
+    )
 
 
 def convert_weights(published: dict[str, Tensor], window: tuple[float, float] = PUBLISHED_WINDOW) -> dict[str, Tensor]:
@@ -105,7 +149,7 @@ def convert_weights(published: dict[str, Tensor], window: tuple[float, float] = 
     if window[0] >= window[1]:
         raise MiMError(f"--window {window[0]:g} {window[1]:g}: the lower end comes first")
     first = published.get("patch_embed1.proj.weight")
-    in_channels = 1 if first is None else first.shape[1]
+    in_channels = 1 if first is None or first.ndim != 5 else first.shape[1]
     with torch.device("meta"):
         wanted = MaskInMask(PRESETS["base"], in_channels).state_dict()
     sources = {our_name(key): key for key in published if key not in COMPUTED}
@@ -174,7 +218,7 @@ def _check_positions(published: dict[str, Tensor]) -> None:
     """The published tables must be the fixed sine-cosine ones that this package computes."""
     for key in COMPUTED:
         table = published[key]
-        side = round(table.shape[1] ** (1 / 3))
+        side = round(table.shape[1] ** (1 / 3)) if table.ndim == 3 else 0
         valid = table.ndim == 3 and table.shape[0] == 1 and side**3 == table.shape[1] and table.shape[2] % 6 == 0
         if not valid or not torch.allclose(
             table[0].double(), sincos_position((side, side, side), table.shape[2], table.double()), atol=1e-4

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from nnunet_mim.errors import MiMError
 
-LINES, CHANNELS = 32, 32
-"""lines of voxels and channels of one program"""
+LINES, CHANNELS, WARPS = 32, 32, 4
+"""lines of voxels, channels, and groups of 32 threads of one program; benchmarks/gpu/depthwise_tiles.py tries others"""
 LONGEST_LINE = 8
 """voxels along z whose sums one thread keeps"""
 SECTOR = 16
@@ -157,7 +157,7 @@ def _weight_gradient_kernel(
         grads = grad_ptr + (lines * LINE).to(tl.int64)[:, None] * C + channels[None, :]
         voxels = ()
         for n in tl.static_range(LINE + KERNEL - 1):
-            voxels = voxels + (
+            voxels = voxels + (  # type: ignore[assignment]
                 _load_voxels(
                     x_ptr, table, place, column, z + (n - KERNEL // 2), C, channels, wanted, TX * TY * TZ, TZ, HZ
                 ),
@@ -196,7 +196,7 @@ def convolve(
         _convolve_kernel[programs](
             x, taps, taps if bias is None else bias, out, ids_keep, table, n_lines, ids_keep.shape[1], channels,
             *grid, *token, *rims(token, kernel), KERNEL=kernel, HAS_BIAS=bias is not None,
-            LINE=line, LINES=LINES, CHANNELS=_channel_block(channels), SUM=_sum_type(x)[1],
+            LINE=line, LINES=LINES, CHANNELS=_channel_block(channels), SUM=_sum_type(x)[1], num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -221,7 +221,7 @@ def weight_gradient(
         _weight_gradient_kernel[(chunks * kernel**2, triton.cdiv(channels, block))](
             x, grad, partial, ids_keep, table, n_lines, ids_keep.shape[1], channels,
             *grid, *token, *rims(token, kernel), KERNEL=kernel,
-            LINE=line, LINES=LINES, CHANNELS=block, LINES_PER_CHUNK=LINES_PER_CHUNK, SUM=sum_type,
+            LINE=line, LINES=LINES, CHANNELS=block, LINES_PER_CHUNK=LINES_PER_CHUNK, SUM=sum_type, num_warps=WARPS,
         )  # fmt: skip
     return partial.sum(dim=0).t().reshape(channels, 1, kernel, kernel, kernel)
 

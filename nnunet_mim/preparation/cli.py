@@ -9,10 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-
 from nnunet_mim.config import PRESETS
+from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError
 from nnunet_mim.preparation.mim_plans import check_can_write, make_mim_plans, write_plans
 from nnunet_mim.trainers.checkpoint import read_checkpoint
@@ -33,7 +31,7 @@ examples:
   mim_plan -d 501 -pc checkpoint_final.pth          plans to finetune an existing checkpoint with
   mim_plan -d 501 --set num_epochs=100 lr=0.0005 patch_size=64,64,64
 
-settings for --set: patch_size, spacing (mm), batch_size, and the recipe:
+settings for --set: patch_size, spacing (mm), batch_size, ct_window (HU), and the recipe:
 """
 
 
@@ -106,30 +104,6 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
             raise MiMError(f"--set {key} is given twice")
         settings[key] = _value(text)
     return settings
-
-
-def dataset_name(given: str) -> str:
-    """Dataset number or name → full name.
-
-    Raises:
-        MiMError: no or several such datasets.
-    """
-    if given.isdigit() and int(given) < 1000:
-        found = [str(name) for name in find_candidate_datasets(int(given))]
-        if len(found) > 1:
-            raise MiMError(f"-d {given}: several datasets have this number: {', '.join(found)}")
-    else:
-        found = [name for name in _all_datasets() if name == given]
-    if not found:
-        known = ", ".join(_all_datasets()) or "none"
-        raise MiMError(f"-d {given}: no such dataset in nnUNet_raw or nnUNet_preprocessed; there: {known}")
-    return found[0]
-
-
-def _all_datasets() -> list[str]:
-    folders = [Path(path.get()) for path in (nnUNet_raw, nnUNet_preprocessed) if path.is_set()]
-    paths = (path for folder in folders for path in folder.glob("Dataset[0-9][0-9][0-9]_*"))
-    return sorted({path.name for path in paths if path.is_dir()})
 
 
 def _load(path: Path, command: str) -> dict[str, Any]:

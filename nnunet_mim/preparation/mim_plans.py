@@ -34,7 +34,7 @@ WIDE_CT_WINDOW = {
 MAX_SPACING_RATIO = 1.5
 """a checkpoint's spacing is taken over if it is within this factor of the dataset's own on every axis"""
 
-PLAN_SETTINGS = ("patch_size", "spacing", "batch_size")
+PLAN_SETTINGS = ("patch_size", "spacing", "batch_size", "ct_window")
 DECIDES_VOXELS = (
     "spacing",
     "normalization_schemes",
@@ -64,7 +64,8 @@ def make_mim_plans(
         configuration: the one configuration they hold.
         preset: network size; a checkpoint decides it itself.
         checkpoint: pretraining to finetune; its network, spacing and intensity windows are used where they suit.
-        settings: overrides: fields of FinetuneConfig, patch_size (voxels), spacing (mm), batch_size.
+        settings: overrides: fields of FinetuneConfig, patch_size (voxels), spacing (mm), batch_size, ct_window (lowest
+            and highest HU; other intensities are clipped).
 
     Returns:
         (plans, lines that say what was chosen and why).
@@ -106,7 +107,10 @@ def make_mim_plans(
     plans = {k: v for k, v in deepcopy(base_plans).items() if k not in ("configurations", "pretrain_info")}
     plans["plans_name"] = plans_name
     plans["foreground_intensity_properties_per_channel"], lines = intensity_windows(
-        plans["foreground_intensity_properties_per_channel"], config["normalization_schemes"], checkpoint
+        plans["foreground_intensity_properties_per_channel"],
+        config["normalization_schemes"],
+        checkpoint,
+        _checked_window(settings.get("ct_window")),
     )
     notes.extend(lines)
     plans["configurations"] = {configuration: config}
@@ -117,14 +121,18 @@ def make_mim_plans(
 
 
 def intensity_windows(
-    base: dict[str, Any], schemes: Sequence[str], checkpoint: PretrainedCheckpoint | None
+    base: dict[str, Any],
+    schemes: Sequence[str],
+    checkpoint: PretrainedCheckpoint | None,
+    given: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Intensity properties per channel: CT channels get the checkpoint's window, or the wide one.
+    """Intensity properties per channel: CT channels get the given window, the checkpoint's, or the wide one.
 
     Args:
         base: foreground_intensity_properties_per_channel of the base plans.
         schemes: normalization_schemes of the configuration.
         checkpoint: if any.
+        given: HU to clip at, from --set.
 
     Returns:
         (properties per channel, notes).
@@ -141,10 +149,16 @@ def intensity_windows(
             continue
         stored = (provenance.get("intensity_properties") or {}).get(str(source)) if before == scheme else None
         window = {**WIDE_CT_WINDOW, **{name: float(value) for name, value in (stored or {}).items()}}
+        reason = "as in pretraining" if stored else "the wide window"
+        if given is not None:
+            clip = {"percentile_00_5": given[0], "percentile_99_5": given[1]}
+            differs = bool(stored) and any(window[name] != value for name, value in clip.items())
+            reason = "--set; WARNING: another one in pretraining" if differs else "--set"
+            window |= clip
         windows[str(channel)] = window
         notes.append(
             f"channel {channel}: CT window {window['percentile_00_5']:g}…{window['percentile_99_5']:g} HU, mean "
-            f"{window['mean']:g}, std {window['std']:g} ({'as in pretraining' if stored else 'the wide window'})"
+            f"{window['mean']:g}, std {window['std']:g} ({reason})"
         )
     return windows, notes
 
@@ -247,6 +261,15 @@ def _choose_batch(base: int, given: Any) -> int:
     if not isinstance(given, int) or isinstance(given, bool) or given < 1:
         raise MiMError(f"--set batch_size must be a whole number above 0, got {given}")
     return given
+
+
+def _checked_window(given: Any) -> tuple[float, float] | None:
+    if given is None:
+        return None
+    valid = isinstance(given, (list, tuple)) and len(given) == 2 and all(type(n) in (int, float) for n in given)
+    if not valid or given[0] >= given[1]:
+        raise MiMError(f"--set ct_window must be the lowest and the highest HU, e.g. ct_window=-1000,1000; got {given}")
+    return float(given[0]), float(given[1])
 
 
 def _three(value: Any, name: str, unit: str) -> list:

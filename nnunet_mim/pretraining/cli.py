@@ -10,6 +10,9 @@ from typing import Any
 from nnunet_mim.config import ALIGNMENTS, DEFAULT_LEARNING_RATE, LADDERS, PRESETS, PretrainConfig, Size3
 from nnunet_mim.errors import MiMError
 
+DEFAULT_VIEWS_PER_PASS = {"cpu": 4}
+"""per device, else 32: all views of the last level of two crops"""
+
 DESCRIPTION = """\
 Pretrain the MiM encoder (Mask in Mask, arXiv 2404.15580) on CT that nnU-Net has preprocessed. No labels are used.
 
@@ -161,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="N",
-        help="most views computed at once: less memory, same result (default: all views of a level)",
+        help="most views computed at once, which bounds the memory; same result (default: 32, on a CPU 4)",
     )
     add(
         "--recompute",
@@ -226,8 +229,11 @@ def run(args: argparse.Namespace) -> None:
     fold = "all" if args.f == "all" else _fold(args.f)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise MiMError("no CUDA device found: add -device cpu (slow; try --preset tiny --view 64)")
+    if args.compile and args.device == "cpu":
+        raise MiMError("--compile is for a GPU: on a CPU the step has a faster convolution of its own without it")
     workers = default_workers(args.device) if args.workers is None else args.workers
-    options = RunOptions(workers, args.views_per_pass, tuple(args.recompute), args.compile)
+    views_per_pass = DEFAULT_VIEWS_PER_PASS.get(args.device, 32) if args.views_per_pass is None else args.views_per_pass
+    options = RunOptions(workers, views_per_pass, tuple(args.recompute), args.compile)
     network = PRESETS[args.preset]
     smallest_view: Size3 = tuple(2 * p for p in network.token_size)  # type: ignore[assignment]
     levels_of(build_config(args, 1, _view(args.view) if args.view else smallest_view, _scale(args) or (2, 2, 2)))

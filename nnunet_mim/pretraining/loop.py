@@ -37,6 +37,8 @@ from nnunet_mim.pretraining.schedules import learning_rates
 from nnunet_mim.pretraining.sources import Source
 
 LOG_EVERY = 10
+MOST_GRAPHS = 64
+"""of torch.compile: levels, times first, whole and last passes, with and without a parent"""
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,14 @@ def pretrain(
         stored = load_checkpoint(folder / LATEST if resume else Path(config.init_checkpoint))
         model.load_state_dict(stored["network_weights"])
         seen = merged_records(stored["provenance"]["cases"], seen)
-    if resume:
-        optimizer.load_state_dict(stored["resume_state"]["optimizer"])
-        start, history = stored["provenance"]["iterations"], stored["provenance"]["loss_history"]
     bare, network = model, model
     if run.compile:  # a graph for every level, and for a last pass with fewer views
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS
         network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     model, optimizer = fabric.setup(network, optimizer)
+    if resume:  # after the parameters have moved to their device: the optimiser's state follows them
+        optimizer.load_state_dict(stored["resume_state"]["optimizer"])
+        start, history = stored["provenance"]["iterations"], stored["provenance"]["loss_history"]
     schedule = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
 
     fill = torch.tensor(data.fill, device=fabric.device)
@@ -141,7 +144,11 @@ def pretrain(
         for name, value in figures.items():
             board.add_scalar(name, value, iteration)
 
-    val = held_out.evaluate(model)
+    def measure_held_out() -> dict[str, float]:
+        with fabric.autocast():  # eager: graphs without gradients would be compiled for nothing
+            return held_out.evaluate(bare)
+
+    val = measure_held_out()
     if start == 0:
         history.append({"iteration": 0, **val, **held_out.baselines})
         log(val_file, 0, {**val, **held_out.baselines})
@@ -184,7 +191,7 @@ def pretrain(
                 progress.update(len(recent))
                 recent, since = [], time.perf_counter()
             if measure:
-                val = held_out.evaluate(model)
+                val = measure_held_out()
                 history.append({"iteration": done, **means, **val, **held_out.baselines})
                 log(val_file, done, {**val, **held_out.baselines})
                 since = time.perf_counter()

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError
 
 N_FOLDS = 5
@@ -94,7 +94,7 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
     Raises:
         MiMError: unknown dataset, plans or configuration; 2-D; not preprocessed; nothing in the folder.
     """
-    name = _dataset_name(dataset)
+    name = dataset_name(dataset)
     base = Path(str(nnUNet_preprocessed)) / name
     plans_file = base / f"{plans_name}.json"
     number = name[len("Dataset") :].split("_")[0]
@@ -198,24 +198,6 @@ def window_warning(source: Source) -> str | None:
         f"the plans '{source.plans_name}' clip CT to {low:g} … {high:g} HU: {lost_text} cannot be told apart in "
         f"pretraining. mim_plan -d {source.dataset} writes plans with a wide window"
     )
-
-
-def _dataset_name(dataset: str) -> str:
-    roots = [Path(str(root)) for root in (nnUNet_preprocessed, nnUNet_raw, nnUNet_results) if root.is_set()]
-    named = [p.name for root in roots for p in root.glob(f"Dataset{int(dataset):03d}_*")] if dataset.isdigit() else []
-    if len(set(named)) > 1:
-        raise MiMError(f"dataset number {dataset} is ambiguous ({', '.join(sorted(set(named)))}): give the whole name")
-    try:
-        # nnU-Net returns numpy.str_, which a checkpoint must not hold
-        name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
-    except (RuntimeError, ValueError):
-        name = ""
-    if not name or not any((root / name).is_dir() for root in roots):
-        raise MiMError(
-            f"unknown dataset '{dataset}': no such DatasetXXX_Name in nnUNet_preprocessed ({nnUNet_preprocessed}), "
-            "nnUNet_raw or nnUNet_results"
-        )
-    return name
 
 
 def _load_json(path: Path) -> Any:

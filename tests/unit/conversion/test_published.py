@@ -118,7 +118,40 @@ def test_namespace_is_not_a_door(tmp_path):
         read_published(path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "no model", "not tensors"])
+@pytest.mark.parametrize("protocol", [0, 1, 3, 4])
+def test_code_in_any_pickle_protocol_is_refused_by_name(tmp_path, protocol):
+    """Also in protocols whose operations PyTorch's safe loading does not know."""
+    trap, path = tmp_path / "trap", tmp_path / "bad.pth"
+    torch.save({"model": {}, "hook": Malicious(trap)}, path, pickle_protocol=protocol)
+    with pytest.raises(MiMError, match=rf"refused: loading it would run.*{os.mkdir.__module__}\.mkdir"):
+        read_published(path)
+    assert not trap.exists()
+
+
+def test_plain_pickle_and_torchscript_are_refused_not_called_damaged(tmp_path):
+    trap, path = tmp_path / "trap", tmp_path / "bad.pth"
+    path.write_bytes(b"(S'%s'\nios\nmkdir\n." % str(trap).encode())  # INST, by hand
+    with pytest.raises(MiMError, match=r"refused: loading it would run os\.mkdir"):
+        read_published(path)
+    torch.jit.script(torch.nn.Linear(1, 1)).save(str(path))
+    with pytest.raises(MiMError, match="is refused"):
+        read_published(path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.tensor([float("nan")]), torch.ones(2).to_sparse(), torch.ones(2, dtype=torch.int64)],
+    ids=["nan", "sparse", "integers"],
+)
+def test_tensors_that_are_no_weights(tmp_path, tensor):
+    path = tmp_path / "bad.pth"
+    torch.save({"model": {"norm.weight": tensor}}, path)
+    with pytest.raises(MiMError, match=r"bad\.pth"):
+        read_published(path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no model", "not tensors", "numbers for names"])
 def test_unreadable_files(published_file, tmp_path, damage):
     path = tmp_path / "bad.pth"
     if damage == "truncated":
@@ -127,6 +160,8 @@ def test_unreadable_files(published_file, tmp_path, damage):
         torch.save({"state_dict": {}}, path)
     elif damage == "not tensors":
         torch.save({"model": {"a": 1}}, path)
+    elif damage == "numbers for names":
+        torch.save({"model": {1: torch.zeros(1)}}, path)
     with pytest.raises(MiMError, match=str(path)):
         read_published(path)
 
@@ -149,6 +184,8 @@ def changed(model, key, value):
         ("norm.weight", torch.zeros(768), r"norm\.weight \(768,\) instead of \(384,\)"),
         ("decoder_pos_embed", torch.zeros(1, 216, 576), r"decoder_pos_embed is not the fixed"),
         ("pos_embed", torch.zeros(1, 215, 384), r"pos_embed is not the fixed"),
+        ("pos_embed", torch.zeros(384), r"pos_embed is not the fixed"),
+        ("patch_embed1.proj.weight", torch.zeros(48), r"patch_embed1\.proj\.weight \(48,\) instead of"),
     ],
 )
 def test_another_architecture(published, key, value, message):

@@ -62,6 +62,20 @@ def test_on_tokens(data, grid, token, channels, kernel, seed):
     assert_close(found, reference(conv, x, upstream, ids_keep, grid))
 
 
+@given(data=st.data(), grid=small_grids, token=tokens, channels=st.integers(1, 3), seed=seeds)
+def test_in_float64_nothing_but_rounding_differs(data, grid, token, channels, seed):
+    """The same function on float64, where it is not used because PyTorch's float64 convolution is slow."""
+    n_visible = data.draw(st.integers(1, math.prod(grid)))
+    conv, x, upstream, ids_keep = make(grid, token, channels, n_visible, seed=seed)
+    wanted = reference(conv, x, upstream, ids_keep, grid)
+    found = ours(
+        lambda conv, x: depthwise_cpu.masked_depthwise(x, conv.weight, conv.bias, ids_keep, grid),
+        conv.double(), x.double(), upstream.double(),
+    )  # fmt: skip
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("token", [(16, 8, 12), (9, 10, 11), (1, 13, 2)])
 def test_on_patches_larger_than_a_box(token):
     """Sizes that 8 divides, that only a smaller box divides, and a prime."""

@@ -1,10 +1,17 @@
 """MaskInMask: what comes out, through which projector, and where gradients stop."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nnunet_mim.config import NetworkConfig
 from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.token_layout import tokens_from_grid
+from nnunet_mim.pretraining.losses import infonce_loss, reconstruction_loss
+from nnunet_mim.pretraining.masking import mask_of
 
 NETWORK = NetworkConfig((3, 4, 5, 6), (1, 1, 1, 1), 2, 2.0, ((2, 2, 1), (1, 2, 2), (1, 1, 1), (1, 1, 2)), 12, 1, 2)
 SIZE = (6, 8, 8)  # grid (3, 2, 2)
@@ -107,3 +114,65 @@ def test_masked_voxels_reach_nothing_but_the_target():
     before, after = model(images, keep, masked), model(changed, keep, masked)
     assert torch.equal(before.prediction, after.prediction)
     assert torch.equal(before.features, after.features)
+
+
+@st.composite
+def levels(draw):
+    """A small random network, its views' grid, and the number of visible tokens."""
+    strides = tuple(draw(st.tuples(*[st.tuples(*[st.sampled_from([1, 2])] * 3)] * 4)))
+    dims = (*draw(st.tuples(*[st.integers(3, 6)] * 3)), draw(st.sampled_from([6, 12])))
+    depths, heads = draw(st.tuples(*[st.integers(1, 2)] * 4)), draw(st.integers(1, 3))
+    network = NetworkConfig(dims, depths, heads, 2.0, strides, 12, 1, 2)
+    largest = 2 if math.prod(network.token_size) > 256 else 3
+    grid = draw(st.tuples(*[st.integers(1, largest)] * 3).filter(lambda g: math.prod(g) > 1))
+    n_visible = draw(st.integers(1, math.prod(grid) - 1))
+    return network, draw(st.integers(1, 3)), grid, n_visible, draw(st.integers(0, 2**31 - 1))
+
+
+def compare_level_with_dense(network, in_channels, grid, n_visible, seed, dtype, relative):
+    """Loss of one level (reconstruction and alignment) and the gradient of every parameter, both ways to run it."""
+    torch.manual_seed(seed)
+    model = MaskInMask(network, in_channels)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model.to(dtype)
+    images = torch.randn(2, in_channels, *(g * p for g, p in zip(grid, network.token_size, strict=True)), dtype=dtype)
+    keep, masked = torch.rand(2, math.prod(grid)).argsort(dim=1).tensor_split([n_visible], dim=1)
+    keep, masked = keep.sort(dim=1).values, masked.sort(dim=1).values
+    rows = torch.arange(2)[:, None]
+    tokens = tokens_from_grid(images.permute(0, 2, 3, 4, 1), network.token_size)[rows, masked].flatten(2)
+    parents = torch.randn(5, 12, dtype=dtype)
+
+    def loss_and_gradients(prediction, child, parent):
+        loss = reconstruction_loss(prediction, tokens, torch.ones_like(masked, dtype=torch.bool))
+        loss = loss + 0.1 * infonce_loss(child, parent, torch.tensor([3, 1]), torch.ones(2, dtype=dtype), 0.2)[0]
+        model.zero_grad()
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    output = model(images, keep, masked, 0, parents)
+    found, found_gradients = loss_and_gradients(output.prediction, output.child, output.parent)
+    latent = model.encoder.forward_dense(images, mask_of(masked, math.prod(grid)))
+    features = model.decoder(latent, keep, grid)
+    prediction = model.decoder.head(features)[rows, masked]
+    wanted, gradients = loss_and_gradients(prediction, *model.align(features, 0, parents))
+
+    assert abs(found - wanted) <= relative * abs(wanted)
+    assert found_gradients.keys() == gradients.keys()
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    for name, gradient in gradients.items():
+        bound = relative * max(float(gradient.abs().max()), 1e-3 * largest)
+        assert float((found_gradients[name] - gradient).abs().max()) <= bound, name
+
+
+@given(level=levels())
+@settings(max_examples=30)
+def test_loss_and_gradients_equal_the_dense_computation(level):
+    compare_level_with_dense(*level, torch.float64, 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("strides", [((2, 2, 2),) * 4, ((1, 2, 2), (2, 1, 2), (1, 2, 1), (2, 2, 1))])
+def test_loss_and_gradients_equal_the_dense_computation_in_float32(strides, seed):
+    network = NetworkConfig((8, 10, 12, 12), (1, 2, 1, 2), 2, 2.0, strides, 12, 2, 2)
+    compare_level_with_dense(network, 2, (2, 3, 2), 5, seed, torch.float32, 1e-4)

@@ -207,11 +207,23 @@ def test_patch_is_the_nearest_multiple_that_the_data_fills(base, median, patch):
         ({"spacing": [1, 1]}, "three numbers"),
         ({"spacing": [1, 0, 1]}, "above 0"),
         ({"batch_size": 0}, "batch_size"),
+        ({"ct_window": [300, -200]}, "lowest and the highest HU"),
+        ({"ct_window": 300}, "lowest and the highest HU"),
     ],
 )
 def test_bad_settings(base_plans, dataset_json, settings, message):
     with pytest.raises(MiMError, match=message):
         plan(base_plans, dataset_json, settings=settings)
+
+
+def test_another_ct_window(base_plans, dataset_json, make_checkpoint):
+    plans, notes = plan(base_plans, dataset_json, settings={"ct_window": [-200, 300]})
+    window = plans["foreground_intensity_properties_per_channel"]["0"]
+    assert (window["percentile_00_5"], window["percentile_99_5"], window["mean"], window["std"]) == (-200, 300, 0, 250)
+    assert any("-200…300 HU" in note and "--set" in note for note in notes)
+    checkpoint = read_checkpoint(make_checkpoint())
+    _, notes = plan(base_plans, dataset_json, checkpoint=checkpoint, settings={"ct_window": [-200, 300]})
+    assert any("WARNING" in note and "in pretraining" in note for note in notes)
 
 
 def test_settings_of_the_plan_itself(base_plans, dataset_json):
@@ -275,8 +287,8 @@ def broken_plans(folder):
 @pytest.mark.parametrize(
     ("arguments", "damage", "message"),
     [
-        (["-d", "999"], None, "no such dataset"),
-        (["-d", "abc"], None, "no such dataset"),
+        (["-d", "999"], None, "unknown dataset '999'"),
+        (["-d", "abc"], None, "unknown dataset 'abc'"),
         (["-d", "7", "-c", "2d"], None, "2-D"),
         (["-d", "7", "-c", "3d_cascade_fullres"], None, "cascade"),
         (["-d", "7", "-c", "3d_other"], None, "available are"),

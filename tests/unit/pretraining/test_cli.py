@@ -133,6 +133,18 @@ def test_a_continued_run_equals_an_uninterrupted_one(write_dataset, interrupted_
         assert list(csv.DictReader(one)) == list(csv.DictReader(two))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_on_a_gpu_is_continued(write_dataset, interrupted_run, tmp_path):
+    """The optimiser's state follows the parameters to the device. (Sums there depend on the order of threads.)"""
+    write_dataset(n=4)
+    common = ("-device", "cuda", "--iterations", "6", "--save_every", "2", "--val_every", "3")
+    interrupted_run(*common, after=5)
+    assert run(*common, "--c") == 0
+    history = load_checkpoint(fold_folder(tmp_path, "all") / "checkpoint_final.pth")["provenance"]["loss_history"]
+    assert [row["iteration"] for row in history] == [0, 3, 6]
+
+
 def test_volumes_smaller_than_the_view_are_padded(write_dataset, tmp_path):
     write_dataset(n=4, shape=(24, 40, 40))
     assert run("--iterations", "2", "--view", "64", "64", "64") == 0
@@ -198,6 +210,7 @@ def test_nnunet_variables_not_set(write_dataset, monkeypatch, capsys, variable):
         (("-d", "999", *SMALL), "unknown dataset '999'"),
         (("-d", "Dataset999_Typo", *SMALL), "unknown dataset 'Dataset999_Typo'"),
         (("-d", "900", *SMALL, "--seed", "-1"), "--seed must be 0 or more"),
+        (("-d", "900", *SMALL, "--compile"), "--compile is for a GPU"),
         (("-d", "900", *SMALL, "--mirror_axes", "3"), "--mirror_axes takes array axes 0, 1 and 2"),
         (("-d", "900", *SMALL, "--mirror_axes", "-1"), "--mirror_axes takes array axes 0, 1 and 2"),
         (("-d", "900", *SMALL, "-p", "noPlans"), "no plans 'noPlans'"),

@@ -136,16 +136,16 @@ def test_losses_and_gradients_match_the_twin(reference, name):
     for (label, reconstruction, alignment, top1, is_target), (loss, figures, output) in zip(
         terms, level_losses(model, views, THRESHOLD, config), strict=True
     ):
-        assert figures[f"{label}/reconstruction"].item() == pytest.approx(reconstruction.item(), rel=1e-5)
+        assert figures[f"{label}/reconstruction"].item() == pytest.approx(reconstruction.item(), rel=1e-9)
         weighted = config.level_weights[int(label[-1]) - 1] * reconstruction.item()
         assert (f"{label}/alignment" in figures) == (alignment is not None)
         if alignment is not None:
-            assert figures[f"{label}/alignment"].item() == pytest.approx(alignment.item(), rel=1e-5)
+            assert figures[f"{label}/alignment"].item() == pytest.approx(alignment.item(), rel=1e-9)
             weighted += config.alignment_weight * alignment.item()
         if top1 is not None:
             assert figures[f"{label}/alignment_top1"].item() == pytest.approx(top1)
-        assert loss.item() == pytest.approx(weighted, rel=1e-5)
-        assert figures[f"{label}/loss"].item() == pytest.approx(weighted, rel=1e-5)
+        assert loss.item() == pytest.approx(weighted, rel=1e-9)
+        assert figures[f"{label}/loss"].item() == pytest.approx(weighted, rel=1e-9)
         assert isinstance(output, LevelOutput)
         flattened = [counts for view in is_target for counts in view]
         shares = figures[f"{label}/padded_share"] + figures[f"{label}/flat_share"]
@@ -186,7 +186,7 @@ def test_passes_of_a_few_views_add_up_to_the_whole_level(name, views_per_pass):
     assert sum(sizes) == sum(len(view.images) for view in views)
     assert found.keys() == whole.keys()
     for key, value in whole.items():
-        assert found[key].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-7), key
+        assert found[key].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-7), key
     assert_close(found_gradients, whole_gradients, 1e-9)
 
 

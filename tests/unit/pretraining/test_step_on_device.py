@@ -1,5 +1,7 @@
 """How a step is computed: what is recomputed or compiled changes nothing, and nothing waits for the device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -58,6 +60,32 @@ def test_recomputing_keeps_less_and_changes_nothing(levels):
     for name, gradient in gradients.items():
         torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-5, atol=1e-7)
     assert found_kept < kept * (0.95 if levels == (1,) else 0.7)
+
+
+def kept_by_the_largest_pass(n_children, views_per_pass):
+    """Bytes that the backward pass of one pass keeps."""
+    config = replace(CONFIG, n_children=n_children)
+    model, levels = make_model(), levels_of(config)
+    crops = torch.randn(2, 1, *levels[0].fov)
+    valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 2)
+    views = nested_views(crops, valid, torch.zeros(1), levels, torch.Generator().manual_seed(0))
+    kept = [0]
+
+    def pack(tensor):
+        kept[-1] += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for loss, _, _ in level_losses(model, views, torch.tensor([FLAT]), config, views_per_pass):
+            loss.backward()
+            kept.append(0)
+    return max(kept)
+
+
+def test_memory_does_not_grow_with_the_number_of_views():
+    few, many = (kept_by_the_largest_pass(n_children, 2) for n_children in ((1, 1), (4, 4)))
+    assert many < 1.05 * few  # 6 and 42 views
+    assert kept_by_the_largest_pass((4, 4), None) > 8 * few  # the test itself: in one pass a level it would
 
 
 @pytest.mark.slow

@@ -1,0 +1,51 @@
+"""The benchmark scripts run and print what their readers parse. Sizes are toys: no figure here means anything."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TOY = ("--preset", "tiny", "--view", "32", "--device", "cpu", "--repeats", "1", "--json")
+
+pytestmark = pytest.mark.slow
+
+
+def last_line(script, *options):
+    """The JSON object that a benchmark prints last."""
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_one_level_dense_and_visible_only():
+    found = last_line("step_time.py", *TOY, "--batch", "2", "--ratio", "0.6")
+    assert found["max_abs_loss_diff"] <= 1e-5
+    assert found["speedup"] == pytest.approx(found["dense_s"] / found["visible_s"])
+    assert found["encoder_speedup"] > 0
+    if "dense_peak_mb" in found:  # needs Linux's /proc
+        assert found["peak_ratio"] == pytest.approx(found["visible_peak_mb"] / found["dense_peak_mb"])
+
+
+@pytest.mark.parametrize("dense", [(), ("--dense",)])
+def test_a_whole_crop(dense):
+    found = last_line("step_time.py", "--full-crop", *TOY, "--children", "2", "2", *dense)
+    assert found["views"] == 7
+    assert found["gflop_per_s"] == pytest.approx(found["gflop"] / found["seconds"])
+    assert 0 < found["share_of_matrix_rate"] < 1
+
+
+def test_depthwise_convolution():
+    found = last_line("depthwise.py", "--repeats", "1", "--json", "--shapes", "2x4x8")
+    assert found["rows"][0]["difference"] < 1e-4
+
+
+def test_gpu_paths_without_a_gpu():
+    options = ("--device", "cpu", "--modes", "eager", "--presets", "tiny", "--view", "32", "--batch", "1")
+    found = last_line("gpu/gpu_paths.py", *options, "--steps", "1", "--json")
+    assert {check["precision"] for check in found["checks"]} == {"float64", "float32", "bf16"}
+    assert all(check["within_bounds"] for check in found["checks"])
+    assert {row["convolution"] for row in found["rows"]} == {"torch", "triton"}
