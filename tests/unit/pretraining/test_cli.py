@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.pretraining import case_index, cli, loop
@@ -90,6 +91,10 @@ def test_a_small_run_writes_the_checkpoint_of_the_contract(write_dataset, tmp_pa
         rows = list(csv.DictReader(file))
     assert [row["iteration"] for row in rows] == ["0", "2", "3"]
     assert float(rows[0]["baseline/level3/token_mean"]) == pytest.approx(1, abs=0.01)
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    name = "val/level1/reconstruction"
+    curve = [(event.step, event.value) for event in events.Scalars(name)]
+    assert curve == [(int(row["iteration"]), pytest.approx(float(row[name]), rel=1e-5)) for row in rows]
     printed = capsys.readouterr().out
     assert "2 views a crop of (16, 16, 16) voxels, seen as (32, 32, 32): 4 of 8 tokens visible" in printed
     assert "nnUNetv2_train" in printed
