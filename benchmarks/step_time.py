@@ -11,7 +11,7 @@ memory is that above the process's own before the pass, each path in a process o
 
 All levels of one crop as mim_pretrain runs them, the FLOPs counted by hand (networks/flops.py; those that the visible
 tokens need), and their rate beside that of a large matrix product on the same machine. `--dense` times the dense
-computation only, for both.
+computation only, for both. `--profile` shows what each path of one level spends its time on.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -210,6 +211,23 @@ def one_level(options):
     return result
 
 
+def profile(options):
+    """Print the ten operations that take longest in one level, for each path."""
+    model, *inputs = build(options)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if options.device == "cuda" else []
+    for path in PATHS:
+        level_step(model, path, *inputs)
+        with torch.profiler.profile(activities=kinds) as profiler:
+            level_step(model, path, *inputs)
+        time_of = attrgetter("self_device_time_total" if options.device == "cuda" else "self_cpu_time_total")
+        rows = sorted(profiler.key_averages(), key=time_of, reverse=True)
+        total = sum(time_of(row) for row in rows)
+        print(f"\n{path}: {total / 1e6:.2f} s\n\n| operation | s | share | calls |\n|---|---|---|---|")
+        for row in rows[:10]:
+            print(f"| {row.key} | {time_of(row) / 1e6:.3f} | {time_of(row) / total:.1%} | {row.count} |")
+
+
 def full_crop(options):
     path = "dense" if options.dense else "visible"
     model, *_ = build(options)
@@ -246,12 +264,16 @@ def main():
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--threads", type=int, default=os.cpu_count())
     add("--repeats", type=int, default=3)
+    add("--profile", action="store_true", help="of one level instead: what each path spends its time on, top ten")
     add("--json", action="store_true", help="one JSON object as the last line")
     add("--measure", choices=PATHS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.measure:
         measure(options)
+        return
+    if options.profile:
+        profile(options)
         return
     result = full_crop(options) if options.full_crop else one_level(options)
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} threads"

@@ -54,3 +54,21 @@ def test_the_whole_way_on_the_gpu(tmp_path):
     """Pretraining in bf16, finetuning and prediction, through mim_demo."""
     assert demo(["-o", str(tmp_path / "demo"), "-device", "cuda", "--quick"]) == 0
     assert (tmp_path / "demo" / "index.html").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_finetuning_on_two_gpus(workplace_of):
+    """Pretrained weights reach both ranks before DDP wraps the network."""
+    work = workplace_of("two_gpus")
+    work.write_dataset("Dataset909_TwoGPUs", 5, 32)
+    planning = ("-d", "909", "-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
+    work("nnUNetv2_plan_and_preprocess", *planning, nnUNet_n_proc_DA="1")
+    recipe = ("num_epochs=2", "iterations_per_epoch=2", "val_iterations_per_epoch=1")
+    work("mim_plan", "-d", "909", "--preset", "tiny", "--set", "patch_size=32,32,32", "batch_size=2", *recipe)
+    plans = ("-p", "nnUNetMiMPlans", "-c", "3d_fullres")
+    work("nnUNetv2_preprocess", "-d", "909", "-plans_name", *plans[1:], "-np", "1")
+    work("mim_pretrain", "-d", "909", *plans, "--preset", "tiny", "--view", "32", "--iterations", "2", "-f", "0")
+    work("nnUNetv2_train", "909", "3d_fullres", "0", "-tr", "nnUNetTrainerMiM", *plans[:2], "-num_gpus", "2")
+    run = work.folder / "nnUNet_results/Dataset909_TwoGPUs/nnUNetTrainerMiM__nnUNetMiMPlans__3d_fullres/fold_0"
+    assert (run / "validation" / "summary.json").is_file()
+    assert (run / "mim_transfer.json").is_file()
