@@ -110,7 +110,7 @@ def child_environment(folders: Folders) -> dict[str, str]:
     """This process's environment with nnU-Net's folders, and settings that suit a small machine and a short run."""
     environment = {name: value for name, value in os.environ.items() if name not in FORGET}
     return {
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait leave their core to the process that prepares the data
+        "GOMP_SPINCOUNT": "30000",  # waiting threads soon leave their core to the process that prepares the data
         **environment,
         **folders.environment(),
         "nnUNet_n_proc_DA": "1",
