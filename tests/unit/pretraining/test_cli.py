@@ -260,8 +260,7 @@ def test_a_broken_json_file_is_named(write_dataset, capsys, name):
 def test_an_ambiguous_number(write_dataset, capsys, tmp_path):
     write_dataset(n=1)
     (tmp_path / "raw" / "Dataset900_Twin").mkdir(parents=True)
-    message = refused(capsys, "-d", "900", *SMALL)
-    assert "ambiguous (Dataset900_Tiny, Dataset900_Twin)" in message
+    assert "ambiguous (Dataset900_Tiny, Dataset900_Twin)" in refused(capsys, "-d", "900", *SMALL)
 
 
 def test_not_preprocessed_at_all(write_dataset, capsys, tmp_path):
@@ -329,8 +328,7 @@ def test_a_case_that_breaks_during_training_ends_the_run_with_one_line(
     original = loop.training_batches
     monkeypatch.setattr(loop, "training_batches", break_cases)
     message = refused(capsys, "-d", "900", *SMALL, "--iterations", "2", "--workers", workers)
-    assert "cannot read" in message
-    assert ".b2nd" in message
+    assert message.startswith(f"error: cannot read {folder}")
 
 
 def test_datasets_with_other_axes_are_refused(write_dataset, capsys):
@@ -380,8 +378,7 @@ def test_continuing_on_other_cases_is_refused(write_dataset, interrupted_run, sa
     write_dataset(n=2, number=901)
     interrupted_run("--iterations", "3", "--save_every", "1", after=2)
     again = ("--iterations", "3", "--save_every", "1", "--c")
-    message = refused(capsys, "-d", "900", "901", *SMALL, *again)
-    assert "started on other cases" in message
+    assert "started on other cases" in refused(capsys, "-d", "900", "901", *SMALL, *again)
     for number in range(3):
         save_case(folder, f"case_{number:02d}", np.random.default_rng(number).normal(size=(1, 48, 48, 48)))
     assert "2 came, went or changed" in refused(capsys, "-d", "900", *SMALL, *again)
