@@ -166,14 +166,16 @@ def test_predict_export_install_predict(workplace, trained):
 
 
 def test_control_and_find_best_configuration(workplace, trained):
-    printed = train(workplace, trainer="nnUNetTrainerMiMScratch")
+    train(workplace, "--val", "--npz")
+    printed = train(workplace, "--npz", trainer="nnUNetTrainerMiMScratch")
     assert "Pretrained weights" not in printed
     best = workplace(
         "nnUNetv2_find_best_configuration", "907", "-p", "nnUNetMiMPlans", "-c", "3d_fullres", "-f", "0", "-np", "1",
-        "-tr", "nnUNetTrainerMiM", "nnUNetTrainerMiMScratch", "--disable_ensembling",
+        "-tr", "nnUNetTrainerMiM", "nnUNetTrainerMiMScratch",
     )  # fmt: skip
     assert RUN in best
     assert "nnUNetTrainerMiMScratch__nnUNetMiMPlans__3d_fullres" in best
+    assert "ensemble___" in best
     saved = [
         json.loads((workplace.folder / "nnUNet_results" / DATASET / name / "plans.json").read_text())
         for name in (RUN, RUN.replace("MiM__", "MiMScratch__"))

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
+from nnunet_mim.networks import depthwise
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.loop import RunOptions
 from nnunet_mim.pretraining.nested_crops import nested_views
@@ -89,11 +90,17 @@ def test_memory_does_not_grow_with_the_number_of_views():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [(), (1, 2, 3)])
-def test_a_step_compiles_without_graph_breaks(recompute):
-    """fullgraph=True raises at the first break."""
+@pytest.mark.parametrize(("triton", "recompute"), [(False, (1, 2, 3)), (True, ())])
+def test_a_step_compiles_without_graph_breaks(triton, recompute, monkeypatch):
+    """fullgraph=True raises at the first break; Triton's kernels are interpreted."""
+    torch._dynamo.reset()
     model, views = make_model(), make_views()
     losses, gradients, _ = step(model, views)
+    if triton:
+        kernels = pytest.importorskip("nnunet_mim.networks.depthwise_triton")
+        monkeypatch.setattr(depthwise, "use_triton", lambda device: True)
+        monkeypatch.setattr(kernels, "LINES", 512)  # the interpreter takes as long for a large block as for a small one
+        monkeypatch.setattr(kernels, "LINES_PER_CHUNK", 512)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     found_losses, found_gradients, _ = step(compiled, views, recompute=recompute)
     torch.testing.assert_close(found_losses, losses, rtol=1e-6, atol=1e-6)
