@@ -28,7 +28,8 @@ table { border-collapse: collapse; margin: 1.2rem 0; font-variant-numeric: tabul
 th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; }
 th { background: var(--shade); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; background: var(--shade); border-radius: 4px; font-size: .8rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; background: var(--shade);
+      border-radius: 4px; font-size: .8rem; }
 .note { color: var(--soft); font-size: .92rem; }
 """
 
