@@ -31,8 +31,11 @@ class NetworkConfig:
     strides: tuple[Size3, ...] = ((2, 2, 2),) * 4
     """downsampling of each stage per axis; their product is the token size"""
     decoder_embed_dim: int = 576
+    """width of the decoder; divisible by its heads and by 6"""
     decoder_depth: int = 8
+    """transformer blocks of the decoder"""
     decoder_num_heads: int = 16
+    """attention heads of the decoder"""
 
     def __post_init__(self) -> None:
         if not len(self.embed_dims) == len(self.depths) == len(self.strides) == 4:
@@ -95,9 +98,11 @@ class PretrainConfig:
     network: NetworkConfig = None  # type: ignore[assignment]
     """sizes; default: the preset's"""
     in_channels: int = 1
+    """image channels; follows from the data"""
     view_size: Size3 = (96, 96, 96)
     """voxels per axis that the encoder sees; a multiple of twice the token size"""
     ladder: str = "published"
+    """fields of view of the levels: published (2V, V, one token) or native (4V, 2V, V)"""
     scale: Size3 = (2, 2, 2)
     """per axis 2, or 1 where the data is too thin for the outer field of view"""
     mask_ratios: tuple[float, ...] = (0.5, 0.6, 0.5)
@@ -123,8 +128,11 @@ class PretrainConfig:
     learning_rate: float = 2e-4
     """absolute peak learning rate"""
     warmup_fraction: float = 0.05
+    """share of the iterations in which the learning rate rises linearly; a half cosine to 0 follows"""
     weight_decay: float = 0.05
+    """of AdamW; not on biases, norms and other vectors"""
     betas: tuple[float, float] = (0.9, 0.95)
+    """decay rates of AdamW's two moments"""
     grad_clip: float = 1.0
     """largest gradient norm"""
     body_fraction: float = 0.9
@@ -141,7 +149,16 @@ class PretrainConfig:
     """fixed crops of held-out cases used by each measurement"""
     save_every: int = 250
     """iterations between two checkpoints"""
+    probe_every: int = 1000
+    """iterations between two label probes, where the data has labels; each waits for the next measurement; 0: none"""
+    probe_cases: tuple[int, ...] = (6, 4)
+    """labelled cases that a label probe is fitted on, and held-out ones that it is tried on"""
+    max_skipped: int = 10
+    """most steps among the last skip_window that may be skipped for want of a finite gradient before the run ends"""
+    skip_window: int = 200
+    """steps that max_skipped is counted over"""
     seed: int = 0
+    """of weights, crops and masks"""
 
     def __post_init__(self) -> None:
         if self.network is None:
@@ -161,9 +178,11 @@ class PretrainConfig:
             raise MiMError(f"--mirror_axes takes array axes 0, 1 and 2, got {self.mirror_axes}")
         if self.seed < 0:
             raise MiMError(f"--seed must be 0 or more, got {self.seed}")
-        for name in ("iterations", "batch_size", "val_every", "save_every"):
+        for name in ("iterations", "batch_size", "val_every", "save_every", "val_crops", "val_cases", "skip_window"):
             if getattr(self, name) < 1:
                 raise MiMError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.probe_every < 0 or self.max_skipped < 0:
+            raise MiMError("probe_every and max_skipped must be 0 or more")
         if self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1:
             raise MiMError("learning_rate must be above 0 and warmup_fraction in [0, 1)")
         if len(self.mask_ratios) != 3 or len(self.level_weights) != 3 or len(self.n_children) != 2:

@@ -23,9 +23,10 @@ from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.networks.flops import crop_flops
 from nnunet_mim.networks.mask_in_mask import MaskInMask
-from nnunet_mim.pretraining.loop import build_optimizer
+from nnunet_mim.pretraining.loop import build_optimizer, clip_gradients, forward_on
 from nnunet_mim.pretraining.nested_crops import LevelViews, nested_views
 from nnunet_mim.pretraining.objective import level_losses
+from nnunet_mim.pretraining.ranks import ALONE
 
 PATHS = (("torch", "eager"), ("triton", "eager"), ("triton", "compiled"))
 VIEWS_PER_PASS = 32  # mim_pretrain's default on a GPU
@@ -78,9 +79,9 @@ def moved(view, device, dtype):
 def loss_and_gradient(bare, network, views, config, fabric):
     """Loss and gradient as the loop of mim_pretrain computes them; `network` is `bare`, or a compiled version of it."""
     flat = torch.full((1,), 0.04, device=fabric.device, dtype=views[0].images.dtype)
-    model, total = fabric.setup(network), 0.0
-    for loss, _, _ in level_losses(model, views, flat, config):
-        fabric.backward(loss)
+    total = 0.0
+    for loss, _, _ in level_losses(forward_on(fabric, network), views, flat, config):
+        loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten().double().cpu() for p in bare.parameters()])
 
@@ -136,17 +137,19 @@ def make_step(config, device, mode):
     torch.manual_seed(0)
     bare = MaskInMask(config.network)
     fabric = fabric_on(device, "bf16-mixed")
+    fabric.to_device(bare)
     network = torch.compile(bare, dynamic=False) if mode == "compiled" else bare
-    model, optimizer = fabric.setup(network, build_optimizer(bare, config))
+    forward, optimizer = forward_on(fabric, network), build_optimizer(bare, config)
     crops, valid = inputs_of(config, device)
     fill, flat = torch.zeros(1, device=device), torch.full((1,), 0.04, device=device)
     generator, levels = torch.Generator(device).manual_seed(0), levels_of(config)
 
     def step():
         views = nested_views(crops, valid, fill, levels, generator, flat)
-        for loss, _, _ in level_losses(model, views, flat, config, VIEWS_PER_PASS):
-            fabric.backward(loss)
-        fabric.clip_gradients(model, optimizer, max_norm=config.grad_clip, error_if_nonfinite=False)
+        for loss, _, _ in level_losses(forward, views, flat, config, VIEWS_PER_PASS):
+            loss.backward()
+        norm = clip_gradients(bare, config.grad_clip, ALONE, sharded=False)
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

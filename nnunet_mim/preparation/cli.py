@@ -13,6 +13,7 @@ from nnunet_mim.config import PRESETS
 from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError
 from nnunet_mim.preparation.mim_plans import check_can_write, make_mim_plans, write_plans
+from nnunet_mim.settings import parse_settings
 from nnunet_mim.trainers.checkpoint import read_checkpoint
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 from nnunet_mim.trainers.resolve_plans import required_folder
@@ -89,23 +90,6 @@ def next_commands(
     return commands
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """`key=value` pairs → dict. Values are JSON, or lists with commas (64,64,64), or plain words.
-
-    Raises:
-        MiMError: no equals sign, or a key given twice.
-    """
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key or not text:
-            raise MiMError(f"--set {pair}: write key=value")
-        if key in settings:
-            raise MiMError(f"--set {key} is given twice")
-        settings[key] = _value(text)
-    return settings
-
-
 def _load(path: Path, command: str) -> dict[str, Any]:
     if not path.is_file():
         raise MiMError(f"{path} does not exist: run `{command}` first")
@@ -113,13 +97,6 @@ def _load(path: Path, command: str) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise MiMError(f"{path} is not valid JSON ({error}): run `{command}` again") from error
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return [_value(part) for part in text.split(",")] if "," in text else text
 
 
 def _recipe() -> str:

@@ -6,26 +6,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_mim.pretraining.losses import normalize_tokens, reconstruction_loss
+from nnunet_mim.pretraining.losses import normalize_tokens, reconstruction_loss, voxel_error
 from nnunet_mim.pretraining.nested_crops import LevelViews
 
 
-def trivial_losses(view: LevelViews, is_target: Tensor) -> dict[str, float]:
-    """Reconstruction loss of the two trivial predictors.
+def trivial_losses(view: LevelViews, is_target: Tensor, width: Tensor) -> dict[str, tuple[float, float]]:
+    """What the two trivial predictors reach.
 
     Args:
         view: views of one level.
         is_target: (N, M) bool, True = counts in the loss.
+        width: (C,) of the intensity window.
 
     Returns:
-        `token_mean`: predicting 0, the token's own mean. `infill`: each masked voxel takes the value of the nearest
-        voxel of the nearest visible tokens (`infill_tokens`), normalised like the target.
+        reconstruction loss and `voxel_error` (means over target tokens) of `token_mean`: predicting 0, the token's own
+        mean; and of `infill`: each masked voxel takes the value of the nearest voxel of the nearest visible tokens
+        (`infill_tokens`), normalised like the target.
     """
     tokens = view.masked_tokens()
-    filled = normalize_tokens(infill_tokens(view))
+    predictions = {"token_mean": torch.zeros_like(tokens), "infill": normalize_tokens(infill_tokens(view))}
     return {
-        "token_mean": float(reconstruction_loss(torch.zeros_like(tokens), tokens, is_target)),
-        "infill": float(reconstruction_loss(filled, tokens, is_target)),
+        name: (
+            float(reconstruction_loss(prediction, tokens, is_target)),
+            float(voxel_error(prediction, tokens, is_target, width) / is_target.sum().clamp(min=1)),
+        )
+        for name, prediction in predictions.items()
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from nnunet_mim.pretraining.dataset import Case
 from nnunet_mim.pretraining.sources import Source
 
 LATEST = "checkpoint_latest.pth"
+"""of a run that is not finished: with everything needed to continue it"""
+BEST = "checkpoint_best.pth"
+"""weights with the lowest loss on held-out cases"""
 FINAL = "checkpoint_final.pth"
 
 CITATIONS = [
@@ -124,19 +128,34 @@ def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise MiMError(f"cannot write {path} ({error}): free some disk space and continue with --c") from error
 
 
+def _sync_folder(folder: Path) -> None:
+    """Make the new name of a file last over a loss of power."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of `mim_pretrain` without executing anything in it.
+    """Read a checkpoint of `mim_pretrain` without executing anything in it, and check every byte's checksum.
 
     Raises:
         MiMError: missing, truncated, unsafe, or not a checkpoint of this package.
     """
     try:
+        if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
+            raise MiMError(f"{path} is damaged ({broken} has another checksum): take another copy")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except MiMError:
+        raise
     except FileNotFoundError as error:
         raise MiMError(f"no checkpoint at {path}") from error
     except Exception as error:

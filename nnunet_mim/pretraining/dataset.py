@@ -52,13 +52,12 @@ class CropDataset(Dataset):
 
         Returns:
             crop (C, *crop_size) float32, 0 outside the volume; valid (3, 2) int64, the volume's first and one-past-last
-            voxel in the crop; number of the case in `cases`.
+            voxel in the crop; number of the case in `cases`. NaN comes through: the step will be skipped and named.
 
         Raises:
-            MiMError: the case cannot be read or holds NaN.
+            MiMError: the case cannot be read.
         """
-        random = np.random.default_rng((*self.seed, index))
-        number = int(random.integers(len(self.cases)))
+        random, number = self._draw(index)
         case = self.cases[number]
         start = self._start(case.info, random)
         crop, valid = read_crop(case, start, self.crop_size)
@@ -67,6 +66,14 @@ class CropDataset(Dataset):
                 crop = np.flip(crop, 1 + axis)
                 valid[axis] = self.crop_size[axis] - valid[axis, ::-1]
         return torch.from_numpy(np.ascontiguousarray(crop)), torch.from_numpy(valid), number
+
+    def case_of(self, index: int) -> Case:
+        """The case that crop number `index` is cut from, without reading it."""
+        return self.cases[self._draw(index)[1]]
+
+    def _draw(self, index: int) -> tuple[np.random.Generator, int]:
+        random = np.random.default_rng((*self.seed, index))
+        return random, int(random.integers(len(self.cases)))
 
     def _start(self, info: CaseInfo, random: np.random.Generator) -> np.ndarray:
         """First voxel of the crop in the volume; negative where the volume is smaller than the crop."""
@@ -100,8 +107,6 @@ def read_crop(case: Case, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarr
         voxels = np.asarray(data[inside], dtype=np.float32)
     except Exception as error:
         raise MiMError(f"cannot read {path} ({type(error).__name__}: {error}): preprocess this case again") from error
-    if not np.isfinite(voxels).all():
-        raise MiMError(f"{path} holds NaN or infinite voxels: preprocess this case again")
     crop = np.zeros((voxels.shape[0], *size), dtype=np.float32)
     place = (slice(None), *(slice(int(a), int(b)) for a, b in valid))
     crop[place] = voxels

@@ -2,57 +2,46 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
-from nnunet_mim.networks.mask_in_mask import MaskInMask
-from nnunet_mim.pretraining.checkpoint import (
-    FINAL,
-    LATEST,
-    build_checkpoint,
-    case_records,
-    load_checkpoint,
-    merged_records,
-    run_provenance,
-    save_atomically,
-)
-from nnunet_mim.pretraining.dataset import Case, CropDataset
-from nnunet_mim.pretraining.monitor import HeldOut, MetricsFile
+from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
+from nnunet_mim.pretraining.checkpoint import BEST, FINAL, LATEST, case_records, load_checkpoint, merged_records
+from nnunet_mim.pretraining.data import RunData
+from nnunet_mim.pretraining.dataset import CropDataset
+from nnunet_mim.pretraining.losses import full
+from nnunet_mim.pretraining.monitor import Monitor
 from nnunet_mim.pretraining.nested_crops import nested_views
 from nnunet_mim.pretraining.objective import add_figures, level_losses
+from nnunet_mim.pretraining.ranks import Ranks, ranks_of
+from nnunet_mim.pretraining.record import RunRecord
 from nnunet_mim.pretraining.schedules import learning_rates
-from nnunet_mim.pretraining.sources import Source
+from nnunet_mim.pretraining.sharding import (
+    load_optimizer_state,
+    optimizer_state,
+    shard,
+    sum_gradients,
+    whole,
+    whole_weights,
+)
+from nnunet_mim.pretraining.stopping import SkippedSteps, StoppedError, StopRequests, leave_stopping_to_parent
 
 LOG_EVERY = 10
 MOST_GRAPHS = 64
 """of torch.compile: levels, times first, whole and last passes, with and without a parent"""
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What a run trains on, and the intensities that the losses need."""
-
-    sources: list[Source]
-    train: list[Case]
-    val: list[Case]
-    fold: int | str
-    fill: tuple[float, ...]
-    """per channel, the window's minimum"""
-    flat_threshold: tuple[float, ...]
-    """per channel, standard deviation below which a token is no target"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +56,8 @@ class RunOptions:
     """levels (1 to 3) whose activations are computed again in the backward pass: less memory, more time"""
     compile: bool = False
     """torch.compile the network, one graph a level"""
+    shard: bool = False
+    """spread weights and optimiser state over the devices (FSDP) instead of keeping all of them on each"""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -77,6 +68,18 @@ class RunOptions:
             raise MiMError(f"--recompute takes level numbers 1, 2, 3, got {self.recompute}")
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """Of a finished run."""
+
+    figures: dict[str, float]
+    """last measurement on held-out cases"""
+    seconds: float
+    """from the first step on, in this process"""
+    monitor_seconds: float
+    """of these, spent in measurements on held-out cases"""
+
+
 def pretrain(
     config: PretrainConfig,
     data: RunData,
@@ -84,7 +87,8 @@ def pretrain(
     fabric: Fabric,
     resume: bool,
     run: RunOptions,
-) -> dict[str, float]:
+    on_step: Callable[[int], None] | None = None,
+) -> RunResult:
     """Train until `config.iterations`, writing checkpoints, `train.csv`, `val.csv` and TensorBoard events into
     `folder`.
 
@@ -94,113 +98,137 @@ def pretrain(
         config: what to compute.
         data: cases.
         folder: output folder, exists.
-        fabric: launched; device and precision.
+        fabric: launched; devices and precision.
         resume: continue from `checkpoint_latest.pth`.
         run: how to compute it on this machine.
-
-    Returns:
-        figures of the last measurement on held-out crops.
+        on_step: called after every iteration with the number done.
 
     Raises:
-        MiMError: the loss is not finite; the last checkpoint is kept.
+        MiMError: too many steps had no finite gradient; the last checkpoint is kept.
+        StoppedError: after a signal; the run has been saved.
     """
-    levels = levels_of(config)
+    levels, ranks = levels_of(config), ranks_of(fabric)
     torch.manual_seed(config.seed)
     model = MaskInMask(config.network, config.in_channels, alignment=config.alignment)
-    optimizer = build_optimizer(model, config)
-    start, history, seen = 0, [], case_records(data.train)
+    stored: dict[str, Any] = {}
     if resume or config.init_checkpoint:
         stored = load_checkpoint(folder / LATEST if resume else Path(config.init_checkpoint))
         model.load_state_dict(stored["network_weights"])
+    fabric.to_device(model)
+    if run.shard:
+        shard(model, ranks, fabric.device)
+    optimizer = build_optimizer(model, config)
+    start, history, skipped = 0, [], []
+    seen = case_records(data.train)
+    if stored:
         seen = merged_records(stored["provenance"]["cases"], seen)
-    bare, network = model, model
-    if run.compile:  # a graph for every level, and for a last pass with fewer views
-        torch._dynamo.config.recompile_limit = MOST_GRAPHS
-        network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-    model, optimizer = fabric.setup(network, optimizer)
-    if resume:  # after the parameters have moved to their device: the optimiser's state follows them
-        optimizer.load_state_dict(stored["resume_state"]["optimizer"])
+    if resume:
+        load_optimizer_state(model, optimizer, stored["resume_state"]["optimizer"])
         start, history = stored["provenance"]["iterations"], stored["provenance"]["loss_history"]
+        skipped = stored["provenance"]["skipped_steps"]
+    forward = forward_on(fabric, compiled(model) if run.compile else model)
     schedule = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
+    skips = SkippedSteps(skipped, config.max_skipped, config.skip_window)
+    record = RunRecord(folder, config, data.sources, seen, data.fold, start, history, fabric.is_global_zero)
 
-    fill = torch.tensor(data.fill, device=fabric.device)
-    flat_threshold = torch.tensor(data.flat_threshold, device=fabric.device)
+    fill, flat_threshold = (torch.tensor(v, device=fabric.device) for v in (data.fill, data.flat_threshold))
     place_threshold = flat_threshold if config.body_children else None
-    val_crops = held_out_crops(data, config, fabric.device)
-    held_out = HeldOut(*val_crops, fill, flat_threshold, levels, config, run.views_per_pass)
-    train_file, val_file = (MetricsFile(folder / f"{part}.csv", start) for part in ("train", "val"))
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-    batches = training_batches(data, config, start, run.workers, fabric.device)
+    monitor = Monitor(data, config, fabric, run.views_per_pass, run.shard)
+    dataset = training_crops(data, config)
+    batches = training_batches(dataset, config, start, run.workers, fabric.device, ranks)
 
-    def save(name: str, iteration: int, resumable: bool) -> None:
-        provenance = run_provenance(data.sources, seen, data.fold, iteration, history)
-        checkpoint = build_checkpoint(bare.state_dict(), config, provenance)
-        if resumable:
-            checkpoint["resume_state"] = {"optimizer": optimizer.state_dict()}
-        save_atomically(checkpoint, folder / name)
+    def save(name: str, iteration: int, resumable: bool = False) -> None:
+        state = {"optimizer": optimizer_state(model, optimizer)} if resumable else None
+        record.save(name, iteration, whole_weights(model), skips.steps, state)
 
-    def log(file: MetricsFile, iteration: int, figures: dict[str, float]) -> None:
-        file.append(iteration, figures)
-        for name, value in figures.items():
-            board.add_scalar(name, value, iteration)
-
-    def measure_held_out() -> dict[str, float]:
-        with fabric.autocast():  # eager: graphs without gradients would be compiled for nothing
-            return held_out.evaluate(bare)
-
-    val = measure_held_out()
-    if start == 0:
-        history.append({"iteration": 0, **val, **held_out.baselines})
-        log(val_file, 0, {**val, **held_out.baselines})
-    recent: list[dict[str, Tensor]] = []
+    if resume:
+        val = history[-1]
+    else:
+        val = monitor.measure(model, 0)
+        record.measured(0, val, {})
+    began = time.perf_counter()
+    recent: list[dict[str, Tensor]] = []  # figures of the steps since the last log, still on the device
     since = time.perf_counter()
-    model.train()
-    with tqdm(total=config.iterations, initial=start, desc="pretraining", unit="it", smoothing=0.05) as progress:
+    progress = tqdm(
+        total=config.iterations, initial=start, desc="pretraining", unit="it", smoothing=0.05,
+        disable=not fabric.is_global_zero,
+    )  # fmt: skip
+    with StopRequests() as stop, progress, closing(batches):
         for iteration in range(start, config.iterations):
             for group in optimizer.param_groups:
                 group["lr"] = float(schedule[iteration])
             crops, valid, _ = next(batches)
             generator = torch.Generator(fabric.device).manual_seed(config.seed * 1_000_003 + 500_009 + iteration)
-            views = nested_views(crops, valid, fill, levels, generator, place_threshold)
+            views = nested_views(crops, valid, fill, levels, generator, place_threshold, ranks)
 
-            step_figures: dict[str, Tensor] = {}
-            for loss, figures, _ in level_losses(
-                model, views, flat_threshold, config, run.views_per_pass, run.recompute
+            figures: dict[str, Tensor] = {}
+            for loss, part, _ in level_losses(
+                forward, views, flat_threshold, config, run.views_per_pass, run.recompute, ranks
             ):
-                fabric.backward(loss)  # pass by pass: activations of one at a time
-                add_figures(step_figures, figures)
-            norm = fabric.clip_gradients(model, optimizer, max_norm=config.grad_clip, error_if_nonfinite=False)
-            step_figures["grad_norm"] = torch.as_tensor(norm)
+                loss.backward()  # pass by pass: activations of one at a time
+                add_figures(figures, part)
+            norm = clip_gradients(model, config.grad_clip, ranks, run.shard)
+            figures |= {"grad_norm": norm, "skipped": (~torch.isfinite(norm)).float()}
+            optimizer.found_inf = figures["skipped"]  # type: ignore[attr-defined]  # the step does nothing where it is 1
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             done = iteration + 1
-            recent.append(step_figures)
-            measure = done % config.val_every == 0 or done == config.iterations
-            due = done % config.save_every == 0
+            recent.append(figures)
+            progress.update(1)
+            if on_step is not None:
+                on_step(done)
+            last = done == config.iterations
+            measure = done % config.val_every == 0 or last
+            asked = (ranks.world == 1 or done % LOG_EVERY == 0) and ranks.any(bool(stop.received), fabric.device)
+            due = (done % config.save_every == 0 or asked) and not last
             if done % LOG_EVERY == 0 or measure or due:
-                means = mean_figures(recent)
-                if not math.isfinite(means["train/loss"] + means["train/grad_norm"]):
-                    raise MiMError(
-                        f"loss or gradient is not finite near iteration {done}: lower --lr, or continue with --c from "
-                        f"the last checkpoint in {folder}"
-                    )
+                means, bad = mean_figures(recent, ranks)
+                for number in bad:
+                    first = done - len(recent) + number
+                    progress.write(skips.add(first + 1, culprits(dataset, first, bad[number], config.batch_size)))
                 speed = len(recent) * config.batch_size / (time.perf_counter() - since)
-                log(train_file, done, {**means, "lr": float(schedule[iteration]), "crops_per_s": speed})
+                record.log("train", done, {**means, "lr": float(schedule[iteration]), "crops_per_s": speed})
                 progress.set_postfix(progress_text(means, val, speed), refresh=False)
-                progress.update(len(recent))
-                recent, since = [], time.perf_counter()
-            if measure:
-                val = measure_held_out()
-                history.append({"iteration": done, **means, **val, **held_out.baselines})
-                log(val_file, done, {**val, **held_out.baselines})
+                recent.clear()
+                skips.check(done, folder)
                 since = time.perf_counter()
-            if due and done < config.iterations:
+            if measure:
+                val = monitor.measure(model, done)
+                if record.measured(done, val, means):
+                    save(BEST, done)
+                since = time.perf_counter()
+            if due:
                 save(LATEST, done, resumable=True)
-    save(FINAL, config.iterations, resumable=False)
-    (folder / LATEST).unlink(missing_ok=True)
-    board.close()
-    return {**val, **held_out.baselines}
+            if asked and not last:
+                fabric.barrier()
+                raise StoppedError(f"stopped after {done} of {config.iterations} iterations: continue with --c")
+        save(FINAL, config.iterations)
+    record.close()
+    return RunResult(val, time.perf_counter() - began, monitor.seconds)
+
+
+def compiled(model: nn.Module) -> Any:
+    """torch.compile of the network: a graph for every level, and for a last pass with fewer views."""
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    return torch.compile(model, dynamic=False)
+
+
+def forward_on(fabric: Fabric, network: Callable[..., LevelOutput]) -> Callable[..., LevelOutput]:
+    """The network in the precision of `fabric`; features, which are kept for the next level, in float32."""
+
+    def forward(*inputs: Any) -> LevelOutput:
+        with fabric.autocast():
+            output = network(*inputs)
+        return output._replace(features=full(output.features))
+
+    return forward
+
+
+def clip_gradients(model: nn.Module, largest: float, ranks: Ranks, sharded: bool) -> Tensor:
+    """Sum the gradients over ranks and clip their norm, which is returned."""
+    sum_gradients(model, ranks, sharded)
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).detach()
 
 
 def build_optimizer(model: MaskInMask, config: PretrainConfig) -> torch.optim.AdamW:
@@ -214,56 +242,71 @@ def build_optimizer(model: MaskInMask, config: PretrainConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
-def training_batches(
-    data: RunData, config: PretrainConfig, start: int, workers: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of iterations `start` to the last: crops (B, C, …), valid boxes (B, 3, 2) and case numbers, on the
-    device.
-    """
-    dataset = CropDataset(
+def training_crops(data: RunData, config: PretrainConfig) -> CropDataset:
+    """All crops of the run, by number: those of iteration i are i * batch_size and the following."""
+    return CropDataset(
         data.train, levels_of(config)[0].fov, config.body_fraction, config.mirror_axes, seed=config.seed, stream=0
     )
+
+
+def training_batches(
+    dataset: CropDataset, config: PretrainConfig, start: int, workers: int, device: torch.device, ranks: Ranks
+) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
+    """This rank's part of the batches of iterations `start` to the last: crops (B, C, …), valid boxes (B, 3, 2) and
+    case numbers, on the device.
+    """
+    n = config.batch_size // ranks.world
+    firsts = (i * config.batch_size + ranks.rank * n for i in range(start, config.iterations))
     loader = DataLoader(
         dataset,
-        batch_size=config.batch_size,
-        sampler=range(start * config.batch_size, config.iterations * config.batch_size),
+        batch_sampler=(list(range(first, first + n)) for first in firsts),  # type: ignore[arg-type]
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_stopping_to_parent,
     )
-    batches = iter(loader)
-    while True:
-        try:
-            crops, valid, cases = next(batches)
-        except StopIteration:
-            return
-        except MiMError as error:  # a worker's comes with its traceback before the one line
-            raise MiMError(str(error).strip().splitlines()[-1].split("MiMError: ")[-1]) from error
-        yield crops.to(device, non_blocking=True), valid.to(device, non_blocking=True), cases
+    try:
+        for crops, valid, cases in loader:
+            yield crops.to(device, non_blocking=True), valid.to(device, non_blocking=True), cases
+    except MiMError as error:  # a worker's comes with its traceback before the one line
+        raise MiMError(str(error).strip().splitlines()[-1].split("MiMError: ")[-1]) from None
 
 
-def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Fixed crops of the held-out cases: (val_crops, C, …) and their valid boxes."""
-    dataset = CropDataset(data.val, levels_of(config)[0].fov, body_fraction=1.0, seed=config.seed, stream=1)
-    crops, valid, _ = zip(*(dataset[i] for i in range(config.val_crops)), strict=True)
-    return torch.stack(crops).to(device), torch.stack(valid).to(device)
+def mean_figures(steps: list[dict[str, Tensor]], ranks: Ranks) -> tuple[dict[str, float], dict[int, list[bool]]]:
+    """Mean over steps and ranks, read from the device in one go, plus the sum of the levels as `train/loss`.
 
+    Reconstruction losses are weighted by their number of target tokens, as in HeldOut. Skipped steps count in
+    `train/skipped` alone, which is their number.
 
-def mean_figures(figures: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean over iterations, read from the device in one go, plus the sum of the levels as `train/loss`.
-
-    Reconstruction losses are weighted by their number of target tokens, as in HeldOut.
+    Returns:
+        means by name; and for each skipped step its number in `steps` and whether each crop of its batch had features
+        that were not finite.
     """
-    names = list(figures[0])
-    values = torch.stack([torch.stack([step[name].float() for name in names]) for step in figures])
+    names = [name for name in steps[0] if name != "nonfinite"]
+    local = torch.stack([torch.stack([step[name].float() for name in names]) for step in steps])
+    same_everywhere = torch.tensor([name in ("grad_norm", "skipped") for name in names], device=local.device)
+    values = ranks.sum(torch.where(same_everywhere, local / ranks.world, local)).cpu()
     columns = {name: values[:, i] for i, name in enumerate(names)}
+    used = columns["skipped"] == 0
     means = {}
     for name, column in columns.items():
         level, _, kind = name.partition("/")
-        weight = columns[f"{level}/targets"] if kind == "reconstruction" else torch.ones_like(column)
-        means[f"train/{name}"] = (column * weight).sum() / weight.sum().clamp(min=1)
-    result = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
-    return {**result, "train/loss": sum(value for name, value in result.items() if name.endswith("/loss"))}
+        weight = columns[f"{level}/targets"][used] if kind == "reconstruction" else torch.ones(int(used.sum()))
+        means[f"train/{name}"] = float((column[used] * weight).sum() / weight.sum().clamp(min=1))
+    means["train/skipped"] = float((~used).sum())
+    means["train/loss"] = sum(value for name, value in means.items() if name.endswith("/loss"))
+    crops = ranks.gather(torch.stack([step["nonfinite"] for step in steps]).T.contiguous()).T.cpu()  # (steps, batch)
+    return means, {i: (crops[i] > 0).tolist() for i in (~used).nonzero().flatten().tolist()}
+
+
+def culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size: int) -> list[str]:
+    """Names of the cases of a skipped step: those whose features were not finite, or all if none or all were."""
+    numbers = range(iteration * batch_size, (iteration + 1) * batch_size)
+    chosen = [number for number, is_bad in zip(numbers, bad, strict=True) if is_bad] or numbers
+    cases = [dataset.case_of(number) for number in chosen]
+    return [
+        f"{case.source.dataset} {case.info.case}, crop {number}" for case, number in zip(cases, chosen, strict=True)
+    ]
 
 
 def progress_text(train: dict[str, float], val: dict[str, float], speed: float) -> dict[str, str]:

@@ -54,6 +54,25 @@ def reconstruction_loss(
     return (error * weight).sum() / total.clamp(min=1)
 
 
+@torch.no_grad()
+def voxel_error(prediction: Tensor, tokens: Tensor, is_target: Tensor, width: Tensor) -> Tensor:
+    """Squared error of the voxels themselves, each token's true mean and standard deviation put back.
+
+    Args:
+        prediction, tokens, is_target: as in `reconstruction_loss`.
+        width: (C,) of the intensity window, in the units of the voxels.
+
+    Returns:
+        scalar: sum over target tokens of the mean squared error in units of the window's width. The peak
+        signal-to-noise ratio in dB is -10 log10 of its mean.
+    """
+    tokens = full(tokens)
+    spread = (tokens.var(dim=-1, keepdim=True) + VARIANCE_EPS).sqrt()
+    error = (full(prediction) - normalize_tokens(tokens)) * spread
+    error = error.unflatten(-1, (-1, width.shape[0])) / width  # (N, M, voxels, C)
+    return (error.square().mean(dim=(-1, -2)) * is_target).sum()
+
+
 def infonce_loss(
     child: Tensor, parent: Tensor, target: Tensor, weight: Tensor, temperature: float, total: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

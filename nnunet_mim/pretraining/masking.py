@@ -7,11 +7,13 @@ from torch import Tensor
 
 from nnunet_mim.geometry import Level
 from nnunet_mim.pretraining.level_tensors import on_device
+from nnunet_mim.pretraining.ranks import ALONE, Ranks
 
 
 def random_masks(
-    n: int, level: Level, device: torch.device, generator: torch.Generator, avoid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    n: int, level: Level, device: torch.device, generator: torch.Generator, avoid: Tensor | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw the masks of n views of a level and the places that their children are cut from.
 
     Whole regions are masked where regions are larger than a token, single tokens elsewhere; every view of a level has
@@ -30,7 +32,7 @@ def random_masks(
         ids_masked: (n, M) int64, of the masked tokens, ascending.
         places: (n, n_children) int64, raster numbers of distinct masked regions; (n, 0) on the last level.
     """
-    order = torch.rand(n, level.n_units, device=device, generator=generator).argsort(dim=1)
+    order = ranks.draw(n, level.n_units, device, generator).argsort(dim=1)
     masked_units = order[:, : level.n_masked_units]
     unit_mask = torch.zeros(n, level.n_units, dtype=torch.bool, device=device).scatter(1, masked_units, True)
     mask = unit_mask

@@ -14,6 +14,7 @@ from nnunet_mim.networks.token_layout import tokens_from_grid
 from nnunet_mim.pretraining.level_tensors import on_device
 from nnunet_mim.pretraining.losses import flat_tokens
 from nnunet_mim.pretraining.masking import random_masks
+from nnunet_mim.pretraining.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def nested_views(
     levels: tuple[Level, ...],
     generator: torch.Generator,
     flat_threshold: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[LevelViews]:
     """Cut, resize and mask the views of all levels.
 
@@ -68,6 +70,7 @@ def nested_views(
         generator: random numbers for masks and places, on the device of the crops.
         flat_threshold: (C,) standard deviation below which a token counts as air; children are then cut from masked
             places with some tissue in them as long as there are any (docs/adr/0001). None: from any masked place.
+        ranks: the crops are this rank's part of a batch; the generator has the same state on all ranks.
 
     Returns:
         One LevelViews per level; level l+1 has n_children views for each view of level l, in its order.
@@ -83,7 +86,7 @@ def nested_views(
         avoid = None
         if flat_threshold is not None and level.n_children:
             avoid = empty_places(images, padded, level, flat_threshold)
-        ids_keep, ids_masked, places = random_masks(crop.shape[0], level, device, generator, avoid)
+        ids_keep, ids_masked, places = random_masks(crop.shape[0], level, device, generator, avoid, ranks)
         box_end = offset + on_device(level, device).fov
         outside = ((box_end <= valid[crop, :, 0]) | (offset >= valid[crop, :, 1])).any(dim=1)
         views.append(LevelViews(level, images, crop, offset, ids_keep, ids_masked, places, padded, outside))

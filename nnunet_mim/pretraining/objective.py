@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import Level
@@ -13,41 +13,47 @@ from nnunet_mim.networks.mask_in_mask import LevelOutput
 from nnunet_mim.pretraining.level_tensors import on_device
 from nnunet_mim.pretraining.losses import cosine_loss, flat_tokens, infonce_loss, reconstruction_loss
 from nnunet_mim.pretraining.nested_crops import LevelViews
+from nnunet_mim.pretraining.ranks import ALONE, Ranks
 
 
 def level_losses(
-    model: nn.Module,
+    model: Callable[..., LevelOutput],
     views: list[LevelViews],
     flat_threshold: Tensor,
     config: PretrainConfig,
     views_per_pass: int | None = None,
     recompute: tuple[int, ...] = (),
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor], LevelOutput]]:
     """Run the levels in turn, outermost first, each in one pass or in several.
 
     The features of a parent level are detached, and every view's loss is a share of its level's mean. So the losses
     that are yielded sum to the objective, and each can be back-propagated before the next pass runs: memory is that of
-    one pass, however many views there are, and the gradients are those of the sum.
+    one pass, however many views there are, and the gradients are those of the sum. With several ranks the sum is over
+    theirs too, and children are contrasted with the places of all ranks' parents.
 
     Args:
-        model: MaskInMask, or its Fabric wrapper.
+        model: MaskInMask, or what calls it.
         views: of all levels.
         flat_threshold: (C,) standard deviation below which a token is no target.
         config: weights of the losses.
         views_per_pass: largest number of views in one pass; None: all views of a level.
         recompute: numbers (1 to 3) of the levels that keep no activations inside blocks.
+        ranks: the views are this rank's part of a batch, as large on every rank.
 
     Yields:
         the pass's share of the weighted loss, its share of each figure (detached, by name; to be added up over passes,
-        see `add_figures`), and the network's output.
+        see `add_figures`, and ranks), and the network's output. Figures are scalars, but for `nonfinite`: (B,) views of
+        each crop of this rank whose features are not finite.
     """
     parent_features = None
     for number, view in enumerate(views):
         name, index = level_name(number, len(views)), level_index(number, len(views))
         is_target, shares = target_tokens(view, flat_threshold)
-        n_targets = is_target.sum()
+        n_targets = ranks.sum(is_target.sum())
         inside = (~view.outside).to(view.images.dtype)
-        own_place = place_index(views[number - 1]) if number else None
+        n_inside = ranks.sum(inside.sum())
+        own_place = place_index(views[number - 1], ranks.rank) if number else None
         features = []
         for part in passes(view.images.shape[0], views_per_pass):
             edge = index - 1 if number else None
@@ -57,20 +63,22 @@ def level_losses(
             reconstruction = reconstruction_loss(output.prediction, tokens, is_target[part], n_targets)
             loss = config.level_weights[index] * reconstruction
             figures = {f"{name}/reconstruction": reconstruction.detach()}
-            figures |= {f"{name}/{key}": value[part].sum() for key, value in shares.items()}
+            for key, value in shares.items():
+                figures[f"{name}/{key}"] = value[part].sum() / (1 if key == "targets" else ranks.world)
             if output.child is not None and output.parent is not None and own_place is not None:
                 pairs = output.child, output.parent, own_place[part], inside[part]
                 if config.alignment == "infonce":
-                    alignment, accuracy = infonce_loss(*pairs, config.temperature, inside.sum())
+                    alignment, accuracy = infonce_loss(*pairs, config.temperature, n_inside)
                     figures[f"{name}/alignment_top1"] = accuracy.detach()
                 else:
-                    alignment = cosine_loss(*pairs, inside.sum())
+                    alignment = cosine_loss(*pairs, n_inside)
                 figures[f"{name}/alignment"] = alignment.detach()
                 loss = loss + config.alignment_weight * alignment
             figures[f"{name}/loss"] = loss.detach()
+            figures["nonfinite"] = nonfinite_views(output.features, view.crop[part], views[0].images.shape[0])
             yield loss, figures, output
             features.append(place_features(output.features.detach(), view.level))
-        parent_features = torch.cat(features)
+        parent_features = ranks.gather(torch.cat(features))
 
 
 def passes(n_views: int, views_per_pass: int | None) -> Iterator[slice]:
@@ -110,9 +118,18 @@ def place_features(features: Tensor, level: Level) -> Tensor:
     return features[:, tokens].mean(dim=2).flatten(0, 1)
 
 
-def place_index(parent: LevelViews) -> Tensor:
-    """(N_child,) int64: the row of `place_features` of the parents that each child was cut from."""
-    first = torch.arange(parent.places.shape[0], device=parent.places.device) * parent.level.n_places
+@torch.no_grad()
+def nonfinite_views(features: Tensor, crop: Tensor, n_crops: int) -> Tensor:
+    """(n_crops,) how many views of each crop have features (N, L, D) that are not finite; crop (N,) int64."""
+    bad = ~torch.isfinite(features).flatten(1).all(dim=1)
+    return torch.zeros(n_crops, device=features.device).index_add_(0, crop, bad.float())
+
+
+def place_index(parent: LevelViews, rank: int = 0) -> Tensor:
+    """(N_child,) int64: the row of `place_features` of all ranks' parents that each child of a rank was cut from."""
+    n_parents = parent.places.shape[0]
+    number = torch.arange(rank * n_parents, (rank + 1) * n_parents, device=parent.places.device)
+    first = number * parent.level.n_places
     return (first[:, None] + parent.places).flatten()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import numpy as np
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
 
-from nnunet_mim.config import NetworkConfig, PretrainConfig, Size3, network_from_dict
+from nnunet_mim.config import PretrainConfig, Size3, network_from_dict
 from nnunet_mim.errors import MiMError
-from nnunet_mim.geometry import suitable_scale
+from nnunet_mim.geometry import levels_of, suitable_scale, views_per_crop
 from nnunet_mim.pretraining.case_index import CaseInfo, read_index
 from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, case_records, load_checkpoint
+from nnunet_mim.pretraining.configure import build_config, network_of
+from nnunet_mim.pretraining.data import RunData
 from nnunet_mim.pretraining.dataset import Case
-from nnunet_mim.pretraining.loop import RunData
 from nnunet_mim.pretraining.sources import Source, fold_validation_cases
 
 DEFAULT_VIEW_TOKENS = 6
@@ -68,7 +69,7 @@ def check_same_run(stored: dict[str, Any], config: PretrainConfig, train: Sequen
         config: settings now.
         train: cases to train on now.
     """
-    before, now = stored["mim_config"], config.to_dict()
+    before, now = PretrainConfig.from_dict(stored["mim_config"]).to_dict(), config.to_dict()
     changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in now if before.get(name) != now.get(name)]
     if changed:
         raise MiMError(f"--c: the run was started with other settings ({'; '.join(changed)}): use the same")
@@ -82,11 +83,38 @@ def check_same_run(stored: dict[str, Any], config: PretrainConfig, train: Sequen
         )
 
 
-def check_init(path: str, network: NetworkConfig, in_channels: int, alignment: str) -> None:
-    """Raise MiMError unless a run of this network can start from the weights in `path`."""
+def check_settings(given: Mapping[str, Any], n_devices: int) -> None:
+    """Raise MiMError where settings cannot work on any data."""
+    config = build_config(given, 1, smallest_view(given), (2, 2, 2))
+    levels_of(config)
+    if config.batch_size % n_devices:
+        raise MiMError(f"--batch {config.batch_size} is the batch of all {n_devices} devices: make it a multiple of it")
+
+
+def smallest_view(given: Mapping[str, Any]) -> Size3:
+    """Two tokens an axis."""
+    return tuple(2 * p for p in network_of(given).token_size)  # type: ignore[return-value]
+
+
+def describe(config: PretrainConfig, data: RunData) -> str:
+    """What a run will do, for the eyes of its user."""
+    spacing = " x ".join(f"{s:.2f}" for s in data.sources[0].spacing)
+    lines = [f"{len(data.train)} training and {len(data.val)} held-out cases, spacing {spacing} mm"]
+    levels = levels_of(config)
+    for level, count in zip(levels, views_per_crop(levels), strict=True):
+        visible = f"{level.n_visible_tokens} of {level.n_tokens} tokens visible"
+        lines.append(f"  {count} views a crop of {level.fov} voxels, seen as {level.view_size}: {visible}")
+    lines.append(f"preset {config.preset}, {config.iterations} iterations of {config.batch_size} crops")
+    return "\n".join(lines)
+
+
+def check_init(settings: Mapping[str, Any], in_channels: int) -> None:
+    """Raise MiMError unless a run with these settings can start from the weights of its `init_checkpoint`."""
+    path = settings["init_checkpoint"]
     stored = load_checkpoint(Path(path))["mim_config"]
+    config = build_config(settings, in_channels, smallest_view(settings), (2, 2, 2))
     found = network_from_dict(stored["network"]), stored["in_channels"], stored["alignment"]
-    if found != (network, in_channels, alignment):
+    if found != (config.network, in_channels, config.alignment):
         raise MiMError(
             f"--init {path} holds a network of preset {stored['preset']} for {stored['in_channels']} channels with "
             f"alignment {stored['alignment']}, not that of this run: choose its --preset and --alignment, and data "
@@ -176,4 +204,4 @@ def run_data(
             window = min(i.low[channel] for i in infos), max(i.high[channel] for i in infos)
         fill.append(window[0])
         width.append(window[1] - window[0])
-    return RunData(sources, train, val, fold, tuple(fill), tuple(config.flat_fraction * w for w in width))
+    return RunData(sources, train, val, fold, tuple(fill), tuple(config.flat_fraction * w for w in width), tuple(width))

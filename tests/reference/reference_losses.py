@@ -33,6 +33,24 @@ def reconstruction(predictions, tokens, is_target):
     return total / count if count else torch.zeros(())
 
 
+def voxel_error(predictions, tokens, is_target, widths):
+    """Sum over targets of the mean squared error of voxels, in window widths; mean and deviation are put back."""
+    total = 0.0
+    for n in range(len(tokens)):
+        for m in range(len(tokens[n])):
+            if not is_target[n][m]:
+                continue
+            voxels = [float(v) for v in tokens[n][m]]
+            mean = sum(voxels) / len(voxels)
+            deviation = (sum((v - mean) ** 2 for v in voxels) / (len(voxels) - 1) + 1e-6) ** 0.5
+            squares = []
+            for i, voxel in enumerate(voxels):
+                made = float(predictions[n][m][i]) * deviation + mean
+                squares.append(((made - voxel) / widths[i % len(widths)]) ** 2)
+            total += sum(squares) / len(squares)
+    return total
+
+
 def is_flat(values, thresholds):
     """A token is air if every channel's standard deviation is below that channel's threshold; voxels channel last."""
     n_channels = len(thresholds)

@@ -14,8 +14,9 @@ from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.hybrid_unet import HybridUNet
-from nnunet_mim.preparation.cli import main, parse_settings
+from nnunet_mim.preparation.cli import main
 from nnunet_mim.preparation.mim_plans import make_mim_plans, median_shape, suitable_patch
+from nnunet_mim.settings import parse_settings
 from nnunet_mim.trainers.checkpoint import read_checkpoint
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 

@@ -1,13 +1,20 @@
 """A small preprocessed nnU-Net dataset, written with nnU-Net's own classes."""
 
+import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
 from nnunet_mim.demo.phantoms import make_phantom
+from nnunet_mim.pretraining import cli, loop
+from nnunet_mim.pretraining.nested_crops import nested_views
 
 PLANS = {
     "dataset_name": "Dataset900_Tiny",
@@ -81,3 +88,52 @@ def write_case(folder: Path, case: str, data, seg=None, storage="b2nd"):
         nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / case), chunks, chunks)
     else:
         nnUNetDatasetNumpy.save_case(data, seg, properties, str(folder / case))
+
+
+SMALL = ("-d", "900", "-p", "tinyPlans", "--preset", "tiny", "--view", "32", "-device", "cpu", "--children", "2", "1")
+"""a run of a few seconds on the dataset of `write_dataset`"""
+
+
+@pytest.fixture
+def small_runs(tmp_path):
+    """Small runs of mim_pretrain: `here` (in this process), `start` (as a process of its own), and what they leave."""
+
+    def here(*args, batch="1", workers="0"):
+        return cli.main([*SMALL, "--batch", batch, "--workers", workers, *args])
+
+    def start(*args, batch="1", workers="0", launcher=(), **env):
+        command = [sys.executable, *launcher, "-m", "nnunet_mim.pretraining.cli", *SMALL, "--batch", batch]
+        return subprocess.Popen(
+            [*command, "--workers", workers, *args], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **env}, cwd=tmp_path,
+        )  # fmt: skip
+
+    def folder(tag, fold="all"):
+        return tmp_path / "results" / "Dataset900_Tiny" / f"MiMPretrain_{tag}__tinyPlans__3d_fullres" / f"fold_{fold}"
+
+    def rows(tag, part="train"):
+        with (folder(tag) / f"{part}.csv").open() as file:
+            return [{k: v for k, v in row.items() if k != "crops_per_s"} for row in csv.DictReader(file)]
+
+    return SimpleNamespace(here=here, start=start, folder=folder, rows=rows)
+
+
+@pytest.fixture
+def interrupted_run(monkeypatch):
+    """interrupted_run(*args, after=n): a small run that ends abruptly while iteration n+1 begins."""
+
+    def start(*args, after):
+        iterations = []
+
+        def stop_later(*views_args):
+            iterations.append(1)
+            if len(iterations) > after:
+                raise ZeroDivisionError
+            return nested_views(*views_args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "nested_views", stop_later)
+            with pytest.raises(ZeroDivisionError):
+                cli.main([*SMALL, "--batch", "1", "--workers", "0", *args])
+
+    return start

@@ -53,11 +53,15 @@ def test_both_losses_match_the_loop_on_the_same_target_tokens(reference, seed, d
         keep = view.ids_keep[n].tolist()
         values = [twin.infill(view.images[n], token, keep, t) for t in view.ids_masked[n].tolist()]
         filled.append([torch.tensor(twin.normalized(v), dtype=torch.float64) for v in values])
-    found = trivial_losses(view, is_target)
+    widths = [2.0, 3.0][: view.images.shape[1]]
+    found = trivial_losses(view, is_target, torch.tensor(widths))
     assert set(found) == {"token_mean", "infill"}
     zero = torch.zeros_like(tokens)
-    assert found["token_mean"] == pytest.approx(float(twin.reconstruction(zero, tokens, is_target)), rel=1e-4)
-    assert found["infill"] == pytest.approx(float(twin.reconstruction(filled, tokens, is_target)), rel=1e-4, abs=1e-6)
+    for name, prediction in (("token_mean", zero), ("infill", filled)):
+        loss, error = found[name]
+        assert loss == pytest.approx(float(twin.reconstruction(prediction, tokens, is_target)), rel=1e-4, abs=1e-6)
+        expected = twin.voxel_error(prediction, tokens, is_target, widths) / max(1, int(is_target.sum()))
+        assert error == pytest.approx(expected, rel=1e-4, abs=1e-8)
 
 
 def test_infill_does_not_see_masked_voxels():
@@ -86,5 +90,7 @@ def test_infill_is_perfect_where_nothing_changes_along_the_row_of_tokens():
     pattern = torch.tensor([[1.0, 4.0], [2.0, 0.0]])
     view.images[0, 0] = pattern.repeat(6, 1, 1)
     every = torch.ones(view.ids_masked.shape, dtype=torch.bool)
-    assert trivial_losses(view, every)["infill"] < 1e-10
-    assert trivial_losses(view, every)["token_mean"] == pytest.approx(7 / 8, rel=1e-4)
+    found = trivial_losses(view, every, torch.tensor([4.0]))
+    assert found["infill"][0] < 1e-10
+    assert found["token_mean"][0] == pytest.approx(7 / 8, rel=1e-4)
+    assert found["token_mean"][1] == pytest.approx(torch.var(pattern, correction=0).item() / 16, rel=1e-4)

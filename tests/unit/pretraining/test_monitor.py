@@ -1,11 +1,17 @@
 """Means by hand, the CSV file over an interruption, and what the progress bar says."""
 
 import csv
+import math
 
 import pytest
+import torch
 
+from nnunet_mim.config import NetworkConfig, PretrainConfig
+from nnunet_mim.geometry import levels_of
+from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.pretraining.held_out import HeldOut, WeightedMean, decibel, feature_spread
 from nnunet_mim.pretraining.loop import progress_text
-from nnunet_mim.pretraining.monitor import MetricsFile, WeightedMean
+from nnunet_mim.pretraining.record import MetricsFile
 
 
 def test_weighted_mean_by_hand():
@@ -44,3 +50,65 @@ def test_progress_names_levels_and_speed():
     train = {f"train/level{n}/reconstruction": n / 10 for n in (2, 3)}
     val = {f"val/level{n}/reconstruction": n / 2 for n in (2, 3)} | {"val/loss": 9.0}
     assert progress_text(train, val, 1.5) == {"L2": "0.200", "L3": "0.300", "val": "1.000/1.500", "crops/s": "1.50"}
+
+
+def test_a_row_that_was_cut_short_is_dropped(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("iteration,loss\n10,1.5\n20,0.25\n3")  # 30 was being written when the power went
+    MetricsFile(path, start=30).append(30, {"loss": 0.125})
+    assert rows_of(path) == [(10, 1.5), (20, 0.25), (30, 0.125)]
+
+
+def test_spread_of_features_by_hand():
+    """Two directions of equal strength: rank 2. All tokens the same: rank 1, no deviation. Random: rank near D, 1."""
+    cross = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
+    rank, std = feature_spread(cross)
+    assert rank == pytest.approx(2)
+    assert std == pytest.approx(2 * (2 / 3) ** 0.5 / 3 * 3**0.5)  # two axes deviate by sqrt(2/3), the third not at all
+    rank, std = feature_spread(torch.ones(50, 8) + 1e-9 * torch.randn(50, 8))
+    assert std < 1e-6
+    torch.manual_seed(0)
+    rank, std = feature_spread(torch.randn(2000, 16))
+    assert 15.5 < rank <= 16
+    assert std == pytest.approx(1, abs=0.05)
+    rank, _ = feature_spread(torch.randn(2000, 1) * torch.randn(1, 16) + 0.01 * torch.randn(2000, 16))
+    assert rank < 2.5
+
+
+def test_decibel_by_hand():
+    assert decibel(0.01) == pytest.approx(20)
+    assert decibel(1.0) == 0
+
+
+def test_held_out_figures_match_another_way_to_get_them():
+    """PSNR from predictions made view by view; whatever the number of views in a pass."""
+    network = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
+    config = PretrainConfig(network=network, view_size=(32, 32, 32), n_children=(2, 2))
+    levels = levels_of(config)
+    torch.manual_seed(0)
+    model = MaskInMask(network)
+    crops = torch.randn(3, 1, *levels[0].fov)
+    valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 3)
+    width = torch.tensor([8.0])
+    arguments = crops, valid, torch.zeros(1), torch.tensor([0.04]), width, levels, config
+    held_out = HeldOut(*arguments)
+    figures = held_out.evaluate(model)
+    assert HeldOut(*arguments, views_per_pass=1).evaluate(model) == pytest.approx(figures, rel=1e-4)
+    squares, count = 0.0, 0
+    for views in held_out.batches:
+        view = views[2]
+        for n in range(view.images.shape[0]):
+            with torch.no_grad():
+                made = model(view.images[n : n + 1], view.ids_keep[n : n + 1], view.ids_masked[n : n + 1]).prediction[0]
+            for prediction, voxels in zip(made, view.masked_tokens()[n], strict=True):
+                if voxels.std() >= 0.04:
+                    error = prediction * (voxels.var() + 1e-6).sqrt() + voxels.mean() - voxels
+                    squares, count = squares + float((error / width).square().mean()), count + 1
+    assert count > 0
+    assert figures["val/level3/psnr"] == pytest.approx(-10 * math.log10(squares / count), rel=1e-4)
+    constants = held_out.constants
+    assert constants["val/level2/alignment_chance"] == 1 / 8  # octants of one parent
+    assert constants["val/level3/alignment_chance"] == 1 / (2 * 8)  # tokens of two parents
+    assert constants["baseline/level3/token_mean"] == pytest.approx(1, abs=0.01)
+    assert constants["baseline/level3/token_mean_psnr"] > 0
+    assert 1 <= figures["val/features/rank"] <= 12

@@ -1,0 +1,24 @@
+"""What a run trains on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nnunet_mim.pretraining.dataset import Case
+from nnunet_mim.pretraining.sources import Source
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on, and the intensities that the losses need."""
+
+    sources: list[Source]
+    train: list[Case]
+    val: list[Case]
+    fold: int | str
+    fill: tuple[float, ...]
+    """per channel, the window's minimum"""
+    flat_threshold: tuple[float, ...]
+    """per channel, standard deviation below which a token is no target"""
+    width: tuple[float, ...]
+    """per channel, the window's largest minus its smallest intensity"""

@@ -1,0 +1,109 @@
+"""What a run leaves in its folder while it goes on: figures, checkpoints, pictures."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from nnunet_mim.config import PretrainConfig
+from nnunet_mim.pretraining.checkpoint import LATEST, build_checkpoint, run_provenance, save_atomically
+from nnunet_mim.pretraining.sources import Source
+
+
+class RunRecord:
+    """Figures and checkpoints of one run. Every rank has one, but only the first rank's writes anything.
+
+    Args:
+        folder: of the run, exists.
+        config: of the run.
+        sources: datasets.
+        seen: records of the cases that the weights have been trained on.
+        fold: left-out fold, or `all`.
+        start: iteration that the run continues from; 0 for a new one.
+        history: measurements so far, oldest first.
+        active: whether this rank writes.
+    """
+
+    def __init__(
+        self, folder: Path, config: PretrainConfig, sources: list[Source], seen: list[dict[str, str]], fold: int | str,
+        start: int, history: list[dict[str, float]], active: bool,
+    ) -> None:  # fmt: skip
+        self.folder = folder
+        self.config = config
+        self.sources = sources
+        self.seen = seen
+        self.fold = fold
+        self.history = history
+        self.active = active
+        if active:
+            self.files = {part: MetricsFile(folder / f"{part}.csv", start) for part in ("train", "val")}
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def log(self, part: str, iteration: int, figures: dict[str, float]) -> None:
+        """Add figures to `train.csv` or `val.csv` and to TensorBoard."""
+        if self.active:
+            self.files[part].append(iteration, figures)
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, iteration)
+
+    def measured(self, iteration: int, val: dict[str, float], train: dict[str, float]) -> bool:
+        """Note a measurement on held-out cases. Returns whether it is the best so far."""
+        best = min((row["val/loss"] for row in self.history), default=float("inf"))
+        self.history.append({"iteration": iteration, **train, **val})
+        self.log("val", iteration, val)
+        return val["val/loss"] < best
+
+    def save(
+        self, name: str, iteration: int, weights: dict[str, Tensor], skipped: list[dict[str, Any]],
+        resume_state: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Write a checkpoint; with `resume_state` the run can be continued from it."""
+        if self.active:
+            provenance = run_provenance(self.sources, self.seen, self.fold, iteration, self.history)
+            provenance["skipped_steps"] = skipped
+            checkpoint = build_checkpoint(weights, self.config, provenance)
+            if resume_state is not None:
+                checkpoint["resume_state"] = resume_state
+            save_atomically(checkpoint, self.folder / name)
+
+    def close(self) -> None:
+        """After the final checkpoint has been written."""
+        if self.active:
+            (self.folder / LATEST).unlink(missing_ok=True)
+            self.board.close()
+
+
+class MetricsFile:
+    """A CSV file with one row per logged iteration, the same columns in every row.
+
+    A resumed run drops the rows after its checkpoint, and a last row that was cut short, and goes on.
+
+    Args:
+        path: of the file.
+        start: iteration of the checkpoint that the run continues from, 0 for a new run.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path = path
+        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = whole[:1] + [line for line in whole[1:] if int(line.split(",", 1)[0]) <= start]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.new = not kept
+
+    def append(self, iteration: int, figures: dict[str, float]) -> None:
+        """Add a row."""
+        row = {"iteration": str(iteration), **{name: f"{value:.6g}" for name, value in figures.items()}}
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if self.new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.new = False

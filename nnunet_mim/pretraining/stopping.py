@@ -1,0 +1,103 @@
+"""What ends a run before its last iteration: a request from outside, or steps that cannot be used."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+from nnunet_mim.errors import MiMError
+
+EXIT_CODE = 75
+"""of a run that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)"""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+GRACE = 30.0
+"""seconds that a process that reads crops lives on after SIGTERM; SLURM gives as much by default"""
+MOST_NAMED = 1000
+"""skipped steps that a checkpoint remembers"""
+
+
+class StoppedError(MiMError):
+    """The run was asked to stop, has saved itself and can be continued."""
+
+
+class StopRequests:
+    """While entered, SIGTERM, SIGUSR1 and Ctrl-C set `received` instead of ending the process; a second Ctrl-C ends it.
+
+    Only in the main thread; elsewhere nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        try:
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        except ValueError:  # not the main thread
+            self._before = {}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def leave_stopping_to_parent(worker: int) -> None:
+    """For processes that read crops. A signal to the whole group must not end them before the run has saved itself:
+    they ignore it, but for SIGTERM, which ends them `GRACE` seconds later.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _end_later())
+
+
+def _end_later() -> None:
+    timer = threading.Timer(GRACE, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+class SkippedSteps:
+    """Steps whose gradient was not finite. They changed nothing; too many of them end the run.
+
+    Args:
+        stored: of the checkpoint that is continued, oldest first.
+        most: number of skipped steps among the last `window` that is still accepted.
+        window: steps.
+    """
+
+    def __init__(self, stored: Sequence[dict[str, Any]], most: int, window: int) -> None:
+        self.steps = list(stored)
+        self.most = most
+        self.window = window
+
+    def add(self, iteration: int, cases: Sequence[str]) -> str:
+        """Note one skipped step, and return a line that names it.
+
+        Args:
+            iteration: of the step, counted from 1.
+            cases: what it was computed from; those alone whose features were not finite, where there are any.
+        """
+        self.steps = [*self.steps, {"iteration": iteration, "cases": list(cases)}][-MOST_NAMED:]
+        return f"step {iteration} skipped: loss or gradient not finite ({'; '.join(cases)})"
+
+    def check(self, iteration: int, folder: object) -> None:
+        """Raise MiMError if too many of the steps up to `iteration` were skipped."""
+        recent = [step for step in self.steps if iteration - self.window < step["iteration"] <= iteration]
+        if len(recent) > self.most:
+            raise MiMError(
+                f"{len(recent)} of the last {min(iteration, self.window)} steps were skipped because loss or gradient "
+                f"was not finite, the last one on {'; '.join(recent[-1]['cases'])}: lower --lr or take the named cases "
+                f"out, and start anew with -o TAG and --init; the last good checkpoint is in {folder}"
+            )
