@@ -9,6 +9,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +17,7 @@ import torch
 from lightning_fabric import Fabric
 
 from nnunet_mim.config import PretrainConfig
+from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.pretraining.checkpoint import FINAL
 from nnunet_mim.pretraining.data import RunData
 from nnunet_mim.pretraining.loop import RunOptions, pretrain, training_batches, training_crops
@@ -119,7 +121,10 @@ def _seconds_of_data(config: PretrainConfig, data: RunData, fabric: Fabric, opti
 def _largest_batch(config: PretrainConfig, trial: Trial, doubled: Trial, fabric: Fabric) -> int:
     """Crops a step that fill the memory of all devices, by the growth from one batch to twice as much."""
     here = config.batch_size // fabric.world_size
-    growth = max((doubled.memory - trial.memory) / here, 1.0)
+    levels = levels_of(config)
+    images = sum(n * prod(level.view_size) for n, level in zip(views_per_crop(levels), levels, strict=True))
+    least = 4 * config.in_channels * (images + 2 * prod(levels[0].fov))  # views, and the crop before and after padding
+    growth = max((doubled.memory - trial.memory) / here, least)
     if fabric.device.type == "cuda":
         total = torch.cuda.get_device_properties(fabric.device).total_memory
     else:
