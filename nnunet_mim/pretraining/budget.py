@@ -103,7 +103,7 @@ def _try(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunOpti
         weights = (Path(folder) / FINAL).stat().st_size if fabric.is_global_zero else 0
     durations = [b - a for a, b in pairwise(times)]
     memory = torch.cuda.max_memory_reserved() if cuda else _peak_rss()
-    return Trial(median(durations[WARM_UP - 1 :]), result.monitor_seconds / 2, memory, weights)
+    return Trial(median(durations[WARM_UP - 1 :]), median(result.measuring["held_out"]), memory, weights)
 
 
 def _seconds_of_data(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunOptions, steps: int) -> float:

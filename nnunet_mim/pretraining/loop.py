@@ -75,9 +75,14 @@ class RunResult:
     figures: dict[str, float]
     """last measurement on held-out cases"""
     seconds: float
-    """from the first step on, in this process"""
-    monitor_seconds: float
-    """of these, spent in measurements on held-out cases"""
+    """from the first measurement on, in this process"""
+    measuring: dict[str, list[float]]
+    """of these, how long every measurement has taken, by kind"""
+
+    @property
+    def measuring_share(self) -> float:
+        """Share of the time that measurements took."""
+        return sum(sum(seconds) for seconds in self.measuring.values()) / self.seconds
 
 
 def pretrain(
@@ -141,12 +146,12 @@ def pretrain(
         state = {"optimizer": optimizer_state(model, optimizer)} if resumable else None
         record.save(name, iteration, whole_weights(model), skips.steps, state)
 
+    began = time.perf_counter()
     if resume:
         val = history[-1]
     else:
         val = monitor.measure(model, 0)
         record.measured(0, val, {})
-    began = time.perf_counter()
     recent: list[dict[str, Tensor]] = []  # figures of the steps since the last log, still on the device
     since = time.perf_counter()
     progress = tqdm(
@@ -205,7 +210,7 @@ def pretrain(
                 raise StoppedError(f"stopped after {done} of {config.iterations} iterations: continue with --c")
         save(FINAL, config.iterations)
     record.close()
-    return RunResult(val, time.perf_counter() - began, monitor.seconds)
+    return RunResult(val, time.perf_counter() - began, dict(monitor.seconds))
 
 
 def compiled(model: nn.Module) -> Any:

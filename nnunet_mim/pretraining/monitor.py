@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning_fabric import Fabric
@@ -41,19 +44,23 @@ class Monitor:
         self.whole: MaskInMask | None = None
         if sharded:
             self.whole = MaskInMask(config.network, config.in_channels, alignment=config.alignment).to(fabric.device)
-        self.seconds = 0.0
-        """spent in measurements so far"""
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        """how long every measurement has taken, by kind"""
 
     def measure(self, model: MaskInMask, iteration: int) -> dict[str, float]:
         """Figures by name (`val/…`, `baseline/…`), see HeldOut. Eager: graphs without gradients are not worth it."""
-        since = time.perf_counter()
         if self.whole is not None:
             self.whole.load_state_dict(whole_weights(model))
             model = self.whole
-        with self.fabric.autocast():
-            figures = {**self.held_out.evaluate(model), **self.held_out.constants}
-        self.seconds += time.perf_counter() - since
-        return figures
+        with self.clock("held_out"), self.fabric.autocast():
+            return {**self.held_out.evaluate(model), **self.held_out.constants}
+
+    @contextmanager
+    def clock(self, kind: str) -> Iterator[None]:
+        """Add the time spent inside to `seconds`."""
+        since = time.perf_counter()
+        yield
+        self.seconds[kind].append(time.perf_counter() - since)
 
 
 def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:

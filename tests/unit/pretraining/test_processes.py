@@ -76,6 +76,7 @@ def finish(process):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_on_two_processes_equals_one_and_any_number_continues(write_dataset, small_runs):
     """Started by Fabric and by torchrun; sharded; continued on another number of processes than it began with."""
     write_dataset(n=4)

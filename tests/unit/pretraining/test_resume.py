@@ -55,6 +55,7 @@ def wait_for(process, happened, seconds=120.0):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_killed_at_ten_moments_some_inside_checkpoint_writes(write_dataset, small_runs):
     """SIGKILL, with a process that reads crops; the last run is left alone."""

@@ -1,0 +1,106 @@
+"""Share of a pretraining run that its measurements on held-out cases take.
+
+    python benchmarks/monitor_overhead.py [--preset tiny] [--view 64] [--batch 2] [--steps 10] [--json]
+
+Made-up bodies are preprocessed by nnU-Net's own classes into a temporary folder; then the loop of mim_pretrain runs
+`--steps` iterations. The share is that of a run with the default settings: one measurement (all figures, the label
+probe and the pictures, each as often as by default) for every `val_every` iterations of the median duration.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+from nnunet_mim.config import DEFAULT_LEARNING_RATE, PretrainConfig
+from nnunet_mim.demo.phantoms import make_phantom
+from nnunet_mim.pretraining.loop import RunOptions, pretrain
+from nnunet_mim.pretraining.run import index_sources, run_data
+from nnunet_mim.pretraining.sources import Source
+
+N_CASES = 12
+WARM_UP = 2
+
+
+def write_cases(folder, size):
+    """Phantoms with labels, as nnU-Net leaves them; returns the Source."""
+    for number in range(N_CASES):
+        hu, labels = make_phantom(number, (size,) * 3)
+        data, seg = hu[None].astype(np.float32) / 250, labels[None].astype(np.int8)
+        chunks = (1, *(min(64, n) for n in data.shape[1:]))
+        properties = {"class_locations": {}, "spacing": (2.0, 2.0, 2.0)}
+        nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / f"case_{number:02d}"), chunks, chunks)
+    window = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0}
+    cases = tuple(f"case_{number:02d}" for number in range(N_CASES))
+    plans = {"transpose_forward": [0, 1, 2]}
+    return Source(
+        "Dataset900_Phantoms", "plans", "3d_fullres", folder, nnUNetDatasetBlosc2, cases, (2.0, 2.0, 2.0),
+        ("CTNormalization",), {"0": window}, plans,
+    )  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--view", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+
+    config = PretrainConfig(
+        preset=options.preset, view_size=(options.view,) * 3, batch_size=options.batch,
+        learning_rate=DEFAULT_LEARNING_RATE[options.preset], iterations=options.steps + WARM_UP,
+    )  # fmt: skip
+    fabric = Fabric(
+        accelerator=options.device, devices=1, precision="bf16-mixed" if options.device == "cuda" else "32-true"
+    )
+    fabric.launch()
+    times = []
+
+    def note(_):
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "cases" / "cases"
+        folder.mkdir(parents=True)
+        sources = [write_cases(folder, 2 * options.view)]
+        data = run_data(sources, index_sources(sources), "all", config)
+        output = Path(temporary) / "run"
+        output.mkdir()
+        short = replace(config, val_every=config.iterations, save_every=config.iterations + 1)
+        views_per_pass = 4 if options.device == "cpu" else 32
+        result = pretrain(short, data, output, fabric, False, RunOptions(0, views_per_pass), note)
+    step_s = statistics.median(b - a for a, b in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False))
+    parts = {kind: statistics.median(seconds) for kind, seconds in result.measuring.items()}
+    if "probe" in parts:
+        parts["probe"] *= config.val_every / config.probe_every
+    measure_s = sum(parts.values())
+    overhead = measure_s / (config.val_every * step_s + measure_s)
+
+    print(f"torch {torch.__version__}, {platform.machine()}, {options.device}, {torch.get_num_threads()} threads; "
+          f"{options.preset}, view {options.view}, batch {options.batch}")  # fmt: skip
+    print("\n| figure | value |\n|---|---|")
+    figures = {
+        "step_s": step_s, **{f"{kind}_s": s for kind, s in parts.items()}, "measure_s": measure_s, "val_every": config.val_every, "overhead_fraction": overhead,
+    }  # fmt: skip
+    for name, value in figures.items():
+        print(f"| {name} | {value:.4g} |")
+    if options.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
