@@ -94,7 +94,8 @@ def main():
           f"{options.preset}, view {options.view}, batch {options.batch}")  # fmt: skip
     print("\n| figure | value |\n|---|---|")
     figures = {
-        "step_s": step_s, **{f"{kind}_s": s for kind, s in parts.items()}, "measure_s": measure_s, "val_every": config.val_every, "overhead_fraction": overhead,
+        "step_s": step_s, **{f"{kind}_s": seconds for kind, seconds in parts.items()}, "measure_s": measure_s,
+        "val_every": config.val_every, "overhead_fraction": overhead,
     }  # fmt: skip
     for name, value in figures.items():
         print(f"| {name} | {value:.4g} |")
