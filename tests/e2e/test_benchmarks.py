@@ -43,6 +43,7 @@ def test_depthwise_convolution():
     assert found["rows"][0]["difference"] < 1e-4
 
 
+@pytest.mark.long
 def test_gpu_paths_without_a_gpu():
     options = ("--device", "cpu", "--modes", "eager", "--presets", "tiny", "--view", "32", "--batch", "1")
     found = last_line("gpu/gpu_paths.py", *options, "--steps", "1", "--json")

@@ -103,6 +103,19 @@ def test_the_command_on_two_processes_equals_one_and_any_number_continues(write_
         torch.testing.assert_close(weights[1][name], value, rtol=1e-2, atol=1e-4, msg=name)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("more", [(), ("--shard",), ("--compile",)])
+def test_two_gpus_equal_one(write_dataset, small_runs, more):
+    """NCCL, in float32; sums on a GPU depend on the order of threads."""
+    write_dataset(n=4)
+    settings = (*SETTINGS, "-device", "cuda", "--precision", "32-true")
+    finish(small_runs.start("-o", "one", *settings, batch="4"))
+    finish(small_runs.start("-o", "two", *settings, "-num_gpus", "2", *more, batch="4", workers="1"))
+    for one, two in zip(losses(small_runs, "one"), losses(small_runs, "two"), strict=True):
+        assert two == pytest.approx(one, rel=5e-3, abs=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_one_process_ends_the_run(write_dataset, small_runs, victim):

@@ -90,6 +90,7 @@ def test_memory_does_not_grow_with_the_number_of_views():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("triton", "recompute"), [(False, (1, 2, 3)), (True, ())])
 def test_a_step_compiles_without_graph_breaks(triton, recompute, monkeypatch):
     """fullgraph=True raises at the first break; Triton's kernels are interpreted."""
