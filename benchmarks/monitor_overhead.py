@@ -85,8 +85,8 @@ def main():
         result = pretrain(short, data, output, fabric, False, RunOptions(0, views_per_pass), note)
     step_s = statistics.median(b - a for a, b in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False))
     parts = {kind: statistics.median(seconds) for kind, seconds in result.measuring.items()}
-    if "probe" in parts:
-        parts["probe"] *= config.val_every / config.probe_every
+    for kind in {"probe", "report"} & set(parts):  # rarer than the others
+        parts[kind] *= config.val_every / config.probe_every
     measure_s = sum(parts.values())
     overhead = measure_s / (config.val_every * step_s + measure_s)
 

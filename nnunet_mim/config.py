@@ -183,6 +183,8 @@ class PretrainConfig:
                 raise MiMError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.probe_every < 0 or self.max_skipped < 0:
             raise MiMError("probe_every and max_skipped must be 0 or more")
+        if len(self.probe_cases) != 2 or min(self.probe_cases) < 1:
+            raise MiMError(f"probe_cases needs two numbers above 0, got {self.probe_cases}")
         if self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1:
             raise MiMError("learning_rate must be above 0 and warmup_fraction in [0, 1)")
         if len(self.mask_ratios) != 3 or len(self.level_weights) != 3 or len(self.n_children) != 2:

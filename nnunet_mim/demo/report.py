@@ -14,13 +14,16 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunet_mim.demo.figures import LossPanel, loss_figure, segmentation_figure, views_figure
-from nnunet_mim.demo.page import Section, write_page
 from nnunet_mim.demo.phantoms import LABELS
-from nnunet_mim.demo.pictures import reconstruct_case
 from nnunet_mim.demo.stages import DemoSettings, Folders
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining.checkpoint import FINAL, load_checkpoint
+from nnunet_mim.pretraining.pictures import load_network, reconstruct_volume, upright
+from nnunet_mim.pretraining.summary import NOTE
+from nnunet_mim.reporting.figures import LossPanel, loss_figure, segmentation_figure
+from nnunet_mim.reporting.orientation import orientation_of
+from nnunet_mim.reporting.page import Section, write_page
+from nnunet_mim.reporting.views import views_figure
 
 ORGANS = {name: label for name, label in LABELS.items() if label}
 Dice = dict[str, dict[str, float]]  # test body → organ → Dice
@@ -110,11 +113,11 @@ def _views_section(folders: Folders, checkpoint: dict[str, Any]) -> Section:
 Body {case}, held out of the pretraining. Each row is one view: the original, what the encoder gets to see, and what the
 network makes of the hidden part. The blue frame is the hidden place that the next row is cut from and enlarged: a mask
 in a mask. All views have {view} voxels; tokens of {token} voxels are hidden, in level 1 whole blocks of them."""
-    note = """\
-The network predicts the pattern inside each token, normalised to mean 0 and standard deviation 1. To show it as CT, the
-true mean and standard deviation of each token are put back, so the overall brightness and contrast of a token are not
-the network's work. Grey scale from -450 to 350 HU; the patient's right is on the left."""
-    return Section("A mask in a mask", text, note, [views_figure(reconstruct_case(checkpoint, volume))])
+    provenance = checkpoint["provenance"]
+    pictures = reconstruct_volume(load_network(checkpoint), checkpoint, volume)
+    views = upright(pictures, provenance["spacing"], orientation_of(provenance.get("transpose_forward", (0, 1, 2))))
+    note = f"{NOTE} Grey scale from -450 to 350 HU."
+    return Section("A mask in a mask", text, note, [views_figure(views)])
 
 
 def _loss_section(folders: Folders, settings: DemoSettings) -> Section:

@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
         write_config(config, folder / "config.yaml")
     result = pretrain(config, data, folder, fabric, args.resume, options)
     say(summary(result.figures))
+    say(result.verdict)
     say(f"measurements on held-out cases took {result.measuring_share:.1%} of the time")
     say(f"wrote {folder / FINAL}")
     next_fold = 0 if fold == "all" else fold

@@ -74,6 +74,8 @@ class RunResult:
 
     figures: dict[str, float]
     """last measurement on held-out cases"""
+    verdict: str
+    """one sentence: is it working?"""
     seconds: float
     """from the first measurement on, in this process"""
     measuring: dict[str, list[float]]
@@ -200,8 +202,14 @@ def pretrain(
                 since = time.perf_counter()
             if measure:
                 val = monitor.measure(model, done)
-                if record.measured(done, val, means):
+                with monitor.clock("progress"):
+                    best = record.measured(done, val, means)
+                if best:
                     save(BEST, done)
+                if monitor.due(done) or last:
+                    with monitor.clock("report"):
+                        record.report(done, whole_weights(model), skips.steps, data, fabric.device.type)
+                    progress.write(f"iteration {done}: {record.verdict()}")
                 since = time.perf_counter()
             if due:
                 save(LATEST, done, resumable=True)
@@ -210,7 +218,7 @@ def pretrain(
                 raise StoppedError(f"stopped after {done} of {config.iterations} iterations: continue with --c")
         save(FINAL, config.iterations)
     record.close()
-    return RunResult(val, time.perf_counter() - began, dict(monitor.seconds))
+    return RunResult(val, record.verdict(), time.perf_counter() - began, dict(monitor.seconds))
 
 
 def compiled(model: nn.Module) -> Any:

@@ -17,6 +17,7 @@ from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.data import RunData
 from nnunet_mim.pretraining.dataset import CropDataset
 from nnunet_mim.pretraining.held_out import HeldOut
+from nnunet_mim.pretraining.probe import LabelProbe, probe_cases
 from nnunet_mim.pretraining.sharding import whole_weights
 
 
@@ -41,6 +42,7 @@ class Monitor:
             torch.tensor(values, device=fabric.device) for values in (data.fill, data.flat_threshold, data.width)
         )
         self.held_out = HeldOut(crops, valid, fill, flat_threshold, width, levels_of(config), config, views_per_pass)
+        self.probe = label_probe(data, config, fabric.device)
         self.whole: MaskInMask | None = None
         if sharded:
             self.whole = MaskInMask(config.network, config.in_channels, alignment=config.alignment).to(fabric.device)
@@ -48,12 +50,26 @@ class Monitor:
         """how long every measurement has taken, by kind"""
 
     def measure(self, model: MaskInMask, iteration: int) -> dict[str, float]:
-        """Figures by name (`val/…`, `baseline/…`), see HeldOut. Eager: graphs without gradients are not worth it."""
+        """Figures by name (`val/…`, `baseline/…`), see HeldOut and, where it is due, LabelProbe.
+
+        Eager: graphs without gradients are not worth compiling.
+        """
         if self.whole is not None:
             self.whole.load_state_dict(whole_weights(model))
             model = self.whole
         with self.clock("held_out"), self.fabric.autocast():
-            return {**self.held_out.evaluate(model), **self.held_out.constants}
+            figures = {**self.held_out.evaluate(model), **self.held_out.constants}
+        if self.probe is not None and self.due(iteration):
+            with self.clock("probe"), self.fabric.autocast():
+                figures |= {f"val/{name}": value for name, value in self.probe.evaluate(model.encoder).items()}
+        return figures
+
+    def due(self, iteration: int) -> bool:
+        """Whether this measurement is the first one after a multiple of `probe_every`, or the last of the run: time for
+        probe and report.
+        """
+        every = self.config.probe_every
+        return bool(every) and (iteration % every < self.config.val_every or iteration == self.config.iterations)
 
     @contextmanager
     def clock(self, kind: str) -> Iterator[None]:
@@ -61,6 +77,15 @@ class Monitor:
         since = time.perf_counter()
         yield
         self.seconds[kind].append(time.perf_counter() - since)
+
+
+def label_probe(data: RunData, config: PretrainConfig, device: torch.device) -> LabelProbe | None:
+    """The probe of a run; None where it is switched off or there are no labels."""
+    if not config.probe_every:
+        return None
+    n_train, n_held_out = config.probe_cases
+    cases = probe_cases(data.train, data.val, (n_train, n_held_out), config.seed)
+    return None if cases is None else LabelProbe(*cases, data.fill, seed=config.seed, device=device)
 
 
 def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.pretraining.checkpoint import LATEST, build_checkpoint, run_provenance, save_atomically
+from nnunet_mim.pretraining.data import RunData
+from nnunet_mim.pretraining.run_report import write_run_report
 from nnunet_mim.pretraining.sources import Source
+from nnunet_mim.pretraining.verdict import verdict
+from nnunet_mim.reporting.curves import write_progress
 
 
 class RunRecord:
@@ -52,11 +56,17 @@ class RunRecord:
                 self.board.add_scalar(name, value, iteration)
 
     def measured(self, iteration: int, val: dict[str, float], train: dict[str, float]) -> bool:
-        """Note a measurement on held-out cases. Returns whether it is the best so far."""
+        """Note a measurement on held-out cases and draw `progress.png`. Returns whether it is the best so far."""
         best = min((row["val/loss"] for row in self.history), default=float("inf"))
         self.history.append({"iteration": iteration, **train, **val})
         self.log("val", iteration, val)
+        if self.active:
+            write_progress(self.folder)
         return val["val/loss"] < best
+
+    def verdict(self) -> str:
+        """One sentence: is it working?"""
+        return verdict(self.history, self.config.warmup_fraction * self.config.iterations).sentence
 
     def save(
         self, name: str, iteration: int, weights: dict[str, Tensor], skipped: list[dict[str, Any]],
@@ -64,12 +74,24 @@ class RunRecord:
     ) -> None:  # fmt: skip
         """Write a checkpoint; with `resume_state` the run can be continued from it."""
         if self.active:
-            provenance = run_provenance(self.sources, self.seen, self.fold, iteration, self.history)
-            provenance["skipped_steps"] = skipped
-            checkpoint = build_checkpoint(weights, self.config, provenance)
+            checkpoint = self._checkpoint(iteration, weights, skipped)
             if resume_state is not None:
                 checkpoint["resume_state"] = resume_state
             save_atomically(checkpoint, self.folder / name)
+
+    def report(
+        self, iteration: int, weights: dict[str, Tensor], skipped: list[dict[str, Any]], data: RunData, device: str
+    ) -> None:
+        """Write `report.html`: verdict, curves, and pictures made with the weights."""
+        if self.active:
+            write_run_report(self.folder, self._checkpoint(iteration, weights, skipped), data, device)
+
+    def _checkpoint(
+        self, iteration: int, weights: dict[str, Tensor], skipped: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        provenance = run_provenance(self.sources, self.seen, self.fold, iteration, self.history)
+        provenance["skipped_steps"] = skipped
+        return build_checkpoint(weights, self.config, provenance)
 
     def close(self) -> None:
         """After the final checkpoint has been written."""
@@ -79,7 +101,7 @@ class RunRecord:
 
 
 class MetricsFile:
-    """A CSV file with one row per logged iteration, the same columns in every row.
+    """A CSV file with one row per logged iteration. The first row decides the columns; what a later one lacks is empty.
 
     A resumed run drops the rows after its checkpoint, and a last row that was cut short, and goes on.
 
@@ -96,14 +118,15 @@ class MetricsFile:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
-        self.new = not kept
+        self.columns = kept[0].strip().split(",") if kept else []
 
     def append(self, iteration: int, figures: dict[str, float]) -> None:
         """Add a row."""
         row = {"iteration": str(iteration), **{name: f"{value:.6g}" for name, value in figures.items()}}
+        new = not self.columns
+        self.columns = self.columns or list(row)
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if self.new:
+            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore", lineterminator="\n")
+            if new:
                 writer.writeheader()
             writer.writerow(row)
-        self.new = False

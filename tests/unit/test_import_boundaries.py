@@ -16,10 +16,12 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 LAYERS = {
     "": 0,
     "networks": 1,
+    "reporting": 1,
     "pretraining": 2,
     "trainers": 2,
     "_nnunet_plugin": 3,
     "preparation": 3,
+    "inspection": 3,
     "conversion": 4,
     "benchmarking": 4,
     "demo": 5,

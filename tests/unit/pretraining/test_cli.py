@@ -41,7 +41,8 @@ def test_a_small_run_writes_the_checkpoint_of_the_contract(write_dataset, tmp_pa
     assert run("-f", "0", "--iterations", "3", "--val_every", "2") == 0
     output = fold_folder(tmp_path)
     assert {p.name for p in output.iterdir()} == {
-        "checkpoint_best.pth", "checkpoint_final.pth", "config.yaml", "train.csv", "val.csv", "tensorboard",
+        "checkpoint_best.pth", "checkpoint_final.pth", "config.yaml", "progress.png", "report.html", "train.csv",
+        "val.csv", "tensorboard",
     }  # fmt: skip
     checkpoint = load_checkpoint(output / "checkpoint_final.pth")
 

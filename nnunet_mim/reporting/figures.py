@@ -1,4 +1,4 @@
-"""Figures of what the method sees and does.
+"""Figures of losses and of organs.
 
 They take numpy arrays in nnU-Net's array order (z, y, x), z to the head, y to the back, x to the patient's left, and
 show them as radiologists look at them: the patient's right on the left of the picture, the head up.
@@ -13,109 +13,9 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2", "#999999")
-MASKED_GREY = 0.45  # brightness of what the encoder does not see
-CHILD_COLOUR = "#4db8ff"
-
-
-@dataclass(frozen=True)
-class ReconstructedView:
-    """One view of one level, masked and reconstructed; arrays (Z, Y, X), HU where the case is CT."""
-
-    title: str
-    input: np.ndarray
-    mask: np.ndarray
-    """bool per voxel, True = masked"""
-    reconstruction: np.ndarray
-    """only its masked voxels are shown, the others are the input's"""
-    child_box: tuple[slice, slice, slice] | None = None
-    """masked voxels that the next level's view was cut from"""
-
-
-def views_figure(views: Sequence[ReconstructedView], window: tuple[float, float] = (-450.0, 350.0)) -> Figure:
-    """What the encoder is shown and what the decoder makes of it: one row a level.
-
-    Args:
-        views: one a level, outermost first.
-        window: lowest and highest HU of the grey scale.
-
-    Returns:
-        A figure with six columns: original, masked, reconstructed of an axial slice, then of a coronal slice. The
-        slices go through what the next row is cut from, which is framed in blue.
-    """
-    figure = Figure(figsize=(12.6, 2.08 * len(views) + 0.55), layout="constrained")
-    axes = figure.subplots(len(views), 6, squeeze=False)
-    low, high = window
-    for number, (row, view) in enumerate(zip(axes, views, strict=True)):
-        image = np.clip((np.asarray(view.input, np.float32) - low) / (high - low), 0, 1)
-        made = np.clip((np.asarray(view.reconstruction, np.float32) - low) / (high - low), 0, 1)
-        mask = np.asarray(view.mask, bool)
-        hidden = np.where(mask, MASKED_GREY, image)
-        for axis, name, columns in ((0, "axial", row[:3]), (1, "coronal", row[3:])):
-            box = view.child_box
-            index = _telling_slice(mask, axis) if box is None else _slice_through(box[axis], len(mask))
-            covered = np.take(mask, index, axis)
-            for column, volume, what in zip(
-                columns,
-                (image, hidden, np.where(mask, made, image)),
-                ("original", "masked", "reconstructed"),
-                strict=True,
-            ):
-                picture = np.repeat(np.take(volume, index, axis)[..., None], 3, -1)
-                if what == "masked":
-                    picture = np.where(covered[..., None], _hatch(covered.shape), picture)
-                column.imshow(
-                    picture, vmin=0, vmax=1, origin="lower" if axis == 1 else "upper", interpolation="nearest"
-                )
-                if what == "reconstructed" and covered.any() and not covered.all():
-                    column.contour(covered, levels=[0.5], colors=COLOURS[0], linewidths=0.7)
-                if box is not None and what != "reconstructed":
-                    column.add_patch(_frame(*(box[a] for a in range(3) if a != axis)))
-                _bare(column)
-                if number == 0:
-                    column.set_title(f"{name}: {what}", fontsize=10)
-        row[0].set_ylabel(view.title, fontsize=10)
-    handles = [
-        Patch(facecolor="none", edgecolor=COLOURS[0], label="filled in by the network"),
-        Patch(facecolor="none", edgecolor=CHILD_COLOUR, linewidth=2, label="masked place the next row is cut from"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
-    names = ", ".join(" ".join(view.title.split()) for view in views)
-    figure.set_label(
-        f"Slices of one view per level ({names}): the original, the same with masked tokens greyed out, and the same "
-        "with the masked tokens filled in by the decoder, outlined in orange."
-    )
-    return figure
-
-
-def _slice_through(box: slice, size: int) -> int:
-    """The slice nearest to the middle of a view of `size` slices that is well inside the box."""
-    inset = (box.stop - box.start) // 4
-    return min(max(size // 2, box.start + inset), box.stop - 1 - inset)
-
-
-def _frame(rows: slice, columns: slice) -> Rectangle:
-    """Outline of a box of pixels."""
-    height, width = rows.stop - rows.start, columns.stop - columns.start
-    corner = (columns.start - 0.5, rows.start - 0.5)
-    return Rectangle(corner, width, height, fill=False, edgecolor=CHILD_COLOUR, linewidth=2)
-
-
-def _telling_slice(mask: np.ndarray, axis: int) -> int:
-    """The slice nearest to the middle that has masked and visible voxels in fair shares (or the middle one)."""
-    share = mask.mean(axis=tuple(a for a in range(3) if a != axis))
-    middle = len(share) // 2
-    fair = np.flatnonzero((share > 0.2) & (share < 0.8))
-    return int(fair[np.argmin(np.abs(fair - middle))]) if len(fair) else middle
-
-
-def _hatch(shape: tuple[int, ...]) -> np.ndarray:
-    """Bluish grey with diagonal lines (rows, columns, RGB): no tissue looks like it."""
-    rows, columns = np.indices(shape)
-    lines = ((rows + columns) % 4 == 0)[..., None] * 0.13
-    return np.array([MASKED_GREY - 0.05, MASKED_GREY, MASKED_GREY + 0.1]) + lines
 
 
 @dataclass(frozen=True)
@@ -182,7 +82,7 @@ def segmentation_figure(
             column.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1], origin=origin, aspect=aspect)
             if labels is not None:
                 _overlay(column, np.take(labels, index, axis), colours, origin, aspect)
-            _bare(column)
+            bare(column)
             if axis == 0:
                 column.set_title(title, fontsize=11)
             side = {"color": "white", "fontsize": 9, "va": "center", "transform": column.transAxes}
@@ -216,7 +116,7 @@ def _overlay(column: Any, labels: np.ndarray, colours: Sequence[str], origin: st
     column.imshow(fill, origin=origin, aspect=aspect, interpolation="nearest")
 
 
-def _bare(column: Any) -> None:
+def bare(column: Any) -> None:
     """No ticks and no frame around a picture."""
     column.set_xticks([])
     column.set_yticks([])

@@ -5,16 +5,19 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2329; --soft: #57606a; --paper: #fff; --line: #d5dae0; --shade: #f4f6f8; }
+:root { color-scheme: light dark; --ink: #1d2329; --soft: #57606a; --paper: #fff; --line: #d5dae0; --shade: #f4f6f8;
+        --mark: #fff4d6; --accent: #0072b2; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e3e7eb; --soft: #9aa4ae; --paper: #14181c; --line: #333b43; --shade: #1d2329; }
+  :root { --ink: #e3e7eb; --soft: #9aa4ae; --paper: #14181c; --line: #333b43; --shade: #1d2329;
+          --mark: #3a3115; --accent: #56b4e9; }
 }
 body { margin: 0 auto; max-width: 1100px; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
@@ -27,7 +30,12 @@ img { display: block; max-width: 100%; height: auto; border-radius: 4px; backgro
 table { border-collapse: collapse; margin: 1.2rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; }
 th { background: var(--shade); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .words th, .words td { text-align: left; }
+td:first-child { white-space: nowrap; }
+.words td { vertical-align: top; overflow-wrap: anywhere; min-width: 3.5rem; }
+tr.marked td { background: var(--mark); }
+.lead { max-width: none; font-size: 1.12rem; padding: .9rem 1.1rem; border-left: 4px solid var(--accent);
+        background: var(--shade); border-radius: 4px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; background: var(--shade);
       border-radius: 4px; font-size: .8rem; }
 .note { color: var(--soft); font-size: .92rem; }
@@ -43,7 +51,10 @@ class Section:
         text: plain text; an empty line starts a new paragraph.
         note: text under the figures, in smaller print.
         figures: matplotlib figures (their label is the text for those who cannot see them) or the bytes of PNG files.
-        table: rows of cells, the first row being the heading; None for no table.
+        table: rows of cells, the first row being the heading (not shown where all its cells are empty); None for no
+            table.
+        marked: numbers of table rows that stand out, 1 being the first below the heading.
+        words: the table holds words, not numbers.
         code: lines to be shown as they are.
     """
 
@@ -53,29 +64,47 @@ class Section:
     figures: Sequence[Figure | bytes] = ()
     table: list[list[str]] | None = None
     code: str = ""
+    marked: Collection[int] = ()
+    words: bool = False
 
 
-def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """Write one HTML file that needs no other file and no network: pictures are inside it as base64 PNG."""
+def write_page(path: Path, title: str, sections: Sequence[Section], lead: str = "") -> None:
+    """Write one HTML file that needs no other file and no network: pictures are inside it as base64 PNG.
+
+    Args:
+        path: of the file; its folder is made. The former file stays until the new one is complete.
+        title: of the page.
+        sections: in their order.
+        lead: a sentence that stands out, under the title.
+    """
+    summary = f'<p class="lead">{html.escape(lead)}</p>\n' if lead else ""
     body = "\n".join(_section_html(section) for section in sections)
     page = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{summary}{body}\n</body>\n</html>\n"
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page.encode("utf-8", "replace"))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that `path` holds either the former content or all of the new."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _section_html(section: Section) -> str:
     parts = [f"<section>\n<h2>{html.escape(section.title)}</h2>"]
     parts += [f"<p>{html.escape(p)}</p>" for p in _paragraphs(section.text)]
     if section.table:
-        head, *rows = section.table
-        lines = ["<tr>" + "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head) + "</tr>"]
-        lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-        parts.append('<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>")
+        parts.append(_table_html(section.table, section.marked, section.words))
     for figure in section.figures:
         label = str(figure.get_label()) if isinstance(figure, Figure) else ""
         png = base64.b64encode(figure_png(figure) if isinstance(figure, Figure) else figure).decode()
@@ -87,12 +116,23 @@ def _section_html(section: Section) -> str:
     return "\n".join([*parts, "</section>"])
 
 
+def _table_html(table: list[list[str]], marked: Collection[int], words: bool) -> str:
+    head, *rows = table
+    cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
+    lines = [f"<tr>{cells}</tr>"] if any(head) else []
+    for number, row in enumerate(rows, start=1):
+        start = '<tr class="marked">' if number in marked else "<tr>"
+        lines.append(start + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    kind = ' class="words"' if words else ""
+    return f'<div class="scroll"><table{kind}>\n' + "\n".join(lines) + "\n</table></div>"
+
+
 def _paragraphs(text: str) -> list[str]:
     return [p.strip() for p in text.split("\n\n") if p.strip()]
 
 
-def figure_png(figure: Figure) -> bytes:
+def figure_png(figure: Figure, dpi: float = 110) -> bytes:
     """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     return buffer.getvalue()

@@ -11,7 +11,8 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
-from nnunet_mim.demo.page import Section, figure_png, write_page
+from nnunet_mim.reporting import page
+from nnunet_mim.reporting.page import Section, figure_png, write_page
 
 
 class Tags(HTMLParser):
@@ -50,6 +51,36 @@ def test_page_is_self_contained_and_escaped(tmp_path) -> None:
     assert "&lt;liver&gt;" in text
     assert "<pre>a &lt;\nb</pre>" in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_lead_marked_rows_and_tables_of_words(tmp_path) -> None:
+    table = [["setting", "value"], ["batch_size", "2"], ["lr", "<3>"]]
+    sections = [Section("Settings", table=table, marked=[2], words=True), Section("Run", table=[["", ""], ["a", "b"]])]
+    write_page(tmp_path / "page.html", "Run", sections, "Learning: level <1>.")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<p class="lead">Learning: level &lt;1&gt;.</p>' in text
+    assert '<tr class="marked"><td>lr</td><td>&lt;3&gt;</td></tr>' in text
+    assert text.count('<table class="words">') == 1
+    assert text.count("<th ") == 2  # an empty heading is left out
+    assert '<p class="lead">' not in write_and_read(tmp_path, "without")
+
+
+def write_and_read(folder, title: str) -> str:
+    write_page(folder / "page.html", title, [])
+    return (folder / "page.html").read_text(encoding="utf-8")
+
+
+def test_former_page_stays_until_the_new_one_is_complete(tmp_path, monkeypatch) -> None:
+    write_page(tmp_path / "page.html", "first", [])
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(page.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_page(tmp_path / "page.html", "second", [])
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+    assert "first" in (tmp_path / "page.html").read_text()
 
 
 def test_section_needs_only_a_title() -> None:

@@ -1,0 +1,83 @@
+"""`mim_inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nnunet_mim.errors import MiMError
+
+DESCRIPTION = """\
+Says what a pretraining checkpoint is: network, data, units, losses beside trivial predictors, whether it has learnt
+something, and how to finetune from it. Nothing in the file is run.
+
+With -i it also shows what the network makes of CT that you give: FOLDER/report.html with pictures, and NIfTI files of
+every level's view (input, masked, reconstruction, mask) that lie over the CT in any viewer."""
+
+EPILOG = """\
+examples:
+  mim_inspect checkpoint_final.pth
+  mim_inspect checkpoint_final.pth -i patient.nii.gz other.nrrd -o looks
+
+A network for several channels takes as many files a case, in their order.
+Bad input ends with exit code 2 and one line that says what to do."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of mim_inspect."""
+    parser = argparse.ArgumentParser(
+        "mim_inspect", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of mim_pretrain or mim_convert")
+    parser.add_argument("-i", nargs="+", default=[], metavar="CT", help="raw CT: NIfTI, NRRD or MHA")
+    parser.add_argument("-o", default=None, metavar="FOLDER", help="for the page and images (default: ./mim_inspect)")
+    parser.add_argument("-device", choices=["cpu", "cuda", "mps"], default="cpu", help="default: cpu")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other masks (default: 0)")
+    parser.add_argument(
+        "--spacing", nargs=3, type=float, default=None, metavar="MM",
+        help="voxel size in array order, for a checkpoint that does not know its own (default: the CT's)",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, or 2 after a one-line error."""
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
+    except MiMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Describe the checkpoint; show it at work where there are images or a folder."""
+    import torch
+
+    from nnunet_mim.inspection.describe import description
+    from nnunet_mim.pretraining.checkpoint import load_checkpoint
+    from nnunet_mim.pretraining.summary import Facts
+
+    if not torch.device(args.device).type == "cpu" and not getattr(torch, args.device).is_available():
+        raise MiMError(f"no {args.device} device found: leave out -device")
+    if args.spacing is not None and min(args.spacing) <= 0:
+        raise MiMError(f"--spacing {' '.join(f'{s:g}' for s in args.spacing)}: millimetres must be above 0")
+    path = Path(args.checkpoint)
+    facts = Facts.of(load_checkpoint(path))
+    print(description(facts, path))
+    if not args.i and args.o is None:
+        return
+
+    from nnunet_mim.inspection.show import show
+
+    folder = Path(args.o or "mim_inspect")
+    print()
+    for line in show(facts, path, [Path(i) for i in args.i], folder, args.device, args.seed, args.spacing):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

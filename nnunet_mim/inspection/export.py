@@ -1,0 +1,63 @@
+"""Views as NIfTI files that lie over the CT they were cut from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_mim.errors import MiMError
+from nnunet_mim.inspection.ct import Grid
+from nnunet_mim.pretraining.pictures import LevelPicture
+
+PARTS = ("input", "masked", "reconstruction", "mask")
+
+
+def write_views(
+    pictures: Sequence[LevelPicture], grid: Grid, transpose_forward: Sequence[int], lowest: float, stem: Path
+) -> list[Path]:
+    """Write `STEM_level1_input.nii.gz`, …_masked, …_reconstruction, …_mask (1 = masked), and the same of each level.
+
+    Args:
+        pictures: of one case.
+        grid: of the preprocessed volume that they were cut from.
+        transpose_forward: order of its axes.
+        lowest: intensity given to masked voxels in …_masked, that of air.
+        stem: folder and first part of the names.
+
+    Returns:
+        the files.
+
+    Raises:
+        MiMError: a file cannot be written.
+    """
+    files = []
+    for picture in pictures:
+        own = grid.part(picture.start, picture.step)
+        masked = np.where(picture.mask, np.float32(lowest), picture.input)
+        for part, values in zip(PARTS, (picture.input, masked, picture.reconstruction, picture.mask), strict=True):
+            path = stem.with_name(f"{stem.name}_{picture.name}_{part}.nii.gz")
+            kind = np.uint8 if part == "mask" else np.float32
+            try:
+                sitk.WriteImage(as_image(values.astype(kind), own, transpose_forward), str(path), True)
+            except RuntimeError as error:
+                raise MiMError(
+                    f"cannot write {path}: free some disk space, or choose another folder with -o"
+                ) from error
+            files.append(path)
+    return files
+
+
+def as_image(values: np.ndarray, grid: Grid, transpose_forward: Sequence[int]) -> sitk.Image:
+    """An array in the order of preprocessed cases as an image in the order of the original."""
+    backward = [int(axis) for axis in np.argsort(transpose_forward)]
+    grid = grid.reordered(backward)  # z, y, x
+    image = sitk.GetImageFromArray(np.ascontiguousarray(values.transpose(backward)))
+    columns = grid.steps[:, ::-1]
+    spacing = np.linalg.norm(columns, axis=0)
+    image.SetOrigin(grid.origin.tolist())
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((columns / spacing).flatten().tolist())
+    return image

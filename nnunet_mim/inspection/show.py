@@ -1,0 +1,100 @@
+"""What a pretrained network makes of raw CT: a page of pictures, and NIfTI files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_mim.errors import MiMError
+from nnunet_mim.inspection.ct import RawImage, order_of_axes, preprocess, read_image
+from nnunet_mim.inspection.export import write_views
+from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.pretraining.pictures import load_network, reconstruct_volume, upright
+from nnunet_mim.pretraining.run_report import (
+    REPORT,
+    facts_section,
+    lead,
+    levels_section,
+    losses_section,
+    next_section,
+    settings_section,
+    views_sections,
+)
+from nnunet_mim.pretraining.summary import Facts
+from nnunet_mim.reporting.orientation import orientation_of
+from nnunet_mim.reporting.page import write_page
+from nnunet_mim.reporting.views import ReconstructedView
+
+
+def show(
+    facts: Facts, path: Path, files: Sequence[Path], folder: Path, device: str, seed: int,
+    spacing: Sequence[float] | None,
+) -> Iterator[str]:  # fmt: skip
+    """Write FOLDER/report.html and the NIfTI files of every case.
+
+    Args:
+        facts: of the checkpoint.
+        path: of the checkpoint.
+        files: raw images, as many a case as the network has channels.
+        folder: made if need be.
+        device: to run the network on.
+        seed: of the masks.
+        spacing: mm in array order, for a checkpoint that does not say.
+
+    Yields:
+        what has been done, line by line.
+
+    Raises:
+        MiMError: a file cannot be used or the folder cannot be written; files are all read before anything is written.
+    """
+    channels = facts.config.in_channels
+    if len(files) % channels:
+        raise MiMError(f"-i: the network takes {channels} channels a case, {len(files)} files are no multiple of that")
+    check_writable(folder)
+    cases = [read_image(files[i : i + channels]) for i in range(0, len(files), channels)]
+    if "transpose_forward" not in facts.provenance and cases:
+        yield "note: the checkpoint does not say its order of axes; that of the image files is taken"
+    if not facts.spacing and cases:
+        of = "the images' own is taken (choose with --spacing)" if spacing is None else "that of --spacing is taken"
+        yield f"note: the checkpoint does not say its spacing; {of}"
+    model = load_network(facts.checkpoint, device)
+    shown: dict[str, list[ReconstructedView]] = {}
+    for number, image in enumerate(cases):
+        name = image.name if image.name not in shown else f"{image.name}_{number + 1}"
+        shown[name], written = show_case(facts, model, image, folder / name, seed + number, spacing)
+        yield f"{name}: wrote {len(written)} NIfTI files, {folder / name}_level…"
+    sections = [
+        facts_section(facts), levels_section(facts), *([losses_section(facts)] if facts.history else []),
+        *views_sections(facts, shown), settings_section(facts), next_section(facts, path),
+    ]  # fmt: skip
+    try:
+        write_page(folder / REPORT, f"The checkpoint {path.name}", sections, lead(facts) if facts.history else "")
+    except OSError as error:
+        raise MiMError(f"cannot write {folder / REPORT} ({error.strerror}): choose another folder with -o") from error
+    yield f"wrote {folder / REPORT}"
+
+
+def show_case(
+    facts: Facts, model: MaskInMask, image: RawImage, stem: Path, seed: int, spacing: Sequence[float] | None
+) -> tuple[list[ReconstructedView], list[Path]]:
+    """Views of one case for a page, and the files written."""
+    voxels, grid = preprocess(image, facts.provenance, spacing)
+    pictures = reconstruct_volume(model, facts.checkpoint, voxels, seed)
+    order = order_of_axes(facts.provenance)
+    scale, shift = facts.units.scale()
+    lowest = facts.units.window(0, voxels[0])[0] * scale + shift
+    files = write_views(pictures, grid, order, lowest, stem)
+    return upright(pictures, np.linalg.norm(grid.steps, axis=0), orientation_of(order, image.direction)), files
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder. Raises MiMError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MiMError(f"cannot write into {folder} ({error.strerror}): choose another folder with -o") from error

@@ -1,0 +1,1 @@
+"""Pages and figures: drawing only, nothing of the rest of the package."""

@@ -1,0 +1,116 @@
+"""Raw CT becomes what nnU-Net's own preprocessing would make of it, at the place where it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_mim.errors import MiMError
+from nnunet_mim.inspection.ct import Grid, case_name, preprocess, read_image
+from nnunet_mim.pretraining.checkpoint import load_checkpoint
+
+
+def test_preprocessing_is_that_of_the_dataset(shared_data, tmp_path) -> None:
+    """The same voxels as nnU-Net's command makes with real plans."""
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    path = shared_data / "single" / "abdomen_image.nii.gz"
+    window = {"0": {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0}}
+    options = {"order": 3, "order_z": 0, "force_separate_z": None}
+    plans = {
+        "transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2], "image_reader_writer": "SimpleITKIO",
+        "foreground_intensity_properties_per_channel": window,
+        "configurations": {"3d_fullres": {
+            "spacing": [4.5, 4.0, 5.0], "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
+            "resampling_fn_data": "resample_data_or_seg_to_shape", "architecture": {},
+            "resampling_fn_data_kwargs": {"is_seg": False, **options},
+            "resampling_fn_seg": "resample_data_or_seg_to_shape",
+            "resampling_fn_seg_kwargs": {"is_seg": True, **options, "order": 1},
+        }},
+    }  # fmt: skip
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration("3d_fullres")
+    expected = DefaultPreprocessor(verbose=False).run_case([str(path)], None, manager, configuration, {})[0]
+    provenance = {"spacing": [4.5, 4.0, 5.0], "normalization": ["CTNormalization"], "intensity_properties": window,
+                  "transpose_forward": [1, 0, 2], "configuration": "3d_fullres"}  # fmt: skip
+    voxels, grid = preprocess(read_image([path]), provenance)
+    np.testing.assert_array_equal(voxels, expected)
+    np.testing.assert_allclose(np.linalg.norm(grid.steps, axis=0), [4.5, 4.0, 5.0], rtol=0.02)
+
+
+def test_order_of_axes_and_spacing_come_from_the_checkpoint(write_checkpoint, write_ct) -> None:
+    image = read_image([write_ct()])  # 72 x 50 x 60 voxels of 2 x 4 x 3 mm after transposing (z, y, x) to (y, z, x)
+    provenance = load_checkpoint(write_checkpoint((4.0, 4.0, 3.0), (1, 0, 2)))["provenance"]
+    voxels, grid = preprocess(image, provenance)
+    assert voxels.shape == (1, 36, 50, 60)
+    np.testing.assert_allclose(grid.steps, [[0, 0, 3], [4, 0, 0], [0, 4, 0]])
+    np.testing.assert_allclose(grid.origin, (-120, 37 + 1, 411))
+
+
+def test_unknown_spacing(write_checkpoint, write_ct) -> None:
+    image = read_image([write_ct()])
+    provenance = load_checkpoint(write_checkpoint(()))["provenance"]
+    assert preprocess(image, provenance)[0].shape == (1, 50, 72, 60)
+    assert preprocess(image, provenance, (8.0, 4.0, 3.0))[0].shape == (1, 25, 36, 60)
+
+
+def test_grid_of_larger_and_smaller_voxels() -> None:
+    grid = Grid(np.array([10.0, 20.0, 30.0]), np.diag([1.0, 2.0, 3.0]))
+    larger = grid.part((4, 0, -2), (2, 1, 4))
+    np.testing.assert_allclose(larger.origin, (10 + 4.5, 20, 30 + 3 * (-2 + 1.5)))
+    np.testing.assert_allclose(larger.steps, np.diag([2, 2, 12]))
+    back = larger.part((0, 0, 0), (0.5, 1, 0.25))
+    np.testing.assert_allclose(back.origin, grid.part((4, 0, -2), (1, 1, 1)).origin)
+
+
+def refused(path, content=None, **image) -> str:
+    if content is not None:
+        path.write_bytes(content)
+    elif image:
+        array, vector = image["array"], image.get("vector", False)
+        sitk.WriteImage(sitk.GetImageFromArray(array, isVector=vector), str(path))
+    with pytest.raises(MiMError) as error:
+        read_image([path])
+    text = str(error.value)
+    assert "\n" not in text
+    assert str(path) in text
+    return text
+
+
+def test_what_cannot_be_used_is_named(tmp_path) -> None:
+    assert "does not exist" in refused(tmp_path / "missing.nii.gz")
+    assert "is a folder" in refused(tmp_path)
+    assert "cannot read" in refused(tmp_path / "text.nii.gz", b"no image at all")
+    assert "cannot read" in refused(tmp_path / "table.csv", b"1,2,3")
+    grey = np.ones((6, 6), np.uint8)
+    assert "no volume (size 6 × 6)" in refused(tmp_path / "flat.png", array=grey)
+    assert "no volume (size 6 × 6 × 1)" in refused(tmp_path / "slice.mha", array=grey[None])
+    assert "(colour)" in refused(tmp_path / "colour.mha", array=np.ones((5, 6, 6, 3), np.uint8), vector=True)
+    hot = np.ones((4, 4, 4), np.float32)
+    hot[0, 0, 0] = np.nan
+    assert "NaN" in refused(tmp_path / "hot.mha", array=hot)
+    assert "nothing but zeros" in refused(tmp_path / "empty.mha", array=np.zeros((4, 4, 4), np.int16))
+
+
+def test_a_damaged_file(tmp_path, write_ct) -> None:
+    whole = write_ct().read_bytes()
+    assert "cannot read" in refused(tmp_path / "cut.nii.gz", whole[: len(whole) // 2])
+
+
+def test_channels_must_fit(tmp_path, write_ct) -> None:
+    paths = [write_ct(name="a_0000.nii.gz"), write_ct(name="a_0001.mha", add=50.0)]
+    image = read_image(paths)
+    assert image.name == "a"
+    np.testing.assert_allclose(image.voxels[1] - image.voxels[0], 50, atol=1e-3)
+    with pytest.raises(MiMError, match="channels must fit"):
+        read_image([paths[0], write_ct(size=(30, 30, 30), name="b.nrrd")])
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("a_0000.nii.gz", "a"), ("a.b.nii", "a.b"), ("X.NRRD", "X"), ("x.mha", "x"), ("slice.dcm", "slice")],
+)
+def test_names_of_cases(tmp_path, name, case) -> None:
+    assert case_name(tmp_path / name) == case
