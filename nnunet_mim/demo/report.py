@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining.checkpoint import FINAL, load_checkpoint
 from nnunet_mim.pretraining.pictures import load_network, reconstruct_volume, upright
 from nnunet_mim.pretraining.summary import NOTE
+from nnunet_mim.reporting.curves import read_columns
 from nnunet_mim.reporting.figures import LossPanel, loss_figure, segmentation_figure
 from nnunet_mim.reporting.orientation import orientation_of
 from nnunet_mim.reporting.page import Section, write_page
@@ -121,7 +121,7 @@ in a mask. All views have {view} voxels; tokens of {token} voxels are hidden, in
 
 
 def _loss_section(folders: Folders, settings: DemoSettings) -> Section:
-    train, val = (read_figures(folders.pretraining / f"{part}.csv") for part in ("train", "val"))
+    train, val = (read_columns(folders.pretraining / f"{part}.csv") for part in ("train", "val"))
     panels, rows = [], [["level", "predicting the token's mean", "in-filling from neighbours", "network"]]
     for level in sorted({name.split("/")[1] for name in val if name.endswith("/reconstruction")}):
         baselines = {
@@ -191,13 +191,6 @@ in {folders.logs}.
 {packages}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores, device
 {state["device"]}."""
     return Section("Every step", text, table=rows, code=code)
-
-
-def read_figures(path: Path) -> dict[str, list[float]]:
-    """Columns of train.csv or val.csv."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
 def _minutes(seconds: float) -> str:

@@ -152,8 +152,8 @@ blue frame is the hidden place that the next row is cut from and enlarged: a mas
     first, views = next(iter(cases.items()))
     text = f"""\
 Case {first} again, with the masked tokens filled in three ways. All three are given the mean of each token, so the
-first is what can be had for nothing. The other two are given its standard deviation as well; the nearest visible voxels
-are the guess of the table above."""
+first is what can be had for nothing. The other two are given its standard deviation as well. A network that has learnt
+something looks better than the nearest visible voxels."""
     return [*sections, Section("What the network adds", text, "", [comparison_figure(views, window)])]
 
 

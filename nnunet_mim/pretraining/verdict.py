@@ -94,10 +94,14 @@ def verdict(rows: Rows, warmup_iterations: float = 0) -> Verdict:
         warmup = f"{last:.0f} of {warmup_iterations:.0f} warm-up iterations done"
         return Verdict(TOO_EARLY, f"{TOO_EARLY}: {warmup}")
 
+    if len(rows) > STRETCH and rows[0]["iteration"] == 0:
+        rows = rows[1:]  # the untrained network: what it takes to say nothing wrong is no progress
     start, stop, trends = _last_stretch(rows)
     if not trends:
         return Verdict(TOO_EARLY, f"{TOO_EARLY}: no reconstruction loss on held-out cases")
-    worse = _worse_levels(rows)
+    if len(rows) <= 2 * STRETCH and _no_better(rows, "token_mean").keys() == trends.keys():
+        return Verdict(TOO_EARLY, f"{TOO_EARLY}: no level is better than predicting each token's mean yet")
+    worse = _no_better(rows, "infill")
     if any(trend.falls for trend in trends.values()):
         ends = f"from iteration {rows[start]['iteration']:.0f} to {rows[stop - 1]['iteration']:.0f}"
         return Verdict(LEARNING, f"{LEARNING}: {ends} the held-out loss {_changes(trends)}{_compared(rows, worse)}")
@@ -110,6 +114,8 @@ def verdict(rows: Rows, warmup_iterations: float = 0) -> Verdict:
 
     flat = _flat_since(rows, start)
     said = f"no level improved by more than {SMALL:.0%} since iteration {rows[flat]['iteration']:.0f}"
+    if useless := _no_better(rows, "token_mean"):
+        said += f", and {_and(list(useless))} no better than predicting each token's mean"
     if rising := [name for name, trend in _trends(rows, flat).items() if trend.rises]:
         said += f", and {_and(rising)} got worse (the network learns the training cases by heart)"
     if worse:
@@ -207,20 +213,21 @@ def _noise(y: np.ndarray) -> float:
     points.
     """
     later = y[-max(2 * STRETCH, len(y) // 4) :]
-    later = later[1:] if len(later) == len(y) > 2 * FEWEST else later  # not the fall of the first steps
     return float(np.sqrt(np.mean(np.diff(later, 2) ** 2) / 6)) if len(later) > 2 else 0.0
 
 
-def _worse_levels(rows: Rows) -> dict[str, tuple[float, float]]:
-    """Loss and that of in-filling, means of the last two measurements, of the levels that are not better than it."""
-    worse = {}
+def _no_better(rows: Rows, guess: str) -> dict[str, tuple[float, float]]:
+    """Levels that are no better than a trivial guess, `token_mean` or `infill`: their loss and that of the guess, means
+    of the last two measurements.
+    """
+    levels = {}
     for level in levels_in(rows):
-        loss, infill = (
-            _column(rows[-2:], name)[1] for name in (f"val/{level}/reconstruction", f"baseline/{level}/infill")
+        loss, other = (
+            _column(rows[-2:], name)[1] for name in (f"val/{level}/reconstruction", f"baseline/{level}/{guess}")
         )
-        if len(loss) and len(infill) and loss.mean() > (1 - SMALL) * infill.mean():
-            worse[shown(level)] = float(loss.mean()), float(infill.mean())
-    return worse
+        if len(loss) and len(other) and loss.mean() > (1 - SMALL) * other.mean():
+            levels[shown(level)] = float(loss.mean()), float(other.mean())
+    return levels
 
 
 def _collapse(rows: Rows) -> str:

@@ -177,6 +177,27 @@ def test_too_early_in_warmup_and_before_anything_happens():
     assert verdict([{"iteration": 250.0 * i} for i in range(5)]).kind == v.TOO_EARLY
 
 
+def test_what_is_no_better_than_the_mean_of_a_token():
+    losses = [1.088, 1.0, 1.003, 1.012, 1.011]
+    rows = [
+        {"iteration": 250.0 * i, "val/level1/reconstruction": loss, "baseline/level1/token_mean": 0.9997}
+        for i, loss in enumerate(losses + [1.01] * 7)
+    ]
+    for n in (4, 5, 9):
+        kind, sentence = verdict(rows[:n])
+        assert kind == v.TOO_EARLY
+        assert sentence.endswith("no level is better than predicting each token's mean yet")
+    kind, sentence = verdict(rows)
+    assert kind == v.PLATEAUED
+    assert "level 1 no better than predicting each token's mean" in sentence
+
+
+def test_the_untrained_network_is_no_measure_of_progress():
+    losses = [1.088, 0.9, 0.9, 0.9, 0.9]
+    kind, _ = verdict([{"iteration": 250.0 * i, "val/level1/reconstruction": loss} for i, loss in enumerate(losses)])
+    assert kind == v.PLATEAUED
+
+
 def test_missing_columns_and_levels():
     rows = [{"iteration": 10.0 * i, "val/loss": 3 - 0.05 * i} for i in range(8)]
     kind, sentence = verdict(rows)
