@@ -130,8 +130,8 @@ def _loss_section(folders: Folders, settings: DemoSettings) -> Section:
         }
         held_out = val[f"val/{level}/reconstruction"]
         curves = {
-            "training bodies": (train["iteration"], train[f"train/{level}/reconstruction"]),
-            "held-out bodies": (val["iteration"], held_out),
+            "training bodies": (train["iteration"].tolist(), train[f"train/{level}/reconstruction"].tolist()),
+            "held-out bodies": (val["iteration"].tolist(), held_out.tolist()),
         }
         title = level.replace("level", "level ")
         panels.append(LossPanel(title, curves, baselines))

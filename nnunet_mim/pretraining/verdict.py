@@ -25,6 +25,8 @@ SMALL = 0.01
 """a relative change that counts as none"""
 SURE = 3.0
 """standard errors that a change must be away from none"""
+MEDIAN_OF_SECOND_DIFFERENCES = 0.6745 * math.sqrt(6)
+"""of absolute second differences of independent normal numbers, in units of their standard deviation"""
 LOWEST_RANK = 3.0
 """effective rank of the features below which they say next to nothing"""
 LOWEST_STD = 0.05
@@ -209,11 +211,11 @@ def _trend(x: np.ndarray, y: np.ndarray, noise: float) -> Trend | None:
 
 
 def _noise(y: np.ndarray) -> float:
-    """Standard deviation of the end of a column about its own smooth course, from its second differences; 0 below three
-    points.
+    """Standard deviation of the later half of a column about its own smooth course: from the median of its second
+    differences, so that a step or a bad measurement counts little. 0 below three points.
     """
-    later = y[-max(2 * STRETCH, len(y) // 4) :]
-    return float(np.sqrt(np.mean(np.diff(later, 2) ** 2) / 6)) if len(later) > 2 else 0.0
+    later = y[-max(3 * STRETCH, len(y) // 2) :]
+    return float(np.median(np.abs(np.diff(later, 2))) / MEDIAN_OF_SECOND_DIFFERENCES) if len(later) > 2 else 0.0
 
 
 def _no_better(rows: Rows, guess: str) -> dict[str, tuple[float, float]]:
