@@ -150,9 +150,7 @@ def levels_table(facts: Facts) -> Table:
 
 def losses_table(facts: Facts) -> Table:
     """Last held-out losses beside trivial predictors; only the heading where nothing has been measured."""
-    table = [
-        ["level", "guess: token's mean", "guess: nearest voxels", "network", "at the start", "PSNR (nearest)"]
-    ]
+    table = [["level", "guess: token's mean", "guess: nearest voxels", "network", "at the start", "PSNR (nearest)"]]
     for level in levels_in(facts.history):
         first, last = facts.history[0], facts.history[-1]
         name = f"val/{level}/reconstruction"

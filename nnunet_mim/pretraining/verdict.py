@@ -19,14 +19,14 @@ WORSE = "worse than in-filling"
 
 FEWEST = 3
 """measurements, below which nothing is said"""
-STRETCH = 4
+STRETCH = 5
 """fewest measurements that a plateau is judged on; the last quarter where that is more"""
 SMALL = 0.01
 """a relative change that counts as none"""
 SURE = 3.0
 """standard errors that a change must be away from none"""
-MEDIAN_OF_SECOND_DIFFERENCES = 0.6745 * math.sqrt(6)
-"""of absolute second differences of independent normal numbers, in units of their standard deviation"""
+NOISE_ROWS = 8
+"""fewest measurements that the noise is estimated from; the last quarter where that is more"""
 LOWEST_RANK = 3.0
 """effective rank of the features below which they say next to nothing"""
 LOWEST_STD = 0.05
@@ -144,8 +144,8 @@ def _column(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _last_stretch(rows: Rows) -> tuple[int, int, dict[str, Trend]]:
-    """First and one-past-last number of the rows that are judged, and their trends: the last quarter, at least four
-    rows; but where no fall is seen there, the same without the very last one, which may be a bad measurement.
+    """First and one-past-last number of the rows that are judged, and their trends: the last quarter, at least
+    `STRETCH` rows; but where no fall is seen there, the same without the very last one, which may be a bad measurement.
     """
     stop = len(rows)
     start = stop - _shortest(rows)
@@ -211,11 +211,11 @@ def _trend(x: np.ndarray, y: np.ndarray, noise: float) -> Trend | None:
 
 
 def _noise(y: np.ndarray) -> float:
-    """Standard deviation of the later half of a column about its own smooth course: from the median of its second
-    differences, so that a step or a bad measurement counts little. 0 below three points.
+    """Standard deviation of the end of a column about its own smooth course, from its second differences; 0 below three
+    points.
     """
-    later = y[-max(3 * STRETCH, len(y) // 2) :]
-    return float(np.median(np.abs(np.diff(later, 2))) / MEDIAN_OF_SECOND_DIFFERENCES) if len(later) > 2 else 0.0
+    later = y[-max(NOISE_ROWS, len(y) // 4) :]
+    return float(np.sqrt(np.mean(np.diff(later, 2) ** 2) / 6)) if len(later) > 2 else 0.0
 
 
 def _no_better(rows: Rows, guess: str) -> dict[str, tuple[float, float]]:

@@ -31,7 +31,8 @@ table { border-collapse: collapse; margin: 1.2rem 0; font-variant-numeric: tabul
 th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; }
 th { background: var(--shade); font-weight: 600; }
 th:first-child, td:first-child, .words th, .words td { text-align: left; }
-td:first-child { white-space: nowrap; }
+td { white-space: nowrap; }
+.words td:not(:first-child) { white-space: normal; }
 .words td { vertical-align: top; overflow-wrap: anywhere; min-width: 3.5rem; }
 tr.marked td { background: var(--mark); }
 .lead { max-width: none; font-size: 1.12rem; padding: .9rem 1.1rem; border-left: 4px solid var(--accent);

@@ -199,8 +199,8 @@ def _outline(column: Any, covered: np.ndarray) -> None:
 def _mark_sides(column: Any) -> None:
     """R and L, of the patient."""
     side = {"color": "white", "fontsize": 9, "va": "center", "transform": column.transAxes}
-    column.text(0.03, 0.5, "R", ha="left", **side)
-    column.text(0.97, 0.5, "L", ha="right", **side)
+    column.text(0.03, 0.93, "R", ha="left", **side)
+    column.text(0.97, 0.93, "L", ha="right", **side)
 
 
 def _names(views: Sequence[ReconstructedView]) -> str:

@@ -86,7 +86,7 @@ def test_a_slow_fall_in_much_noise_shows_in_the_best_measurements():
     losses = [1.0, 0.8, 0.68, 0.67, 0.67, 0.64, 0.59, 0.57, 0.548, 0.541, 0.497, 0.534, 0.497, 0.481]
     kind, sentence = verdict([{"iteration": 200.0 * i, "val/loss": loss} for i, loss in enumerate(losses)])
     assert kind == v.LEARNING
-    assert sentence == "learning: since iteration 2000 the best held-out loss fell by 11.1% at all levels"
+    assert sentence == "learning: since iteration 1800 the best held-out loss fell by 12.2% at all levels"
 
 
 def test_one_level_that_learns_is_enough():
@@ -193,7 +193,7 @@ def test_what_is_no_better_than_the_mean_of_a_token():
 
 
 def test_the_untrained_network_is_no_measure_of_progress():
-    losses = [1.088, 0.9, 0.9, 0.9, 0.9]
+    losses = [1.088, 0.9, 0.9, 0.9, 0.9, 0.9]
     kind, _ = verdict([{"iteration": 250.0 * i, "val/level1/reconstruction": loss} for i, loss in enumerate(losses)])
     assert kind == v.PLATEAUED
 
@@ -202,7 +202,7 @@ def test_missing_columns_and_levels():
     rows = [{"iteration": 10.0 * i, "val/loss": 3 - 0.05 * i} for i in range(8)]
     kind, sentence = verdict(rows)
     assert kind == v.LEARNING
-    assert sentence == "learning: from iteration 40 to 70 the held-out loss fell by 5.4% at all levels"
+    assert sentence == "learning: from iteration 30 to 70 the held-out loss fell by 7.0% at all levels"
     two = [{k: x for k, x in row.items() if "level1" not in k} for row in history(flat_after(10))]
     assert verdict(two).kind == v.PLATEAUED
     for row in rows[::2]:
