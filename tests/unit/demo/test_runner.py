@@ -134,7 +134,10 @@ def test_interrupting_ends_the_child_and_its_children(tmp_path) -> None:
         "from pathlib import Path; import os; from nnunet_mim.demo.runner import run_command;"
         f"run_command([{PYTHON!r}, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), os.environ)"
     )
-    runner = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    runner = subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     try:
         wait_for(pids.is_file)
         started = [int(pid) for pid in pids.read_text().split()]
