@@ -66,7 +66,7 @@ def free_port():
 
 
 def losses(runs, tag):
-    return [{k: float(v) for k, v in row.items()} for row in runs.rows(tag) + runs.rows(tag, "val")]
+    return [{k: float(v) for k, v in row.items() if v} for row in runs.rows(tag) + runs.rows(tag, "val")]
 
 
 def finish(process):
