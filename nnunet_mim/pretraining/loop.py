@@ -144,6 +144,10 @@ def pretrain(
     dataset = training_crops(data, config)
     batches = training_batches(dataset, config, start, run.workers, fabric.device, ranks)
 
+    def say(text: str) -> None:
+        if fabric.is_global_zero:  # tqdm's own switch does not silence its `write`
+            progress.write(text)
+
     def save(name: str, iteration: int, resumable: bool = False) -> None:
         state = {"optimizer": optimizer_state(model, optimizer)} if resumable else None
         record.save(name, iteration, whole_weights(model), skips.steps, state)
@@ -193,7 +197,7 @@ def pretrain(
                 means, bad = mean_figures(recent, ranks)
                 for number in bad:
                     first = done - len(recent) + number
-                    progress.write(skips.add(first + 1, culprits(dataset, first, bad[number], config.batch_size)))
+                    say(skips.add(first + 1, culprits(dataset, first, bad[number], config.batch_size)))
                 speed = len(recent) * config.batch_size / (time.perf_counter() - since)
                 record.log("train", done, {**means, "lr": float(schedule[iteration]), "crops_per_s": speed})
                 progress.set_postfix(progress_text(means, val, speed), refresh=False)
@@ -209,7 +213,7 @@ def pretrain(
                 if monitor.due(done) or last:
                     with monitor.clock("report"):
                         record.report(done, whole_weights(model), skips.steps, data, fabric.device.type)
-                    progress.write(f"iteration {done}: {record.verdict()}")
+                    say(f"iteration {done}: {record.verdict()}")
                 since = time.perf_counter()
             if due:
                 save(LATEST, done, resumable=True)

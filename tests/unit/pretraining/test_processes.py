@@ -84,6 +84,7 @@ def test_the_command_on_two_processes_equals_one_and_any_number_continues(write_
     finish(runs.start("-o", "one", *SETTINGS, batch="4"))
     text = finish(runs.start("-o", "two", *SETTINGS, "-num_gpus", "2", batch="4", workers="1"))
     assert text.count("wrote ") == 1  # only the first rank speaks
+    assert text.count("iteration 4: ") == 1
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     finish(runs.start("-o", "torchrun", *SETTINGS, "--shard", batch="4", launcher=torchrun))
     process = runs.start("-o", "changed", *SETTINGS, batch="4", workers="1")
