@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -26,3 +27,13 @@ def one_line_errors() -> Iterator[None]:
         yield
     except MiMError as error:
         raise ExitingMiMError(str(error)) from None
+
+
+def exit_code(run: Callable[[], None]) -> int:
+    """Run a command: 0, or 2 after printing a MiMError in one line."""
+    try:
+        run()
+    except MiMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, exit_code
 
 DESCRIPTION = """\
 Turn a pretraining checkpoint of the published MiM architecture (base: 48-96-192-384, decoder 576x8) into one of this
@@ -41,12 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, or 2 after a one-line error."""
     args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except MiMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nnunet_mim.demo.stages import MIN_BODIES, QUICK, DemoSettings, Folders, make_stages
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, exit_code
 
 DESCRIPTION = """\
 Shows the whole way on CT of made-up bodies, with the commands that you would use on your own data:
@@ -26,14 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        run(options)
-    except MiMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(lambda: run(options))
     except KeyboardInterrupt:
         print(f"\ninterrupted; to go on: mim_demo -o {options.o} --continue", file=sys.stderr)
         return 130
-    return 0
 
 
 def run(options: argparse.Namespace) -> None:

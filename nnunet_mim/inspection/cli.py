@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, exit_code
 
 DESCRIPTION = """\
 Says what a pretraining checkpoint is: network, data, units, losses beside trivial predictors, whether it has learnt
@@ -45,12 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, or 2 after a one-line error."""
     args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except MiMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:

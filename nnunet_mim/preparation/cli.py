@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_mim.config import PRESETS
 from nnunet_mim.dataset_name import dataset_name
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.preparation.mim_plans import check_can_write, make_mim_plans, write_plans
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.trainers.checkpoint import read_checkpoint
@@ -39,12 +39,7 @@ settings for --set: patch_size, spacing (mm), batch_size, ct_window (HU), and th
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns 0, or 2 after printing a one-line error."""
     options = _parser().parse_args(argv)
-    try:
-        run(options)
-    except MiMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
