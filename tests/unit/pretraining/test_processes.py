@@ -118,6 +118,7 @@ def test_two_gpus_equal_one(write_dataset, small_runs, more):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_one_process_ends_the_run(write_dataset, small_runs, victim):
     write_dataset(n=4)

@@ -107,6 +107,7 @@ def test_a_signal_saves_and_exits_with_the_documented_code(write_dataset, small_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_is_reported_and_the_run_goes_on_later(write_dataset, small_runs):
     """A limit on the size of files stands for the disk."""
     write_dataset(n=4)
