@@ -16,36 +16,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from made_up_cases import write_phantoms
 
 from nnunet_mim.config import DEFAULT_LEARNING_RATE, PretrainConfig
-from nnunet_mim.demo.phantoms import make_phantom
 from nnunet_mim.pretraining.loop import RunOptions, pretrain
 from nnunet_mim.pretraining.run import index_sources, run_data
-from nnunet_mim.pretraining.sources import Source
 
 N_CASES = 12
 WARM_UP = 2
-
-
-def write_cases(folder, size):
-    """Phantoms with labels, as nnU-Net leaves them; returns the Source."""
-    for number in range(N_CASES):
-        hu, labels = make_phantom(number, (size,) * 3)
-        data, seg = hu[None].astype(np.float32) / 250, labels[None].astype(np.int8)
-        chunks = (1, *(min(64, n) for n in data.shape[1:]))
-        properties = {"class_locations": {}, "spacing": (2.0, 2.0, 2.0)}
-        nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / f"case_{number:02d}"), chunks, chunks)
-    window = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0}
-    cases = tuple(f"case_{number:02d}" for number in range(N_CASES))
-    plans = {"transpose_forward": [0, 1, 2]}
-    return Source(
-        "Dataset900_Phantoms", "plans", "3d_fullres", folder, nnUNetDatasetBlosc2, cases, (2.0, 2.0, 2.0),
-        ("CTNormalization",), {"0": window}, plans,
-    )  # fmt: skip
 
 
 def main():
@@ -76,8 +56,8 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "cases" / "cases"
         folder.mkdir(parents=True)
-        sources = [write_cases(folder, 2 * options.view)]
-        data = run_data(sources, index_sources(sources), "all", config)
+        sources = [write_phantoms(folder, N_CASES, 2 * options.view)]
+        data = run_data(index_sources(sources)[0], "all", config)
         output = Path(temporary) / "run"
         output.mkdir()
         short = replace(config, val_every=config.iterations, save_every=config.iterations + 1)

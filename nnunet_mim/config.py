@@ -29,7 +29,9 @@ class NetworkConfig:
     mlp_ratio: float = 4.0
     """hidden width of every MLP, in units of its input width"""
     strides: tuple[Size3, ...] = ((2, 2, 2),) * 4
-    """downsampling of each stage per axis; their product is the token size"""
+    """downsampling of each stage per axis; their product is the token size; 1 in early stages along axes with large
+    spacing
+    """
     decoder_embed_dim: int = 576
     """width of the decoder; divisible by its heads and by 6"""
     decoder_depth: int = 8
@@ -137,6 +139,10 @@ class PretrainConfig:
     """largest gradient norm"""
     body_fraction: float = 0.9
     """share of crops that are placed on a body voxel; the others anywhere"""
+    dataset_temperature: float = 2.0
+    """a dataset of n cases is drawn with probability proportional to n^(1/temperature): 1 draws all cases alike, more
+    gives small datasets a larger share
+    """
     body_children: bool = True
     """cut children from masked places with some tissue in them, as long as there are any"""
     mirror_axes: tuple[int, ...] = ()
@@ -181,6 +187,8 @@ class PretrainConfig:
         for name in ("iterations", "batch_size", "val_every", "save_every", "val_crops", "val_cases", "skip_window"):
             if getattr(self, name) < 1:
                 raise MiMError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dataset_temperature <= 0:
+            raise MiMError(f"dataset_temperature must be above 0, got {self.dataset_temperature}")
         if self.probe_every < 0 or self.max_skipped < 0:
             raise MiMError("probe_every and max_skipped must be 0 or more")
         if len(self.probe_cases) != 2 or min(self.probe_cases) < 1:

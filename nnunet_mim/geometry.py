@@ -181,8 +181,16 @@ def levels_of(config: PretrainConfig) -> tuple[Level, ...]:
     return build_levels(ladder, config.view_size, token_size)
 
 
+SMALLEST_FILLED = 0.4
+"""share of the outermost box that the median case must fill"""
+LARGEST_VIEW, USUAL_VIEW = 6, 4
+"""tokens per axis of a view: most by default, and what a case of that size gets if it has no room for twice as much"""
+
+
 def suitable_scale(ladder: str, view_size: Size3, median_shape: tuple[float, ...]) -> Size3:
-    """Per axis 2, or 1 where the data is too thin: the outermost box would be more than a third padding.
+    """Per axis 2, or 1 where the data is too thin: the median case must fill 0.4 of the outermost box.
+
+    As long as it does not, the axes that it fills least get 1; those that it fills keep 2.
 
     Args:
         ladder: as in `ladder_levels`; decides how many times the scale is applied.
@@ -190,8 +198,50 @@ def suitable_scale(ladder: str, view_size: Size3, median_shape: tuple[float, ...
         median_shape: median voxels per axis of the cases.
     """
     steps = 2 if ladder == "native" else 1
-    fits = (1.5 * n >= v * 2**steps for v, n in zip(view_size, median_shape, strict=True))
-    return tuple(2 if f else 1 for f in fits)  # type: ignore[return-value]
+    scale = [2, 2, 2]
+    while 2 in scale:
+        filled = [min(1.0, n / (v * s**steps)) for v, s, n in zip(view_size, scale, median_shape, strict=True)]
+        if math.prod(filled) >= SMALLEST_FILLED:
+            break
+        least = min((f for f, s in zip(filled, scale, strict=True) if s == 2), default=1.0)
+        if least == 1:
+            break
+        scale = [1 if s == 2 and f == least else s for f, s in zip(filled, scale, strict=True)]
+    return tuple(scale)  # type: ignore[return-value]
+
+
+def suitable_view(median_shape: tuple[float, ...], token_size: Size3) -> Size3:
+    """View size for which the median case is about as large as the `published` ladder's outermost box of two views.
+
+    An even number of tokens per axis, at most six. Cases with no room for two views of four tokens, but for one, get
+    four.
+
+    Args:
+        median_shape: median voxels per axis of the cases.
+        token_size: p.
+    """
+    view = []
+    for n, p in zip(median_shape, token_size, strict=True):
+        tokens = 2 * int(1.2 * n / (4 * p))
+        if tokens < USUAL_VIEW and n >= 0.9 * USUAL_VIEW * p:
+            tokens = USUAL_VIEW
+        view.append(p * min(LARGEST_VIEW, max(2, tokens)))
+    return tuple(view)  # type: ignore[return-value]
+
+
+def suitable_strides(spacing: tuple[float, ...]) -> tuple[Size3, ...]:
+    """Strides of the four stages that make tokens about as long as wide: an axis waits while its voxels are more than
+    twice as large as the smallest.
+
+    Args:
+        spacing: mm, array order.
+    """
+    size, strides = list(spacing), []
+    for _ in range(4):
+        stride = tuple(1 if s > 2 * min(size) else 2 for s in size)
+        size = [s * k for s, k in zip(size, stride, strict=True)]
+        strides.append(stride)
+    return tuple(strides)  # type: ignore[return-value]
 
 
 def views_per_crop(levels: tuple[Level, ...]) -> tuple[int, ...]:

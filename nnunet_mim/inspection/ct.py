@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.errors import MiMError
-
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
+from nnunet_mim.image_files import case_name, check_gzip
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,7 @@ def _read(path: Path) -> sitk.Image:
     if not path.is_file():
         raise MiMError(f"{path} does not exist")
     try:
-        if path.suffix == ".gz":
-            _check_gzip(path)
+        check_gzip(path)
         image = sitk.ReadImage(str(path))
     except (RuntimeError, OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).strip().splitlines()[-1].split())
@@ -109,19 +106,6 @@ def _read(path: Path) -> sitk.Image:
         size = " × ".join(map(str, image.GetSize()))
         raise MiMError(f"{path} is no volume (size {size}): give a 3-D CT")
     return image
-
-
-def _check_gzip(path: Path) -> None:
-    """Raise an error for a compressed file that ends early or has another checksum: SimpleITK fills up with zeros."""
-    with gzip.open(path) as file:
-        while file.read(1 << 24):
-            pass
-
-
-def case_name(path: Path) -> str:
-    """File name without its ending and nnU-Net's channel number."""
-    name = next((path.name[: -len(e)] for e in ENDINGS if path.name.lower().endswith(e)), path.stem)
-    return name.removesuffix("_0000") or name
 
 
 def preprocess(

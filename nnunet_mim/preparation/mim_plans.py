@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -15,6 +14,8 @@ import numpy as np
 
 from nnunet_mim.config import PRESETS, NetworkConfig
 from nnunet_mim.errors import MiMError
+from nnunet_mim.files import write_atomically
+from nnunet_mim.geometry import suitable_strides
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, check_known_keys, default_mirror_axes
@@ -30,6 +31,9 @@ WIDE_CT_WINDOW = {
     "median": 0.0,
 }
 """HU. CTNormalization clips at the percentiles, subtracts the mean, divides by std; nothing reads the last three."""
+
+REORIENTING = {"SimpleITKIO": "SimpleITKIOWithReorient", "NibabelIO": "NibabelIOWithReorient"}
+"""nnU-Net's readers that turn every image to the same orientation (RAS), by those that leave it as it is"""
 
 MAX_SPACING_RATIO = 1.5
 """a checkpoint's spacing is taken over if it is within this factor of the dataset's own on every axis"""
@@ -77,6 +81,8 @@ def make_mim_plans(
     recipe_fields = [f.name for f in fields(FinetuneConfig)]
     check_known_keys(settings, [*recipe_fields, *PLAN_SETTINGS], "--set")
     notes: list[str] = []
+    if checkpoint is not None:
+        base_plans, notes = oriented_like(checkpoint, base_plans, configuration)
     config = deepcopy(configuration_of(base_plans, configuration))
     for key in ("inherits_from", "next_stage", "previous_stage"):
         config.pop(key, None)
@@ -85,7 +91,6 @@ def make_mim_plans(
             f"checkpoint {checkpoint.path} was pretrained on {checkpoint.in_channels} channels, the dataset has "
             f"{n_channels(dataset_json)}: pretrain on this dataset, or on one channel (which fits any number)"
         )
-    network = checkpoint.network if checkpoint is not None else PRESETS[preset]
 
     spacing, reason = _choose_spacing(config["spacing"], checkpoint, settings.get("spacing"))
     notes.append(f"spacing (mm, array order): {[round(s, 3) for s in spacing]} ({reason})")
@@ -93,6 +98,10 @@ def make_mim_plans(
         config["median_image_size_in_voxels"] = median_shape(fingerprint, spacing, base_plans["transpose_forward"])
     config["spacing"] = list(spacing)
     config["data_identifier"] = f"{plans_name}_{configuration}"
+    if checkpoint is not None:
+        network = checkpoint.network
+    else:
+        network = replace(PRESETS[preset], strides=suitable_strides(tuple(spacing)))
 
     median = config["median_image_size_in_voxels"]
     config["patch_size"] = _choose_patch(config["patch_size"], median, network, settings.get("patch_size"))
@@ -117,6 +126,35 @@ def make_mim_plans(
     if checkpoint is not None:
         plans["pretrain_info"] = pretrain_info(checkpoint)
     plans[PLANS_KEY] = recipe.to_dict()
+    return plans, notes
+
+
+def oriented_like(
+    checkpoint: PretrainedCheckpoint, base_plans: dict[str, Any], configuration: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Base plans with the order of axes, and the orientation of images, that a network was pretrained with.
+
+    Returns:
+        (plans, notes); the plans as they are where the checkpoint does not say.
+    """
+    plans, notes = deepcopy(base_plans), []
+    before = plans["transpose_forward"]
+    order = [int(axis) for axis in checkpoint.provenance.get("transpose_forward", before)]
+    if order != before:
+        moved = [before.index(axis) for axis in order]
+        config = configuration_of(plans, configuration)
+        for key in ("spacing", "patch_size", "median_image_size_in_voxels"):
+            config[key] = [config[key][i] for i in moved]
+        for key in ("original_median_spacing_after_transp", "original_median_shape_after_transp"):
+            if key in plans:
+                plans[key] = [plans[key][i] for i in moved]
+        plans["configurations"] = {configuration: {k: v for k, v in config.items() if k != "inherits_from"}}
+        plans |= {"transpose_forward": order, "transpose_backward": np.argsort(order).tolist()}
+        notes.append(f"order of axes {order} (as in pretraining; base plans: {before})")
+    reader = plans.get("image_reader_writer", "")
+    if checkpoint.provenance.get("image_reader_writer") in REORIENTING.values() and reader in REORIENTING:
+        plans["image_reader_writer"] = REORIENTING[reader]
+        notes.append(f"images are turned to RAS by {REORIENTING[reader]} (as in pretraining)")
     return plans, notes
 
 
@@ -194,7 +232,7 @@ def suitable_patch(base_patch: Sequence[int], median: Sequence[float], token_siz
     return patch
 
 
-def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool) -> bool:
+def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool, name_flag: str = "-o") -> bool:
     """Refuse to change what an existing preprocessed folder was made with.
 
     Returns:
@@ -210,22 +248,20 @@ def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool) ->
     same = False
     if plans_file.is_file():
         try:
-            same = _voxels_key(json.loads(plans_file.read_text()), configuration) == _voxels_key(plans, configuration)
+            same = voxels_key(json.loads(plans_file.read_text()), configuration) == voxels_key(plans, configuration)
         except (KeyError, ValueError):
             same = False
     if not same and not overwrite:
         raise MiMError(
             f"{folder} was preprocessed with another spacing or normalisation than the new {plans['plans_name']}: "
-            f"choose another name with -o, or --overwrite and preprocess again"
+            f"choose another name with {name_flag}, or --overwrite and preprocess again"
         )
     return same
 
 
 def write_plans(plans: dict[str, Any], plans_file: Path) -> None:
     """Write a plans file; it appears whole or not at all."""
-    temporary = plans_file.with_name(plans_file.name + ".tmp")
-    temporary.write_text(json.dumps(plans, indent=4))
-    os.replace(temporary, plans_file)
+    write_atomically(plans_file, json.dumps(plans, indent=4).encode())
 
 
 def _choose_spacing(
@@ -279,7 +315,7 @@ def _three(value: Any, name: str, unit: str) -> list:
     return list(value)
 
 
-def _voxels_key(plans: dict[str, Any], configuration: str) -> list[Any]:
+def voxels_key(plans: dict[str, Any], configuration: str) -> list[Any]:
     """Everything in plans that decides what the preprocessed voxels are."""
     config = plans["configurations"][configuration]
     windows = plans["foreground_intensity_properties_per_channel"]
@@ -288,4 +324,9 @@ def _voxels_key(plans: dict[str, Any], configuration: str) -> list[Any]:
         [windows[str(c)][name] for name in used] if scheme == "CTNormalization" else None
         for c, scheme in enumerate(config["normalization_schemes"])
     ]
-    return [plans["transpose_forward"], ct_windows, *[config.get(name) for name in DECIDES_VOXELS]]
+    return [
+        plans["transpose_forward"],
+        plans.get("image_reader_writer"),
+        ct_windows,
+        *[config.get(name) for name in DECIDES_VOXELS],
+    ]

@@ -14,7 +14,7 @@ from torch import Tensor
 import nnunet_mim
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pretraining.dataset import Case
+from nnunet_mim.pretraining.dataset import Cases
 from nnunet_mim.pretraining.sources import Source
 
 LATEST = "checkpoint_latest.pth"
@@ -97,6 +97,7 @@ def run_provenance(
         "fold": fold,
         "spacing": list(first.spacing),
         "transpose_forward": list(first.plans.get("transpose_forward", (0, 1, 2))),
+        "image_reader_writer": first.plans.get("image_reader_writer", ""),
         "normalization": list(first.normalization),
         "intensity_properties": first.intensity_properties,
         "iterations": iteration,
@@ -105,9 +106,11 @@ def run_provenance(
     }
 
 
-def case_records(cases: list[Case]) -> list[dict[str, str]]:
+def case_records(cases: Cases) -> list[dict[str, str]]:
     """Dataset, identifier and content hash of each case, as stored under `provenance["cases"]`."""
-    return [{"dataset": c.source.dataset, "case": c.info.case, "sha256": c.info.sha256} for c in cases]
+    datasets = [cases.sources[number].dataset for number in cases.numbers[:, 0]]
+    columns = zip(datasets, cases.column("names").tolist(), cases.column("hashes"), strict=True)
+    return [{"dataset": dataset, "case": case, "sha256": row.tobytes().hex()} for dataset, case, row in columns]
 
 
 def merged_records(earlier: list[dict[str, str]], now: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.pointer import write_pointer
 from nnunet_mim.pretraining.parser_cli import build_parser, settings_of
 from nnunet_mim.settings import parse_settings, read_yaml
 
@@ -39,12 +40,13 @@ def run(args: argparse.Namespace) -> None:
     from nnunet_mim.pretraining import run as runs
     from nnunet_mim.pretraining.budget import dry_run
     from nnunet_mim.pretraining.checkpoint import FINAL
-    from nnunet_mim.pretraining.configure import build_config, merge_settings, write_config
+    from nnunet_mim.pretraining.configure import merge_settings, write_config
     from nnunet_mim.pretraining.launch import device_count, launched_fabric, say
     from nnunet_mim.pretraining.loop import RunOptions, pretrain
     from nnunet_mim.pretraining.sources import (
         find_source,
         fold_validation_cases,
+        orientation_warning,
         require_environment,
         require_same_units,
         window_warning,
@@ -61,19 +63,25 @@ def run(args: argparse.Namespace) -> None:
     devices, nodes = device_count(args.num_gpus)
     if args.shard and devices * nodes == 1:
         raise MiMError("--shard spreads the network over several devices: add -num_gpus N, or leave it out")
-    options = RunOptions(workers, views_per_pass, tuple(args.recompute), args.compile, args.shard)
+    options = RunOptions(workers, views_per_pass, tuple(args.recompute), args.compile, args.strict, args.shard)
     from_file = read_yaml(Path(args.config)) if args.config else {}
     given = merge_settings(from_file, settings_of(args), parse_settings(args.set))
     if given.get("init_checkpoint"):
         given["init_checkpoint"] = os.path.abspath(given["init_checkpoint"])
-    runs.check_settings(given, devices * nodes)
 
     sources = [find_source(dataset, args.p, args.c) for dataset in args.d]
     require_same_units(sources)
     first = sources[0]
+    runs.check_settings(given, first, devices * nodes)
     folder = runs.output_folder(first, fold, args.o)
+
+    def point_to(checkpoint: Path) -> None:
+        for other in sources[1:]:
+            write_pointer(runs.output_folder(other, fold, args.o), checkpoint)
+
     if not args.dry_run and not runs.check_output_folder(folder, args.resume):
         say(f"finished already: {folder / FINAL}")
+        point_to(folder / FINAL)
         return
     if fold != "all":
         for source in sources:
@@ -81,18 +89,18 @@ def run(args: argparse.Namespace) -> None:
     stored = runs.resumable_checkpoint(folder) if args.resume else None
     settings = merge_settings(stored["mim_config"], given) if stored is not None else given
     if settings.get("init_checkpoint") and stored is None:
-        runs.check_init(settings, first.in_channels)
-    for source in sources:
-        if warning := window_warning(source):
+        runs.check_init(settings, first)
+    for warning in [*map(window_warning, sources), orientation_warning(sources)]:
+        if warning:
             say(f"warning: {warning}")
 
-    indexes = runs.index_sources(sources)
-    infos = [info for index in indexes for info in index]
-    small = build_config(settings, first.in_channels, runs.smallest_view(settings), (2, 2, 2))
-    view = small.view_size if "view_size" in settings else runs.default_view(infos, small.network.token_size)
-    scale = small.scale if "scale" in settings else runs.default_scale(infos, small.ladder, view)
-    config = build_config(settings, first.in_channels, view, scale)
-    data = runs.run_data(sources, indexes, fold, config)
+    cases, bad = runs.index_sources(sources, args.strict)
+    for line in bad:
+        say(f"warning: left out: {line}")
+    if bad:
+        say(f"warning: {len(bad)} cases are left out, {len(cases)} are used (--strict makes this an error)")
+    config = runs.config_for_data(settings, first, cases.column("shapes"))
+    data = runs.run_data(cases, fold, config)
     if stored is not None:
         runs.check_same_run(stored, config, data.train)
 
@@ -107,6 +115,8 @@ def run(args: argparse.Namespace) -> None:
     if fabric.is_global_zero:
         write_config(config, folder / "config.yaml")
     result = pretrain(config, data, folder, fabric, args.resume, options)
+    if fabric.is_global_zero:
+        point_to(folder / FINAL)
     say(summary(result.figures))
     say(result.verdict)
     say(f"measurements on held-out cases took {result.measuring_share:.1%} of the time")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -16,6 +15,7 @@ import yaml
 
 from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, NetworkConfig, PretrainConfig, Size3, network_from_dict
 from nnunet_mim.errors import MiMError
+from nnunet_mim.files import write_atomically
 
 
 def merge_settings(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,18 +40,20 @@ def merge_settings(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def build_config(settings: Mapping[str, Any], in_channels: int, view: Size3, scale: Size3) -> PretrainConfig:
+def build_config(
+    settings: Mapping[str, Any], in_channels: int, view: Size3, scale: Size3, strides: tuple[Size3, ...] | None = None
+) -> PretrainConfig:
     """Settings of a run.
 
     Args:
         settings: of `merge_settings`; everything else has its default.
         in_channels: of the data.
-        view, scale: where the settings do not say them.
+        view, scale, strides: where the settings do not say them; strides of the network's stages, None: the preset's.
 
     Raises:
         MiMError: they cannot work.
     """
-    network = network_of(settings)
+    network = network_of(settings, strides)
     preset = settings.get("preset", PretrainConfig().preset)
     defaults = {"view_size": view, "scale": scale, "learning_rate": DEFAULT_LEARNING_RATE[preset]}
     values = {**defaults, **{name: value for name, value in settings.items() if name != "network"}}
@@ -59,12 +61,13 @@ def build_config(settings: Mapping[str, Any], in_channels: int, view: Size3, sca
     return PretrainConfig.from_dict({**values, "network": asdict(network), "in_channels": in_channels})
 
 
-def network_of(settings: Mapping[str, Any]) -> NetworkConfig:
-    """Sizes of the preset, with what `network` changes. Raises MiMError as `build_config`."""
+def network_of(settings: Mapping[str, Any], strides: tuple[Size3, ...] | None = None) -> NetworkConfig:
+    """Sizes of the preset, with these strides, and what `network` changes. Raises MiMError as `build_config`."""
     preset = settings.get("preset", PretrainConfig().preset)
     if preset not in PRESETS:
         raise MiMError(f"unknown preset '{preset}': choose one of {', '.join(PRESETS)}")
-    return network_from_dict({**asdict(PRESETS[preset]), **settings.get("network", {})})
+    defaults = asdict(PRESETS[preset]) | ({"strides": strides} if strides is not None else {})
+    return network_from_dict({**defaults, **settings.get("network", {})})
 
 
 def triple(value: Any, name: str) -> Size3:
@@ -98,9 +101,7 @@ def _shown(default: Any) -> str:
 
 def write_config(config: PretrainConfig, path: Path) -> None:
     """Write all settings of a run as YAML; `--config` reads them again."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None))
-    os.replace(temporary, path)
+    write_atomically(path, yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None).encode())
 
 
 def settings_table() -> str:

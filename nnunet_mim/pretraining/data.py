@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnunet_mim.pretraining.dataset import Case
+from nnunet_mim.pretraining.dataset import Cases
 from nnunet_mim.pretraining.sources import Source
 
 
@@ -13,8 +13,8 @@ class RunData:
     """What a run trains on, and the intensities that the losses need."""
 
     sources: list[Source]
-    train: list[Case]
-    val: list[Case]
+    train: Cases
+    val: Cases
     fold: int | str
     fill: tuple[float, ...]
     """per channel, the window's minimum"""

@@ -28,12 +28,15 @@ class HeldOut:
         levels: geometry.
         config: of the run; its seed fixes the masks.
         views_per_pass: most views computed at once; None: all views of a level of one crop.
+        datasets: of each crop, for losses by dataset; None: one dataset.
     """
 
     def __init__(
         self, crops: Tensor, valid: Tensor, fill: Tensor, flat_threshold: Tensor, width: Tensor,
         levels: tuple[Level, ...], config: PretrainConfig, views_per_pass: int | None = None,
+        datasets: list[str] | None = None,
     ) -> None:  # fmt: skip
+        self.datasets = datasets if datasets and len(set(datasets)) > 1 else None
         self.views_per_pass = views_per_pass
         self.flat_threshold = flat_threshold
         self.width = width
@@ -54,10 +57,11 @@ class HeldOut:
         Returns:
             `val/level1/reconstruction` (mean over all target tokens), `val/level1/psnr` (dB, of voxels with each
             token's true mean and standard deviation put back), `val/level2/alignment_top1` (mean over crops) and the
-            like, `val/loss`, and of the encoder `val/features/rank` and `val/features/std`, see `feature_spread`.
+            like, `val/loss`, and of the encoder `val/features/rank` and `val/features/std`, see `feature_spread`. With
+            several datasets also the reconstruction on each, `val/Dataset501_Name/level1`, ….
         """
         mean, features = WeightedMean(), []
-        for views in self.batches:
+        for crop, views in enumerate(self.batches):
             figures: dict[str, Tensor] = {}
             targets = [target_tokens(view, self.flat_threshold)[0] for view in views]
             level, done = "", 0
@@ -74,6 +78,8 @@ class HeldOut:
             for name, value in figures.items():
                 level, _, kind = name.partition("/")
                 weight = float(figures[f"{level}/targets"]) if kind in ("reconstruction", "error") else 1.0
+                if kind == "reconstruction" and self.datasets and weight:
+                    mean.add(f"val/{self.datasets[crop]}/{level}", float(value), weight)
                 if kind == "error":
                     mean.add(f"val/{level}/psnr", float(value) / max(weight, 1.0), weight)
                 elif kind:

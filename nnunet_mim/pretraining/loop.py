@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
 from nnunet_mim.pretraining.checkpoint import BEST, FINAL, LATEST, case_records, load_checkpoint, merged_records
 from nnunet_mim.pretraining.data import RunData
-from nnunet_mim.pretraining.dataset import CropDataset
+from nnunet_mim.pretraining.dataset import CropDataset, UnreadCases
 from nnunet_mim.pretraining.losses import full
 from nnunet_mim.pretraining.monitor import Monitor
 from nnunet_mim.pretraining.nested_crops import nested_views
@@ -56,6 +58,8 @@ class RunOptions:
     """levels (1 to 3) whose activations are computed again in the backward pass: less memory, more time"""
     compile: bool = False
     """torch.compile the network, one graph a level"""
+    strict: bool = False
+    """end the run at a case that cannot be read any more, instead of drawing another one"""
     shard: bool = False
     """spread weights and optimiser state over the devices (FSDP) instead of keeping all of them on each"""
 
@@ -126,17 +130,19 @@ def pretrain(
         shard(model, ranks, fabric.device)
     optimizer = build_optimizer(model, config)
     start, history, skipped = 0, [], []
-    seen = case_records(data.train)
+    seen, crops_seen = case_records(data.train), Counter({source.dataset: 0 for source in data.sources})
     if stored:
         seen = merged_records(stored["provenance"]["cases"], seen)
     if resume:
         load_optimizer_state(model, optimizer, stored["resume_state"]["optimizer"])
         start, history = stored["provenance"]["iterations"], stored["provenance"]["loss_history"]
         skipped = stored["provenance"]["skipped_steps"]
+        crops_seen.update(stored["provenance"].get("crops_seen", {}))
     forward = forward_on(fabric, compiled(model) if run.compile else model)
     schedule = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
     skips = SkippedSteps(skipped, config.max_skipped, config.skip_window)
-    record = RunRecord(folder, config, data.sources, seen, data.fold, start, history, fabric.is_global_zero)
+    record = RunRecord(folder, config, data.sources, seen, data.fold, start, history, crops_seen, fabric.is_global_zero)
+    unread = UnreadCases(data.train)
 
     fill, flat_threshold = (torch.tensor(v, device=fabric.device) for v in (data.fill, data.flat_threshold))
     place_threshold = flat_threshold if config.body_children else None
@@ -168,7 +174,11 @@ def pretrain(
         for iteration in range(start, config.iterations):
             for group in optimizer.param_groups:
                 group["lr"] = float(schedule[iteration])
-            crops, valid, _ = next(batches)
+            crops, valid, missed = next(batches)
+            for name in unread.add(missed):
+                if run.strict:
+                    raise MiMError(f"{name} cannot be read any more: restore it and continue with --c")
+                progress.write(f"{name} cannot be read any more: other cases take its place")
             generator = torch.Generator(fabric.device).manual_seed(config.seed * 1_000_003 + 500_009 + iteration)
             views = nested_views(crops, valid, fill, levels, generator, place_threshold, ranks)
 
@@ -199,7 +209,13 @@ def pretrain(
                     first = done - len(recent) + number
                     say(skips.add(first + 1, culprits(dataset, first, bad[number], config.batch_size)))
                 speed = len(recent) * config.batch_size / (time.perf_counter() - since)
-                record.log("train", done, {**means, "lr": float(schedule[iteration]), "crops_per_s": speed})
+                crops_seen.update(
+                    dataset.counts(range((done - len(recent)) * config.batch_size, done * config.batch_size))
+                )
+                counts = {f"train/crops/{name}": float(n) for name, n in crops_seen.items()}
+                failed = float(ranks.sum(torch.tensor(float(unread.failed), device=fabric.device)))
+                more = {"lr": float(schedule[iteration]), "crops_per_s": speed, "train/unread": failed}
+                record.log("train", done, {**means, **more, **counts})
                 progress.set_postfix(progress_text(means, val, speed), refresh=False)
                 recent.clear()
                 skips.check(done, folder)
@@ -262,15 +278,16 @@ def build_optimizer(model: MaskInMask, config: PretrainConfig) -> torch.optim.Ad
 def training_crops(data: RunData, config: PretrainConfig) -> CropDataset:
     """All crops of the run, by number: those of iteration i are i * batch_size and the following."""
     return CropDataset(
-        data.train, levels_of(config)[0].fov, config.body_fraction, config.mirror_axes, seed=config.seed, stream=0
-    )
+        data.train, levels_of(config)[0].fov, config.body_fraction, config.mirror_axes, seed=config.seed, stream=0,
+        temperature=config.dataset_temperature,
+    )  # fmt: skip
 
 
 def training_batches(
     dataset: CropDataset, config: PretrainConfig, start: int, workers: int, device: torch.device, ranks: Ranks
 ) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
-    """This rank's part of the batches of iterations `start` to the last: crops (B, C, …), valid boxes (B, 3, 2) and
-    case numbers, on the device.
+    """This rank's part of the batches of iterations `start` to the last: crops (B, C, …) and valid boxes (B, 3, 2) on
+    the device, and cases that could not be read (B, TRIES), see CropDataset.
     """
     n = config.batch_size // ranks.world
     firsts = (i * config.batch_size + ranks.rank * n for i in range(start, config.iterations))
@@ -283,8 +300,8 @@ def training_batches(
         worker_init_fn=leave_stopping_to_parent,
     )
     try:
-        for crops, valid, cases in loader:
-            yield crops.to(device, non_blocking=True), valid.to(device, non_blocking=True), cases
+        for crops, valid, missed in loader:
+            yield crops.to(device, non_blocking=True), valid.to(device, non_blocking=True), missed
     except MiMError as error:  # a worker's comes with its traceback before the one line
         raise MiMError(str(error).strip().splitlines()[-1].split("MiMError: ")[-1]) from None
 
@@ -293,7 +310,7 @@ def mean_figures(steps: list[dict[str, Tensor]], ranks: Ranks) -> tuple[dict[str
     """Mean over steps and ranks, read from the device in one go, plus the sum of the levels as `train/loss`.
 
     Reconstruction losses are weighted by their number of target tokens, as in HeldOut. Skipped steps count in
-    `train/skipped` alone, which is their number.
+    `train/skipped` alone, which is their number; where all were skipped, the other means are NaN.
 
     Returns:
         means by name; and for each skipped step its number in `steps` and whether each crop of its batch had features
@@ -309,7 +326,8 @@ def mean_figures(steps: list[dict[str, Tensor]], ranks: Ranks) -> tuple[dict[str
     for name, column in columns.items():
         level, _, kind = name.partition("/")
         weight = columns[f"{level}/targets"][used] if kind == "reconstruction" else torch.ones(int(used.sum()))
-        means[f"train/{name}"] = float((column[used] * weight).sum() / weight.sum().clamp(min=1))
+        mean = (column[used] * weight).sum() / weight.sum().clamp(min=1) if used.any() else math.nan
+        means[f"train/{name}"] = float(mean)
     means["train/skipped"] = float((~used).sum())
     means["train/loss"] = sum(value for name, value in means.items() if name.endswith("/loss"))
     crops = ranks.gather(torch.stack([step["nonfinite"] for step in steps]).T.contiguous()).T.cpu()  # (steps, batch)

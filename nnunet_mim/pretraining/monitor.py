@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -15,7 +16,7 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.data import RunData
-from nnunet_mim.pretraining.dataset import CropDataset
+from nnunet_mim.pretraining.dataset import CropDataset, UnreadCases
 from nnunet_mim.pretraining.held_out import HeldOut
 from nnunet_mim.pretraining.probe import LabelProbe, probe_cases
 from nnunet_mim.pretraining.sharding import whole_weights
@@ -37,11 +38,13 @@ class Monitor:
     ) -> None:
         self.fabric = fabric
         self.config = config
-        crops, valid = held_out_crops(data, config, fabric.device)
+        crops, valid, datasets = held_out_crops(data, config, fabric.device)
         fill, flat_threshold, width = (
             torch.tensor(values, device=fabric.device) for values in (data.fill, data.flat_threshold, data.width)
         )
-        self.held_out = HeldOut(crops, valid, fill, flat_threshold, width, levels_of(config), config, views_per_pass)
+        self.held_out = HeldOut(
+            crops, valid, fill, flat_threshold, width, levels_of(config), config, views_per_pass, datasets
+        )
         self.probe = label_probe(data, config, fabric.device)
         self.whole: MaskInMask | None = None
         if sharded:
@@ -88,8 +91,21 @@ def label_probe(data: RunData, config: PretrainConfig, device: torch.device) -> 
     return None if cases is None else LabelProbe(*cases, data.fill, seed=config.seed, device=device)
 
 
-def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Fixed crops of the held-out cases: (val_crops, C, …) and their valid boxes."""
-    dataset = CropDataset(data.val, levels_of(config)[0].fov, body_fraction=1.0, seed=config.seed, stream=1)
-    crops, valid, _ = zip(*(dataset[i] for i in range(config.val_crops)), strict=True)
-    return torch.stack(crops).to(device), torch.stack(valid).to(device)
+def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
+    """Fixed crops of the held-out cases, from one dataset after the other, at least one of each: (val_crops, C, …),
+    their valid boxes, and the names of their datasets.
+    """
+    groups = [data.val.of_dataset(number) for number in np.flatnonzero(data.val.counts)]
+    datasets = [
+        CropDataset(cases, levels_of(config)[0].fov, body_fraction=1.0, seed=config.seed, stream=1) for cases in groups
+    ]
+    crops, valid, names = [], [], []
+    for number in range(max(config.val_crops, len(groups))):
+        which = number % len(groups)
+        crop, box, missed = datasets[which][number // len(groups)]
+        for name in UnreadCases(groups[which]).add(missed):
+            print(f"{name} cannot be read any more: another held-out case takes its place")
+        crops.append(crop)
+        valid.append(box)
+        names.append(groups[which][0].source.dataset)
+    return torch.stack(crops).to(device), torch.stack(valid).to(device), names

@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="DATASET",
-        help="dataset numbers or names; output goes to the first one's",
+        help="dataset numbers or names; output goes to the first one's, the others point to it",
     )
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
     add("-c", default="3d_fullres", metavar="CONFIG", help="configuration of the plans (default: %(default)s)")
@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out this fold's validation cases of labelled datasets and measure on them (default: all, which "
         "trains on every case but a few)",
     )
+    add("--strict", action="store_true", help="stop at cases that cannot be used (default: name them and go without)")
     add("-o", default=None, metavar="TAG", help="tag in the output folder's name, to keep several runs")
     add("--c", action="store_true", dest="resume", help="continue from the latest checkpoint")
 
@@ -91,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="V",
-        help="voxels per axis that the encoder sees, one number or three, multiples of 32 (default: 96, less where the "
-        "cases are smaller)",
+        help="voxels per axis that the encoder sees, one number or three, multiples of 32 (default: by the size of "
+        "the cases, at most 96)",
     )
     add(
         "--ladder",

@@ -22,7 +22,7 @@ from torch import Tensor
 from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
-from nnunet_mim.pretraining.dataset import Case, read_crop
+from nnunet_mim.pretraining.dataset import Case, Cases, read_crop
 
 RIDGE = 1e-3
 """penalty on the coefficients of standardised features; the weights of all voxels sum to 1"""
@@ -132,7 +132,7 @@ class LabelProbe:
 
 
 def probe_cases(
-    train: Sequence[Case], held_out: Sequence[Case], counts: tuple[int, int] = (6, 4), seed: int = 0
+    train: Cases, held_out: Cases, counts: tuple[int, int] = (6, 4), seed: int = 0
 ) -> tuple[list[Case], list[Case]] | None:
     """Choose labelled cases, at random, for the two sides of a probe.
 
@@ -147,12 +147,12 @@ def probe_cases(
     Returns:
         Cases to fit on and cases to try on, or None where there are no labels.
     """
-    for folder in dict.fromkeys(case.source.folder for case in train):
+    for dataset in range(len(train.sources)):
         chosen = []
         for cases, count in zip((train, held_out), counts, strict=True):
-            candidates = [case for case in cases if case.source.folder == folder]
+            candidates = cases.of_dataset(dataset)
             order = np.random.default_rng(seed).permutation(len(candidates))[: TRIES * count]
-            chosen.append(list(islice(filter(has_labels, (candidates[n] for n in order)), count)))
+            chosen.append(list(islice(filter(has_labels, (candidates[int(n)] for n in order)), count)))
         if all(chosen):
             return chosen[0], chosen[1]
     return None
@@ -225,8 +225,14 @@ def sample_voxels(labels: Tensor, wanted: Sequence[int], seed: int) -> Tensor:
 
 
 def feature_maps(encoder: HybridEncoder, image: Tensor) -> list[Tensor]:
-    """The encoder's maps (C, …) of one image (1, C, …), in float32."""
-    return [m[0].float() for m in encoder.forward_features(image)]
+    """The encoder's maps (C, …) of one image (1, C, …), in float32, each followed by its means over 3 x 3 x 3 places,
+    continued at the edges: a linear regression cannot look around by itself.
+    """
+    maps = []
+    for m in encoder.forward_features(image):
+        near = F.avg_pool3d(F.pad(m.float(), (1,) * 6, mode="replicate"), 3, stride=1)
+        maps += [m[0].float(), near[0]]
+    return maps
 
 
 def features_at(maps: Sequence[Tensor], voxels: Tensor, size: Sequence[int]) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,13 @@ class RunRecord:
         fold: left-out fold, or `all`.
         start: iteration that the run continues from; 0 for a new one.
         history: measurements so far, oldest first.
+        crops_seen: by dataset, kept up to date by the loop.
         active: whether this rank writes.
     """
 
     def __init__(
         self, folder: Path, config: PretrainConfig, sources: list[Source], seen: list[dict[str, str]], fold: int | str,
-        start: int, history: list[dict[str, float]], active: bool,
+        start: int, history: list[dict[str, float]], crops_seen: Mapping[str, int], active: bool,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.config = config
@@ -43,22 +46,23 @@ class RunRecord:
         self.seen = seen
         self.fold = fold
         self.history = history
+        self.crops_seen = crops_seen
         self.active = active
         if active:
             self.files = {part: MetricsFile(folder / f"{part}.csv", start) for part in ("train", "val")}
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def log(self, part: str, iteration: int, figures: dict[str, float]) -> None:
-        """Add figures to `train.csv` or `val.csv` and to TensorBoard."""
+        """Add figures to `train.csv` or `val.csv` and to TensorBoard; NaN stands for none."""
         if self.active:
             self.files[part].append(iteration, figures)
-            for name, value in figures.items():
+            for name, value in known(figures).items():
                 self.board.add_scalar(name, value, iteration)
 
     def measured(self, iteration: int, val: dict[str, float], train: dict[str, float]) -> bool:
         """Note a measurement on held-out cases and draw `progress.png`. Returns whether it is the best so far."""
         best = min((row["val/loss"] for row in self.history), default=float("inf"))
-        self.history.append({"iteration": iteration, **train, **val})
+        self.history.append({"iteration": iteration, **known(train), **val})
         self.log("val", iteration, val)
         if self.active:
             write_progress(self.folder)
@@ -86,11 +90,10 @@ class RunRecord:
         if self.active:
             write_run_report(self.folder, self._checkpoint(iteration, weights, skipped), data, device)
 
-    def _checkpoint(
-        self, iteration: int, weights: dict[str, Tensor], skipped: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+    def _checkpoint(self, iteration: int, weights: dict[str, Tensor], skipped: list[dict[str, Any]]) -> dict[str, Any]:
         provenance = run_provenance(self.sources, self.seen, self.fold, iteration, self.history)
         provenance["skipped_steps"] = skipped
+        provenance["crops_seen"] = dict(self.crops_seen)
         return build_checkpoint(weights, self.config, provenance)
 
     def close(self) -> None:
@@ -101,7 +104,8 @@ class RunRecord:
 
 
 class MetricsFile:
-    """A CSV file with one row per logged iteration. The first row decides the columns; what a later one lacks is empty.
+    """A CSV file with one row per logged iteration. The first row decides the columns; what a later one lacks, and NaN,
+    is left empty.
 
     A resumed run drops the rows after its checkpoint, and a last row that was cut short, and goes on.
 
@@ -122,11 +126,16 @@ class MetricsFile:
 
     def append(self, iteration: int, figures: dict[str, float]) -> None:
         """Add a row."""
-        row = {"iteration": str(iteration), **{name: f"{value:.6g}" for name, value in figures.items()}}
+        row = {"iteration": str(iteration), **{name: f"{value:.6g}" for name, value in known(figures).items()}}
         new = not self.columns
-        self.columns = self.columns or list(row)
+        self.columns = self.columns or ["iteration", *figures]
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore", lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerow(row)
+
+
+def known(figures: dict[str, float]) -> dict[str, float]:
+    """Figures without those that are NaN."""
+    return {name: value for name, value in figures.items() if not math.isnan(value)}

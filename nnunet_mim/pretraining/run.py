@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,14 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
 
 from nnunet_mim.config import PretrainConfig, Size3, network_from_dict
 from nnunet_mim.errors import MiMError
-from nnunet_mim.geometry import levels_of, suitable_scale, views_per_crop
-from nnunet_mim.pretraining.case_index import CaseInfo, read_index
+from nnunet_mim.files import write_atomically
+from nnunet_mim.geometry import levels_of, suitable_scale, suitable_strides, suitable_view, views_per_crop
+from nnunet_mim.pretraining.case_index import read_index, remedy
 from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, case_records, load_checkpoint
 from nnunet_mim.pretraining.configure import build_config, network_of
 from nnunet_mim.pretraining.data import RunData
-from nnunet_mim.pretraining.dataset import Case
+from nnunet_mim.pretraining.dataset import Cases, dataset_shares
 from nnunet_mim.pretraining.sources import Source, fold_validation_cases
-
-DEFAULT_VIEW_TOKENS = 6
 
 
 def output_folder(source: Source, fold: int | str, tag: str | None) -> Path:
@@ -61,7 +63,7 @@ def resumable_checkpoint(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def check_same_run(stored: dict[str, Any], config: PretrainConfig, train: Sequence[Case]) -> None:
+def check_same_run(stored: dict[str, Any], config: PretrainConfig, train: Cases) -> None:
     """Raise MiMError unless an interrupted run was started with these settings and cases.
 
     Args:
@@ -73,7 +75,7 @@ def check_same_run(stored: dict[str, Any], config: PretrainConfig, train: Sequen
     changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in now if before.get(name) != now.get(name)]
     if changed:
         raise MiMError(f"--c: the run was started with other settings ({'; '.join(changed)}): use the same")
-    records = {tuple(sorted(record.items())) for record in case_records(list(train))}
+    records = {tuple(sorted(record.items())) for record in case_records(train)}
     known = {tuple(sorted(record.items())) for record in stored["provenance"]["cases"]}
     gone = set() if config.init_checkpoint else known - records  # --init brings records of an earlier run's cases
     if changed_cases := sorted({dict(record)["case"] for record in (records - known) | gone}):
@@ -83,23 +85,49 @@ def check_same_run(stored: dict[str, Any], config: PretrainConfig, train: Sequen
         )
 
 
-def check_settings(given: Mapping[str, Any], n_devices: int) -> None:
-    """Raise MiMError where settings cannot work on any data."""
-    config = build_config(given, 1, smallest_view(given), (2, 2, 2))
+def check_settings(given: Mapping[str, Any], source: Source, n_devices: int) -> None:
+    """Raise MiMError where settings cannot work on data with the spacing of this one."""
+    strides = suitable_strides(source.spacing)
+    config = build_config(given, 1, smallest_view(given, strides), (2, 2, 2), strides)
     levels_of(config)
     if config.batch_size % n_devices:
         raise MiMError(f"--batch {config.batch_size} is the batch of all {n_devices} devices: make it a multiple of it")
 
 
-def smallest_view(given: Mapping[str, Any]) -> Size3:
+def smallest_view(given: Mapping[str, Any], strides: tuple[Size3, ...] | None = None) -> Size3:
     """Two tokens an axis."""
-    return tuple(2 * p for p in network_of(given).token_size)  # type: ignore[return-value]
+    return tuple(2 * p for p in network_of(given, strides).token_size)  # type: ignore[return-value]
+
+
+def config_for_data(settings: Mapping[str, Any], source: Source, shapes: np.ndarray) -> PretrainConfig:
+    """Settings of a run; views, fields of view and tokens that are not set suit the data.
+
+    Args:
+        settings: of `merge_settings`.
+        source: one of the datasets; all have its spacing and channels.
+        shapes: (N, 3) voxels of the cases.
+
+    Raises:
+        MiMError: they cannot work.
+    """
+    strides = suitable_strides(source.spacing)
+    median = tuple(np.median(shapes, axis=0))
+    small = build_config(settings, source.in_channels, smallest_view(settings, strides), (2, 2, 2), strides)
+    view = small.view_size if "view_size" in settings else suitable_view(median, small.network.token_size)
+    scale = small.scale if "scale" in settings else suitable_scale(small.ladder, view, median)
+    return build_config(settings, source.in_channels, view, scale, strides)
 
 
 def describe(config: PretrainConfig, data: RunData) -> str:
     """What a run will do, for the eyes of its user."""
     spacing = " x ".join(f"{s:.2f}" for s in data.sources[0].spacing)
     lines = [f"{len(data.train)} training and {len(data.val)} held-out cases, spacing {spacing} mm"]
+    if len(data.sources) > 1:
+        shares = dataset_shares(data.train.counts, config.dataset_temperature)
+        for source, trained, held_out, share in zip(
+            data.sources, data.train.counts, data.val.counts, shares, strict=True
+        ):
+            lines.append(f"  {source.dataset}: {trained} and {held_out} cases, {share:.0%} of the crops")
     levels = levels_of(config)
     for level, count in zip(levels, views_per_crop(levels), strict=True):
         visible = f"{level.n_visible_tokens} of {level.n_tokens} tokens visible"
@@ -108,44 +136,70 @@ def describe(config: PretrainConfig, data: RunData) -> str:
     return "\n".join(lines)
 
 
-def check_init(settings: Mapping[str, Any], in_channels: int) -> None:
+def check_init(settings: Mapping[str, Any], source: Source) -> None:
     """Raise MiMError unless a run with these settings can start from the weights of its `init_checkpoint`."""
     path = settings["init_checkpoint"]
     stored = load_checkpoint(Path(path))["mim_config"]
-    config = build_config(settings, in_channels, smallest_view(settings), (2, 2, 2))
+    strides = suitable_strides(source.spacing)
+    config = build_config(settings, source.in_channels, smallest_view(settings, strides), (2, 2, 2), strides)
     found = network_from_dict(stored["network"]), stored["in_channels"], stored["alignment"]
-    if found != (config.network, in_channels, config.alignment):
+    if found != (config.network, config.in_channels, config.alignment):
         raise MiMError(
             f"--init {path} holds a network of preset {stored['preset']} for {stored['in_channels']} channels with "
-            f"alignment {stored['alignment']}, not that of this run: choose its --preset and --alignment, and data "
-            "with as many channels"
+            f"alignment {stored['alignment']} and strides {stored['network']['strides']}, not that of this run: choose "
+            "its --preset, --alignment and --set network.strides=…, and data with as many channels"
         )
 
 
-def default_view(infos: Sequence[CaseInfo], token_size: Size3) -> Size3:
-    """Six tokens per axis (96 voxels), fewer where the median case has no room for the view: an even number, at
-    least two.
+def index_sources(sources: Sequence[Source], strict: bool = False) -> tuple[Cases, list[str]]:
+    """Check and describe every case of every dataset; `.npz` cases are unpacked first so that crops can be read.
+
+    Returns:
+        the cases that can be used, and one line for each that cannot.
+
+    Raises:
+        MiMError: `strict`, and there is one that cannot be used; or there is none that can.
     """
-    median = np.median([info.shape for info in infos], axis=0)
-    tokens = [min(DEFAULT_VIEW_TOKENS, max(2, 2 * int(m // (2 * p)))) for m, p in zip(median, token_size, strict=True)]
-    return tuple(t * p for t, p in zip(tokens, token_size, strict=True))  # type: ignore[return-value]
-
-
-def default_scale(infos: Sequence[CaseInfo], ladder: str, view_size: Size3) -> Size3:
-    """Scale per axis that the median case has room for."""
-    return suitable_scale(ladder, view_size, tuple(np.median([info.shape for info in infos], axis=0)))
-
-
-def index_sources(sources: Sequence[Source]) -> list[list[CaseInfo]]:
-    """Check and describe every case of every dataset; `.npz` cases are unpacked first so that crops can be read."""
-    indexes = []
+    indexes, bad = [], []
     for source in sources:
+        damaged = {}
         if issubclass(source.dataset_class, nnUNetDatasetNumpy):
-            for case in source.cases:
-                check_npz(source, case)
-            source.dataset_class.unpack_dataset(str(source.folder), False, max(1, (os.cpu_count() or 1) // 2), True)
-        indexes.append(read_index(source))
-    return indexes
+            damaged = unpack(source)
+        index, found = read_index(source, remember_vanished=strict)
+        indexes.append(index)
+        bad += [f"{source.dataset} {case.case}: {damaged.get(case.case, case.problem)}" for case in found]
+    if bad and strict:
+        more = f" ({len(bad) - 1} more cases cannot be used: {', '.join(b.split(':')[0] for b in bad[1:])})"
+        raise MiMError(f"{bad[0]}{more if bad[1:] else ''}")
+    cases = Cases(sources, indexes)
+    if not len(cases):
+        raise MiMError(f"no case can be used: {bad[0]}")
+    return cases, bad
+
+
+def unpack(source: Source) -> dict[str, str]:
+    """Unpack `.npz` cases that are not yet. Returns what is wrong with damaged ones, which are left as they are."""
+    damaged = {}
+    for case in source.cases:
+        try:
+            check_npz(source, case)
+        except MiMError as error:
+            damaged[case] = str(error)
+    if not damaged:
+        source.dataset_class.unpack_dataset(str(source.folder), False, max(1, (os.cpu_count() or 1) // 2), True)
+        return {}
+    for case in source.cases:
+        file = source.folder / f"{case}.npy"
+        if case not in damaged and not file.is_file():
+            try:
+                with np.load(source.folder / f"{case}.npz") as archive:
+                    for name, part in ((f"{case}_seg.npy", "seg"), (f"{case}.npy", "data")):
+                        content = io.BytesIO()
+                        np.save(content, archive[part])
+                        write_atomically(source.folder / name, content.getvalue())
+            except (KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+                damaged[case] = f"cannot read {source.folder / case}.npz ({error}): {remedy(source, case)}"
+    return damaged
 
 
 def check_npz(source: Source, case: str) -> None:
@@ -160,48 +214,51 @@ def check_npz(source: Source, case: str) -> None:
         ) from error
 
 
-def split_cases(
-    sources: Sequence[Source], indexes: Sequence[list[CaseInfo]], fold: int | str, config: PretrainConfig
-) -> tuple[list[Case], list[Case]]:
+def split_cases(cases: Cases, fold: int | str, config: PretrainConfig) -> tuple[Cases, Cases]:
     """Training cases, and the held-out ones that the loss is measured on.
 
-    With a fold, its validation cases of nnU-Net's own split are held out of every labelled dataset. Without one,
-    `config.val_cases` cases (at most a tenth) are held out at random; content never appears on both sides.
+    With a fold, its validation cases of nnU-Net's own split are held out of every labelled dataset. Of a dataset
+    without labels, and of all where there is no fold, `config.val_cases` cases (at most a tenth, at least one) are held
+    out at random. Content never appears on both sides.
 
     Raises:
-        MiMError: too few cases.
+        MiMError: too few cases, or a fold and no labels anywhere.
     """
-    cases = [Case(source, info) for source, index in zip(sources, indexes, strict=True) for info in index]
-    if fold == "all":
-        order = np.random.default_rng(config.seed).permutation(len(cases))
-        count = max(1, min(config.val_cases, len(cases) // 10))
-        held_out = {(cases[i].source.dataset, cases[i].info.case) for i in order[:count]}
-    else:
-        held_out = {(s.dataset, case) for s in sources for case in fold_validation_cases(s, int(fold))}
-        if not held_out:
-            raise MiMError(f"-f {fold}: none of the datasets has labels, so there is no split; leave out -f")
-    val = [case for case in cases if (case.source.dataset, case.info.case) in held_out]
-    seen = {case.info.sha256 for case in val}
-    train = [
-        case for case in cases
-        if (case.source.dataset, case.info.case) not in held_out and case.info.sha256 not in seen
-    ]  # fmt: skip
-    if not train or not val:
+    held_out, any_split = [], False
+    for number, source in enumerate(cases.sources):
+        rows = np.flatnonzero(cases.numbers[:, 0] == number)
+        names = cases.indexes[number].names[cases.numbers[rows, 1]]
+        chosen = fold_validation_cases(source, int(fold)) if fold != "all" else ()
+        any_split = any_split or bool(chosen)
+        if chosen:
+            held_out.append(rows[np.isin(names, chosen)])
+        else:
+            count = max(1, min(config.val_cases, len(rows) // 10)) if len(rows) > 1 else 0
+            held_out.append(np.random.default_rng(config.seed).permutation(rows)[:count])
+    if fold != "all" and not any_split:
+        raise MiMError(f"-f {fold}: none of the datasets has labels, so there is no split; leave out -f")
+    is_held_out = np.zeros(len(cases), bool)
+    is_held_out[np.concatenate(held_out)] = True
+    hashes = [row.tobytes() for row in cases.column("hashes")]
+    seen = {hashes[i] for i in np.flatnonzero(is_held_out)}
+    known_there = np.array([hash_ in seen for hash_ in hashes], bool)
+    train, val = cases.take(np.flatnonzero(~known_there)), cases.take(np.flatnonzero(is_held_out))
+    if not len(train) or not len(val):
         raise MiMError(f"{len(cases)} cases are too few: pretraining needs at least one to train on and one held out")
     return train, val
 
 
-def run_data(
-    sources: list[Source], indexes: Sequence[list[CaseInfo]], fold: int | str, config: PretrainConfig
-) -> RunData:
+def run_data(cases: Cases, fold: int | str, config: PretrainConfig) -> RunData:
     """Cases, and the intensities that padding and the flat-token rule need."""
-    train, val = split_cases(sources, indexes, fold, config)
+    train, val = split_cases(cases, fold, config)
+    sources, ranges = cases.sources, train.column("ranges")
     fill, width = [], []
     for channel in range(sources[0].in_channels):
-        window = sources[0].window(channel)
-        if window is None:
-            infos = [case.info for case in train]
-            window = min(i.low[channel] for i in infos), max(i.high[channel] for i in infos)
-        fill.append(window[0])
-        width.append(window[1] - window[0])
-    return RunData(sources, train, val, fold, tuple(fill), tuple(config.flat_fraction * w for w in width), tuple(width))
+        low, high = sources[0].window(channel) or (
+            float(ranges[:, 0, channel].min()),
+            float(ranges[:, 1, channel].max()),
+        )
+        fill.append(low)
+        width.append(high - low)
+    flat = tuple(config.flat_fraction * w for w in width)
+    return RunData(list(sources), train, val, fold, tuple(fill), flat, tuple(width))

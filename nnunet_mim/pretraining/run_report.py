@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,12 @@ def write_run_report(folder: Path, checkpoint: Mapping[str, Any], data: RunData,
     path = folder / REPORT
     try:
         facts = Facts.of(checkpoint)
-        held_out = Counter(case.source.dataset for case in data.val)
+        held_out = {source.dataset: int(n) for source, n in zip(data.val.sources, data.val.counts, strict=True)}
         sections = [
             facts_section(facts, held_out),
             levels_section(facts),
             losses_section(facts, folder),
+            *datasets_sections(facts),
             *views_sections(facts, shown_cases(facts, data, device)),
             settings_section(facts),
             next_section(facts, folder / FINAL),
@@ -104,10 +104,19 @@ voxels, the network knows more than can be read off its surroundings."""
     return Section("Losses", text, "", figures, table if len(table) > 1 else None)
 
 
+def datasets_sections(facts: Facts) -> list[Section]:
+    """How often each dataset was drawn and what the network makes of it, where there are several."""
+    table = summary.datasets_table(facts)
+    if len(table) < 3:
+        return []
+    text = "Crops drawn from each dataset so far, and the reconstruction loss on its held-out cases."
+    return [Section("Datasets", text, table=table)]
+
+
 def shown_cases(facts: Facts, data: RunData, device: str) -> dict[str, list[ReconstructedView]]:
     """Views of a few held-out cases, by the name of the case."""
     model = load_network(facts.checkpoint, device)
-    chosen = [data.val[i] for i in np.unique(np.linspace(0, len(data.val) - 1, CASES).round().astype(int))]
+    chosen = [data.val[int(i)] for i in np.unique(np.linspace(0, len(data.val) - 1, CASES).round())]
     several = len(data.sources) > 1
     shown = {}
     for number, case in enumerate(chosen):

@@ -49,7 +49,7 @@ class Source:
     @property
     def index_file(self) -> Path:
         """Where the case index is cached: beside, never inside, the folder of cases (nnU-Net reads all files there)."""
-        return self.folder.parent / "mim_case_index" / f"{self.folder.name}.json"
+        return self.folder.parent / "mim_case_index" / f"{self.folder.name}.npz"
 
     def case_file(self, case: str) -> Path:
         """The file that holds the voxels of a case."""
@@ -144,12 +144,25 @@ def require_same_units(sources: Sequence[Source]) -> None:
         )
         same_axes = first.plans.get("transpose_forward") == other.plans.get("transpose_forward")
         if not (same_spacing and same_window and same_axes):
-            spacing = ",".join(f"{s:g}" for s in first.spacing)
+            spacing = " ".join(f"{s:g}" for s in first.spacing)
+            numbers = " ".join(source.dataset[7:10] for source in sources)
             raise MiMError(
                 f"{other.dataset} has another spacing ({other.spacing} mm), order of axes, normalisation or intensity "
-                f"window than {first.dataset} ({first.spacing} mm): prepare both alike with mim_plan -d "
-                f"{other.dataset} --set spacing={spacing} and nnUNetv2_preprocess"
+                f"window than {first.dataset} ({first.spacing} mm): prepare all alike with mim_prepare -d {numbers} -s "
+                f"{spacing} -p NAME, then pretrain with -p NAME"
             )
+
+
+def orientation_warning(sources: Sequence[Source]) -> str | None:
+    """What is wrong where some datasets were turned to one orientation by nnU-Net's reader and others were not."""
+    turned = {s.dataset: "Reorient" in s.plans.get("image_reader_writer", "") for s in sources}
+    if len(set(turned.values())) < 2:
+        return None
+    left = ", ".join(name for name, is_turned in turned.items() if not is_turned)
+    return (
+        f"{left}: images keep the orientation of their files, other datasets were turned to RAS; left and right may "
+        "be exchanged between them. mim_prepare turns all of them"
+    )
 
 
 def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
@@ -175,7 +188,8 @@ def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
         return ()
     if not 0 <= fold < len(splits):
         raise MiMError(f"fold {fold} does not exist in {splits_file} ({len(splits)} folds): choose another with -f")
-    return tuple(case for case in splits[fold]["val"] if case in set(source.cases))
+    known = set(source.cases)
+    return tuple(case for case in splits[fold]["val"] if case in known)
 
 
 def window_warning(source: Source) -> str | None:

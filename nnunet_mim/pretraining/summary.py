@@ -162,6 +162,17 @@ def losses_table(facts: Facts) -> Table:
     return table
 
 
+def datasets_table(facts: Facts) -> Table:
+    """Cases, crops and last held-out losses of each dataset; losses only where there are several."""
+    levels, last = levels_in(facts.history), facts.history[-1] if facts.history else {}
+    table = [["dataset", "cases", "crops", *(shown(level) for level in levels)]]
+    trained = Counter(case["dataset"] for case in facts.provenance["cases"])
+    for dataset, crops in facts.provenance.get("crops_seen", {}).items():
+        losses = [number(last, f"val/{dataset}/{level}") for level in levels]
+        table.append([dataset, str(trained[dataset]), str(crops), *losses])
+    return table
+
+
 def features_text(facts: Facts) -> str:
     """Last alignment, spread of features and label probe, as far as they were measured."""
     last = facts.history[-1] if facts.history else {}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from nnunet_mim.files import write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #57606a; --paper: #fff; --line: #d5dae0; --shade: #f4f6f8;
@@ -88,17 +89,6 @@ def write_page(path: Path, title: str, sections: Sequence[Section], lead: str = 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8", "replace"))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that `path` holds either the former content or all of the new."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _section_html(section: Section) -> str:

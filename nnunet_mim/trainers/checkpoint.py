@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnunet_mim.config import NetworkConfig, network_from_dict
 from nnunet_mim.errors import MiMError
+from nnunet_mim.pointer import read_pointer
 
 ENV_CHECKPOINT = "nnUNet_mim_checkpoint"
 ENCODER_PREFIX = "encoder."
@@ -36,7 +37,8 @@ def find_checkpoint(plans: dict[str, Any], configuration: str, fold: int | str, 
     """Where a fresh finetuning run takes its encoder from; first hit wins.
 
     The environment variable nnUNet_mim_checkpoint, `plans["pretrain_info"]["checkpoint_path"]`, then the finished
-    `mim_pretrain` run of the same dataset, plans and configuration that left out this fold (or used all cases).
+    `mim_pretrain` run on this dataset (alone or with others), plans and configuration that left out this fold (or used
+    all cases).
 
     Args:
         plans: content of the plans file.
@@ -60,16 +62,22 @@ def find_checkpoint(plans: dict[str, Any], configuration: str, fold: int | str, 
                 raise MiMError(f"pretraining checkpoint {path} ({source}) does not exist: correct or remove the path")
             return Path(path)
     for name in dict.fromkeys((f"fold_{fold}", "fold_all")):
-        found = [run / name / "checkpoint_final.pth" for run in _pretraining_runs(plans, configuration, results)]
-        found = [path for path in found if path.is_file()]
-        untagged = [path for path in found if path.parts[-3].startswith("MiMPretrain__")]
-        if len(untagged or found) > 1:
-            raise MiMError(
-                f"several pretraining runs fit ({', '.join(map(str, found))}): choose one, {ENV_CHECKPOINT}=CHECKPOINT"
-            )
-        if found:
-            return (untagged or found)[0]
+        runs = {run: final_checkpoint(run / name) for run in _pretraining_runs(plans, configuration, results)}
+        found = {run: path for run, path in runs.items() if path is not None}
+        untagged = [path for run, path in found.items() if run.name.startswith("MiMPretrain__")]
+        fitting = untagged or list(found.values())
+        if len(fitting) > 1:
+            shown = ", ".join(map(str, fitting))
+            raise MiMError(f"several pretraining runs fit ({shown}): choose one, {ENV_CHECKPOINT}=CHECKPOINT")
+        if fitting:
+            return fitting[0]
     return None
+
+
+def final_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of a finished run: in its folder, or in that of another dataset which was pretrained on too."""
+    path = folder / "checkpoint_final.pth"
+    return path if path.is_file() else read_pointer(folder)
 
 
 def no_checkpoint_error(plans: dict[str, Any], configuration: str, fold: int | str, results: str | Path) -> MiMError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError
+from nnunet_mim.geometry import suitable_strides
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
@@ -181,7 +182,7 @@ def _architecture_for_other_plans(
     saved = saved_architecture(sibling, configuration)
     if saved is not None:
         return saved, f"{sibling.name}, whose control this is"
-    preset = PRESETS[DEFAULT_PRESET]
+    preset = replace(PRESETS[DEFAULT_PRESET], strides=suitable_strides(tuple(config["spacing"])))
     return (
         plans_architecture(preset, config["patch_size"]),
         f"the default preset {DEFAULT_PRESET} ({describe(preset)}); the control of a pretrained network needs the same "

@@ -34,7 +34,11 @@ class Workplace:
     def __call__(self, name, *arguments, fails=False, **env):
         """Run a command. Returns what it printed (its errors, where it has to fail)."""
         done = subprocess.run(
-            self.command(name, *arguments), env={**self.env, **env}, capture_output=True, text=True, cwd=self.folder
+            self.command(name, *arguments),
+            env={**self.env, **env},
+            capture_output=True,
+            encoding="utf-8",
+            cwd=self.folder,
         )
         assert (done.returncode != 0) == fails, f"{name} {arguments}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stderr if fails else done.stdout

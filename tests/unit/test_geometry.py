@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from nnunet_mim.config import PRESETS, LevelConfig, NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.geometry import build_levels, ladder_levels, levels_of, suitable_scale, views_per_crop
+from nnunet_mim.geometry import (
+    build_levels,
+    ladder_levels,
+    levels_of,
+    suitable_scale,
+    suitable_strides,
+    suitable_view,
+    views_per_crop,
+)
 
 
 def per_axis(values):
@@ -217,10 +225,47 @@ def test_an_unknown_ladder_is_refused():
     [
         ("published", (200, 200, 200), (2, 2, 2)),
         ("published", (60, 175, 175), (1, 2, 2)),
-        ("published", (128, 127, 128), (2, 1, 2)),  # two thirds of 192 voxels
+        ("published", (122, 122, 300), (2, 2, 2)),  # 0.404 of 192 x 192 x 192 voxels
+        ("published", (120, 122, 300), (1, 2, 2)),  # 0.397, and 0.64 of 96 x 192 x 192
+        ("published", (144, 144, 144), (2, 2, 2)),  # 0.42
+        ("published", (130, 130, 130), (1, 1, 1)),  # 0.31; all axes alike
         ("native", (200, 300, 300), (1, 2, 2)),
         ("native", (60, 60, 60), (1, 1, 1)),
+        ("published", (40, 300, 300), (1, 2, 2)),  # never enough, but two axes are filled
     ],
 )
 def test_suitable_scale(ladder, shape, scale):
     assert suitable_scale(ladder, (96, 96, 96), shape) == scale
+
+
+@pytest.mark.parametrize(
+    ("shape", "view"),
+    [
+        ((512, 300, 160), (96, 96, 96)),
+        ((128, 128, 128), (64, 64, 64)),
+        ((96, 96, 96), (64, 64, 64)),  # for one view; the scale is 1 then
+        ((57, 20, 1), (32, 32, 32)),
+    ],
+)
+def test_suitable_view(shape, view):
+    assert suitable_view(shape, (16, 16, 16)) == view
+
+
+def test_suitable_view_in_tokens():
+    assert suitable_view((64, 128, 300), (4, 16, 32)) == (24, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "token"),
+    [
+        ((1.5, 1.5, 1.5), (16, 16, 16)),
+        ((4.7, 3.0, 4.7), (16, 16, 16)),
+        ((3.27, 0.98, 0.98), (8, 16, 16)),
+        ((0.8, 0.8, 5.0), (16, 16, 4)),  # 5 waits at 0.8 and 1.6
+        ((20.0, 1.0, 1.0), (1, 16, 16)),
+    ],
+)
+def test_suitable_strides(spacing, token):
+    strides = suitable_strides(spacing)
+    assert len(strides) == 4
+    assert tuple(np.prod(strides, axis=0)) == token

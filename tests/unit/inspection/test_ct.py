@@ -7,7 +7,8 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.inspection.ct import Grid, case_name, preprocess, read_image
+from nnunet_mim.image_files import case_name
+from nnunet_mim.inspection.ct import Grid, preprocess, read_image
 from nnunet_mim.pretraining.checkpoint import load_checkpoint
 
 

@@ -112,7 +112,7 @@ def test_plans_hold_one_configuration_with_our_network(base_plans, dataset_json)
     config = plans["configurations"]["3d_fullres"]
     assert config["data_identifier"] == "nnUNetMiMPlans_3d_fullres"
     assert plans["plans_name"] == "nnUNetMiMPlans"
-    assert config["patch_size"] == [64, 192, 160]
+    assert config["patch_size"] == [56, 192, 160]
     assert "pretrain_info" not in plans
 
     manager = PlansManager(json.loads(json.dumps(plans))).get_configuration("3d_fullres")
@@ -125,7 +125,7 @@ def test_plans_hold_one_configuration_with_our_network(base_plans, dataset_json)
     )
     assert type(network) is HybridUNet
     assert network.encoder.config.embed_dims == PRESETS["tiny"].embed_dims
-    assert [list(s) for s in manager.pool_op_kernel_sizes] == [[1, 1, 1], *[[2, 2, 2]] * 5]
+    assert [list(s) for s in manager.pool_op_kernel_sizes] == [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4]
 
 
 def test_the_window_makes_nnunets_own_code_keep_lung_and_bone(base_plans, dataset_json):
@@ -328,3 +328,41 @@ def test_preprocessed_folder_must_be_set_raw_need_not(dataset, capsys, monkeypat
     monkeypatch.delenv("nnUNet_preprocessed")
     assert main(["-d", "7"]) == 2
     assert "nnUNet_preprocessed is not set" in capsys.readouterr().err
+
+
+def test_axes_and_orientation_are_those_of_pretraining(base_plans, dataset_json, make_checkpoint):
+    """The network has seen axes in the order of the image, turned to RAS; the base plans have (2, 0, 1), unturned."""
+    path = make_checkpoint(spacing=(1.1, 1.0, 2.5))
+    stored = torch.load(path)
+    stored["provenance"] |= {"transpose_forward": [0, 1, 2], "image_reader_writer": "SimpleITKIOWithReorient"}
+    torch.save(stored, path)
+    before = deepcopy(base_plans)
+    plans, notes = make_mim_plans(
+        base_plans, FINGERPRINT, dataset_json, "P", checkpoint=read_checkpoint(str(path)), preset="tiny"
+    )
+    assert base_plans == before
+    config = plans["configurations"]["3d_fullres"]
+    assert plans["transpose_forward"] == plans["transpose_backward"] == [0, 1, 2]
+    assert config["spacing"] == [1.1, 1.0, 2.5], "close to the base plans' 1, 1, 3 in this order"
+    assert config["patch_size"] == [176, 160, 64]  # 192, 160, 56: multiples of the token, no larger than the image
+    assert plans["mim_finetune"]["mirror_axes"] == [0, 1]
+    assert plans["image_reader_writer"] == "SimpleITKIOWithReorient"
+    assert "order of axes [0, 1, 2] (as in pretraining; base plans: [2, 0, 1])" in notes
+    assert any("turned to RAS" in note for note in notes)
+
+
+def test_another_reader_of_the_dataset_stays(base_plans, dataset_json, make_checkpoint):
+    path = make_checkpoint()
+    stored = torch.load(path)
+    stored["provenance"] |= {"transpose_forward": [2, 0, 1], "image_reader_writer": "SimpleITKIOWithReorient"}
+    torch.save(stored, path)
+    base_plans["image_reader_writer"] = "Tiff3DIO"
+    plans, _ = make_mim_plans(base_plans, FINGERPRINT, dataset_json, "P", checkpoint=read_checkpoint(str(path)))
+    assert plans["image_reader_writer"] == "Tiff3DIO"
+    assert plans["transpose_forward"] == [2, 0, 1]
+
+
+def test_tokens_follow_the_spacing(base_plans, dataset_json):
+    plans, _ = make_mim_plans(base_plans, FINGERPRINT, dataset_json, "P", preset="tiny")
+    strides = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"]
+    assert strides[:3] == [[1, 1, 1], [1, 2, 2], [2, 2, 2]]  # 3 x 1 x 1 mm

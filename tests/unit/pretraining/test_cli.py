@@ -124,11 +124,11 @@ def test_volumes_smaller_than_the_view_are_padded(write_dataset, tmp_path):
 
 def test_two_datasets_in_one_run_and_fold_only_of_the_labelled(write_dataset, tmp_path):
     write_dataset(n=5, number=900)
-    write_dataset(n=3, number=901, labelled=False)
-    assert cli.main(["-d", "900", "901", *SMALL, "-f", "0", "--iterations", "1"]) == 0
+    write_dataset(n=3, number=950, labelled=False)
+    assert cli.main(["-d", "900", "950", *SMALL, "-f", "0", "--iterations", "1"]) == 0
     cases = load_checkpoint(fold_folder(tmp_path) / "checkpoint_final.pth")["provenance"]["cases"]
     assert sum(c["dataset"] == "Dataset900_Tiny" for c in cases) == 4
-    assert sum(c["dataset"] == "Dataset901_Tiny" for c in cases) == 3
+    assert sum(c["dataset"] == "Dataset950_Tiny" for c in cases) == 2, "one of three is held out"
 
 
 @pytest.mark.parametrize("options", [("--ladder", "native"), ("--alignment", "cosine"), ("--alignment", "none"),
@@ -159,7 +159,7 @@ def test_a_run_from_an_earlier_ones_weights_remembers_its_cases(write_dataset, t
     small = [a if a != "tiny" else "small" for a in SMALL]
     assert "not that of this run" in refused(capsys, "-d", "900", *small, "-o", "other", "--init", str(earlier))
     other = ("-o", "other", "--init", str(earlier), "--alignment", "cosine")
-    assert "alignment infonce, not that of this run" in refused(capsys, "-d", "900", *SMALL, *other)
+    assert "alignment infonce and strides [[2, 2, 2]" in refused(capsys, "-d", "900", *SMALL, *other)
     assert "no checkpoint at" in refused(capsys, "-d", "900", *SMALL, "-o", "other", "--init", str(tmp_path / "no.pth"))
 
 
@@ -205,7 +205,7 @@ def test_bad_arguments(write_dataset, capsys, tmp_path, args, says):
 
 def test_a_fold_is_checked_before_any_case_is_read(write_dataset, capsys, monkeypatch):
     write_dataset(n=5)
-    monkeypatch.setattr(runs, "index_sources", lambda sources: pytest.fail("read cases before looking at the fold"))
+    monkeypatch.setattr(runs, "index_sources", lambda *_: pytest.fail("read cases before looking at the fold"))
     assert "fold 7 does not exist" in refused(capsys, "-d", "900", *SMALL, "-f", "7")
 
 
@@ -258,9 +258,23 @@ def test_damaged_cases_are_named_before_training(write_dataset, save_case, capsy
         save_case(folder, "case_01", np.zeros((2, *shape[1:])), storage=storage)
     elif damage == "vanished":
         (folder / "case_01.pkl").unlink()
-    message = refused(capsys, "-d", "900", *SMALL, "--iterations", "1")
+    message = refused(capsys, "-d", "900", *SMALL, "--iterations", "1", "--strict")
     assert "case_01" in message
     assert "preprocess" in message
+    assert not (tmp_path / "results").exists()
+    assert cli.main(["-d", "900", *SMALL, "--iterations", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "left out: Dataset900_Tiny case_01: " in said
+    assert "1 cases are left out, 2 are used" in said
+    stored = load_checkpoint(next((tmp_path / "results").rglob("checkpoint_final.pth")))
+    assert "case_01" not in {record["case"] for record in stored["provenance"]["cases"]}
+
+
+def test_no_sound_case_at_all(write_dataset, capsys, tmp_path):
+    folder = write_dataset(n=2)
+    for path in folder.glob("*.b2nd"):
+        path.write_bytes(b"")
+    assert "no case can be used: Dataset900_Tiny case_00: cannot read" in refused(capsys, "-d", "900", *SMALL)
     assert not (tmp_path / "results").exists()
 
 
@@ -268,13 +282,13 @@ def test_all_damaged_cases_are_named_and_sound_ones_are_not_read_again(write_dat
     folder = write_dataset(n=4)
     for case in ("case_01", "case_03"):
         (folder / f"{case}.b2nd").write_bytes(b"")
-    message = refused(capsys, "-d", "900", *SMALL)
+    message = refused(capsys, "-d", "900", *SMALL, "--strict")
     assert "case_01.b2nd" in message
-    assert "1 more cases cannot be used: case_03" in message
+    assert "1 more cases cannot be used: Dataset900_Tiny case_03" in message
     described = []
     original = case_index.describe_case
     monkeypatch.setattr(case_index, "describe_case", lambda s, case: described.append(case) or original(s, case))
-    refused(capsys, "-d", "900", *SMALL)
+    refused(capsys, "-d", "900", *SMALL, "--strict")
     assert sorted(described) == ["case_01", "case_03"]
 
 
@@ -292,7 +306,7 @@ def test_a_case_that_breaks_during_training_ends_the_run_with_one_line(
     original = loop.training_batches
     monkeypatch.setattr(loop, "training_batches", break_cases)
     message = refused(capsys, "-d", "900", *SMALL, "--iterations", "2", "--workers", workers)
-    assert message.startswith(f"error: cannot read {folder}")
+    assert message.startswith(f"error: 20 cases in a row cannot be read; cannot read {folder}")
 
 
 def test_datasets_with_other_axes_are_refused(write_dataset, capsys):
@@ -308,7 +322,7 @@ def test_datasets_in_other_units_are_refused(write_dataset, capsys):
     write_dataset(n=2, number=900)
     write_dataset(n=2, number=901, spacing=(3.0, 3.0, 4.0))
     write_dataset(n=2, number=902, window={"percentile_99_5": 200.0})
-    assert "mim_plan -d Dataset901_Tiny --set spacing=3,3,3" in refused(capsys, "-d", "900", "901", *SMALL)
+    assert "mim_prepare -d 900 901 -s 3 3 3" in refused(capsys, "-d", "900", "901", *SMALL)
     assert "Dataset902_Tiny" in refused(capsys, "-d", "900", "902", *SMALL)
 
 

@@ -11,7 +11,10 @@ from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.held_out import HeldOut, WeightedMean, decibel, feature_spread
 from nnunet_mim.pretraining.loop import progress_text
+from nnunet_mim.pretraining.monitor import held_out_crops
 from nnunet_mim.pretraining.record import MetricsFile
+from nnunet_mim.pretraining.run import index_sources, run_data
+from nnunet_mim.pretraining.sources import find_source
 
 
 def test_weighted_mean_by_hand():
@@ -46,6 +49,13 @@ def test_a_new_run_starts_a_new_file(tmp_path):
     assert rows_of(path) == [(1, 2.0)]
 
 
+def test_no_figure_is_an_empty_cell_and_keeps_its_column(tmp_path):
+    file = MetricsFile(tmp_path / "train.csv", start=0)
+    file.append(10, {"loss": float("nan"), "skipped": 10.0})
+    file.append(20, {"loss": 0.5, "skipped": 0.0})
+    assert file.path.read_text().splitlines() == ["iteration,loss,skipped", "10,,10", "20,0.5,0"]
+
+
 def test_progress_names_levels_and_speed():
     train = {f"train/level{n}/reconstruction": n / 10 for n in (2, 3)}
     val = {f"val/level{n}/reconstruction": n / 2 for n in (2, 3)} | {"val/loss": 9.0}
@@ -73,6 +83,41 @@ def test_spread_of_features_by_hand():
     assert std == pytest.approx(1, abs=0.05)
     rank, _ = feature_spread(torch.randn(2000, 1) * torch.randn(1, 16) + 0.01 * torch.randn(2000, 16))
     assert rank < 2.5
+
+
+def test_losses_by_dataset_make_up_the_whole():
+    """Each crop's dataset by itself; weighted by their targets they give the loss of all."""
+    network = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
+    config = PretrainConfig(network=network, view_size=(32, 32, 32), n_children=(2, 2))
+    levels = levels_of(config)
+    torch.manual_seed(0)
+    model = MaskInMask(network)
+    crops = torch.randn(3, 1, *levels[0].fov)
+    valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 3)
+    arguments = valid, torch.zeros(1), torch.tensor([0.04]), torch.tensor([8.0]), levels, config
+    figures = HeldOut(crops, *arguments, datasets=["A", "B", "A"]).evaluate(model)
+    assert {name for name in figures if name.startswith(("val/A", "val/B"))} == {
+        f"val/{dataset}/level{n}" for dataset in "AB" for n in (1, 2, 3)
+    }
+    for n in (1, 2, 3):  # crops of noise: every masked token is a target, so all crops weigh the same
+        both = (2 * figures[f"val/A/level{n}"] + figures[f"val/B/level{n}"]) / 3
+        assert figures[f"val/level{n}/reconstruction"] == pytest.approx(both, rel=1e-5)
+    assert figures["val/A/level3"] != figures["val/B/level3"]
+    alone = HeldOut(crops, *arguments, datasets=["A", "A", "A"]).evaluate(model)
+    assert not any(name.startswith("val/A") for name in alone)
+
+
+def test_held_out_crops_come_from_every_dataset(write_dataset):
+    for number, n in ((900, 12), (920, 3), (930, 1)):
+        write_dataset(n=n, number=number)
+    sources = [find_source(str(number), "tinyPlans", "3d_fullres") for number in (900, 920, 930)]
+    config = PretrainConfig(preset="tiny", view_size=(32, 32, 32), val_crops=5)
+    data = run_data(index_sources(sources)[0], "all", config)
+    assert data.val.counts.tolist() == [1, 1, 0]  # a tenth, at least one, but not the only one
+    assert data.train.counts.tolist() == [11, 2, 1]
+    crops, valid, names = held_out_crops(data, config, torch.device("cpu"))
+    assert names == ["Dataset900_Tiny", "Dataset920_Tiny", "Dataset900_Tiny", "Dataset920_Tiny", "Dataset900_Tiny"]
+    assert len(crops) == len(valid) == 5
 
 
 def test_decibel_by_hand():

@@ -13,7 +13,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.pretraining import probe as probe_module
 from nnunet_mim.pretraining.case_index import read_index
-from nnunet_mim.pretraining.dataset import Case
+from nnunet_mim.pretraining.dataset import Cases
 from nnunet_mim.pretraining.probe import (
     LEFT_OUT,
     LabelledBox,
@@ -72,7 +72,7 @@ def cases_of(write_dataset, save_case):
         for i, seg in enumerate(labels):
             save_case(folder, f"case_{i:02d}", seg[None].astype(np.float32), seg[None].astype(np.int8), storage)
         source = find_source(str(number), "tinyPlans", "3d_fullres")
-        return [Case(source, info) for info in read_index(source, show_progress=False)]
+        return Cases([source], [read_index(source, show_progress=False)[0]])
 
     return make
 
@@ -197,7 +197,8 @@ def test_as_many_labelled_cases_as_asked_for_each_chosen_by_the_seed(cubes):
 def test_few_cases_of_a_large_unlabelled_dataset_are_looked_at(cubes, monkeypatch):
     looked_at = []
     monkeypatch.setattr(probe_module, "has_labels", lambda case: looked_at.append(case))
-    assert probe_cases(cubes * 10, cubes * 10, (3, 2)) is None
+    many = Cases(cubes.sources, cubes.indexes, np.repeat(cubes.numbers, 10, axis=0))
+    assert probe_cases(many, many, (3, 2)) is None
     assert len(looked_at) == 4 * (3 + 2)
 
 
@@ -205,8 +206,9 @@ def test_cases_of_one_dataset_only(cases_of):
     unlabelled = cases_of([np.zeros(SHAPE)] * 2, number=901)
     first = cases_of([labels_with((2, 2, 2))] * 2, number=902)
     second = cases_of([labels_with((2, 2, 2))] * 2, number=903)
-    mixed = [unlabelled[0], second[0], first[0]], [first[1], unlabelled[1], second[1]]
-    assert probe_cases(*mixed) == ([second[0]], [second[1]])
+    parts = unlabelled, first, second
+    mixed = Cases([p.sources[0] for p in parts], [p.indexes[0] for p in parts])
+    assert probe_cases(mixed.take(np.array([0, 4])), mixed.take(np.array([1, 3, 5]))) == ([second[0]], [second[1]])
 
 
 @pytest.mark.parametrize("storage", ["b2nd", "npz"])

@@ -37,7 +37,7 @@ def run(write_dataset, tmp_path):
     write_dataset(n=10, shape=(48, 40, 44), spacing=(6.0, 4.0, 5.0))
     config = PretrainConfig(preset="tiny", network=NETWORK, view_size=(32, 32, 32), val_cases=4, iterations=1000)
     source = find_source("900", "tinyPlans", "3d_fullres")
-    data = runs.run_data([source], runs.index_sources([source]), 0, config)
+    data = runs.run_data(runs.index_sources([source])[0], 0, config)
     torch.manual_seed(0)
     history = [
         {"iteration": 250 * i, "val/loss": 2.0, "val/level1/reconstruction": 1 - i / 20, "baseline/level1/infill": 0.9}

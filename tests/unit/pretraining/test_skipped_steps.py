@@ -1,5 +1,7 @@
 """Steps without a finite gradient change nothing, are counted and named, and end the run where they are too many."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,9 @@ def test_a_case_with_nan_is_skipped_and_named(poisoned, small_runs, capsys):
     assert all(torch.isfinite(value).all() for value in stored["network_weights"].values())
     rows = small_runs.rows("run")
     assert sum(float(row["train/skipped"]) for row in rows) == len(skipped)
-    assert all(np.isfinite(float(row["train/loss"])) for row in rows)
+    losses = [row["train/loss"] for row in rows if row["train/loss"]]  # empty where all steps were skipped
+    assert losses
+    assert np.isfinite([float(loss) for loss in losses]).all()
     printed = "".join(capsys.readouterr())
     assert printed.count(" skipped: loss or gradient not finite") == len(skipped)
 
@@ -99,6 +103,14 @@ def test_means_leave_skipped_steps_out():
     assert means["train/loss"] == 2.5
     assert means["train/skipped"] == 1
     assert bad == {1: [False, True]}
+
+
+def test_nothing_but_skipped_steps_give_no_figure():
+    means, bad = mean_figures([step(float("nan"), 7.0, 1.0)], ALONE)
+    assert means.pop("train/skipped") == 1
+    assert bad == {0: [False, False]}
+    assert {"train/level3/reconstruction", "train/loss"} <= set(means)
+    assert all(math.isnan(value) for value in means.values())
 
 
 def test_all_of_a_batch_are_named_where_none_is_to_blame():

@@ -69,6 +69,15 @@ def test_more_facts() -> None:
     )
 
 
+def test_datasets() -> None:
+    history = [row(0, 1.0), row(500, 0.7, val__A__level3=0.25)]
+    facts = make_facts(history, {"crops_seen": {"A": 90, "B": 10}, "cases": [{"dataset": "A"}, {"dataset": "A"}]})
+    table = summary.datasets_table(facts)
+    assert table[0] == ["dataset", "cases", "crops", "level 1", "level 3"]
+    assert table[1:] == [["A", "2", "90", "–", "0.250"], ["B", "0", "10", "–", "–"]]
+    assert len(summary.datasets_table(make_facts(history))) == 1  # an earlier version's checkpoint
+
+
 def test_converted_weights() -> None:
     unknown = {"datasets": [], "cases": [], "spacing": [], "plans_name": "", "iterations": 0,
                "converted_from": "official.pth"}  # fmt: skip

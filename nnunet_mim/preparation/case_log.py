@@ -1,0 +1,78 @@
+"""What has become of every case of a preparation: one line of JSON a case, so that a killed one can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_mim.errors import MiMError
+
+Entry = dict[str, Any]
+"""case, key, files, and either reason (skipped) or what `prepare_case` returns"""
+
+
+class CaseLog:
+    """The last entry of every case. Only one process appends; a line that was cut short does not count."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        try:
+            text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise MiMError(f"cannot read {path} ({error}): restore it, or delete it to begin anew") from error
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            self.entries[entry["case"]] = entry
+        if text and not text.endswith("\n"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+
+    def add(self, entry: Entry) -> None:
+        """Append an entry; it is on the disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries[entry["case"]] = entry
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.path.unlink(missing_ok=True)
+        self.entries.clear()
+
+    @property
+    def prepared(self) -> dict[str, Entry]:
+        """Entries of cases that are preprocessed, by name."""
+        return {case: entry for case, entry in sorted(self.entries.items()) if "reason" not in entry}
+
+    @property
+    def skipped(self) -> dict[str, Entry]:
+        """Entries of cases that are left out, by name."""
+        return {case: entry for case, entry in sorted(self.entries.items()) if "reason" in entry}
+
+
+def known_names(folder: Path) -> dict[str, str]:
+    """Names that all logs in a folder have given, by the first file of the case."""
+    logs = [CaseLog(path) for path in sorted(folder.glob("*.jsonl"))]
+    return {entry["files"][0]: case for log in logs for case, entry in log.entries.items()}
+
+
+def input_key(files: Sequence[str], settings: Any) -> str:
+    """Changes with the size or time of any file, and with the settings (plain values) that decide the result."""
+    stamps = []
+    for file in files:
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise MiMError(f"cannot read {file} ({error.strerror}): did it vanish just now?") from error
+        stamps.append([file, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps([stamps, settings]).encode()).hexdigest()[:16]

@@ -1,0 +1,133 @@
+"""`mim_prepare`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from nnunet_mim.config import PRESETS
+from nnunet_mim.dataset_name import dataset_name
+from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.settings import parse_settings
+
+DESCRIPTION = """\
+Prepare CT for mim_pretrain, with labels or without.
+
+  mim_prepare -d 800 -n MyCT -i FOLDER [FOLDER...]   any CT in folders: NIfTI, NRRD, MHA/MHD files, DICOM series
+  mim_prepare -d 501 502                             datasets in nnUNet_raw, labelled or not, with the same plans
+
+Everything gets one spacing (-s, 1.5 mm), one intensity window (-1000...1000 HU) and one orientation, so that one
+pretraining can use all datasets and serve them all: mim_pretrain -d 501 502 800 -p nnUNetMiMPlans.
+
+Images that are no CT volume in Hounsfield units are left out, each with its reason: localisers, MR, label maps, 2-D,
+few slices, missing slices, duplicates, damaged files. Repeating the command goes on where it was interrupted, and adds
+what is new in the folders."""
+
+EPILOG = """\
+Output, in nnUNet_preprocessed/DatasetXXX_Name:
+  nnUNetMiMPlans.json, nnUNetMiMPlans_3d_fullres/   plans and preprocessed cases, as nnU-Net writes them
+  mim_prepare/                                      a page with pictures, a table of what was left out, the log
+Image files stay where they are (nnUNet_raw/DatasetXXX_Name/dataset.json names them); DICOM series, which nnU-Net cannot
+read, are written there as .nii.gz."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns 0, or 2 after printing a one-line error."""
+    options = _parser().parse_args(argv)
+    return exit_code(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prepare as the command line says."""
+    from nnunet_mim.preparation.prepare import PrepareConfig, prepare_dataset, prepare_folders
+    from nnunet_mim.preparation.prepare_report import next_command, skipped_lines, write_report
+    from nnunet_mim.trainers.resolve_plans import required_folder
+
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        required_folder(name)
+    if options.np < 1 or options.min_slices < 2:
+        raise MiMError("-np must be at least 1 and --min_slices at least 2")
+    config = PrepareConfig(
+        _spacing(options.s), options.p, options.preset, parse_settings(options.set), options.np, options.min_slices,
+        options.overwrite,
+    )  # fmt: skip
+    results = []
+    if options.i:
+        dataset = _new_dataset(options.d, options.n)
+        results.append(prepare_folders(dataset, [Path(os.path.expanduser(folder)) for folder in options.i], config))
+    else:
+        if options.n:
+            raise MiMError("-n names a new dataset: give its folders with -i")
+        for dataset in [dataset_name(given) for given in options.d]:  # all names are checked first
+            results.append(prepare_dataset(dataset, config))
+    for prepared in results:
+        skipped = prepared.log.skipped
+        print(f"{prepared.source.dataset}: {len(prepared.log.prepared)} cases prepared, {len(skipped)} left out")
+        for line in skipped_lines(skipped):
+            print(line)
+        print(f"  page: {write_report(prepared, options.preset)}")
+    left_out = [entry for prepared in results for entry in prepared.log.skipped.values()]
+    if options.strict and left_out:
+        raise MiMError(f"--strict: {len(left_out)} left out, {left_out[0]['files'][0]} first: {left_out[0]['reason']}")
+    print(f"next: {next_command([prepared.source for prepared in results], options.preset)}")
+
+
+def _new_dataset(given: list[str], name: str | None) -> str:
+    """DatasetXXX_Name of the dataset that -i makes or goes on with."""
+    if len(given) != 1:
+        raise MiMError("-i makes one dataset: give one number with -d")
+    try:
+        known = dataset_name(given[0])
+    except MiMError:
+        known = None
+    if known is not None:
+        if name and known != f"{known[:10]}_{name}":
+            raise MiMError(f"dataset {given[0]} is {known}: leave out -n, or take a number that is free")
+        return known
+    if not given[0].isdigit() or not 0 < int(given[0]) < 1000:
+        raise MiMError(f"-d {given[0]}: give a number from 1 to 999")
+    if not name or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise MiMError(f"-n {name or ''}: give the new dataset a name of letters, digits, - and _, such as -n MyCT")
+    return f"Dataset{int(given[0]):03d}_{name}"
+
+
+def _spacing(given: list[float]) -> tuple[float, float, float]:
+    if len(given) not in (1, 3) or min(given) <= 0:
+        raise MiMError(f"-s takes one number or three above 0 (mm, array order), got {given}")
+    return tuple(given * 3 if len(given) == 1 else given)  # type: ignore[return-value]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mim_prepare", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("-d", nargs="+", required=True, metavar="DATASET", help="number of the new dataset, or datasets in nnUNet_raw")
+    add("-n", metavar="NAME", help="name of the new dataset")
+    add("-i", nargs="+", metavar="FOLDER", help="folders with CT, searched to any depth")
+    add("-s", nargs="+", type=float, default=[1.5], metavar="MM",
+        help="spacing: one number, or three in array order (z y x) (default: 1.5)")  # fmt: skip
+    cores = os.cpu_count() or 1
+    add("-np", type=int, default=min(8, cores), metavar="N",
+        help=f"worker processes (default: 8, or the number of cores; here {min(8, cores)})")  # fmt: skip
+    add("-p", default="nnUNetMiMPlans", metavar="PLANS", help="name of the plans (default: nnUNetMiMPlans)")
+    add("--preset", choices=list(PRESETS),
+        help="network size in the plans (default: that of plans which are there already, else base)")  # fmt: skip
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="settings of the plans, as for mim_plan, such as ct_window=-1000,1000 patch_size=96,96,96")  # fmt: skip
+    add("--min_slices", type=int, default=16, metavar="N", help="least voxels on every axis (default: 16)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="begin anew where cases were prepared with another spacing or window under the same name of plans",
+    )
+    add("--strict", action="store_true", help="end with exit code 2 if anything was left out")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""nnU-Net's default resampling of images in bounded memory, equal to it up to rounding.
+
+Interpolation by cubic splines is a linear map along each axis, one axis after the other: a small matrix, whose columns
+SciPy's own `zoom` gives. nnU-Net resamples all axes at once in float64, with several copies of the volume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from nnunetv2.preprocessing.resampling.default_resampling import (
+    determine_do_sep_z_and_axis,
+    resample_data_or_seg_to_shape,
+)
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from scipy.ndimage import zoom
+
+SLICES_AT_ONCE = 16
+DEFAULT_KWARGS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+
+
+class LeanConfiguration(ConfigurationManager):
+    """A configuration whose default resampling needs less memory; any other is left as it is."""
+
+    @property
+    def resampling_fn_data(self) -> Any:
+        config = self.configuration
+        default = config["resampling_fn_data"] == resample_data_or_seg_to_shape.__name__
+        if default and config["resampling_fn_data_kwargs"] == DEFAULT_KWARGS:
+            return resample_image
+        return super().resampling_fn_data
+
+    @property
+    def resampling_fn_seg(self) -> Any:
+        stock = super().resampling_fn_seg
+
+        def resample(seg: np.ndarray, new_shape: Sequence[int], *spacings: Any) -> np.ndarray:
+            if seg.max() <= 0 and not determine_do_sep_z_and_axis(None, *spacings)[0]:
+                return resample_outside(seg, new_shape)
+            return stock(seg, new_shape, *spacings)
+
+        return resample
+
+
+def resample_image(
+    image: np.ndarray, new_shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
+) -> np.ndarray:
+    """What nnU-Net's `resample_data_or_seg_to_shape` returns for images with its usual settings.
+
+    Cubic splines; along an axis with much larger spacing than the others the nearest slice instead.
+
+    Args:
+        image: (C, X, Y, Z) float32.
+        new_shape: voxels per axis.
+        spacing, new_spacing: mm per axis, before and after.
+
+    Returns:
+        (C, *new_shape) float32.
+    """
+    if tuple(image.shape[1:]) == tuple(new_shape):
+        return image
+    separate, axis = determine_do_sep_z_and_axis(None, spacing, new_spacing)
+    result = np.empty((image.shape[0], *new_shape), image.dtype)
+    for channel, volume in zip(result, image, strict=True):
+        if separate:
+            channel[:] = _slice_by_slice(volume, tuple(new_shape), int(axis))
+        else:
+            channel[:] = _along_axes(volume, tuple(new_shape), (0, 1, 2))
+            np.clip(channel, volume.min(), volume.max(), out=channel)
+    return result
+
+
+def resample_outside(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
+    """A segmentation of a case without labels, in which nnU-Net marks voxels outside the image with -1: linear
+    interpolation of the mask, as nnU-Net's, a few slices at a time.
+
+    Args:
+        seg: (1, X, Y, Z) integer, 0 and -1.
+        new_shape: voxels per axis.
+
+    Returns:
+        (1, *new_shape), same type.
+    """
+    result = np.zeros((1, *new_shape), seg.dtype)
+    if tuple(seg.shape[1:]) == tuple(new_shape) or not seg.any():
+        return seg if tuple(seg.shape[1:]) == tuple(new_shape) else result
+    across, rows, columns = (spline_matrix(n, m, 1) for n, m in zip(seg.shape[1:], new_shape, strict=True))
+    for first in range(0, new_shape[0], SLICES_AT_ONCE):
+        part = across[first : first + SLICES_AT_ONCE]
+        used = np.flatnonzero(part.any(axis=0))
+        low, high = used[0], used[-1] + 1
+        outside = rows @ (seg[0, low:high] < 0).astype(np.float64) @ columns.T
+        result[0, first : first + SLICES_AT_ONCE][np.tensordot(part[:, low:high], outside, 1) > 0.5] = -1
+    return result
+
+
+def _slice_by_slice(volume: np.ndarray, new_shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Each slice by itself, and no values beyond its own; then the nearest slices."""
+    in_plane = tuple(a for a in range(3) if a != axis)
+    limits = volume.min(in_plane, keepdims=True), volume.max(in_plane, keepdims=True)
+    resized = _along_axes(volume, new_shape, in_plane)
+    np.clip(resized, *limits, out=resized)
+    old, new = volume.shape[axis], new_shape[axis]
+    places = np.floor((np.arange(new) + 0.5) * (old / new) - 0.5 + 0.5).astype(np.int64)
+    return resized.take(places.clip(0, old - 1), axis)
+
+
+def _along_axes(volume: np.ndarray, new_shape: tuple[int, ...], axes: Sequence[int]) -> np.ndarray:
+    for axis in sorted(axes, key=lambda a: new_shape[a] / volume.shape[a]):  # those that shrink most first
+        matrix = spline_matrix(volume.shape[axis], new_shape[axis]).astype(np.float32)
+        if axis == 0:
+            volume = (matrix @ volume.reshape(volume.shape[0], -1)).reshape(-1, *volume.shape[1:])
+        elif axis == 1:
+            volume = matrix @ volume
+        else:
+            volume = volume @ matrix.T
+    return volume
+
+
+@lru_cache(maxsize=16)
+def spline_matrix(old: int, new: int, order: int = 3) -> np.ndarray:
+    """(new, old): interpolation by splines of this order of `old` values, continued at the edges, at the centres of
+    `new` equal parts.
+    """
+    if old == 1:
+        return np.ones((new, 1))
+    columns = [zoom(unit, new / old, order=order, mode="nearest", grid_mode=True) for unit in np.eye(old)]
+    return np.stack(columns, axis=1)

@@ -1,0 +1,220 @@
+"""Finding images in folders, and reading their headers."""
+
+import gzip
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_mim.errors import MiMError
+from nnunet_mim.preparation.finding import Volume, find_volumes
+from nnunet_mim.preparation.screening import (
+    Header,
+    damaged,
+    dicom_problem,
+    header_problem,
+    read_header,
+    voxel_problem,
+)
+
+
+def names_in(*folders, **known):
+    return [volume.name for volume in find_volumes(folders, **known)]
+
+
+def test_files_of_all_kinds_nested_and_hidden_ones_left_out(tmp_path, ct, dicom):
+    for name in ("a.nii.gz", "b c.nii", "x/y/d.nrrd", "x/y/e.mha", "x/f_0000.nii.gz", ".hidden.nii", "x/._d.nrrd"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(ct(), str(tmp_path / name))
+    sitk.WriteImage(ct(), str(tmp_path / "x" / "g.mhd"))  # with a g.raw or g.zraw beside it
+    (tmp_path / "notes.txt").write_text("no image")
+    dicom(ct(), tmp_path / "patient" / "scan", uid="1.9")
+    assert names_in(tmp_path) == ["a", "b_c", "patient_scan", "x_f", "x_g", "x_y_d", "x_y_e"]
+
+
+def test_a_dicom_folder_itself_and_several_series_in_one(tmp_path, ct, dicom):
+    dicom(ct(0), tmp_path / "scan", uid="1.5")
+    assert names_in(tmp_path / "scan") == ["scan"]
+    for file in list((tmp_path / "scan").iterdir()):
+        file.rename(file.with_name("one_" + file.stem))  # no ending: known by its content
+    dicom(ct(1), tmp_path / "scan", uid="1.6")
+    volumes = find_volumes([tmp_path / "scan"])
+    assert [len(volume.files) for volume in volumes] == [24, 24]
+    assert {volume.series for volume in volumes} == {"1.5", "1.6"}
+    assert len({volume.name for volume in volumes}) == 2
+    for volume in volumes:  # in the order of the slices
+        assert [int(file.split("_")[-1].split(".")[0]) for file in volume.files] == list(range(24))
+
+
+def test_names_are_unique_and_those_given_before_are_kept(tmp_path, ct):
+    for folder in ("one", "two"):
+        for file in ("a_b.nii", "a b.nii"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            sitk.WriteImage(ct(), str(tmp_path / folder / file))
+    volumes = find_volumes([tmp_path / "one", tmp_path / "two"])
+    assert [v.name for v in volumes] == ["a_b", "a_b_2", "a_b_3", "a_b_4"]
+    known = {v.files[0]: v.name for v in volumes}
+    sitk.WriteImage(ct(), str(tmp_path / "one" / "a,b.nii"))
+    again = {v.files[0]: v.name for v in find_volumes([tmp_path / "two", tmp_path / "one"], known)}
+    assert known.items() <= again.items()
+    assert set(again.values()) - set(known.values()) == {"a_b_5"}
+
+
+def test_a_folder_given_twice_or_linked_in_a_circle(tmp_path, ct):
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(ct(), str(tmp_path / "in" / "a.nii"))
+    (tmp_path / "in" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    assert len(names_in(tmp_path / "in", tmp_path / "in")) == 1
+    assert len(names_in(tmp_path)) == 1
+
+
+def test_nothing_found(tmp_path):
+    with pytest.raises(MiMError, match="no image in"):
+        find_volumes([tmp_path])
+    with pytest.raises(MiMError, match="gone is not a folder"):
+        find_volumes([tmp_path / "gone"])
+
+
+def header_of(path, min_slices=16):
+    return read_header(Volume("a", (str(path),)), min_slices)
+
+
+def test_header_of_a_file(tmp_path, ct):
+    sitk.WriteImage(ct(spacing=(4.0, 3.0, 2.5)), str(tmp_path / "a.nrrd"))
+    assert header_of(tmp_path / "a.nrrd") == Header((24, 28, 32), (4.0, 3.0, 2.5))
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (sitk.Image([20, 20], sitk.sitkInt16), "2-D (20 x 20)"),
+        (sitk.Image([20, 20, 1], sitk.sitkInt16), "2-D (20 x 20 x 1)"),
+        (sitk.Image([20, 20, 15], sitk.sitkInt16), "fewer than 16 slices (20 x 20 x 15)"),
+        (sitk.Image([20, 20, 20, 3], sitk.sitkInt16), "4-D (20 x 20 x 20 x 3)"),
+        (sitk.Image([20, 20, 20], sitk.sitkVectorUInt8, 3), "in colour (3 values a voxel)"),
+    ],
+)
+def test_images_that_are_no_volume(tmp_path, image, says):
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    assert header_of(tmp_path / "a.nrrd") == says
+
+
+def test_implausible_spacing():
+    assert header_problem([20, 20, 20], [1.0, 1.0, 30.0], 1, 16) == "implausible spacing (1, 1, 30 mm)"
+    assert header_problem([20, 20, 20], [1.0, 0.0, 3.0], 1, 16) == "implausible spacing (1, 0, 3 mm)"
+    assert header_problem([20, 20, 20], [1.0, float("nan"), 3.0], 1, 16) == "implausible spacing (1, nan, 3 mm)"
+
+
+def test_a_file_that_is_no_image(tmp_path):
+    (tmp_path / "a.nii.gz").write_bytes(b"nonsense")
+    assert header_of(tmp_path / "a.nii.gz").startswith("cannot be read (")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"modality": "MR"}, "not a CT (modality MR)"),
+        ({"0008|0008": "ORIGINAL\\PRIMARY\\LOCALIZER"}, "a localiser"),
+        ({"leave_out": (7, 8)}, "slices are missing: 12 mm instead of 4 between"),
+        ({"leave_out": range(4, 24)}, "fewer than 16 slices (32 x 28 x 4)"),
+        ({"leave_out": range(1, 24)}, "2-D (32 x 28 x 1)"),
+    ],
+)
+def test_dicom_series_that_are_no_ct_volume(tmp_path, ct, dicom, changes, says):
+    dicom(ct(), tmp_path / "scan", **changes)
+    (volume,) = find_volumes([tmp_path / "scan"])
+    assert read_header(volume, 16).startswith(says)
+
+
+class Tags(dict):
+    """A slice whose header has been read."""
+
+    def HasMetaDataKey(self, key):  # noqa: N802
+        return key in self
+
+    def GetMetaData(self, key):  # noqa: N802
+        return self[key]
+
+
+def test_a_dicom_series_without_a_rescale_intercept_has_no_hu():
+    tags = Tags({"0008|0060": "CT ", "0028|1052": "-1024"})
+    assert dicom_problem(tags) is None
+    del tags["0028|1052"]
+    assert dicom_problem(tags) == "no HU (no rescale intercept in the DICOM header)"
+    assert dicom_problem(Tags()) == "not a CT (modality unknown)"
+
+
+def test_header_of_a_series_with_its_true_slice_distance(tmp_path, ct, dicom):
+    dicom(ct(spacing=(4.0, 3.0, 2.5)), tmp_path / "scan")
+    (volume,) = find_volumes([tmp_path / "scan"])
+    header = read_header(volume, 16)
+    assert header.size == (24, 28, 32)
+    assert header.spacing == pytest.approx((4.0, 3.0, 2.5))
+
+
+def move_slices(volume, place_of):
+    """Write other positions into a series."""
+    for number, file in enumerate(volume.files):
+        piece = sitk.ReadImage(file)
+        x, y, z = (float(v) for v in piece.GetMetaData("0020|0032").split("\\"))
+        piece.SetMetaData("0020|0032", "\\".join(map(str, place_of(number, x, y, z))))
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(file)
+        writer.Execute(piece)
+
+
+@pytest.mark.parametrize(
+    ("place_of", "says"),
+    [
+        (lambda n, x, y, z: (x, y + n, z), "slices are shifted against each other (gantry tilt)"),
+        (lambda n, x, y, z: (x, y, 5.0), "several slices at the same place"),
+    ],
+)
+def test_slices_that_make_no_box(tmp_path, ct, dicom, place_of, says):
+    dicom(ct(), tmp_path / "scan")
+    (volume,) = find_volumes([tmp_path / "scan"])
+    move_slices(volume, place_of)
+    (volume,) = find_volumes([tmp_path / "scan"])
+    assert read_header(volume, 16) == says
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit", None])
+def test_compressed_files_are_checked(tmp_path, ct, damage):
+    path = tmp_path / "a.nii.gz"
+    sitk.WriteImage(ct(), str(path))
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "bit":
+        content[-6] ^= 1  # in the checksum
+        path.write_bytes(content)
+    problem = damaged(path)
+    assert (problem is None) == (damage is None)
+    sitk.WriteImage(ct(), str(tmp_path / "b.nii"))
+    assert damaged(tmp_path / "b.nii") is None
+    assert damage or len(gzip.decompress(path.read_bytes())) > 1000
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_voxels_that_are_no_number_which_simpleitk_hides(tmp_path, ct, value):
+    hu = sitk.GetArrayFromImage(ct()).astype(np.float32)
+    hu[20, 3, 3] = value
+    for ending in ("nii", "nii.gz"):
+        path = tmp_path / f"a.{ending}"
+        sitk.WriteImage(sitk.GetImageFromArray(hu), str(path))
+        assert np.isfinite(sitk.GetArrayFromImage(sitk.ReadImage(str(path)))).all()
+        assert damaged(path) == "holds NaN or infinite voxels"
+
+
+def test_voxels_of_a_body_in_hu(ct):
+    hu = sitk.GetArrayFromImage(ct()).astype(np.float32)
+    assert voxel_problem(hu) is None
+    assert voxel_problem(hu + 1024).startswith("no HU (values ")
+    assert voxel_problem(hu / 1000).startswith("no HU (values ")
+    assert voxel_problem(np.zeros((4, 4, 4), np.float32)).startswith("no HU (values 0 to 0")
+    assert voxel_problem(np.full((4, 4, 4), -1000, np.float32)).startswith("no body in it")
+    hu[3, 3, 3] = np.nan
+    assert voxel_problem(hu) == "holds NaN or infinite voxels"
+    hu[3, 3, 3] = np.inf
+    assert voxel_problem(hu) == "holds NaN or infinite voxels"
