@@ -236,12 +236,13 @@ def suitable_strides(spacing: tuple[float, ...]) -> tuple[Size3, ...]:
     Args:
         spacing: mm, array order.
     """
-    size, strides = list(spacing), []
+    size, strides = list(spacing), list[Size3]()
     for _ in range(4):
-        stride = tuple(1 if s > 2 * min(size) else 2 for s in size)
+        x, y, z = (1 if s > 2 * min(size) else 2 for s in size)
+        stride = (x, y, z)
         size = [s * k for s, k in zip(size, stride, strict=True)]
         strides.append(stride)
-    return tuple(strides)  # type: ignore[return-value]
+    return tuple(strides)
 
 
 def views_per_crop(levels: tuple[Level, ...]) -> tuple[int, ...]:

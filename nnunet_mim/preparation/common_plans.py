@@ -35,7 +35,7 @@ def fingerprint_of(
     """
     properties = {}
     for channel, values in enumerate(samples):
-        stated = dict(WIDE_CT_WINDOW)
+        stated: dict[str, Any] = dict(WIDE_CT_WINDOW)
         if len(values):
             low, median, high = np.percentile(values, (0.5, 50, 99.5))
             stated = {

@@ -259,23 +259,27 @@ def _prepare(
     usable = {case.name: case for case in work.cases if case.name in work.headers}
     keys = {name: input_key(case.inputs, decides) for name, case in usable.items()}
     must_be_ct = not work.labelled and source.normalization[0] == "CTNormalization"
-    jobs = [
-        Job(
-            case.name, case.images, case.label, case.series, str(folder), plans, CONFIGURATION, dataset_json,
-            must_be_ct, body_threshold(source),
-        )
-        for name, case in usable.items() if not _done(log, name, keys[name], folder)
-    ]  # fmt: skip
-    progress = tqdm(
-        run_jobs(jobs, work.config.processes), total=len(usable), initial=len(usable) - len(jobs),
-        desc=f"preparing {work.dataset}", unit="case",
-    )  # fmt: skip
-    for name, result in progress:
-        entry = _entry(usable[name], keys[name], result)
-        if "reason" in entry:
-            _leave_out(log, folder, name, entry)
-        else:
-            log.add(entry)
+    todo = [name for name in usable if not _done(log, name, keys[name], folder)]
+    while todo:
+        jobs = [
+            Job(
+                name, usable[name].images, usable[name].label, usable[name].series, str(folder), plans, CONFIGURATION,
+                dataset_json, must_be_ct, body_threshold(source),
+            )
+            for name in todo
+        ]  # fmt: skip
+        progress = tqdm(
+            run_jobs(jobs, work.config.processes), total=len(usable), initial=len(usable) - len(jobs),
+            desc=f"preparing {work.dataset}", unit="case",
+        )  # fmt: skip
+        for name, result in progress:
+            entry = _entry(usable[name], keys[name], result)
+            if "reason" in entry:
+                _leave_out(log, folder, name, entry)
+            else:
+                log.add(entry)
+        duplicates = [name for name in usable if "same_as" in log.entries[name]]  # of images that have changed now
+        todo = [name for name in duplicates if not _done(log, name, keys[name], folder)]
     return Prepared(source, log, work.labelled, notes)
 
 

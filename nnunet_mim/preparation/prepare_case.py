@@ -115,7 +115,7 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
         "spacing": [float(s) for s in properties["spacing"]],
         "shape": list(data.shape[1:]),
         "sample": body_sample(data),
-        "histogram": sum(histogram(part) for part in data[0]).tolist(),
+        "histogram": np.sum([histogram(part) for part in data[0]], axis=0).tolist(),
     }
     only = [data]  # nnU-Net makes a copy; without another reference the original need not stay in memory
     del data

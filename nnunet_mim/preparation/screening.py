@@ -7,6 +7,7 @@ import zlib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -148,7 +149,7 @@ def damaged(path: Path) -> str | None:
 
 def nifti_problem(path: Path) -> str | None:
     """Read a NIfTI file once, in parts: is it whole, and are all voxels finite? Errors of gzip come through."""
-    image = nibabel.load(path)
+    image: Any = nibabel.load(path)
     dtype, missing = image.get_data_dtype(), math.prod(image.shape)
     is_float = dtype.kind in "fc"
     with nibabel.openers.ImageOpener(str(path)) as file:

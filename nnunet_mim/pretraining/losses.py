@@ -96,9 +96,7 @@ def infonce_loss(
     return loss, accuracy
 
 
-def cosine_loss(
-    child: Tensor, parent: Tensor, target: Tensor, weight: Tensor, total: Tensor | None = None
-) -> Tensor:
+def cosine_loss(child: Tensor, parent: Tensor, target: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
     """2 − 2·cosine between each projected child and the raw feature of its own place; arguments as in
     `infonce_loss`.
     """

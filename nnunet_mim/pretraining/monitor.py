@@ -95,7 +95,7 @@ def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) 
     """Fixed crops of the held-out cases, from one dataset after the other, at least one of each: (val_crops, C, …),
     their valid boxes, and the names of their datasets.
     """
-    groups = [data.val.of_dataset(number) for number in np.flatnonzero(data.val.counts)]
+    groups = [data.val.of_dataset(int(number)) for number in np.flatnonzero(data.val.counts)]
     datasets = [
         CropDataset(cases, levels_of(config)[0].fov, body_fraction=1.0, seed=config.seed, stream=1) for cases in groups
     ]

@@ -1,5 +1,6 @@
 """Images and DICOM series to prepare, made on the spot."""
 
+import locale
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ def ct():
 def write_dicom(image, folder, uid="1.2.3.4", modality="CT", leave_out=(), **tags):
     """Write an image as a DICOM series of axial slices, stored values being HU + 1024."""
     folder.mkdir(parents=True, exist_ok=True)
+    before = locale.setlocale(locale.LC_ALL)  # writing DICOM changes it, and with it the encoding of text files
     direction = image.GetDirection()
     shared = {
         "0008|0060": modality,
@@ -55,6 +57,7 @@ def write_dicom(image, folder, uid="1.2.3.4", modality="CT", leave_out=(), **tag
                 piece.SetMetaData(key, value)
         writer.SetFileName(str(folder / f"IM{(number * 7) % 100:03d}_{number}.dcm"))  # not in the order of the slices
         writer.Execute(piece)
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture

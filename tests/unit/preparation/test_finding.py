@@ -1,6 +1,7 @@
 """Finding images in folders, and reading their headers."""
 
 import gzip
+import locale
 
 import numpy as np
 import pytest
@@ -154,6 +155,7 @@ def test_header_of_a_series_with_its_true_slice_distance(tmp_path, ct, dicom):
 
 def move_slices(volume, place_of):
     """Write other positions into a series."""
+    before = locale.setlocale(locale.LC_ALL)
     for number, file in enumerate(volume.files):
         piece = sitk.ReadImage(file)
         x, y, z = (float(v) for v in piece.GetMetaData("0020|0032").split("\\"))
@@ -162,6 +164,7 @@ def move_slices(volume, place_of):
         writer.KeepOriginalImageUIDOn()
         writer.SetFileName(file)
         writer.Execute(piece)
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.mark.parametrize(
@@ -218,3 +221,37 @@ def test_voxels_of_a_body_in_hu(ct):
     assert voxel_problem(hu) == "holds NaN or infinite voxels"
     hu[3, 3, 3] = np.inf
     assert voxel_problem(hu) == "holds NaN or infinite voxels"
+
+
+@pytest.mark.parametrize("ending", ["nii", "mha", "nrrd"])
+def test_an_uncompressed_file_that_ends_early(tmp_path, ct, ending):
+    path = tmp_path / f"a.{ending}"
+    sitk.WriteImage(ct(), str(path))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    if damaged(path) is None:  # SimpleITK itself says so then
+        with pytest.raises(RuntimeError):
+            sitk.ReadImage(str(path))
+
+
+def test_damaged_dicom_files_are_named(tmp_path, ct, dicom):
+    dicom(ct(), tmp_path / "scan")
+    for file in sorted((tmp_path / "scan").iterdir())[:3]:
+        file.write_bytes(file.read_bytes()[:200])
+    (tmp_path / "scan" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    broken, *_ = [volume for volume in find_volumes([tmp_path]) if volume.unreadable]
+    assert len(broken.files) == 3
+    assert read_header(broken, 16) == "cannot be read (3 DICOM files that are damaged or hold no image)"
+
+
+def test_no_name_ends_like_a_segmentation(tmp_path, ct):
+    for name in ("b.nii.gz", "b_seg.nii.gz"):
+        sitk.WriteImage(ct(), str(tmp_path / name))
+    assert names_in(tmp_path) == ["b", "b_seg_image"]
+
+
+def test_size_and_spacing_are_those_of_the_turned_image(tmp_path, ct):
+    image = ct(spacing=(4.0, 3.0, 2.5))
+    for number, orientation in enumerate(("RAS", "PIR", "SLA", "LIP")):
+        path = tmp_path / f"{number}.nrrd"
+        sitk.WriteImage(sitk.DICOMOrient(image, orientation), str(path))
+        assert header_of(path) == Header((24, 28, 32), (4.0, 3.0, 2.5))

@@ -391,3 +391,85 @@ def test_a_worker_that_dies_is_an_error_that_names_the_case(nnunet_folders, imag
 def _die(job, partial):
     open(f"{partial}/{job.case}.running", "w").close()
     os.kill(os.getpid(), 9)
+
+
+def test_folders_are_never_added_to_a_labelled_dataset(nnunet_folders, images, ct, here, capsys):
+    raw = write_raw(nnunet_folders, "Dataset501_L", [[ct(0)], [ct(1)]], [organ_of(ct(0)), organ_of(ct(1))])
+    assert mim_prepare(501) == 0
+    before = (raw / "dataset.json").read_bytes()
+    assert "holds a dataset that -i has not made" in refused(capsys, "-d", "501", "-i", images, "-s", "4", "-np", "1")
+    assert (raw / "dataset.json").read_bytes() == before
+
+
+def test_a_case_that_is_left_out_later_leaves_no_files(nnunet_folders, images, ct, here):
+    new(images)
+    sitk.WriteImage(ct(1)[:, :, :8], str(images / "scan1.nii.gz"))  # now too thin
+    sitk.WriteImage(sitk.Cast(ct(2) > 0, sitk.sitkUInt8), str(images / "scan2.nii.gz"))  # now a label map
+    new(images)
+    assert list(log_of(nnunet_folders).prepared) == ["scan0"]
+    assert {p.name.split(".")[0] for p in folder_of(nnunet_folders).iterdir()} == {"scan0", "scan0_seg"}
+
+
+def test_a_duplicate_takes_over_when_the_first_one_goes(nnunet_folders, images, ct, here):
+    shutil.copy(images / "scan1.nii.gz", images / "twin.nii.gz")
+    new(images)
+    assert log_of(nnunet_folders).skipped["twin"]["same_as"] == "scan1"
+    sitk.WriteImage(ct(20), str(images / "scan1.nii.gz"))
+    new(images)
+    assert sorted(log_of(nnunet_folders).prepared) == ["scan0", "scan1", "scan2", "twin"]
+
+
+def test_overwrite_begins_anew(nnunet_folders, images, tmp_path, ct, here):
+    new(images)
+    (tmp_path / "other").mkdir()
+    sitk.WriteImage(ct(30), str(tmp_path / "other" / "b.nii.gz"))
+    assert main(["-d", "800", "-i", str(tmp_path / "other"), "-s", "5", "-np", "1", "--overwrite"]) == 0
+    assert list(log_of(nnunet_folders).prepared) == ["b"]
+    assert {p.name.split(".")[0] for p in folder_of(nnunet_folders).iterdir()} == {"b", "b_seg"}
+
+
+def test_what_could_not_be_read_is_tried_again_and_a_full_disk_is_no_reason(nnunet_folders, images, here, monkeypatch):
+    original = prepare_case.DefaultPreprocessor.run_case_npy
+
+    def fail(self, data, *args):
+        raise IndexError("a hiccup of the storage")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_case.DefaultPreprocessor, "run_case_npy", fail)
+        assert new(images) == 2
+    assert {e["reason"] for e in log_of(nnunet_folders).skipped.values()} == {
+        "cannot be read or prepared (a hiccup of the storage)"
+    }
+    assert prepare_case.DefaultPreprocessor.run_case_npy is original
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_case, "save", full)
+        assert new(images) == 2
+    assert new(images) == 0
+    assert len(log_of(nnunet_folders).prepared) == 3
+
+
+def test_a_bad_setting_leaves_the_dataset_free_for_the_right_one(nnunet_folders, images, here):
+    assert main(["-d", "800", "-n", "Mine", "-i", str(images), "-np", "1", "--set", "no_such=1"]) == 2
+    assert new(images) == 0
+
+
+def test_plans_are_kept_unless_something_is_asked_for(nnunet_folders, images, here):
+    new(images)
+    file = folder_of(nnunet_folders).parent / "nnUNetMiMPlans.json"
+    plans = json.loads(file.read_bytes())
+    plans["mim_finetune"]["num_epochs"] = 7
+    file.write_text(json.dumps(plans))
+    assert main(["-d", "800", "-i", str(images), "-s", "4", "-np", "1"]) == 0
+    assert json.loads(file.read_bytes()) == plans
+    assert main(["-d", "800", "-i", str(images), "-s", "4", "-np", "1", "--set", "num_epochs=9"]) == 0
+    assert json.loads(file.read_bytes())["mim_finetune"]["num_epochs"] == 9
+
+
+def test_strict(nnunet_folders, images, here, capsys):
+    assert main(["-d", "800", "-n", "Mine", "-i", str(images), "-s", "4", "-np", "1", "--strict"]) == 0
+    (images / "broken.nii.gz").write_bytes(b"")
+    assert "--strict: 1 left out" in refused(capsys, "-d", "800", "-i", images, "-s", "4", "-np", "1", "--strict")
