@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
-from nnunet_mim.reporting import page
+from nnunet_mim import files
 from nnunet_mim.reporting.page import Section, figure_png, write_page
 
 
@@ -76,7 +76,7 @@ def test_former_page_stays_until_the_new_one_is_complete(tmp_path, monkeypatch) 
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(page.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         write_page(tmp_path / "page.html", "second", [])
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
