@@ -30,7 +30,9 @@ def test_version_is_the_same_everywhere():
     assert latest.group(1) == nnunet_mim.__version__
 
 
-@pytest.mark.parametrize("command", ["mim_convert", "mim_demo", "mim_inspect", "mim_plan", "mim_pretrain"])
+@pytest.mark.parametrize(
+    "command", ["mim_convert", "mim_demo", "mim_inspect", "mim_plan", "mim_prepare", "mim_pretrain"]
+)
 def test_console_scripts_point_at_a_function(command):
     (script,) = entry_points(group="console_scripts", name=command)
     source = PROJECT.joinpath(*script.module.split(".")).with_suffix(".py")
