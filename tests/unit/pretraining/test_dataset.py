@@ -227,29 +227,29 @@ def test_the_index_gives_back_what_was_put_in(write_dataset):
         assert list(read_index(source)[0]) == list(known)
 
 
-def test_a_vanished_case_is_named_once(write_dataset):
+@pytest.fixture
+def vanished(write_dataset):
+    """A dataset of three cases of which the last one is gone since the index was made."""
     folder = write_dataset(n=3)
     read_index(find_source("900", "tinyPlans", "3d_fullres"))
     for path in folder.glob("case_02*"):
         path.unlink()
-    source = find_source("900", "tinyPlans", "3d_fullres")
-    index, (bad,) = read_index(source)
+    return find_source("900", "tinyPlans", "3d_fullres")
+
+
+def test_a_vanished_case_is_named_once(vanished):
+    index, (bad,) = read_index(vanished)
     assert list(index.names) == ["case_00", "case_01"]
     assert bad.case == "case_02"
     assert "case_02.b2nd has vanished" in bad.problem
-    assert read_index(source)[1] == []
+    assert read_index(vanished)[1] == []
 
 
-def test_a_vanished_case_is_named_every_time_where_that_is_an_error(write_dataset):
-    folder = write_dataset(n=3)
-    read_index(find_source("900", "tinyPlans", "3d_fullres"))
-    for path in folder.glob("case_02*"):
-        path.unlink()
-    source = find_source("900", "tinyPlans", "3d_fullres")
+def test_a_vanished_case_is_named_every_time_where_that_is_an_error(vanished):
     for _ in range(2):
         with pytest.raises(MiMError, match=r"case_02.*has vanished"):
-            index_sources([source], strict=True)
-    assert len(index_sources([source])[0]) == 2
+            index_sources([vanished], strict=True)
+    assert len(index_sources([vanished])[0]) == 2
 
 
 def test_an_index_of_other_channels_is_made_anew(write_dataset):

@@ -85,8 +85,8 @@ def test_spread_of_features_by_hand():
     assert rank < 2.5
 
 
-def test_losses_by_dataset_make_up_the_whole():
-    """Each crop's dataset by itself; weighted by their targets they give the loss of all."""
+def toy():
+    """A small network, and three crops of noise with everything else that HeldOut takes."""
     network = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
     config = PretrainConfig(network=network, view_size=(32, 32, 32), n_children=(2, 2))
     levels = levels_of(config)
@@ -94,7 +94,12 @@ def test_losses_by_dataset_make_up_the_whole():
     model = MaskInMask(network)
     crops = torch.randn(3, 1, *levels[0].fov)
     valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 3)
-    arguments = valid, torch.zeros(1), torch.tensor([0.04]), torch.tensor([8.0]), levels, config
+    return model, crops, valid, torch.zeros(1), torch.tensor([0.04]), torch.tensor([8.0]), levels, config
+
+
+def test_losses_by_dataset_make_up_the_whole():
+    """Each crop's dataset by itself; weighted by their targets they give the loss of all."""
+    model, crops, *arguments = toy()
     figures = HeldOut(crops, *arguments, datasets=["A", "B", "A"]).evaluate(model)
     assert {name for name in figures if name.startswith(("val/A", "val/B"))} == {
         f"val/{dataset}/level{n}" for dataset in "AB" for n in (1, 2, 3)
@@ -127,15 +132,8 @@ def test_decibel_by_hand():
 
 def test_held_out_figures_match_another_way_to_get_them():
     """PSNR from predictions made view by view; whatever the number of views in a pass."""
-    network = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
-    config = PretrainConfig(network=network, view_size=(32, 32, 32), n_children=(2, 2))
-    levels = levels_of(config)
-    torch.manual_seed(0)
-    model = MaskInMask(network)
-    crops = torch.randn(3, 1, *levels[0].fov)
-    valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 3)
-    width = torch.tensor([8.0])
-    arguments = crops, valid, torch.zeros(1), torch.tensor([0.04]), width, levels, config
+    model, *arguments = toy()
+    width = arguments[4]
     held_out = HeldOut(*arguments)
     figures = held_out.evaluate(model)
     assert HeldOut(*arguments, views_per_pass=1).evaluate(model) == pytest.approx(figures, rel=1e-4)
