@@ -148,7 +148,7 @@ class PretrainConfig:
     mirror_axes: tuple[int, ...] = ()
     """array axes of random mirroring; the left-right axis (where `transpose_forward` puts 2) is better left out"""
     val_cases: int = 8
-    """cases held out to measure the loss, where no fold decides"""
+    """most cases of each dataset held out to measure the loss, where no fold decides; at most a tenth, at least one"""
     val_every: int = 250
     """iterations between two measurements on held-out crops"""
     val_crops: int = 8
