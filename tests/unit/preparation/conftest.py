@@ -1,13 +1,19 @@
 """Images and DICOM series to prepare, made on the spot."""
 
+import json
 import locale
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_mim.demo.phantoms import make_phantom
+from nnunet_mim.preparation import prepare, prepare_case
+from nnunet_mim.preparation.case_log import CaseLog
+from nnunet_mim.preparation.prepare_cli import main
 
 
 def body(seed=0, shape=(24, 28, 32), spacing=(4.0, 3.0, 3.0)):
@@ -73,3 +79,90 @@ def nnunet_folders(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     return Path(tmp_path)
+
+
+class Preparing:
+    """`mim_prepare` in folders of its own: call it with what follows -d."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def __call__(self, *arguments, spacing="4"):
+        return main(["-d", *map(str, arguments), "-s", *spacing.split(), "--preset", "tiny", "-np", "1"])
+
+    def new(self, *folders):
+        """Make dataset 800, or go on with it."""
+        return self(800, "-n", "Mine", "-i", *folders)
+
+    def folder(self, dataset="Dataset800_Mine", plans="nnUNetMiMPlans"):
+        """Of the preprocessed cases."""
+        return self.root / "nnUNet_preprocessed" / dataset / f"{plans}_3d_fullres"
+
+    def voxels(self, case, dataset="Dataset800_Mine", plans="nnUNetMiMPlans"):
+        """(voxels, segmentation, properties) of a preprocessed case, by nnU-Net's own class."""
+        folder = str(self.folder(dataset, plans))
+        data, seg, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)
+        return np.asarray(data[:]), np.asarray(seg[:]), properties
+
+    def log(self, dataset="Dataset800_Mine"):
+        return CaseLog(self.folder(dataset).parent / "mim_prepare" / "nnUNetMiMPlans_3d_fullres.jsonl")
+
+    def write_raw(self, dataset, images, labels=None):
+        """A dataset in nnUNet_raw; images: channels of each case."""
+        raw = self.root / "nnUNet_raw" / dataset
+        (raw / "imagesTr").mkdir(parents=True)
+        for i, channels in enumerate(images):
+            for c, image in enumerate(channels):
+                sitk.WriteImage(image, str(raw / "imagesTr" / f"case_{i}_{c:04d}.nii.gz"))
+            if labels is not None:
+                (raw / "labelsTr").mkdir(exist_ok=True)
+                sitk.WriteImage(labels[i], str(raw / "labelsTr" / f"case_{i}.nii.gz"))
+        names = {str(c): name for c, name in enumerate(("CT", "PET")[: len(images[0])])}
+        content = {"channel_names": names, "labels": {"background": 0, "organ": 1}, "numTraining": len(images)}
+        (raw / "dataset.json").write_text(json.dumps({**content, "file_ending": ".nii.gz"}))
+        return raw
+
+    @staticmethod
+    def organ_of(image):
+        """A label: what is denser than 20 HU."""
+        label = sitk.Cast(image > 20, sitk.sitkUInt8)
+        label.CopyInformation(image)
+        return label
+
+
+@pytest.fixture
+def preparing(nnunet_folders):
+    return Preparing(nnunet_folders)
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(*arguments): run the command, which must fail with one line; returns it."""
+
+    def run(*arguments):
+        assert main(list(map(str, arguments))) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith("error: ")
+        return line
+
+    return run
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Cases are prepared in this process: faster, and monkeypatching works."""
+
+    def run_jobs(jobs, processes):
+        for job in jobs:
+            yield job.case, prepare_case.prepare_case(job, tempfile.mkdtemp(dir=tmp_path))
+
+    monkeypatch.setattr(prepare, "run_jobs", run_jobs)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with three CT."""
+    (tmp_path / "ct").mkdir()
+    for i in range(3):
+        sitk.WriteImage(body(i), str(tmp_path / "ct" / f"scan{i}.nii.gz"))
+    return tmp_path / "ct"
