@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
@@ -78,8 +79,12 @@ def common_plans(
     cases = list(zip(fingerprint["shapes_after_crop"], fingerprint["spacings"], strict=True))
     shape = np.median([compute_new_shape(n, s, target) for n, s in cases], axis=0)
     n_voxels = float(np.prod(shape)) * dataset_json["numTraining"]
-    with _planner(dataset, dataset_json, fingerprint, plans_name, target) as planner:
+    with folders_of_its_own(dataset, dataset_json) as preprocessed:
+        (preprocessed / FINGERPRINT).write_text(json.dumps(fingerprint))
         try:
+            planner = ExperimentPlanner(
+                dataset, plans_name=plans_name, overwrite_target_spacing=target, suppress_transpose=True
+            )
             configuration = planner.get_plans_for_configuration(
                 np.array(target), shape, planner.generate_data_identifier(CONFIGURATION), n_voxels, {}
             )
@@ -105,27 +110,45 @@ def common_plans(
     )
 
 
+def extracted_fingerprint(dataset: str, dataset_json: Mapping[str, Any], processes: int) -> bytes:
+    """nnU-Net's own fingerprint of a labelled dataset, as the content of its file.
+
+    Args:
+        dataset: its name.
+        dataset_json: with absolute paths under `dataset`, of the cases to look at.
+        processes: that read.
+
+    Raises:
+        MiMError: nnU-Net cannot make it.
+    """
+    with folders_of_its_own(dataset, dataset_json) as preprocessed:
+        try:
+            DatasetFingerprintExtractor(dataset, processes).run()
+            return (preprocessed / FINGERPRINT).read_bytes()
+        except Exception as error:
+            raise MiMError(
+                f"nnU-Net finds no fingerprint of {dataset} ({type(error).__name__}: {error}); its cases are ready"
+            ) from error
+
+
 @contextmanager
-def _planner(
-    dataset: str, dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], plans_name: str, target: list[float]
-) -> Iterator[ExperimentPlanner]:
-    """nnU-Net's planner in folders of its own: it reads files, and the user's are not to be written before it is known
-    that they may be.
+def folders_of_its_own(dataset: str, dataset_json: Mapping[str, Any]) -> Iterator[Path]:
+    """Temporary nnU-Net folders in which a dataset has this dataset.json; yields its preprocessed folder.
+
+    nnU-Net's planner and extractor read and write files. The user's are not to be written before it is known that they
+    may be; and where dataset.json lists no paths nnU-Net forks a pool of processes to find them, which can hang in a
+    process that has threads.
     """
     before = {name: os.environ.get(name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_n_proc_DA")}
-    os.environ["nnUNet_n_proc_DA"] = "1"  # with 0, which is right for training, the planner fails
     with tempfile.TemporaryDirectory() as temporary, redirect_stdout(StringIO()):
-        for name, file, content in (
-            ("nnUNet_raw", DATASET_JSON, dataset_json), ("nnUNet_preprocessed", FINGERPRINT, fingerprint)
-        ):  # fmt: skip
-            folder = Path(temporary, name, dataset)
+        raw, preprocessed = (Path(temporary, name, dataset) for name in ("nnUNet_raw", "nnUNet_preprocessed"))
+        for folder in (raw, preprocessed):
             folder.mkdir(parents=True)
-            (folder / file).write_text(json.dumps(content))
-            os.environ[name] = str(folder.parent)
+            os.environ[folder.parent.name] = str(folder.parent)
+        os.environ["nnUNet_n_proc_DA"] = "1"  # with 0, which is right for training, the planner fails
+        (raw / DATASET_JSON).write_text(json.dumps(dataset_json))
         try:
-            yield ExperimentPlanner(
-                dataset, plans_name=plans_name, overwrite_target_spacing=target, suppress_transpose=True
-            )
+            yield preprocessed
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -8,17 +8,18 @@ import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from nnunetv2.utilities.utils import (
+    create_paths_fn,
+    get_filenames_of_train_images_and_targets,
+    get_identifiers_from_splitted_dataset_folder,
+)
 from tqdm import tqdm
 
 from nnunet_mim.config import PretrainConfig
@@ -30,6 +31,7 @@ from nnunet_mim.preparation.common_plans import (
     DATASET_JSON,
     FINGERPRINT,
     common_plans,
+    extracted_fingerprint,
     fingerprint_of,
 )
 from nnunet_mim.preparation.finding import Volume, beside, find_volumes
@@ -166,12 +168,12 @@ def prepare_dataset(dataset: str, config: PrepareConfig) -> Prepared:
     if not (raw / DATASET_JSON).is_file():
         raise MiMError(f"{raw / DATASET_JSON} does not exist: give the number of a dataset in nnUNet_raw, or -i FOLDER")
     dataset_json = _read_json(raw / DATASET_JSON)
-    files = get_filenames_of_train_images_and_targets(str(raw), deepcopy(dataset_json))
+    files = raw_files(raw, dataset_json)
     have = {name: os.path.isfile(entry["label"]) for name, entry in files.items()}
     labelled = any(have.values())
     if labelled and not all(have.values()):
-        first = next(name for name, is_there in have.items() if not is_there)
-        raise MiMError(f"{files[first]['label']} is missing, others are there: add it, or move its image away")
+        missing = next(name for name, is_there in have.items() if not is_there)
+        raise MiMError(f"{files[missing]['label']} is missing, others are there: add it, or move its image away")
     cases = [
         Case(str(name), tuple(map(str, entry["images"])), str(entry["label"]) if labelled else None)
         for name, entry in sorted(files.items())
@@ -188,11 +190,32 @@ def prepare_dataset(dataset: str, config: PrepareConfig) -> Prepared:
         copy_labels(cases, base / "gt_segmentations", dataset_json["file_ending"])
     prepared = _prepare(work, plans, notes, same, dataset_json)
     _require_any(prepared)
-    if labelled:
-        _extract_fingerprint(prepared, config.processes)
-    else:
+    if labelled and not (base / FINGERPRINT).is_file():
+        # nnU-Net's trainer copies it, and its planner would take one made without labels for its own
+        sound = {name: entry for name, entry in files.items() if name in work.log.prepared}
+        write_atomically(
+            base / FINGERPRINT, extracted_fingerprint(dataset, {**dataset_json, "dataset": sound}, config.processes)
+        )
+    elif not labelled:
         _write_json(base / FINGERPRINT, _final_fingerprint(work.log.prepared))
     return _indexed(prepared)
+
+
+def raw_files(raw: Path, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
+    """What nnU-Net's `get_filenames_of_train_images_and_targets` returns, without a pool of processes."""
+    if "dataset" in dataset_json:
+        return get_filenames_of_train_images_and_targets(str(raw), deepcopy(dict(dataset_json)))
+    images, ending = str(raw / "imagesTr"), dataset_json["file_ending"]
+    if not os.path.isdir(images):
+        raise MiMError(f"{images} does not exist: see nnU-Net's page on its dataset format")
+    files = sorted(name for name in os.listdir(images) if name.endswith(ending))
+    return {
+        str(case): {
+            "images": create_paths_fn(images, files, ending, str(case)),
+            "label": str(raw / "labelsTr" / f"{case}{ending}"),
+        }
+        for case in get_identifiers_from_splitted_dataset_folder(images, ending)
+    }
 
 
 def _earlier_dataset(raw: Path) -> dict[str, Any]:
@@ -356,24 +379,6 @@ def _final_fingerprint(entries: Mapping[str, Entry]) -> dict[str, Any]:
     channels = zip(*(entry["sample"] for entry in entries.values()), strict=True)
     samples = [[value for case in channel for value in case] for channel in channels]
     return fingerprint_of([e["spacing"] for e in entries.values()], [e["shape"] for e in entries.values()], samples)
-
-
-def _extract_fingerprint(prepared: Prepared, processes: int) -> None:
-    """nnU-Net's own fingerprint, of the labelled voxels of the prepared cases, where there is none: its trainers copy
-    it, and its planner would take one made without labels for its own.
-    """
-    if (prepared.source.folder.parent / FINGERPRINT).is_file():
-        return
-    try:
-        extractor = DatasetFingerprintExtractor(prepared.source.dataset, processes)
-        extractor.dataset = {case: extractor.dataset[case] for case in prepared.log.prepared}
-        with redirect_stdout(StringIO()):
-            extractor.run()
-    except Exception as error:
-        raise MiMError(
-            f"nnU-Net cannot make a fingerprint of {prepared.source.dataset} ({type(error).__name__}: {error}); the "
-            "cases are prepared"
-        ) from error
 
 
 def _indexed(prepared: Prepared) -> Prepared:

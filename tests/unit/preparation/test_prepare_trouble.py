@@ -1,5 +1,6 @@
 """`mim_prepare -d` on datasets in nnUNet_raw, bad input, and preparations that are interrupted."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_mim.preparation import prepare_case
+from nnunet_mim.preparation import prepare, prepare_case
 from nnunet_mim.preparation.case_log import CaseLog
 from nnunet_mim.pretraining.case_index import read_index
 from nnunet_mim.pretraining.sources import find_source
@@ -57,6 +58,21 @@ def test_two_channels_without_labels(preparing, ct, here):
         "CTNormalization",
         "ZScoreNormalization",
     )
+
+
+def test_files_are_those_that_nnunet_finds(preparing, ct):
+    """nnU-Net's own function forks a pool, so it gets a process without threads."""
+    channels, labels = [[ct(i), sitk.Abs(ct(3))] for i in range(3)], [preparing.organ_of(ct(i)) for i in range(3)]
+    raw = preparing.write_raw("Dataset502_P", channels, labels)
+    program = f"""if True:
+        import json
+        from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+        found = get_filenames_of_train_images_and_targets({str(raw)!r})
+        print(json.dumps({{str(case): entry for case, entry in found.items()}}))"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, encoding="utf-8")
+    expected = json.loads(done.stdout.splitlines()[-1])
+    assert prepare.raw_files(raw, json.loads((raw / "dataset.json").read_text())) == expected
+    assert len(expected) == 3
 
 
 def test_labels_for_some_cases_only(preparing, ct, here, refused):
