@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from nnunet_mim.pretraining.budget import dry_run
     from nnunet_mim.pretraining.checkpoint import FINAL
     from nnunet_mim.pretraining.configure import merge_settings, write_config
-    from nnunet_mim.pretraining.launch import device_count, launched_fabric, say
+    from nnunet_mim.pretraining.launch import device_count, end_process_group, launched_fabric, say
     from nnunet_mim.pretraining.loop import RunOptions, pretrain
     from nnunet_mim.pretraining.sources import (
         find_source,
@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"wrote {folder / FINAL}")
     next_fold = 0 if fold == "all" else fold
     say(f"next: nnUNetv2_train {first.dataset} {args.c} {next_fold} -tr nnUNetTrainerMiM -p {args.p}")
+    end_process_group()
 
 
 def default_workers(device: str) -> int:

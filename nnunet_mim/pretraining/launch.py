@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -58,6 +59,20 @@ def launched_fabric(device: str, devices: int, nodes: int, precision: Any) -> Fa
     if is_child():
         end_with_parent()
     return fabric
+
+
+def end_process_group() -> None:
+    """Leave the other processes together, when the work is done.
+
+    Sharded modules hold the process group in reference cycles; left to the end of the interpreter, its threads abort
+    a process now and then that has finished its work (exit code 134).
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def is_child() -> bool:

@@ -9,6 +9,7 @@ import torch
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.pretraining.launch import end_process_group
 from nnunet_mim.pretraining.nested_crops import nested_views
 from nnunet_mim.pretraining.objective import add_figures, level_losses
 from nnunet_mim.pretraining.ranks import Ranks
@@ -53,8 +54,7 @@ def main(out, rank, world, port, way, alignment):
     result = step(Ranks(int(rank), int(world)), way == "sharded", alignment)
     if rank == "0":
         torch.save(result, out)
-    if int(world) > 1:
-        torch.distributed.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":
