@@ -28,7 +28,7 @@ from made_up_cases import write_phantoms
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.pretraining.dataset import CropDataset
-from nnunet_mim.pretraining.loop import training_batches
+from nnunet_mim.pretraining.loading import training_batches
 from nnunet_mim.pretraining.ranks import ALONE
 from nnunet_mim.pretraining.run import index_sources
 

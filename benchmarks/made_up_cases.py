@@ -1,10 +1,15 @@
 """Preprocessed cases for the benchmarks, as nnU-Net leaves them."""
 
+import json
+
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
 from nnunet_mim.demo.phantoms import make_phantom
 from nnunet_mim.pretraining.sources import Source
+
+WINDOW = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0}
+"""HU"""
 
 
 def write_case(folder, name, data, seg, patch_size):
@@ -26,11 +31,29 @@ def write_phantoms(folder, count, size, patch_size=(128, 128, 128)):
     return source_of(folder)
 
 
+def write_plans(base, cases):
+    """`plans.json` of a dataset with its preprocessed cases in the folder `cases`, as far as mim_pretrain reads it."""
+    configuration = {
+        "data_identifier": cases,
+        "patch_size": [128, 128, 128],
+        "spacing": [2.0, 2.0, 2.0],
+        "normalization_schemes": ["CTNormalization"],
+        "architecture": {"network_class_name": "PlainConvUNet"},
+    }
+    plans = {
+        "dataset_name": base.name,
+        "plans_name": "plans",
+        "transpose_forward": [0, 1, 2],
+        "foreground_intensity_properties_per_channel": {"0": WINDOW},
+        "configurations": {"3d_fullres": configuration},
+    }
+    (base / "plans.json").write_text(json.dumps(plans))
+
+
 def source_of(folder):
     """The cases in a folder as a Source."""
-    window = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0}
     return Source(
         "Dataset900_Phantoms", "plans", "3d_fullres", folder, nnUNetDatasetBlosc2,
         tuple(sorted(nnUNetDatasetBlosc2.get_identifiers(str(folder)))), (2.0, 2.0, 2.0), ("CTNormalization",),
-        {"0": window}, {"transpose_forward": [0, 1, 2]},
+        {"0": WINDOW}, {"transpose_forward": [0, 1, 2]},
     )  # fmt: skip

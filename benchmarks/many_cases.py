@@ -3,9 +3,10 @@
     python benchmarks/many_cases.py [--counts 100 1000 10000] [--workers 2] [--json]
 
 Small cases are written by nnU-Net's own classes into a temporary folder, and indexed once (as mim_prepare does, or the
-first run). Then a new process for each count opens them as mim_pretrain does and waits for the first batch. Measured:
-seconds from the end of the imports to the first batch, without and with worker processes, the memory of the main
-process (resident set) then, and what all workers add (proportional set: shared pages count once), Linux only.
+first run). Then a new process for each count opens them as mim_pretrain does, from the plans file on, and waits for the
+first batch. Measured: seconds from the end of the imports to the first batch, without and with worker processes, the
+memory of the main process (resident set) before and then, and what all workers add (proportional set: shared pages
+count once), Linux only.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from made_up_cases import source_of, write_case
+from made_up_cases import write_case, write_plans
 
 SIDE = 12
 
@@ -47,20 +48,21 @@ def memory(field, process="self"):
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def measure(folder, workers):
+def measure(workers):
     """In a new process: open all cases, wait for the first batch, print figures."""
     import torch
 
     from nnunet_mim.config import PretrainConfig
     from nnunet_mim.pretraining.checkpoint import case_records
-    from nnunet_mim.pretraining.loop import training_batches, training_crops
+    from nnunet_mim.pretraining.loading import training_batches, training_crops
     from nnunet_mim.pretraining.ranks import ALONE
     from nnunet_mim.pretraining.run import index_sources, run_data
+    from nnunet_mim.pretraining.sources import find_source
 
     torch.set_num_threads(1)
     before = memory("Rss")
     began = time.perf_counter()
-    cases, bad = index_sources([source_of(folder)])
+    cases, bad = index_sources([find_source("900", "plans", "3d_fullres")])
     config = PretrainConfig(preset="tiny", view_size=(32, 32, 32), iterations=1000)
     data = run_data(cases, "all", config)
     records = case_records(data.train)
@@ -89,10 +91,10 @@ def main():
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(Path(options.measure), options.workers)
+        measure(options.workers)
         return
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -100,20 +102,23 @@ def main():
         everything.mkdir()
         write_cases(everything, max(options.counts))
         for count in options.counts:
-            folder = Path(temporary, str(count), "cases")
-            link_cases(everything, folder, count)
+            base = Path(temporary, str(count), "Dataset900_Phantoms")
+            link_cases(everything, base / "cases", count)
+            write_plans(base, "cases")
+            folders = {f"nnUNet_{name}": str(base.parent) for name in ("raw", "preprocessed", "results")}
             for workers in (0, 0, options.workers):  # the first one makes the index
-                command = [sys.executable, __file__, "--measure", str(folder), "--workers", str(workers)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                command = [sys.executable, __file__, "--measure", "--workers", str(workers)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | folders)
                 row = {"workers": workers, **json.loads(done.stdout.strip().splitlines()[-1])}
                 rows.append(row)
             rows[-3]["first"] = True
     shown = [row for row in rows if not row.get("first")]
-    print("   cases  workers  opened s  first batch s   RSS MB  workers' PSS MB")
+    print("   cases  workers  opened s  first batch s   RSS MB  of it opening  workers' PSS MB")
     for row in shown:
         rss, pss = (f"{row[name]:.0f}" if row.get(name) is not None else "-" for name in ("rss_mb", "workers_pss_mb"))
+        added = "-" if row["rss_mb"] is None else f"{row['rss_mb'] - row['rss_before_mb']:.0f}"
         times = f"{row['opened_s']:9.2f} {row['first_batch_s']:14.2f}"
-        print(f"{row['cases']:8} {row['workers']:8} {times} {rss:>8} {pss:>16}")
+        print(f"{row['cases']:8} {row['workers']:8} {times} {rss:>8} {added:>14} {pss:>16}")
     alone = sorted((row for row in shown if not row["workers"]), key=lambda row: row["cases"])
     few, many = alone[0], alone[-1]
     result = {"rows": rows, "start_s": many["first_batch_s"], "python": platform.python_version()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from nnunet_mim.config import PRESETS
 from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.machine import usable_cores
 from nnunet_mim.settings import parse_settings
 
 DESCRIPTION = """\
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Prepare as the command line says."""
+    from nnunet_mim.preparation.lock import alone
     from nnunet_mim.preparation.prepare import PrepareConfig, prepare_dataset, prepare_folders
     from nnunet_mim.preparation.prepare_report import next_command, skipped_lines, write_report
     from nnunet_mim.trainers.resolve_plans import required_folder
@@ -57,12 +59,14 @@ def run(options: argparse.Namespace) -> None:
     results = []
     if options.i:
         dataset = _new_dataset(options.d, options.n)
-        results.append(prepare_folders(dataset, [Path(os.path.expanduser(folder)) for folder in options.i], config))
+        with alone(dataset):
+            results.append(prepare_folders(dataset, [Path(os.path.expanduser(path)) for path in options.i], config))
     else:
         if options.n:
             raise MiMError("-n names a new dataset: give its folders with -i")
         for dataset in [dataset_name(given) for given in options.d]:  # all names are checked first
-            results.append(prepare_dataset(dataset, config))
+            with alone(dataset):
+                results.append(prepare_dataset(dataset, config))
     for prepared in results:
         skipped = prepared.log.skipped
         print(f"{prepared.source.dataset}: {len(prepared.log.prepared)} cases prepared, {len(skipped)} left out")
@@ -111,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     add("-i", nargs="+", metavar="FOLDER", help="folders with CT, searched to any depth")
     add("-s", nargs="+", type=float, default=[1.5], metavar="MM",
         help="spacing: one number, or three in array order (z y x) (default: 1.5)")  # fmt: skip
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     add("-np", type=int, default=min(8, cores), metavar="N",
-        help=f"worker processes (default: 8, or the number of cores; here {min(8, cores)})")  # fmt: skip
+        help=f"worker processes (default: 8, or the number of cores it may use; here {min(8, cores)})")  # fmt: skip
     add("-p", default="nnUNetMiMPlans", metavar="PLANS", help="name of the plans (default: nnUNetMiMPlans)")
     add("--preset", choices=list(PRESETS),
         help="network size in the plans (default: that of plans which are there already, else base)")  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -13,14 +12,17 @@ from math import prod
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
+from nnunet_mim.machine import physical_memory
 from nnunet_mim.pretraining.checkpoint import FINAL
 from nnunet_mim.pretraining.data import RunData
-from nnunet_mim.pretraining.loop import RunOptions, pretrain, training_batches, training_crops
+from nnunet_mim.pretraining.loading import training_batches, training_crops
+from nnunet_mim.pretraining.loop import RunOptions, pretrain
 from nnunet_mim.pretraining.ranks import ranks_of
 
 WARM_UP = 2
@@ -64,11 +66,12 @@ def dry_run(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunO
 
     crops_per_s, data_rate = config.batch_size / trial.step_s, config.batch_size / data_s
     measurements = config.iterations // config.val_every + 1
-    seconds = config.iterations * trial.step_s + measurements * config.val_crops * trial.measure_s
+    measuring = measurements * max(config.val_crops, _datasets(data)) * trial.measure_s
+    seconds = config.iterations * trial.step_s + measuring
+    share = measuring / seconds
     disk = trial.weights * 5  # latest: weights and two moments; best; final
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     bound = "data: add --workers" if trial.step_s < 1.15 * data_s else "compute"
-    share = measurements * config.val_crops * trial.measure_s / seconds
     kind = "GPU memory" if fabric.device.type == "cuda" else "memory of the process"
     return "\n".join(
         [
@@ -103,7 +106,13 @@ def _try(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunOpti
         weights = (Path(folder) / FINAL).stat().st_size if fabric.is_global_zero else 0
     durations = [b - a for a, b in pairwise(times)]
     memory = torch.cuda.max_memory_reserved() if cuda else _peak_rss()
-    return Trial(median(durations[WARM_UP - 1 :]), median(result.measuring["held_out"]), memory, weights)
+    measure_s = median(result.measuring["held_out"]) / _datasets(data)  # one crop of each
+    return Trial(median(durations[WARM_UP - 1 :]), measure_s, memory, weights)
+
+
+def _datasets(data: RunData) -> int:
+    """How many have held-out cases."""
+    return int(np.count_nonzero(data.val.counts))
 
 
 def _seconds_of_data(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunOptions, steps: int) -> float:
@@ -128,7 +137,7 @@ def _largest_batch(config: PretrainConfig, trial: Trial, doubled: Trial, fabric:
     if fabric.device.type == "cuda":
         total = torch.cuda.get_device_properties(fabric.device).total_memory
     else:
-        total = _physical_memory()
+        total = physical_memory()
     return max(config.batch_size, fabric.world_size * int(here + (USABLE * total - trial.memory) / growth))
 
 
@@ -139,12 +148,6 @@ def _peak_rss() -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _physical_memory() -> int:
-    if not hasattr(os, "sysconf"):  # Windows
-        return 0
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _duration(seconds: float) -> str:

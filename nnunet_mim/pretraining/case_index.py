@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
+from nnunet_mim.machine import usable_cores
 from nnunet_mim.pretraining.sources import Source
 from nnunet_mim.voxel_hash import voxel_sha256
 
@@ -137,7 +138,7 @@ def read_index(
             missing.append(case)
     if not missing and len(rows) == len(cached):
         return cached, bad
-    with ThreadPoolExecutor(n_threads or min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(n_threads or min(8, usable_cores())) as pool:
         described = pool.map(lambda case: _describe_or_error(source, case), missing)
         progress = tqdm(described, total=len(missing), desc=f"checking {source.dataset}", disable=not show_progress)
         results = dict(zip(missing, progress, strict=True))

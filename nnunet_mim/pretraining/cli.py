@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from nnunet_mim.pretraining.checkpoint import FINAL
     from nnunet_mim.pretraining.configure import merge_settings, write_config
     from nnunet_mim.pretraining.launch import device_count, end_process_group, launched_fabric, say
+    from nnunet_mim.pretraining.loading import default_workers
     from nnunet_mim.pretraining.loop import RunOptions, pretrain
     from nnunet_mim.pretraining.sources import (
         find_source,
@@ -58,9 +59,9 @@ def run(args: argparse.Namespace) -> None:
         raise MiMError("no CUDA device found: add -device cpu (slow; try --preset tiny --view 64)")
     if args.compile and args.device == "cpu":
         raise MiMError("--compile is for a GPU: on a CPU the step has a faster convolution of its own without it")
-    workers = default_workers(args.device) if args.workers is None else args.workers
     views_per_pass = DEFAULT_VIEWS_PER_PASS.get(args.device, 32) if args.views_per_pass is None else args.views_per_pass
     devices, nodes = device_count(args.num_gpus)
+    workers = default_workers(args.device, devices) if args.workers is None else args.workers
     if args.shard and devices * nodes == 1:
         raise MiMError("--shard spreads the network over several devices: add -num_gpus N, or leave it out")
     options = RunOptions(workers, views_per_pass, tuple(args.recompute), args.compile, args.strict, args.shard)
@@ -124,11 +125,6 @@ def run(args: argparse.Namespace) -> None:
     next_fold = 0 if fold == "all" else fold
     say(f"next: nnUNetv2_train {first.dataset} {args.c} {next_fold} -tr nnUNetTrainerMiM -p {args.p}")
     end_process_group()
-
-
-def default_workers(device: str) -> int:
-    """One process on a CPU, where computing takes the cores; up to 12 beside a GPU."""
-    return 1 if device == "cpu" else max(1, min(12, (os.cpu_count() or 2) - 1))
 
 
 def summary(figures: dict[str, float]) -> str:

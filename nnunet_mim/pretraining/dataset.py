@@ -123,18 +123,8 @@ class CropDataset(Dataset):
         Raises:
             MiMError: no case of TRIES can be read.
         """
-        unread = torch.full((TRIES,), -1)
-        for attempt in range(TRIES):
-            random, number = self._draw(index, attempt)
-            case = self.cases[number]
-            try:
-                crop, valid = read_crop(case, self._start(case.info, random), self.crop_size)
-                break
-            except MiMError as error:
-                unread[attempt] = number
-                last = error
-        else:
-            raise MiMError(f"{TRIES} cases in a row cannot be read; {last}")
+        _, random, crop, valid, missed = self._read(index)
+        unread = torch.tensor(missed + [-1] * (TRIES - len(missed)))
         for axis in self.mirror_axes:
             if random.random() < 0.5:
                 crop = np.flip(crop, 1 + axis)
@@ -142,14 +132,27 @@ class CropDataset(Dataset):
         return torch.from_numpy(np.ascontiguousarray(crop)), torch.from_numpy(valid), unread
 
     def case_of(self, index: int) -> Case:
-        """The case that crop number `index` is cut from (if it can be read), without reading it."""
-        return self.cases[self._draw(index)[1]]
+        """The case that crop number `index` is cut from; reads it to know."""
+        return self._read(index)[0]
 
     def counts(self, indexes: Iterable[int]) -> dict[str, int]:
-        """How many of these crops are cut from each dataset, by its name."""
+        """How many of these crops are drawn from each dataset, by its name; nothing is read."""
         drawn = np.searchsorted(self.ends, [self._draw(index)[1] for index in indexes], side="right")
         counts = np.bincount(drawn, minlength=len(self.ends))
         return {source.dataset: int(n) for source, n in zip(self.cases.sources, counts, strict=True)}
+
+    def _read(self, index: int) -> tuple[Case, np.random.Generator, np.ndarray, np.ndarray, list[int]]:
+        """Case, its random numbers, crop, valid box, and numbers of the cases before it that could not be read."""
+        missed: list[int] = []
+        while True:
+            random, number = self._draw(index, len(missed))
+            case = self.cases[number]
+            try:
+                return case, random, *read_crop(case, self._start(case.info, random), self.crop_size), missed
+            except MiMError as error:
+                missed.append(number)
+                if len(missed) == TRIES:
+                    raise MiMError(f"{TRIES} cases in a row cannot be read; {error}") from error
 
     def _draw(self, index: int, attempt: int = 0) -> tuple[np.random.Generator, int]:
         random = np.random.default_rng((*self.seed, index, attempt) if attempt else (*self.seed, index))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nnunet_mim.config import PretrainConfig
@@ -24,6 +23,7 @@ from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
 from nnunet_mim.pretraining.checkpoint import BEST, FINAL, LATEST, case_records, load_checkpoint, merged_records
 from nnunet_mim.pretraining.data import RunData
 from nnunet_mim.pretraining.dataset import CropDataset, UnreadCases
+from nnunet_mim.pretraining.loading import training_batches, training_crops
 from nnunet_mim.pretraining.losses import full
 from nnunet_mim.pretraining.monitor import Monitor
 from nnunet_mim.pretraining.nested_crops import nested_views
@@ -39,7 +39,7 @@ from nnunet_mim.pretraining.sharding import (
     whole,
     whole_weights,
 )
-from nnunet_mim.pretraining.stopping import SkippedSteps, StoppedError, StopRequests, leave_stopping_to_parent
+from nnunet_mim.pretraining.stopping import SkippedSteps, StoppedError, StopRequests
 
 LOG_EVERY = 10
 MOST_GRAPHS = 64
@@ -273,37 +273,6 @@ def build_optimizer(model: MaskInMask, config: PretrainConfig) -> torch.optim.Ad
         (no_decay if vector else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-
-
-def training_crops(data: RunData, config: PretrainConfig) -> CropDataset:
-    """All crops of the run, by number: those of iteration i are i * batch_size and the following."""
-    return CropDataset(
-        data.train, levels_of(config)[0].fov, config.body_fraction, config.mirror_axes, seed=config.seed, stream=0,
-        temperature=config.dataset_temperature,
-    )  # fmt: skip
-
-
-def training_batches(
-    dataset: CropDataset, config: PretrainConfig, start: int, workers: int, device: torch.device, ranks: Ranks
-) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
-    """This rank's part of the batches of iterations `start` to the last: crops (B, C, …) and valid boxes (B, 3, 2) on
-    the device, and cases that could not be read (B, TRIES), see CropDataset.
-    """
-    n = config.batch_size // ranks.world
-    firsts = (i * config.batch_size + ranks.rank * n for i in range(start, config.iterations))
-    loader = DataLoader(
-        dataset,
-        batch_sampler=(list(range(first, first + n)) for first in firsts),  # type: ignore[arg-type]
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_stopping_to_parent,
-    )
-    try:
-        for crops, valid, missed in loader:
-            yield crops.to(device, non_blocking=True), valid.to(device, non_blocking=True), missed
-    except MiMError as error:  # a worker's comes with its traceback before the one line
-        raise MiMError(str(error).strip().splitlines()[-1].split("MiMError: ")[-1]) from None
 
 
 def mean_figures(steps: list[dict[str, Tensor]], ranks: Ranks) -> tuple[dict[str, float], dict[int, list[bool]]]:

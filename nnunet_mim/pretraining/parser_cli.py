@@ -189,7 +189,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="N",
-        help="processes that read crops (default: 1 on a CPU, else up to 12; 0 reads in the main process)",
+        help="processes that read crops for each device (default: 1 on a CPU; beside a GPU its share of the cores, at "
+        "most 12; 0 reads in the main process)",
     )
     add(
         "--views_per_pass",

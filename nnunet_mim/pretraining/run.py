@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from nnunet_mim.config import PretrainConfig, Size3, network_from_dict
 from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.geometry import levels_of, suitable_scale, suitable_strides, suitable_view, views_per_crop
+from nnunet_mim.machine import usable_cores
 from nnunet_mim.pretraining.case_index import read_index, remedy
 from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, case_records, load_checkpoint
 from nnunet_mim.pretraining.configure import build_config, network_of
@@ -186,7 +186,7 @@ def unpack(source: Source) -> dict[str, str]:
         except MiMError as error:
             damaged[case] = str(error)
     if not damaged:
-        source.dataset_class.unpack_dataset(str(source.folder), False, max(1, (os.cpu_count() or 1) // 2), True)
+        source.dataset_class.unpack_dataset(str(source.folder), False, max(1, usable_cores() // 2), True)
         return {}
     for case in source.cases:
         file = source.folder / f"{case}.npy"

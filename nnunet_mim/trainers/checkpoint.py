@@ -75,9 +75,12 @@ def find_checkpoint(plans: dict[str, Any], configuration: str, fold: int | str, 
 
 
 def final_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of a finished run: in its folder, or in that of another dataset which was pretrained on too."""
-    path = folder / "checkpoint_final.pth"
-    return path if path.is_file() else read_pointer(folder)
+    """The checkpoint of a finished run: in its folder, or in that of another dataset which was pretrained on too; of
+    both the newer one.
+    """
+    own = folder / "checkpoint_final.pth"
+    found = [path for path in (own if own.is_file() else None, read_pointer(folder)) if path is not None]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def no_checkpoint_error(plans: dict[str, Any], configuration: str, fold: int | str, results: str | Path) -> MiMError:

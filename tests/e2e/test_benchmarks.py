@@ -43,6 +43,22 @@ def test_depthwise_convolution():
     assert found["rows"][0]["difference"] < 1e-4
 
 
+def test_reading_crops():
+    options = ("--crop", "32", "--size", "48", "--cases", "2", "--crops", "3", "--repeats", "1", "--json")
+    found = last_line("data_throughput.py", *options)
+    assert found["fraction_of_raw"] == pytest.approx(
+        found["crops_per_s_per_core"] / found["raw_blosc2_crops_per_s_per_core"]
+    )
+    assert found["loader_crops_per_s_one_worker"] > 0
+
+
+@pytest.mark.long
+def test_opening_many_cases():
+    found = last_line("many_cases.py", "--counts", "10", "20", "--workers", "1", "--json")
+    assert [row["cases"] for row in found["rows"]] == [10] * 3 + [20] * 3
+    assert found["start_s"] > 0
+
+
 @pytest.mark.long
 def test_gpu_paths_without_a_gpu():
     options = ("--device", "cpu", "--modes", "eager", "--presets", "tiny", "--view", "32", "--batch", "1")

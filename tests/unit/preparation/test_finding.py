@@ -182,6 +182,14 @@ def test_slices_that_make_no_box(tmp_path, ct, dicom, place_of, says):
     assert read_header(volume, 16) == says
 
 
+def test_a_slice_that_breaks_after_it_was_found(tmp_path, ct, dicom):
+    dicom(ct(), tmp_path / "scan")
+    (volume,) = find_volumes([tmp_path / "scan"])
+    with open(volume.files[5], "r+b") as file:
+        file.truncate(150)
+    assert read_header(volume, 16).startswith(f"slice {volume.files[5]} cannot be read or has no position (")
+
+
 @pytest.mark.parametrize("damage", ["truncated", "bit", None])
 def test_compressed_files_are_checked(tmp_path, ct, damage):
     path = tmp_path / "a.nii.gz"

@@ -15,6 +15,7 @@ import SimpleITK as sitk
 
 from nnunet_mim.preparation import prepare, prepare_case
 from nnunet_mim.preparation.case_log import CaseLog
+from nnunet_mim.preparation.lock import alone
 from nnunet_mim.pretraining.case_index import read_index
 from nnunet_mim.pretraining.sources import find_source
 
@@ -122,6 +123,15 @@ def test_nothing_usable(preparing, images, here, refused):
 def test_variables_that_are_not_set(preparing, images, refused, monkeypatch, name):
     monkeypatch.delenv(name)
     assert name in refused("-d", "800", "-n", "X", "-i", images)
+
+
+def test_two_commands_at_once(preparing, images, here, refused):
+    """The second one ends before it has touched anything; another dataset is not locked."""
+    with alone(NAME):
+        assert f"another mim_prepare is at work on {NAME}" in refused("-d", "800", "-n", "Mine", "-i", images)
+        assert preparing(801, "-n", "Other", "-i", images) == 0
+    assert not (preparing.root / "nnUNet_raw" / NAME).exists()
+    assert preparing.new(images) == 0
 
 
 def test_half_a_line_in_the_log_does_not_count(tmp_path):

@@ -32,7 +32,7 @@ def test_a_dry_run_prints_the_budget_and_writes_nothing(write_dataset, small_run
 
 def test_the_largest_batch_by_hand(monkeypatch):
     """2 crops take 3 GiB, 4 take 5: 1 GiB a crop, and nine tenths of 16 GiB leave room for 2 + 11."""
-    monkeypatch.setattr("nnunet_mim.pretraining.budget._physical_memory", lambda: 16 * GIB)
+    monkeypatch.setattr("nnunet_mim.pretraining.budget.physical_memory", lambda: 16 * GIB)
     config, fabric = PretrainConfig(batch_size=2), Fabric(accelerator="cpu", devices=1)
     assert _largest_batch(config, Trial(1, 1, 3 * GIB, 1), Trial(1, 1, 5 * GIB, 1), fabric) == 13
     without_growth = _largest_batch(config, Trial(1, 1, 3 * GIB, 1), Trial(1, 1, 3 * GIB, 1), fabric)

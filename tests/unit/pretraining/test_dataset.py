@@ -139,17 +139,19 @@ def test_another_case_takes_the_place_of_one_that_breaks_after_the_check(write_d
     cases = cases_of()
     dataset = CropDataset(cases, (32, 32, 32))
     before = [dataset[i] for i in range(20)]
+    drawn = [dataset.case_of(i).info.case for i in range(20)]
     (folder / "case_01.b2nd").write_bytes(b"no blosc")
     after = [dataset[i] for i in range(20)]
     unread, new = UnreadCases(cases), []
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
-        broken = dataset.case_of(i).info.case == "case_01"
+        broken = drawn[i] == "case_01"
+        assert (dataset.case_of(i).info.case == drawn[i]) != broken, "the case is named that the crop is cut from"
         assert (b[2] >= 0).any() == broken
         assert torch.equal(a[0], b[0]) != broken
         assert torch.isfinite(b[0]).all()
         new += unread.add(b[2][None])
     assert new == ["Dataset900_Tiny case_01"]
-    assert unread.failed >= sum(dataset.case_of(i).info.case == "case_01" for i in range(20)) > 0
+    assert unread.failed >= drawn.count("case_01") > 0
     assert all(torch.equal(a[0], dataset[i][0]) for i, a in enumerate(after)), "again the same"
 
 

@@ -1,9 +1,12 @@
 """Where a checkpoint is looked for, and what is refused."""
 
+import os
+
 import pytest
 import torch
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.pointer import write_pointer
 from nnunet_mim.trainers.checkpoint import find_checkpoint, no_checkpoint_error, read_checkpoint
 
 
@@ -47,6 +50,19 @@ def test_unfinished_runs_and_other_plans_do_not_count(tmp_path, plans):
     run_file(tmp_path, 0)
     assert find_checkpoint({**plans, "plans_name": "other"}, "3d_fullres", 0, tmp_path) is None
     assert find_checkpoint(plans, "3d_lowres", 0, tmp_path) is None
+
+
+def test_of_a_run_of_its_own_and_one_of_several_datasets_the_newer_counts(tmp_path, plans):
+    own, joint = run_file(tmp_path, 0), tmp_path / "Dataset008_Other" / "run" / "fold_0" / "checkpoint_final.pth"
+    joint.parent.mkdir(parents=True)
+    joint.touch()
+    write_pointer(own.parent, joint)
+    for times, newer in (((1e9, 2e9), joint), ((3e9, 2e9), own)):
+        for path, time in zip((own, joint), times, strict=True):
+            os.utime(path, (time, time))
+        assert find_checkpoint(plans, "3d_fullres", 0, tmp_path) == newer
+    joint.unlink()
+    assert find_checkpoint(plans, "3d_fullres", 0, tmp_path) == own
 
 
 def test_tagged_runs(tmp_path, plans):
