@@ -1,0 +1,77 @@
+"""How well a segmentation agrees with a reference: Dice, and distances of the surfaces in mm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+
+def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
+    """Dice of two boolean arrays; NaN where both are empty (as in nnU-Net's summary.json)."""
+    total = np.count_nonzero(prediction) + np.count_nonzero(reference)
+    return 2 * np.count_nonzero(prediction & reference) / total if total else float("nan")
+
+
+def surface_distances(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances from every surface voxel of one mask to the nearest surface voxel of the other.
+
+    Args:
+        prediction, reference: (X, Y, Z) bool, neither empty. A voxel is on the surface if one of its six neighbours is
+            not in the mask, or outside the array.
+        spacing: mm per voxel and axis.
+
+    Returns:
+        (from prediction to reference, from reference to prediction), mm.
+    """
+    box = _bounding_box(prediction | reference)
+    surfaces = [np.pad(mask[box], 1) for mask in (prediction, reference)]
+    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in surfaces]
+    to_prediction, to_reference = (ndimage.distance_transform_edt(~s, sampling=spacing) for s in surfaces)
+    return to_reference[surfaces[0]], to_prediction[surfaces[1]]
+
+
+def hausdorff95(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> float:
+    """95th percentile of the Hausdorff distance: the larger one of the 95th percentiles of both directions, mm.
+
+    NaN where both masks are empty; the diagonal of the image where one is, so that a missed organ counts as a large
+    error.
+    """
+    if not prediction.any() or not reference.any():
+        if prediction.any() == reference.any():
+            return float("nan")
+        return float(np.linalg.norm(np.array(prediction.shape) * np.array(spacing)))
+    return max(float(np.percentile(d, 95)) for d in surface_distances(prediction, reference, spacing))
+
+
+def case_metrics(prediction: Path, reference: Path, labels: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Dice and hd95 (mm) of every label of one case.
+
+    Args:
+        prediction, reference: label images on the same grid.
+        labels: without the background.
+
+    Raises:
+        ValueError: the images are of different size.
+    """
+    image = sitk.ReadImage(str(reference))
+    truth, found = sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(sitk.ReadImage(str(prediction)))
+    if truth.shape != found.shape:
+        raise ValueError(f"{prediction} has {found.shape} voxels, {reference} {truth.shape}")
+    spacing = image.GetSpacing()[::-1]
+    return {
+        str(label): {
+            "dice": dice(found == label, truth == label),
+            "hd95": hausdorff95(found == label, truth == label, spacing),
+        }
+        for label in labels
+    }
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    return ndimage.find_objects(mask.astype(np.uint8))[0]

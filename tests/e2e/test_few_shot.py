@@ -1,0 +1,96 @@
+"""The few-shot protocol with nnU-Net's real commands, on a few small volumes and trainings of four steps."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+DATASET = "Dataset908_Few"
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def workplace(workplace_of):
+    """Five small volumes, planned and preprocessed for the smallest network, and pretrained for one step."""
+    work = workplace_of("few_shot")
+    work.write_dataset(DATASET, 5, 32)
+    planning = ("-d", "908", "-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
+    work("nnUNetv2_plan_and_preprocess", *planning, nnUNet_n_proc_DA="1")
+    work("mim_plan", "-d", "908", "--preset", "tiny", "--set", "patch_size=32,32,32", "batch_size=1")
+    work("nnUNetv2_preprocess", "-d", "908", "-plans_name", "nnUNetMiMPlans", "-c", "3d_fullres", "-np", "1")
+    run = ("--preset", "tiny", "--view", "32", "--iterations", "1", "--batch", "1", "--children", "1", "1")
+    work("mim_pretrain", "-d", "908", "-p", "nnUNetMiMPlans", "-f", "0", *run, "-device", "cpu", "--workers", "0")
+    return work
+
+
+def protocol(work, *arguments, fails=False):
+    command = [sys.executable, "-m", "nnunet_mim.benchmarking.few_shot", "-d", "908", "--labels", "2", "all"]
+    command += ["--seeds", "1", "--iterations", "4", "--iterations_per_epoch", "2", "--val_iterations", "1"]
+    done = subprocess.run([*command, "-device", "cpu", *arguments], env=work.env, capture_output=True, encoding="utf-8")
+    assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
+
+
+def test_trained_once_reported_and_resumed(workplace):
+    output = workplace.folder / "nnUNet_results" / DATASET / "few_shot__nnUNetMiMPlans__3d_fullres"
+    said = protocol(workplace)
+    assert "4 trainings of 4 iterations, 4 to do" in said
+    cells = {(int(p.parts[-4].split("_")[1]), p.parts[-2]): p for p in output.glob("labels_*/seed_0/*/result.json")}
+    assert set(cells) == {(2, "MiM"), (2, "Scratch"), (4, "MiM"), (4, "Scratch")}
+    results = {place: json.loads(path.read_text()) for place, path in cells.items()}
+    for (count, arm), result in results.items():
+        assert len(result["key"]["train_cases"]) == count
+        assert result["key"]["train_cases"] == results[count, "MiM"]["key"]["train_cases"], "the same for all arms"
+        assert set(result["cases"]) == set(result["key"]["val_cases"])
+        assert len(result["curve"]) == 2
+        assert result["leaked"] == []
+        assert bool(result["key"]["checkpoint"]) == (arm == "MiM")
+        fold = next(cells[count, arm].parent.glob("nnUNet_results/*/*/fold_0"))
+        summary = json.loads((fold / "validation" / "summary.json").read_text())
+        for entry in summary["metric_per_case"]:
+            case = entry["prediction_file"].split("/")[-1].removesuffix(".nii.gz")
+            assert result["cases"][case]["1"]["dice"] == pytest.approx(entry["metrics"]["1"]["Dice"], nan_ok=True)
+    assert set(results[2, "MiM"]["key"]["train_cases"]) < set(results[4, "MiM"]["key"]["train_cases"]), "nested"
+    for name in ("table.md", "table.csv", "figure.png"):
+        assert (output / name).stat().st_size > 100
+    assert (output / "table.md").read_text() in said
+    rows = list(csv.DictReader((output / "table.csv").open()))
+    assert len(rows) == 4  # one validation case, one label
+    # a training that was interrupted before its validation goes on there; the others are not touched
+    stamps = {place: path.stat().st_mtime_ns for place, path in cells.items()}
+    cells[4, "Scratch"].unlink()
+    assert "4 trainings of 4 iterations, 1 to do" in protocol(workplace)
+    changed = {place for place, path in cells.items() if path.stat().st_mtime_ns != stamps[place]}
+    assert changed == {(4, "Scratch")}
+    assert "another experiment (length" in protocol(workplace, "--iterations", "6", fails=True)
+    assert "another experiment (settings" in protocol(workplace, "--set", "lr=0.1", fails=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--labels", "5"], "give numbers from 1 to 4"),
+        (["--arms", "MiM", "Nothing"], "--arms Nothing: give MiM, Scratch, nnUNet"),
+        (["--arms", "Mine=nnUNetTrainer:NoPlans"], "no plans 'NoPlans'"),
+        (["--set", "no_such=1"], "unknown setting 'no_such'"),
+        (["--fold", "9"], "fold 9"),
+        (["--arms", "A=nnUNetTrainerMiM:nnUNetMiMPlans:/gone.pth"], "/gone.pth does not exist"),
+    ],
+)
+def test_bad_arguments_before_any_training(workplace, arguments, says):
+    said = protocol(workplace, *arguments, fails=True)
+    assert says in said
+    assert len(said.strip().splitlines()[-1:]) == 1
+    assert "Traceback" not in said
+
+
+def test_a_stock_arm_trains_with_the_same_length(workplace):
+    workplace("nnUNetv2_preprocess", "-d", "908", "-c", "3d_fullres", "-np", "1")
+    output = workplace.folder / "stock"
+    said = protocol(workplace, "--labels", "2", "--arms", "nnUNet", "-o", str(output))
+    assert "1 trainings of 4 iterations, 1 to do" in said
+    log = (output / "labels_0002" / "seed_0" / "nnUNet" / "log.txt").read_text()
+    assert "Epoch 1" in log
+    assert "Epoch 2" not in log

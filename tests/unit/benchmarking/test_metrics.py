@@ -1,0 +1,130 @@
+"""Dice and surface distances against SimpleITK, slow twins and cases with known distances."""
+
+import math
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from nnunet_mim.benchmarking.metrics import case_metrics, dice, hausdorff95, surface_distances
+
+SPACING = (3.0, 1.0, 1.5)
+
+
+def box(shape, low, high):
+    mask = np.zeros(shape, bool)
+    mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = True
+    return mask
+
+
+def slow_surface(mask):
+    """Voxels of a mask with a neighbour (of six) outside, as coordinates."""
+    found = []
+    for place in np.argwhere(mask):
+        for axis in range(3):
+            for step in (-1, 1):
+                other = place.copy()
+                other[axis] += step
+                inside = 0 <= other[axis] < mask.shape[axis]
+                if not inside or not mask[tuple(other)]:
+                    found.append(tuple(place))
+    return np.array(sorted(set(found)), float)
+
+
+def slow_distances(a, b, spacing):
+    a, b = slow_surface(a) * spacing, slow_surface(b) * spacing
+    return [[min(math.dist(p, q) for q in two) for p in one] for one, two in ((a, b), (b, a))]
+
+
+masks = hnp.arrays(bool, (4, 5, 6)).filter(lambda mask: mask.any())
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks, masks)
+def test_distances_are_those_of_a_slow_search(prediction, reference):
+    for found, expected in zip(
+        surface_distances(prediction, reference, SPACING), slow_distances(prediction, reference, SPACING), strict=True
+    ):
+        assert sorted(found) == pytest.approx(sorted(expected))
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks, masks)
+def test_the_largest_distance_and_dice_are_simpleitks(prediction, reference):
+    """SimpleITK measures from set to set: it gets the surfaces alone."""
+
+    def image(mask):
+        made = sitk.GetImageFromArray(mask.astype(np.uint8))
+        made.SetSpacing(SPACING[::-1])
+        return made
+
+    def surface(mask):
+        found = np.zeros_like(mask)
+        found[tuple(slow_surface(mask).astype(int).T)] = True
+        return found
+
+    largest = sitk.HausdorffDistanceImageFilter()
+    largest.Execute(image(surface(prediction)), image(surface(reference)))
+    found = surface_distances(prediction, reference, SPACING)
+    assert max(map(max, found)) == pytest.approx(largest.GetHausdorffDistance(), rel=1e-5)
+    overlap = sitk.LabelOverlapMeasuresImageFilter()
+    overlap.Execute(image(prediction), image(reference))
+    assert dice(prediction, reference) == pytest.approx(overlap.GetDiceCoefficient(1))
+
+
+def test_a_shifted_box_by_hand():
+    """Two voxels along the first axis, 3 mm each: 6 mm, which more than 5 % of both surfaces have."""
+    reference = box((20, 20, 20), (5, 5, 5), (10, 15, 15))
+    prediction = box((20, 20, 20), (7, 5, 5), (12, 15, 15))
+    assert hausdorff95(prediction, reference, SPACING) == 6.0
+    assert dice(prediction, reference) == pytest.approx(2 * 3 / (5 + 5))
+    assert hausdorff95(reference, reference, SPACING) == 0.0
+
+
+def test_one_far_voxel_in_a_hundred_does_not_count():
+    reference = box((40, 20, 20), (5, 5, 5), (15, 15, 15))
+    prediction = reference.copy()
+    prediction[39, 19, 19] = True
+    assert hausdorff95(prediction, reference, (1, 1, 1)) == 0.0
+    assert max(surface_distances(prediction, reference, (1, 1, 1))[0]) > 24
+
+
+def test_masks_that_touch_the_border_have_a_surface_there():
+    whole = np.ones((4, 4, 4), bool)
+    assert len(surface_distances(whole, whole, (1, 1, 1))[0]) == 4**3 - 2**3
+
+
+def test_empty_masks():
+    empty, full = np.zeros((3, 4, 12), bool), np.ones((3, 4, 12), bool)
+    assert math.isnan(dice(empty, empty))
+    assert math.isnan(hausdorff95(empty, empty, SPACING))
+    for pair in ((empty, full), (full, empty)):
+        assert dice(*pair) == 0
+        assert hausdorff95(*pair, (1.0, 1.0, 1.0)) == 13.0  # 3, 4, 12: the diagonal
+
+
+def test_of_files_in_mm(tmp_path):
+    reference = box((20, 20, 20), (5, 5, 5), (10, 15, 15)) * 2
+    prediction = box((20, 20, 20), (7, 5, 5), (12, 15, 15)) * 2
+    for name, array in (("reference", reference), ("prediction", prediction)):
+        image = sitk.GetImageFromArray(array.astype(np.uint8))
+        image.SetSpacing(SPACING[::-1])
+        sitk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
+    found = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [1, 2])
+    assert found["2"] == {"dice": pytest.approx(0.6), "hd95": pytest.approx(6.0)}
+    assert math.isnan(found["1"]["dice"])
+    assert math.isnan(found["1"]["hd95"])
+    sitk.WriteImage(sitk.Image([20, 20, 19], sitk.sitkUInt8), str(tmp_path / "other.nii.gz"))
+    with pytest.raises(ValueError, match=r"other\.nii\.gz has \(19, 20, 20\) voxels"):
+        case_metrics(tmp_path / "other.nii.gz", tmp_path / "reference.nii.gz", [1])
+
+
+@given(st.integers(1, 50))
+@settings(max_examples=10, deadline=None)
+def test_swapping_the_masks_changes_nothing(seed):
+    random = np.random.default_rng(seed)
+    a, b = (random.random((5, 5, 5)) > 0.6 for _ in range(2))
+    assert hausdorff95(a, b, SPACING) == hausdorff95(b, a, SPACING)
