@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from nnunet_mim.benchmarking.cell import Arm, Length, finished, recipe_of, run_cell
 from nnunet_mim.benchmarking.protocol import Protocol, cell_folder, describe, mean_dice
@@ -105,12 +107,25 @@ def build_protocol(options: argparse.Namespace) -> Protocol:
     length = Length(
         options.iterations // options.iterations_per_epoch, options.iterations_per_epoch, options.val_iterations
     )
-    settings = parse_settings(options.set)
+    settings = settings_by_arm(parse_settings(options.set), arms)
     for arm in arms:
         if arm.is_mim:
-            recipe_of(arm, length, settings)
+            recipe_of(arm, length, settings[arm.name])
     labels = sorted({_label_count(text, len(train_cases)) for text in options.labels})
     return Protocol(arms, options.fold, tuple(labels), options.seeds, length, settings, train_cases, val_cases)
+
+
+def settings_by_arm(given: dict[str, Any], arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+    """Settings of every MiM arm by its name: `key` counts for all of them, `ARM.key` for one."""
+    names = [arm.name for arm in arms if arm.is_mim]
+    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in sorted(given.items(), key=lambda item: "." in item[0]):
+        arm, dot, own = key.partition(".")
+        if dot and arm not in names:
+            raise MiMError(f"--set {key}: no MiM arm {arm} (there are {', '.join(names) or 'none'})")
+        for name in [arm] if dot else names:
+            settings[name][own if dot else key] = value
+    return settings
 
 
 def _label_count(text: str, available: int) -> int:
@@ -162,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--val_iterations", type=int, default=25, metavar="N",
         help="patches for the learning curve after every epoch (default: 25)")  # fmt: skip
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="the recipe of the MiM arms, as for mim_plan")  # fmt: skip
+        help="the recipe of the MiM arms, as for mim_plan; ARM.KEY=VALUE for one arm")  # fmt: skip
     add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: cuda")
     add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default: 1)")
     add("-o", metavar="FOLDER", help="output folder")

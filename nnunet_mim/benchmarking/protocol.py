@@ -21,7 +21,8 @@ class Protocol:
     """numbers of training cases, ascending"""
     seeds: int
     length: Length
-    settings: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+    """of MiM arms, by name"""
     train_cases: tuple[str, ...]
     val_cases: tuple[str, ...]
 
@@ -30,7 +31,7 @@ class Protocol:
         return {
             (count, seed, arm.name): Cell(
                 arm, self.fold, nested_subset(self.train_cases, count, seed), self.val_cases, seed, self.length,
-                self.settings if arm.is_mim else {},
+                self.settings.get(arm.name, {}),
             )
             for seed in range(self.seeds)
             for count in self.labels

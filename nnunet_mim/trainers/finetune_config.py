@@ -29,6 +29,9 @@ class FinetuneConfig:
     """of AdamW; not on biases, norms and other 1-d parameters"""
     warmup_fraction: float = 0.05
     """share of all iterations in which the learning rate rises linearly"""
+    decoder_first_fraction: float = 0.0
+    """share of all iterations, before the warm-up, in which the encoder rests and all else warms up (OpenMind's
+    sawtooth, arXiv 2412.17041)"""
     schedule: str = "cosine"
     """after the warm-up: cosine, or poly (exponent 0.9, nnU-Net's); both end at 0"""
     grad_clip: float = 1.0
@@ -45,13 +48,22 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
             _check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number above 0", self)
-        numbers = ("lr", "layer_decay", "weight_decay", "warmup_fraction", "grad_clip", "drop_path")
+        numbers = (
+            "lr",
+            "layer_decay",
+            "weight_decay",
+            "warmup_fraction",
+            "decoder_first_fraction",
+            "grad_clip",
+            "drop_path",
+        )
         for name in (*numbers, "oversample_foreground"):
             _check(name, _is_number(getattr(self, name)), "a number", self)
         _check("lr", self.lr > 0, "above 0", self)
         _check("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1", self)
         _check("weight_decay", self.weight_decay >= 0, "0 or more", self)
         _check("warmup_fraction", 0 <= self.warmup_fraction < 1, "0 or more and below 1", self)
+        _check("decoder_first_fraction", 0 <= self.decoder_first_fraction < 1, "0 or more and below 1", self)
         _check("grad_clip", 0 < self.grad_clip <= NNUNET_GRAD_CLIP, f"above 0 and at most {NNUNET_GRAD_CLIP:g}", self)
         _check("drop_path", 0 <= self.drop_path < 1, "0 or more and below 1", self)
         _check("oversample_foreground", 0 <= self.oversample_foreground <= 1, "between 0 and 1", self)

@@ -13,16 +13,23 @@ from nnunet_mim.trainers.finetune_config import FinetuneConfig
 POLY_EXPONENT = 0.9
 
 
-def lr_factor(iteration: int, total: int, config: FinetuneConfig) -> float:
+def lr_factor(iteration: int, total: int, config: FinetuneConfig, encoder: bool = True) -> float:
     """Share of the peak learning rate at an iteration.
 
     Linear from 1/w to 1 over the first w = round(total * warmup_fraction) iterations, then cosine or poly, reaching 0
-    at `total`.
+    at `total`. With `decoder_first_fraction` that is what happens after a first phase, in which the encoder rests while
+    the rate of all else rises linearly to 1.
 
     Args:
         iteration: number of optimiser steps already done, 0 … total - 1.
         total: optimiser steps of the whole training.
+        config: recipe.
+        encoder: of the encoder, or of all else.
     """
+    first = round(total * config.decoder_first_fraction)
+    if iteration < first:
+        return 0.0 if encoder else (iteration + 1) / first
+    iteration, total = iteration - first, total - first
     warmup = round(total * config.warmup_fraction)
     if iteration < warmup:
         return (iteration + 1) / warmup
@@ -36,7 +43,7 @@ class IterationSchedule:
     """Sets the learning rate of every group from the global iteration, so that `--c` needs no state of its own.
 
     Args:
-        optimizer: its groups may have an `lr_scale`.
+        optimizer: its groups may have an `lr_scale`, and say that they are of the `encoder`.
         config: recipe; its number of epochs and iterations decide the total.
     """
 
@@ -58,9 +65,9 @@ class IterationSchedule:
 
     def _apply(self) -> None:
         total = self.config.num_epochs * self.config.iterations_per_epoch
-        lr = self.config.lr * lr_factor(self.iteration, total, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            factor = lr_factor(self.iteration, total, self.config, group.get("encoder", False))
+            group["lr"] = self.config.lr * factor * group.get("lr_scale", 1.0)
 
 
 def encoder_layer(name: str, n_vit_blocks: int) -> int:
@@ -86,21 +93,22 @@ def parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]:
     """AdamW groups of a HybridUNet: every trainable parameter exactly once.
 
     Groups differ in `lr_scale` (layer_decay ** distance from the encoder's end; 1 outside the encoder) and weight decay
-    (none on 1-d parameters). The first group has the full learning rate: nnU-Net logs that one.
+    (none on 1-d parameters), and know whether they are of the `encoder`. The first group is outside of it and has the
+    full learning rate: nnU-Net logs that one.
     """
     n_vit_blocks = len(network.encoder.vit_blocks)
-    groups: dict[tuple[float, float], dict] = {}
+    groups: dict[tuple[bool, float, float], dict] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = 1.0
-        if name.startswith("encoder."):
+        scale, encoder = 1.0, name.startswith("encoder.")
+        if encoder:
             distance = 4 + n_vit_blocks - encoder_layer(name.removeprefix("encoder."), n_vit_blocks)
             scale = config.layer_decay**distance
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
-        group["params"].append(parameter)
-    return sorted(groups.values(), key=lambda group: (-group["lr_scale"], -group["weight_decay"]))
+        new = {"params": [], "lr_scale": scale, "weight_decay": decay, "encoder": encoder}
+        groups.setdefault((encoder, scale, decay), new)["params"].append(parameter)
+    return sorted(groups.values(), key=lambda group: (group["encoder"], -group["lr_scale"], -group["weight_decay"]))
 
 
 def build_optimizer(network: HybridUNet, config: FinetuneConfig) -> tuple[AdamW, IterationSchedule]:

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_mim.benchmarking.cell import Arm, Length, nested_subset
+from nnunet_mim.benchmarking.few_shot_cli import settings_by_arm
 from nnunet_mim.benchmarking.few_shot_report import control_of, every_value, markdown, reaches, write_report
 from nnunet_mim.benchmarking.protocol import Protocol
+from nnunet_mim.errors import MiMError
 
 ARMS = (
     Arm("MiM", "nnUNetTrainerMiM", SimpleNamespace(), "a.pth"),
@@ -73,6 +75,16 @@ def test_every_value_is_in_the_csv_and_files_are_written(tmp_path):
     write_report(PROTOCOL, RESULTS, tmp_path)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "table.csv", "figure.png"}
+
+
+def test_settings_for_all_mim_arms_and_for_one():
+    arms = (*ARMS, Arm("Stock", "nnUNetTrainer", SimpleNamespace()))
+    assert settings_by_arm({"Scratch.lr": 2, "lr": 1, "drop_path": 0.1}, arms) == {
+        "MiM": {"lr": 1, "drop_path": 0.1},
+        "Scratch": {"lr": 2, "drop_path": 0.1},
+    }
+    with pytest.raises(MiMError, match=r"--set Stock\.lr: no MiM arm Stock \(there are MiM, Scratch\)"):
+        settings_by_arm({"Stock.lr": 1}, arms)
 
 
 def test_first_epoch_that_reaches_a_goal():

@@ -25,6 +25,31 @@ def test_warmup_then_cosine_by_hand():
     assert lr_factor(10, 10, config) == pytest.approx(0)
 
 
+def test_the_encoder_rests_while_all_else_warms_up():
+    """Of 20 steps the first four belong to the decoder; then both do what they would do in 16."""
+    config = FinetuneConfig(warmup_fraction=0.25, decoder_first_fraction=0.2)
+    assert [lr_factor(i, 20, config) for i in range(4)] == [0, 0, 0, 0]
+    assert [lr_factor(i, 20, config, encoder=False) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    plain = FinetuneConfig(warmup_fraction=0.25)
+    for encoder in (True, False):
+        assert [lr_factor(4 + i, 20, config, encoder) for i in range(16)] == [
+            lr_factor(i, 16, plain) for i in range(16)
+        ]
+
+
+def test_a_resting_encoder_does_not_move(network):
+    config = FinetuneConfig(num_epochs=4, iterations_per_epoch=1, decoder_first_fraction=0.5)
+    optimizer, schedule = build_optimizer(network, config)
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    for step in range(3):
+        schedule.advance()
+        sum(y.square().mean() for y in network(torch.randn(1, 1, 32, 32, 32))).backward()
+        optimizer.step()
+        moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+        assert any(not name.startswith("encoder.") for name in moved)
+        assert any(name.startswith("encoder.") for name in moved) == (step == 2)
+
+
 def test_poly_by_hand():
     config = FinetuneConfig(warmup_fraction=0.0, schedule="poly")
     assert lr_factor(0, 100, config) == 1.0
@@ -67,7 +92,8 @@ def test_layer_decay_and_weight_decay_by_name(network):
 
 
 def test_the_first_group_has_the_full_rate_because_nnunet_logs_it(network):
-    assert parameter_groups(network, FinetuneConfig(layer_decay=0.8))[0]["lr_scale"] == 1.0
+    first = parameter_groups(network, FinetuneConfig(layer_decay=0.8))[0]
+    assert (first["lr_scale"], first["encoder"]) == (1.0, False)
 
 
 def test_a_parameter_of_no_known_layer_is_an_error():
