@@ -16,6 +16,7 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining.dataset import Cases
 from nnunet_mim.pretraining.sources import Source
+from nnunet_mim.shared import locate, read_shared
 
 LATEST = "checkpoint_latest.pth"
 """of a run that is not finished: with everything needed to continue it"""
@@ -147,20 +148,24 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of `mim_pretrain` without executing anything in it, and check every byte's checksum.
+
+    Args:
+        path: anything that `locate` takes.
 
     Raises:
         MiMError: missing, truncated, unsafe, or not a checkpoint of this package.
     """
+    path = locate(path)
     try:
+        if path.is_dir():
+            return read_shared(path)
         if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
             raise MiMError(f"{path} is damaged ({broken} has another checksum): take another copy")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except MiMError:
         raise
-    except FileNotFoundError as error:
-        raise MiMError(f"no checkpoint at {path}") from error
     except Exception as error:
         raise MiMError(
             f"{path} is no readable checkpoint: truncated, or it holds more than tensors and plain values "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.pointer import write_pointer
 from nnunet_mim.pretraining.parser_cli import build_parser, settings_of
 from nnunet_mim.settings import parse_settings, read_yaml
+from nnunet_mim.shared import locate
 
 DEFAULT_VIEWS_PER_PASS = {"cpu": 4}
 """per device, else 32: all views of the last level of two crops"""
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from_file = read_yaml(Path(args.config)) if args.config else {}
     given = merge_settings(from_file, settings_of(args), parse_settings(args.set))
     if given.get("init_checkpoint"):
-        given["init_checkpoint"] = os.path.abspath(given["init_checkpoint"])
+        given["init_checkpoint"] = str(locate(given["init_checkpoint"]))
 
     sources = [find_source(dataset, args.p, args.c) for dataset in args.d]
     require_same_units(sources)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nnunet_mim.config import NetworkConfig, network_from_dict
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pointer import read_pointer
+from nnunet_mim.shared import locate, read_shared
 
 ENV_CHECKPOINT = "nnUNet_mim_checkpoint"
 ENCODER_PREFIX = "encoder."
@@ -58,9 +59,10 @@ def find_checkpoint(plans: dict[str, Any], configuration: str, fold: int | str, 
     ]
     for path, source in named:
         if path:
-            if not Path(path).is_file():
-                raise MiMError(f"pretraining checkpoint {path} ({source}) does not exist: correct or remove the path")
-            return Path(path)
+            try:
+                return locate(path)
+            except MiMError as error:
+                raise MiMError(f"{error} ({source}): correct or remove the path") from error
     for name in dict.fromkeys((f"fold_{fold}", "fold_all")):
         runs = {run: final_checkpoint(run / name) for run in _pretraining_runs(plans, configuration, results)}
         found = {run: path for run, path in runs.items() if path is not None}
@@ -99,16 +101,19 @@ def no_checkpoint_error(plans: dict[str, Any], configuration: str, fold: int | s
 
 
 def read_checkpoint(path: str | Path) -> PretrainedCheckpoint:
-    """Load and check a pretraining checkpoint; no code in the file is run (`weights_only`).
+    """Load and check a pretraining checkpoint; no code in the file is run (`weights_only`, or safetensors).
+
+    Args:
+        path: anything that `locate` takes.
 
     Raises:
         MiMError: missing, unreadable, truncated, not written by mim_pretrain, or inconsistent.
     """
-    path = Path(path).absolute()
-    if not path.is_file():
-        raise MiMError(f"pretraining checkpoint {path} does not exist")
+    path = locate(path)
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = read_shared(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+    except MiMError:
+        raise
     except Exception as error:
         raise MiMError(
             f"cannot read {path} as a pretraining checkpoint ({type(error).__name__}: truncated, or not written by "

@@ -103,7 +103,7 @@ def test_other_seed_other_masks(write_checkpoint, write_ct, tmp_path, capsys) ->
 
 
 def test_what_is_no_checkpoint(write_checkpoint, tmp_path, capsys) -> None:
-    assert "no checkpoint at" in refused(capsys, tmp_path / "missing.pth")
+    assert "missing.pth does not exist" in refused(capsys, tmp_path / "missing.pth")
     (tmp_path / "text.pth").write_text("nothing")
     assert "no readable checkpoint" in refused(capsys, tmp_path / "text.pth")
     torch.save({"state_dict": {}}, tmp_path / "other.pth")

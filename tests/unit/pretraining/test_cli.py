@@ -160,7 +160,9 @@ def test_a_run_from_an_earlier_ones_weights_remembers_its_cases(write_dataset, t
     assert "not that of this run" in refused(capsys, "-d", "900", *small, "-o", "other", "--init", str(earlier))
     other = ("-o", "other", "--init", str(earlier), "--alignment", "cosine")
     assert "alignment infonce and strides [[2, 2, 2]" in refused(capsys, "-d", "900", *SMALL, *other)
-    assert "no checkpoint at" in refused(capsys, "-d", "900", *SMALL, "-o", "other", "--init", str(tmp_path / "no.pth"))
+    assert "no.pth does not exist" in refused(
+        capsys, "-d", "900", *SMALL, "-o", "other", "--init", str(tmp_path / "no.pth")
+    )
 
 
 # --- bad input: one line, before any long work -----------------------------------------------------------------------
