@@ -106,8 +106,9 @@ def common_plans(
     }
     recursive_fix_for_json_export(base)
     return make_mim_plans(
-        base, dict(fingerprint), dict(dataset_json), plans_name, CONFIGURATION, preset, None, dict(settings)
-    )
+        base, dict(fingerprint), dict(dataset_json), plans_name, CONFIGURATION, preset, None,
+        {"spacing": target, **settings},
+    )  # fmt: skip
 
 
 def extracted_fingerprint(dataset: str, dataset_json: Mapping[str, Any], processes: int) -> bytes:

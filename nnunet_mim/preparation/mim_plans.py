@@ -271,7 +271,7 @@ def _choose_spacing(
         spacing = _three(given, "spacing", "mm")
         if min(spacing) <= 0:
             raise MiMError(f"--set spacing must be above 0, got {given}")
-        return [float(s) for s in spacing], "--set"
+        return [float(s) for s in spacing], "as given"
     pretrained = checkpoint.provenance.get("spacing") if checkpoint is not None else None
     if not pretrained:
         return list(base), "base plans"

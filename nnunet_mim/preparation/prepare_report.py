@@ -66,10 +66,11 @@ def write_report(prepared: Prepared, preset: str | None) -> Path:
         table = [["file", "reason"], *([entry["files"][0], entry["reason"]] for entry in skipped.values())]
         more = f"The first 200 of {len(skipped)}; {stem}_skipped.csv holds all." if len(table) > 201 else ""
         sections.append(Section("Left out", more, table=table[:201], words=True))
-    sections.append(Section("Plans", table=[["", ""], *([""] + [note] for note in prepared.notes)], words=True))
+    sections.append(Section("Plans", code="\n".join(prepared.notes)))
     sections.append(Section("Next", code=next_command([source], preset)))
     path = folder / f"{stem}.html"
-    lead = f"{len(entries)} cases are ready for pretraining, {len(skipped)} images were left out."
+    left_out = f"{len(skipped)} images were left out" if skipped else "no image was left out"
+    lead = f"{len(entries)} cases are ready for pretraining, {left_out}."
     write_page(path, f"{source.dataset}, prepared", sections, lead)
     return path
 

@@ -45,7 +45,7 @@ def test_a_folder_becomes_a_dataset_that_nnunet_reads(preparing, images, here, c
         "nnUNetMiMPlans_3d_fullres",
     ]  # fmt: skip
     page = (folder.parent / "mim_prepare" / "nnUNetMiMPlans_3d_fullres.html").read_text("utf-8")
-    assert "3 cases are ready for pretraining, 0 images were left out." in page
+    assert "3 cases are ready for pretraining, no image was left out." in page
     assert page.count("<img ") == 2
 
 
