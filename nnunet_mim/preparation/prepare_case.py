@@ -105,7 +105,7 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
     configuration = LeanConfiguration(manager.get_configuration(job.configuration).configuration)
     reader = manager.image_reader_writer_class()
     data, properties = reader.read_images(job.images)
-    seg = reader.read_seg(job.label)[0] if job.label is not None else None
+    seg = reader.read_seg(job.label)[0].astype(np.int16) if job.label is not None else None
     if job.must_be_ct and (problem := voxel_problem(data[0])):
         return {"problem": problem}
     if not np.isfinite([data.min(), data.max()]).all():
@@ -117,10 +117,10 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
         "sample": body_sample(data),
         "histogram": np.sum([histogram(part) for part in data[0]], axis=0).tolist(),
     }
-    only = [data]  # nnU-Net makes a copy; without another reference the original need not stay in memory
-    del data
+    only = [seg, data]  # nnU-Net makes copies; without another reference the originals need not stay in memory
+    del data, seg
     prepared, seg, properties = DefaultPreprocessor(verbose=False).run_case_npy(
-        only.pop(), seg, properties, manager, configuration, dict(job.dataset_json)
+        only.pop(), only.pop(), properties, manager, configuration, dict(job.dataset_json)
     )
     properties.setdefault("class_locations", {})  # nnU-Net's data loader looks for it, labels or not
     info = describe_voxels(job.case, prepared, job.body_threshold)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from batchgenerators.augmentations.utils import resize_segmentation
 from nnunetv2.preprocessing.resampling.default_resampling import (
     determine_do_sep_z_and_axis,
     resample_data_or_seg_to_shape,
@@ -20,6 +21,7 @@ from scipy.ndimage import zoom
 
 SLICES_AT_ONCE = 16
 DEFAULT_KWARGS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+DEFAULT_SEG_KWARGS = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
 
 
 class LeanConfiguration(ConfigurationManager):
@@ -35,12 +37,14 @@ class LeanConfiguration(ConfigurationManager):
 
     @property
     def resampling_fn_seg(self) -> Any:
-        stock = super().resampling_fn_seg
+        stock, config = super().resampling_fn_seg, self.configuration
+        default = config["resampling_fn_seg"] == resample_data_or_seg_to_shape.__name__
+        default = default and config["resampling_fn_seg_kwargs"] == DEFAULT_SEG_KWARGS
 
         def resample(seg: np.ndarray, new_shape: Sequence[int], *spacings: Any) -> np.ndarray:
-            if seg.max() <= 0 and not determine_do_sep_z_and_axis(None, *spacings)[0]:
-                return resample_outside(seg, new_shape)
-            return stock(seg, new_shape, *spacings)
+            if not default or determine_do_sep_z_and_axis(None, *spacings)[0]:
+                return stock(seg, new_shape, *spacings)
+            return resample_outside(seg, new_shape) if seg.max() <= 0 else resample_labels(seg, new_shape)
 
         return resample
 
@@ -95,6 +99,22 @@ def resample_outside(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
         outside = rows @ (seg[0, low:high] < 0).astype(np.float64) @ columns.T
         result[0, first : first + SLICES_AT_ONCE][np.tensordot(part[:, low:high], outside, 1) > 0.5] = -1
     return result
+
+
+def resample_labels(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
+    """What nnU-Net's `resample_data_or_seg_to_shape` returns for labels with its usual settings where no axis is much
+    thicker than the others: the same function, without a copy of the whole volume in float64.
+
+    Args:
+        seg: (C, X, Y, Z) integer.
+        new_shape: voxels per axis.
+
+    Returns:
+        (C, *new_shape), same type.
+    """
+    if tuple(seg.shape[1:]) == tuple(new_shape):
+        return seg
+    return np.stack([resize_segmentation(channel, tuple(new_shape), 1) for channel in seg])
 
 
 def _slice_by_slice(volume: np.ndarray, new_shape: tuple[int, ...], axis: int) -> np.ndarray:

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
 
-from nnunet_mim.preparation.resampling import LeanConfiguration, resample_image, resample_outside, spline_matrix
+from nnunet_mim.preparation.resampling import (
+    LeanConfiguration,
+    resample_image,
+    resample_labels,
+    resample_outside,
+    spline_matrix,
+)
 
 SPACING = st.tuples(*[st.floats(0.4, 6.0)] * 3)
 
@@ -62,6 +68,20 @@ def test_the_mask_of_what_is_outside_equals_nnunets(shape, new_shape, share, see
     mask = resample_data_or_seg_to_shape(-seg.astype(float), new_shape, *spacings, False, 1, 0, None)
     clear = np.abs(mask - 0.5) > 1e-9
     assert np.array_equal(found[clear], expected[clear])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(*[st.integers(1, 12)] * 3), st.tuples(*[st.integers(1, 20)] * 3), st.integers(1, 5), st.integers(0, 99)
+)
+def test_labels_equal_nnunets(shape, new_shape, n_labels, seed):
+    seg = np.random.default_rng(seed).integers(-1, n_labels + 1, (1, *shape)).astype(np.int16)
+    seg[0, 0, 0, 0] = n_labels
+    spacings = (1, 1, 1), (1, 1, 1)
+    expected = resample_data_or_seg_to_shape(seg.astype(np.float32), new_shape, *spacings, True, 1, 0, None)
+    for found in (resample_labels(seg, new_shape), configuration().resampling_fn_seg(seg, new_shape, *spacings)):
+        assert found.dtype == np.int16
+        assert np.array_equal(found, expected)
 
 
 def configuration(**changes):
