@@ -15,5 +15,6 @@ pytest tests/unit/networks/test_depthwise_triton.py
 python benchmarks/gpu/depthwise_tiles.py | tee "$out/depthwise_tiles.md"
 python benchmarks/gpu/gpu_paths.py --json | tee "$out/gpu_paths.md"
 python benchmarks/step_time.py --device cuda --preset base --view 96 --batch 2 --ratio 0.6 | tee "$out/step_time.md"
+python benchmarks/finetune_step.py --device cuda --patch 128 128 128 --repeats 10 --json | tee "$out/finetune_step.md"
 mim_demo -o "$out/demo" -device cuda
 echo "tables in $out; the demo's page, with the time of each stage: $out/demo/index.html"

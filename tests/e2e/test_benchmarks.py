@@ -53,6 +53,14 @@ def test_reading_crops():
 
 
 @pytest.mark.long
+def test_a_finetuning_step():
+    options = ("--preset", "tiny", "--patch", "32", "32", "32", "--batch", "1", "--repeats", "1", "--json")
+    found = last_line("finetune_step.py", *options)
+    assert found["ratio_to_resenc_l"] == pytest.approx(found["mim_s"] / found["resenc_l_s"])
+    assert found["ratio_to_plain"] == pytest.approx(found["mim_s"] / found["plain_s"])
+
+
+@pytest.mark.long
 def test_opening_many_cases():
     found = last_line("many_cases.py", "--counts", "10", "20", "--workers", "1", "--json")
     assert [row["cases"] for row in found["rows"]] == [10] * 3 + [20] * 3
