@@ -8,7 +8,7 @@ next level).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nnunet_mim.errors import MiMError
@@ -88,6 +88,7 @@ class LevelConfig:
 
 
 LADDERS = ("published", "native")
+ENCODERS = ("hybrid", "resenc")
 ALIGNMENTS = ("infonce", "cosine", "none")
 
 
@@ -99,6 +100,12 @@ class PretrainConfig:
     """network size: tiny, small, base or large"""
     network: NetworkConfig = None  # type: ignore[assignment]
     """sizes; default: the preset's"""
+    encoder: str = "hybrid"
+    """what is pretrained: hybrid (convolutions and a transformer, for nnUNetTrainerMiM) or resenc (nnU-Net's residual
+    encoder U-Net as the plans describe it, for stock nnU-Net)
+    """
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """of the plans, where encoder is resenc; follows from the data"""
     in_channels: int = 1
     """image channels; follows from the data"""
     view_size: Size3 = (96, 96, 96)
@@ -171,6 +178,8 @@ class PretrainConfig:
             if self.preset not in PRESETS:
                 raise MiMError(f"unknown preset '{self.preset}': choose one of {', '.join(PRESETS)}")
             object.__setattr__(self, "network", PRESETS[self.preset])
+        if self.encoder not in ENCODERS:
+            raise MiMError(f"unknown encoder '{self.encoder}': choose one of {', '.join(ENCODERS)}")
         if self.ladder not in LADDERS:
             raise MiMError(f"unknown ladder '{self.ladder}': choose one of {', '.join(LADDERS)}")
         if self.alignment not in ALIGNMENTS:

@@ -41,7 +41,7 @@ def export(facts: Facts, folder: Path, licence: str | None, data: str | None, wi
     if not with_names:
         provenance["cases"] = [{**record, "case": ""} for record in provenance["cases"]]
         provenance["skipped_steps"] = []
-    weights = {name: value.contiguous() for name, value in facts.checkpoint["network_weights"].items()}
+    weights = {name: value.clone().contiguous() for name, value in facts.checkpoint["network_weights"].items()}
     content = save(weights, metadata={"format": "pt"})
     config = {"sha256": hashlib.sha256(content).hexdigest(), **stored, "provenance": provenance}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")

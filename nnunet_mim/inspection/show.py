@@ -11,7 +11,7 @@ import numpy as np
 from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import RawImage, order_of_axes, preprocess, read_image
 from nnunet_mim.inspection.export import write_views
-from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.pretraining.pictures import load_network, reconstruct_volume, upright
 from nnunet_mim.pretraining.run_report import (
     REPORT,
@@ -78,7 +78,7 @@ def show(
 
 
 def show_case(
-    facts: Facts, model: MaskInMask, image: RawImage, stem: Path, seed: int, spacing: Sequence[float] | None
+    facts: Facts, model: PretrainingNetwork, image: RawImage, stem: Path, seed: int, spacing: Sequence[float] | None
 ) -> tuple[list[ReconstructedView], list[Path]]:
     """Views of one case for a page, and the files written."""
     voxels, grid = preprocess(image, facts.provenance, spacing)

@@ -34,7 +34,42 @@ class LevelOutput(NamedTuple):
     """(places, D) parent features, projected for `infonce`, detached and raw for `cosine`"""
 
 
-class MaskInMask(nn.Module):
+class Alignment(nn.Module):
+    """What both networks have: projectors between levels, and how the two sides are compared."""
+
+    alignment: str
+    projectors: nn.ModuleDict
+
+    def align(
+        self, features: Tensor, edge: int | None, parent_features: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The two sides that alignment compares, `LevelOutput.child` and `.parent`; (None, None) where there is none.
+
+        Args:
+            features: (N, L, D) decoder features of the children.
+            edge, parent_features: as in `forward`.
+        """
+        if edge is None or parent_features is None or self.alignment == "none":
+            return None, None
+        child = self.projectors.get_submodule(f"child.{edge}")(features.mean(dim=1))
+        parent = parent_features.detach()
+        if self.alignment == "infonce":
+            parent = self.projectors.get_submodule(f"parent.{edge}")(parent)
+        return child, parent
+
+
+def build_projectors(dim: int, n_edges: int, alignment: str) -> nn.ModuleDict:
+    """`child` and `parent`, one for each edge where the alignment needs it; dim: of the features."""
+    with_child, with_parent = alignment != "none", alignment == "infonce"
+    return nn.ModuleDict(
+        {
+            "child": nn.ModuleList(MLP(dim, dim) for _ in range(n_edges if with_child else 0)),
+            "parent": nn.ModuleList(MLP(dim, dim) for _ in range(n_edges if with_parent else 0)),
+        }
+    )
+
+
+class MaskInMask(Alignment):
     """Encoder, decoder and projectors.
 
     Args:
@@ -58,13 +93,7 @@ class MaskInMask(nn.Module):
             network.mlp_ratio,
         )  # fmt: skip
         self.alignment = alignment
-        with_child, with_parent = alignment != "none", alignment == "infonce"
-        self.projectors = nn.ModuleDict(
-            {
-                "child": nn.ModuleList(MLP(dim, dim) for _ in range(n_edges if with_child else 0)),
-                "parent": nn.ModuleList(MLP(dim, dim) for _ in range(n_edges if with_parent else 0)),
-            }
-        )
+        self.projectors = build_projectors(dim, n_edges, alignment)
 
     def forward(
         self,
@@ -93,19 +122,11 @@ class MaskInMask(nn.Module):
         child, parent = self.align(features, edge, parent_features)
         return LevelOutput(prediction, features, child, parent)
 
-    def align(
-        self, features: Tensor, edge: int | None, parent_features: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The two sides that alignment compares, `LevelOutput.child` and `.parent`; (None, None) where there is none.
+    @property
+    def feature_source(self) -> HybridEncoder:
+        """What has `forward_features`: the encoder."""
+        return self.encoder
 
-        Args:
-            features: (N, L, D) decoder features of the children.
-            edge, parent_features: as in `forward`.
-        """
-        if edge is None or parent_features is None or self.alignment == "none":
-            return None, None
-        child = self.projectors.get_submodule(f"child.{edge}")(features.mean(dim=1))
-        parent = parent_features.detach()
-        if self.alignment == "infonce":
-            parent = self.projectors.get_submodule(f"parent.{edge}")(parent)
-        return child, parent
+    def visible_features(self, images: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """(N, K, D): what the encoder says about the visible tokens."""
+        return self.encoder(images, ids_keep)

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nnunet_mim.config import PRESETS
+from nnunet_mim.config import ENCODERS, PRESETS
 from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.preparation.mim_plans import check_can_write, make_mim_plans, write_plans
@@ -30,6 +30,7 @@ EXAMPLES = """\
 examples:
   mim_plan -d 501 --preset small                    plans to pretrain and finetune with
   mim_plan -d 501 -pc checkpoint_final.pth          plans to finetune an existing checkpoint with
+  mim_plan -d 501 -p nnUNetResEncUNetLPlans --encoder resenc -o nnUNetMiMResEncPlans     for stock nnU-Net
   mim_plan -d 501 --set num_epochs=100 lr=0.0005 patch_size=64,64,64
 
 settings for --set: patch_size, spacing (mm), batch_size, ct_window (HU), and the recipe:
@@ -52,36 +53,42 @@ def run(options: argparse.Namespace) -> None:
     command = f"nnUNetv2_plan_and_preprocess -d {number} --no_pp"
     base_plans = _load(dataset / f"{options.p}.json", command)
     fingerprint = _load(dataset / "dataset_fingerprint.json", command)
+    if options.encoder == "resenc" and (options.pc or options.preset):
+        raise MiMError("--encoder resenc keeps the network of the base plans: leave out -pc and --preset")
     checkpoint = read_checkpoint(options.pc) if options.pc else None
     if checkpoint is not None and options.preset and PRESETS[options.preset] != checkpoint.network:
         raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
 
     dataset_json = _load(dataset / "dataset.json", command)
     plans, notes = make_mim_plans(
-        base_plans, fingerprint, dataset_json, options.o, options.c, options.preset or "base", checkpoint, settings
-    )
+        base_plans, fingerprint, dataset_json, options.o, options.c, options.preset or "base", checkpoint, settings,
+        options.encoder,
+    )  # fmt: skip
     plans_file = dataset / f"{options.o}.json"
     preprocessed = check_can_write(plans, plans_file, options.overwrite)
     write_plans(plans, plans_file)
     size = checkpoint.preset if checkpoint is not None else options.preset or "base"
-    print(f"wrote {plans_file}\n  network: HybridUNet {size}")
+    network = f"HybridUNet {size}" if options.encoder == "hybrid" else f"nnU-Net's own, of {options.p}"
+    print(f"wrote {plans_file}\n  network: {network}")
     for note in notes:
         print(f"  {note}")
     print("next:")
-    for line in next_commands(number, options.o, options.c, size, preprocessed, checkpoint is not None):
+    how = f"--encoder {options.encoder}" if options.encoder != "hybrid" else f"--preset {size}"
+    for line in next_commands(number, options.o, options.c, how, preprocessed, checkpoint is not None):
         print(f"  {line}")
 
 
 def next_commands(
-    number: str, plans: str, configuration: str, preset: str, preprocessed: bool, pretrained: bool
+    number: str, plans: str, configuration: str, network: str, preprocessed: bool, pretrained: bool
 ) -> list[str]:
     """What to run after mim_plan."""
     commands = []
     if not preprocessed:
         commands.append(f"nnUNetv2_preprocess -d {number} -plans_name {plans} -c {configuration}")
     if not pretrained:
-        commands.append(f"mim_pretrain -d {number} -p {plans} -c {configuration} --preset {preset} -f 0")
-    commands.append(f"nnUNetv2_train {number} {configuration} 0 -tr nnUNetTrainerMiM -p {plans}")
+        commands.append(f"mim_pretrain -d {number} -p {plans} -c {configuration} {network} -f 0")
+    how = "-pretrained_weights CHECKPOINT" if "resenc" in network else "-tr nnUNetTrainerMiM"
+    commands.append(f"nnUNetv2_train {number} {configuration} 0 {how} -p {plans}")
     return commands
 
 
@@ -112,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
                         help="the configuration to keep (default: 3d_fullres)")  # fmt: skip
     parser.add_argument("--preset", choices=list(PRESETS),
                         help="network size (default: base, or that of the checkpoint)")  # fmt: skip
+    parser.add_argument("--encoder", choices=ENCODERS, default="hybrid",
+                        help="hybrid, for nnUNetTrainerMiM, or resenc: keep the residual encoder U-Net of -p, for "
+                        "mim_pretrain --encoder resenc and stock nnU-Net (default: hybrid)")  # fmt: skip
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="change a setting, see below")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true",

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_mim.config import PRESETS, NetworkConfig
+from nnunet_mim.config import PRESETS, Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.geometry import suitable_strides
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
+from nnunet_mim.networks.resenc import check_resenc, cumulative_strides
 from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, check_known_keys, default_mirror_axes
 from nnunet_mim.trainers.resolve_plans import configuration_of, n_channels
@@ -57,6 +58,7 @@ def make_mim_plans(
     preset: str = "base",
     checkpoint: PretrainedCheckpoint | None = None,
     settings: dict[str, Any] | None = None,
+    encoder: str = "hybrid",
 ) -> tuple[dict[str, Any], list[str]]:
     """Plans with one configuration, from a dataset's base plans and fingerprint.
 
@@ -70,6 +72,8 @@ def make_mim_plans(
         checkpoint: pretraining to finetune; its network, spacing and intensity windows are used where they suit.
         settings: overrides: fields of FinetuneConfig, patch_size (voxels), spacing (mm), batch_size, ct_window (lowest
             and highest HU; other intensities are clipped).
+        encoder: `hybrid`, or `resenc`: nnU-Net's residual encoder U-Net of the base plans is kept, and there is no
+            recipe.
 
     Returns:
         (plans, lines that say what was chosen and why).
@@ -79,7 +83,8 @@ def make_mim_plans(
     """
     settings = dict(settings or {})
     recipe_fields = [f.name for f in fields(FinetuneConfig)]
-    check_known_keys(settings, [*recipe_fields, *PLAN_SETTINGS], "--set")
+    keep_network = encoder == "resenc"
+    check_known_keys(settings, [*([] if keep_network else recipe_fields), *PLAN_SETTINGS], "--set")
     notes: list[str] = []
     if checkpoint is not None:
         base_plans, notes = oriented_like(checkpoint, base_plans, configuration)
@@ -104,10 +109,16 @@ def make_mim_plans(
         network = replace(PRESETS[preset], strides=suitable_strides(tuple(spacing)))
 
     median = config["median_image_size_in_voxels"]
-    config["patch_size"] = _choose_patch(config["patch_size"], median, network, settings.get("patch_size"))
+    if keep_network:
+        check_resenc(config["architecture"])
+        least = cumulative_strides(config["architecture"]["arch_kwargs"]["strides"])[-1]
+    else:
+        least = network.token_size
+    config["patch_size"] = _choose_patch(config["patch_size"], median, least, settings.get("patch_size"))
     config["batch_size"] = _choose_batch(config["batch_size"], settings.get("batch_size"))
     notes.append(f"patch {config['patch_size']}, batch {config['batch_size']} (base plans: median image {median})")
-    config["architecture"] = plans_architecture(network, config["patch_size"])
+    if not keep_network:
+        config["architecture"] = plans_architecture(network, config["patch_size"])
 
     recipe = FinetuneConfig(**{key: value for key, value in settings.items() if key in recipe_fields})
     if recipe.mirror_axes is None:
@@ -125,7 +136,8 @@ def make_mim_plans(
     plans["configurations"] = {configuration: config}
     if checkpoint is not None:
         plans["pretrain_info"] = pretrain_info(checkpoint)
-    plans[PLANS_KEY] = recipe.to_dict()
+    if not keep_network:
+        plans[PLANS_KEY] = recipe.to_dict()
     return plans, notes
 
 
@@ -281,8 +293,7 @@ def _choose_spacing(
     return list(base), f"base plans; WARNING: pretrained at {shown}, too far from this dataset's own to be taken over"
 
 
-def _choose_patch(base: Sequence[int], median: Sequence[float], network: NetworkConfig, given: Any) -> list[int]:
-    token = network.token_size
+def _choose_patch(base: Sequence[int], median: Sequence[float], token: Size3, given: Any) -> list[int]:
     if given is None:
         return suitable_patch(base, median, token)
     patch = _three(given, "patch_size", "voxels")

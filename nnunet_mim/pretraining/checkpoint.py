@@ -24,6 +24,18 @@ BEST = "checkpoint_best.pth"
 """weights with the lowest loss on held-out cases"""
 FINAL = "checkpoint_final.pth"
 
+HYBRID_KEYS = {
+    "key_to_encoder": "encoder",
+    "key_to_stem": "encoder.stages.0.embed",
+    "keys_to_in_proj": ["encoder.stages.0.embed.proj"],
+}
+RESENC_KEYS = {
+    "key_to_encoder": "encoder.stages",
+    "key_to_stem": "encoder.stem",
+    "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"],
+}
+"""where the parts of the networks are, for nnU-Net's code that finetunes"""
+
 CITATIONS = [
     "Zhuang et al., MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Image Analysis, arXiv:2404.15580",
     "Isensee et al., nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation, "
@@ -42,17 +54,10 @@ def build_checkpoint(
         provenance: where the weights come from, see `run_provenance`.
     """
     settings = config.to_dict()
-    encoder = {
-        name: settings["network"][name] for name in ("embed_dims", "depths", "strides", "num_heads", "mlp_ratio")
-    }
     return {
         "network_weights": {name: value.detach().cpu() for name, value in weights.items()},
         "nnssl_adaptation_plan": {
-            "architecture_plans": {
-                "arch_class_name": "nnunet_mim.networks.hybrid_unet.HybridUNet",
-                "arch_kwargs": encoder,
-                "arch_kwargs_requiring_import": [],
-            },
+            "architecture_plans": _architecture_plans(settings),
             "pretrain_plan": {
                 "plans_name": provenance["plans_name"],
                 "dataset_name": (provenance["datasets"] or [""])[0],
@@ -66,15 +71,30 @@ def build_checkpoint(
             },
             "pretrain_num_input_channels": config.in_channels,
             "recommended_downstream_patchsize": list(config.view_size),
-            "key_to_encoder": "encoder",
-            "key_to_stem": "encoder.stages.0.embed",
-            "keys_to_in_proj": ["encoder.stages.0.embed.proj"],
+            **(RESENC_KEYS if config.encoder == "resenc" else HYBRID_KEYS),
             "key_to_lpe": None,
             "citations": CITATIONS,
         },
         "mim_config": settings,
         "mim_version": nnunet_mim.__version__,
         "provenance": provenance,
+    }
+
+
+def _architecture_plans(settings: dict[str, Any]) -> dict[str, Any]:
+    if settings["encoder"] == "resenc":
+        block = settings["architecture"]
+        name, needs = block["network_class_name"], list(block["_kw_requires_import"])
+        return {
+            "arch_class_name": name,
+            "arch_kwargs": block["arch_kwargs"],
+            "arch_kwargs_requiring_import": needs,
+        }
+    sizes = ("embed_dims", "depths", "strides", "num_heads", "mlp_ratio")
+    return {
+        "arch_class_name": "nnunet_mim.networks.hybrid_unet.HybridUNet",
+        "arch_kwargs": {name: settings["network"][name] for name in sizes},
+        "arch_kwargs_requiring_import": [],
     }
 
 

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
     sources = [find_source(dataset, args.p, args.c) for dataset in args.d]
     require_same_units(sources)
     first = sources[0]
+    given = runs.with_architecture(given, first)
     runs.check_settings(given, first, devices * nodes)
     folder = runs.output_folder(first, fold, args.o)
 
@@ -89,6 +90,8 @@ def run(args: argparse.Namespace) -> None:
             fold_validation_cases(source, int(fold))  # says now what is wrong with the fold
     stored = runs.resumable_checkpoint(folder) if args.resume else None
     settings = merge_settings(stored["mim_config"], given) if stored is not None else given
+    if settings.get("encoder") == "resenc" and (args.shard or args.recompute):
+        raise MiMError("--shard and --recompute are for --encoder hybrid: leave them out")
     if settings.get("init_checkpoint") and stored is None:
         runs.check_init(settings, first)
     for warning in [*map(window_warning, sources), orientation_warning(sources)]:
@@ -123,7 +126,8 @@ def run(args: argparse.Namespace) -> None:
     say(f"measurements on held-out cases took {result.measuring_share:.1%} of the time")
     say(f"wrote {folder / FINAL}")
     next_fold = 0 if fold == "all" else fold
-    say(f"next: nnUNetv2_train {first.dataset} {args.c} {next_fold} -tr nnUNetTrainerMiM -p {args.p}")
+    how = f"-pretrained_weights {folder / FINAL}" if config.encoder == "resenc" else "-tr nnUNetTrainerMiM"
+    say(f"next: nnUNetv2_train {first.dataset} {args.c} {next_fold} {how} -p {args.p}")
     end_process_group()
 
 

@@ -110,7 +110,7 @@ def settings_table() -> str:
     for prefix, default in (("", PretrainConfig()), ("network.", NetworkConfig())):
         notes = field_notes(type(default))
         for field in fields(default):
-            if field.name not in ("network", "in_channels"):
+            if field.name not in ("network", "architecture", "in_channels"):
                 value = yaml.safe_dump(getattr(default, field.name), default_flow_style=True).removesuffix("...\n")
                 shown = "by preset" if field.name == "learning_rate" else f"`{value.strip()}`"
                 lines.append(f"| `{prefix}{field.name}` | {shown} | {notes.get(field.name, '')} |")

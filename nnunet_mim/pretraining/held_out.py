@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import Level
-from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.pretraining.baselines import trivial_losses
 from nnunet_mim.pretraining.losses import voxel_error
 from nnunet_mim.pretraining.nested_crops import LevelViews, nested_views
@@ -51,7 +51,7 @@ class HeldOut:
         """figures that do not depend on the network: trivial predictors, and chance"""
 
     @torch.no_grad()
-    def evaluate(self, model: MaskInMask) -> dict[str, float]:
+    def evaluate(self, model: PretrainingNetwork) -> dict[str, float]:
         """Figures over the held-out crops by name.
 
         Returns:
@@ -110,9 +110,9 @@ def decibel(error: float) -> float:
     return -10 * math.log10(max(error, 1e-12))
 
 
-def encoder_tokens(model: MaskInMask, view: LevelViews) -> Tensor:
+def encoder_tokens(model: PretrainingNetwork, view: LevelViews) -> Tensor:
     """(T, D) float32: what the encoder says about the visible tokens of the first view of a level."""
-    return model.encoder(view.images[:1], view.ids_keep[:1]).flatten(0, 1).float()
+    return model.visible_features(view.images[:1], view.ids_keep[:1], view.ids_masked[:1]).flatten(0, 1).float()
 
 
 def feature_spread(features: Tensor) -> tuple[float, float]:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
-from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
+from nnunet_mim.networks.build import build_network
+from nnunet_mim.networks.mask_in_mask import LevelOutput
 from nnunet_mim.pretraining.checkpoint import BEST, FINAL, LATEST, case_records, load_checkpoint, merged_records
 from nnunet_mim.pretraining.data import RunData
 from nnunet_mim.pretraining.dataset import CropDataset, UnreadCases
@@ -120,7 +121,7 @@ def pretrain(
     """
     levels, ranks = levels_of(config), ranks_of(fabric)
     torch.manual_seed(config.seed)
-    model = MaskInMask(config.network, config.in_channels, alignment=config.alignment)
+    model = build_network(config)
     stored: dict[str, Any] = {}
     if resume or config.init_checkpoint:
         stored = load_checkpoint(folder / LATEST if resume else Path(config.init_checkpoint))
@@ -264,7 +265,7 @@ def clip_gradients(model: nn.Module, largest: float, ranks: Ranks, sharded: bool
     return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).detach()
 
 
-def build_optimizer(model: MaskInMask, config: PretrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
     """AdamW; no weight decay on biases, norms and other vectors."""
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import levels_of
-from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.build import PretrainingNetwork, build_network
 from nnunet_mim.pretraining.data import RunData
 from nnunet_mim.pretraining.dataset import CropDataset, UnreadCases
 from nnunet_mim.pretraining.held_out import HeldOut
@@ -46,13 +46,13 @@ class Monitor:
             crops, valid, fill, flat_threshold, width, levels_of(config), config, views_per_pass, datasets
         )
         self.probe = label_probe(data, config, fabric.device)
-        self.whole: MaskInMask | None = None
+        self.whole: PretrainingNetwork | None = None
         if sharded:
-            self.whole = MaskInMask(config.network, config.in_channels, alignment=config.alignment).to(fabric.device)
+            self.whole = build_network(config).to(fabric.device)
         self.seconds: dict[str, list[float]] = defaultdict(list)
         """how long every measurement has taken, by kind"""
 
-    def measure(self, model: MaskInMask, iteration: int) -> dict[str, float]:
+    def measure(self, model: PretrainingNetwork, iteration: int) -> dict[str, float]:
         """Figures by name (`val/…`, `baseline/…`), see HeldOut and, where it is due, LabelProbe.
 
         Eager: graphs without gradients are not worth compiling.
@@ -64,7 +64,7 @@ class Monitor:
             figures = {**self.held_out.evaluate(model), **self.held_out.constants}
         if self.probe is not None and self.due(iteration):
             with self.clock("probe"), self.fabric.autocast():
-                figures |= {f"val/{name}": value for name, value in self.probe.evaluate(model.encoder).items()}
+                figures |= {f"val/{name}": value for name, value in self.probe.evaluate(model.feature_source).items()}
         return figures
 
     def due(self, iteration: int) -> bool:

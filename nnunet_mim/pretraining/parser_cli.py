@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nnunet_mim.config import ALIGNMENTS, LADDERS, PRESETS, PretrainConfig
+from nnunet_mim.config import ALIGNMENTS, ENCODERS, LADDERS, PRESETS, PretrainConfig
 
 SETTING_OF_FLAG = {
     "preset": "preset",
+    "encoder": "encoder",
     "view": "view_size",
     "ladder": "ladder",
     "scale": "scale",
@@ -85,6 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--preset",
         choices=list(PRESETS),
         help=f"size of the network (default: {default.preset}, as published)",
+    )
+    add(
+        "--encoder",
+        choices=ENCODERS,
+        help="hybrid, for nnUNetTrainerMiM, or resenc: nnU-Net's residual encoder U-Net of the plans, to be finetuned "
+        f"by stock nnU-Net with -pretrained_weights (default: {default.encoder})",
     )
     add(
         "--view",

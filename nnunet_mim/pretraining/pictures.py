@@ -13,7 +13,7 @@ from torch import Tensor
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import Level, levels_of
-from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.build import PretrainingNetwork, build_network
 from nnunet_mim.networks.token_layout import grid_from_tokens, tokens_from_grid
 from nnunet_mim.pretraining.baselines import infill_tokens
 from nnunet_mim.pretraining.losses import VARIANCE_EPS, normalize_tokens
@@ -59,7 +59,7 @@ class LevelPicture:
         return x, y, z
 
 
-def load_network(checkpoint: Mapping[str, Any], device: str = "cpu") -> MaskInMask:
+def load_network(checkpoint: Mapping[str, Any], device: str = "cpu") -> PretrainingNetwork:
     """The network of a checkpoint, without what alignment needs, ready to reconstruct.
 
     Raises:
@@ -67,7 +67,7 @@ def load_network(checkpoint: Mapping[str, Any], device: str = "cpu") -> MaskInMa
     """
     config = PretrainConfig.from_dict(checkpoint["mim_config"])
     with torch.random.fork_rng(devices=[]):  # a run that draws pictures computes what one without them does
-        model = MaskInMask(config.network, config.in_channels, alignment="none")
+        model = build_network(config, alignment="none")
     weights = {n: w for n, w in checkpoint["network_weights"].items() if not n.startswith("projectors.")}
     try:
         model.load_state_dict(weights)
@@ -80,7 +80,7 @@ def load_network(checkpoint: Mapping[str, Any], device: str = "cpu") -> MaskInMa
 
 
 def reconstruct_volume(
-    model: MaskInMask, checkpoint: Mapping[str, Any], volume: np.ndarray, seed: int = 0
+    model: PretrainingNetwork, checkpoint: Mapping[str, Any], volume: np.ndarray, seed: int = 0
 ) -> list[LevelPicture]:
     """As `reconstruct_crop`, of the box around the middle of the body.
 
@@ -98,7 +98,7 @@ def reconstruct_volume(
 
 @torch.no_grad()
 def reconstruct_crop(
-    model: MaskInMask, checkpoint: Mapping[str, Any], crop: np.ndarray, valid: np.ndarray, start: np.ndarray,
+    model: PretrainingNetwork, checkpoint: Mapping[str, Any], crop: np.ndarray, valid: np.ndarray, start: np.ndarray,
     seed: int = 0,
 ) -> list[LevelPicture]:  # fmt: skip
     """Mask and reconstruct one view per level, each cut from a masked place of the one before.
@@ -153,7 +153,7 @@ def one_view(views: LevelViews, number: int) -> LevelViews:
     return replace(views, **tensors)
 
 
-def fill_in(model: MaskInMask, view: LevelViews) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fill_in(model: PretrainingNetwork, view: LevelViews) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First channel of one view (N = 1) with its masked tokens filled in three ways.
 
     Returns:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
-from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.networks.build import FeatureSource
 from nnunet_mim.pretraining.dataset import Case, Cases, read_crop
 
 RIDGE = 1e-3
@@ -74,7 +74,7 @@ class LabelProbe:
         self.voxels = [sample_voxels(box.labels, self.labels, seed) for box in self.train]
 
     @torch.no_grad()
-    def evaluate(self, encoder: HybridEncoder) -> dict[str, float]:
+    def evaluate(self, encoder: FeatureSource) -> dict[str, float]:
         """Dice of each label over the voxels of all held-out boxes (`probe/dice_1`, …), and their mean `probe/dice`.
 
         Each is that of the best threshold (see `best_dice`). The same encoder gives the same figures; it is left in the
@@ -101,7 +101,7 @@ class LabelProbe:
             dice[f"probe/dice_{label}"] = best_dice(torch.cat(dense)[known], labels[known] == label)
         return {"probe/dice": sum(dice.values()) / len(dice), **dice} if dice else {}
 
-    def _fit(self, encoder: HybridEncoder) -> Tensor:
+    def _fit(self, encoder: FeatureSource) -> Tensor:
         """(F, labels) coefficients for the channels of all maps, one map after the other."""
         features = []
         for box, voxels in zip(self.train, self.voxels, strict=True):
@@ -115,14 +115,14 @@ class LabelProbe:
             raise MiMError("label probe: the encoder's features are not finite")
         return coefficients.float().to(self.device)
 
-    def _scores(self, encoder: HybridEncoder, image: Tensor, coefficients: Tensor) -> list[Tensor]:
+    def _scores(self, encoder: FeatureSource, image: Tensor, coefficients: Tensor) -> list[Tensor]:
         """The maps' summands of the scores, (labels, …) on each map's own grid."""
         maps = feature_maps(encoder, self._padded(encoder, image))
         parts = coefficients.split([m.shape[0] for m in maps])
         with torch.autocast(self.device.type, enabled=False):
             return [torch.einsum("cxyz,ck->kxyz", m, part) for m, part in zip(maps, parts, strict=True)]
 
-    def _padded(self, encoder: HybridEncoder, image: Tensor) -> Tensor:
+    def _padded(self, encoder: FeatureSource, image: Tensor) -> Tensor:
         """(1, C, …) on the device, padded at the far ends to whole tokens."""
         size = [-(-n // p) * p for n, p in zip(image.shape[1:], encoder.token_size, strict=True)]
         padded = self.fill[:, None, None, None].repeat(1, *size)
@@ -224,7 +224,7 @@ def sample_voxels(labels: Tensor, wanted: Sequence[int], seed: int) -> Tensor:
     return torch.from_numpy(np.stack(np.unravel_index(np.concatenate(chosen), volume.shape), axis=-1))
 
 
-def feature_maps(encoder: HybridEncoder, image: Tensor) -> list[Tensor]:
+def feature_maps(encoder: FeatureSource, image: Tensor) -> list[Tensor]:
     """The encoder's maps (C, …) of one image (1, C, …), in float32, each followed by its means over 3 x 3 x 3 places,
     continued at the edges: a linear regression cannot look around by itself.
     """

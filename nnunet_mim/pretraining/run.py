@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.config import PretrainConfig, Size3, network_from_dict
 from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.geometry import levels_of, suitable_scale, suitable_strides, suitable_view, views_per_crop
 from nnunet_mim.machine import usable_cores
+from nnunet_mim.networks.resenc import check_resenc, check_view
 from nnunet_mim.pretraining.case_index import read_index, remedy
 from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, case_records, load_checkpoint
-from nnunet_mim.pretraining.configure import build_config, network_of
+from nnunet_mim.pretraining.configure import build_config, network_of, triple
 from nnunet_mim.pretraining.data import RunData
 from nnunet_mim.pretraining.dataset import Cases, dataset_shares
 from nnunet_mim.pretraining.sources import Source, fold_validation_cases
@@ -94,6 +96,22 @@ def check_settings(given: Mapping[str, Any], source: Source, n_devices: int) -> 
         raise MiMError(f"--batch {config.batch_size} is the batch of all {n_devices} devices: make it a multiple of it")
 
 
+def with_architecture(settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Settings, and with `encoder: resenc` the network of the plans.
+
+    Raises:
+        MiMError: the plans name another network, or the view is not what it can halve.
+    """
+    if settings.get("encoder") != "resenc":
+        return dict(settings)
+    config = PlansManager(dict(source.plans)).get_configuration(source.configuration).configuration
+    architecture = settings.get("architecture") or config["architecture"]
+    check_resenc(architecture)
+    if "view_size" in settings:
+        check_view(architecture, triple(settings["view_size"], "--view"))
+    return {**settings, "architecture": architecture}
+
+
 def smallest_view(given: Mapping[str, Any], strides: tuple[Size3, ...] | None = None) -> Size3:
     """Two tokens an axis."""
     return tuple(2 * p for p in network_of(given, strides).token_size)  # type: ignore[return-value]
@@ -115,6 +133,8 @@ def config_for_data(settings: Mapping[str, Any], source: Source, shapes: np.ndar
     small = build_config(settings, source.in_channels, smallest_view(settings, strides), (2, 2, 2), strides)
     view = small.view_size if "view_size" in settings else suitable_view(median, small.network.token_size)
     scale = small.scale if "scale" in settings else suitable_scale(small.ladder, view, median)
+    if small.encoder == "resenc":
+        check_view(small.architecture, view)
     return build_config(settings, source.in_channels, view, scale, strides)
 
 
@@ -132,7 +152,8 @@ def describe(config: PretrainConfig, data: RunData) -> str:
     for level, count in zip(levels, views_per_crop(levels), strict=True):
         visible = f"{level.n_visible_tokens} of {level.n_tokens} tokens visible"
         lines.append(f"  {count} views a crop of {level.fov} voxels, seen as {level.view_size}: {visible}")
-    lines.append(f"preset {config.preset}, {config.iterations} iterations of {config.batch_size} crops")
+    network = f"preset {config.preset}" if config.encoder == "hybrid" else f"encoder {config.encoder}"
+    lines.append(f"{network}, {config.iterations} iterations of {config.batch_size} crops")
     return "\n".join(lines)
 
 
@@ -143,11 +164,14 @@ def check_init(settings: Mapping[str, Any], source: Source) -> None:
     strides = suitable_strides(source.spacing)
     config = build_config(settings, source.in_channels, smallest_view(settings, strides), (2, 2, 2), strides)
     found = network_from_dict(stored["network"]), stored["in_channels"], stored["alignment"]
-    if found != (config.network, config.in_channels, config.alignment):
+    encoder = stored.get("encoder", "hybrid"), stored.get("architecture", {})
+    same_encoder = encoder == (config.encoder, config.architecture)
+    if not same_encoder or found != (config.network, config.in_channels, config.alignment):
         raise MiMError(
             f"--init {path} holds a network of preset {stored['preset']} for {stored['in_channels']} channels with "
-            f"alignment {stored['alignment']} and strides {stored['network']['strides']}, not that of this run: choose "
-            "its --preset, --alignment and --set network.strides=…, and data with as many channels"
+            f"encoder {encoder[0]}, alignment {stored['alignment']} and strides {stored['network']['strides']}, not "
+            "that of this run: choose its --preset, --encoder, --alignment and --set network.strides=…, and data with "
+            "as many channels"
         )
 
 

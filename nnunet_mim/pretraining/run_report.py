@@ -10,7 +10,7 @@ import numpy as np
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
-from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.pretraining import summary
 from nnunet_mim.pretraining.checkpoint import FINAL
 from nnunet_mim.pretraining.data import RunData
@@ -126,7 +126,7 @@ def shown_cases(facts: Facts, data: RunData, device: str) -> dict[str, list[Reco
     return shown
 
 
-def reconstruct_case(model: MaskInMask, facts: Facts, case: Case, seed: int = 0) -> list[LevelPicture]:
+def reconstruct_case(model: PretrainingNetwork, facts: Facts, case: Case, seed: int = 0) -> list[LevelPicture]:
     """The network's views of one preprocessed case, around the middle of its body; only that part is read."""
     size, shape = np.array(levels_of(facts.config)[0].fov), np.array(case.info.shape)
     centre = np.mean(case.info.body_points, axis=0) if case.info.body_points else shape / 2

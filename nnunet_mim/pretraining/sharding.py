@@ -8,12 +8,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.ranks import Ranks
 
 
-def shard(model: MaskInMask, ranks: Ranks, device: torch.device) -> None:
+def shard(model: PretrainingNetwork, ranks: Ranks, device: torch.device) -> None:
     """Spread weights, gradients and optimiser state over the ranks, in place; the backward pass averages gradients."""
+    assert isinstance(model, MaskInMask), "--shard is for the hybrid encoder"
     mesh = init_device_mesh(device.type, (ranks.world,))
     for module in (*model.encoder.stages, *model.encoder.vit_blocks, *model.decoder.blocks, model):
         fully_shard(module, mesh=mesh)

@@ -74,6 +74,10 @@ def network_text(facts: Facts) -> str:
     network, counts = facts.config.network, {"encoder": 0, "decoder": 0, "projectors": 0}
     for name, weight in facts.checkpoint["network_weights"].items():
         counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + weight.numel()
+    if facts.config.encoder == "resenc":
+        millions = sum(weight.numel() for weight in facts.checkpoint["network_weights"].values()) / 1e6
+        stages = join(facts.config.architecture["arch_kwargs"]["features_per_stage"], "-")
+        return f"nnU-Net's residual encoder U-Net, features {stages}; {millions:.2f} million parameters"
     encoder = f"encoder {join(network.embed_dims, '-')} with {join(network.depths, '-')} blocks"
     decoder = f"decoder of width {network.decoder_embed_dim} with {network.decoder_depth} blocks"
     parts = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in counts.items() if count)

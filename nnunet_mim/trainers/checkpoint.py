@@ -130,6 +130,11 @@ def read_checkpoint(path: str | Path) -> PretrainedCheckpoint:
         in_channels, view_size = int(config["in_channels"]), tuple(config["view_size"])
     except (KeyError, TypeError) as error:
         raise MiMError(f"{path}: incomplete mim_config ({error}): written by another version of nnunet_mim") from error
+    if config.get("encoder", "hybrid") != "hybrid":
+        raise MiMError(
+            f"{path} holds nnU-Net's residual encoder U-Net, not the encoder of nnUNetTrainerMiM: train stock nnU-Net "
+            f"with the plans it was pretrained with, nnUNetv2_train … -pretrained_weights {path}"
+        )
     encoder = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
     if not encoder:
         raise MiMError(f"{path} holds no parameters named {ENCODER_PREFIX}*: give the checkpoint of a mim_pretrain run")

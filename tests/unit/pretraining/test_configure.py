@@ -100,7 +100,7 @@ def test_every_setting_has_a_default_and_a_note():
     for cls in (PretrainConfig, NetworkConfig):
         notes = field_notes(cls)
         for field in dataclasses.fields(cls):
-            assert field.default is not dataclasses.MISSING, field.name
+            assert {field.default, field.default_factory} != {dataclasses.MISSING}, field.name
             assert notes.get(field.name), f"{cls.__name__}.{field.name} has no note"
 
 

@@ -1,0 +1,72 @@
+"""What stock nnU-Net can do with plans and checkpoints of this package: nnU-Net's own trainer and network."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+DATASET = "Dataset909_Stock"
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
+
+
+@pytest.fixture(scope="module")
+def workplace(workplace_of):
+    work = workplace_of("stock")
+    work.write_dataset(DATASET, 5, 32)
+    planning = ("-d", "909", "-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
+    work("nnUNetv2_plan_and_preprocess", *planning, nnUNet_n_proc_DA="1")
+    return work
+
+
+def train(work, plans, *more):
+    """nnUNetTrainer, one epoch of two iterations."""
+    command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training", "0", "1", "2", "1", "0"]
+    command += ["909", "3d_fullres", "0", "-tr", "nnUNetTrainer", "-p", plans, "-device", "cpu", *map(str, more)]
+    done = subprocess.run(command, env=work.env, capture_output=True, encoding="utf-8", cwd=work.folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_plans_of_mim_plan_train_with_the_stock_trainer(workplace):
+    workplace("mim_plan", "-d", "909", "--preset", "tiny", "--set", "patch_size=32,32,32")
+    workplace("nnUNetv2_preprocess", "-d", "909", "-plans_name", "nnUNetMiMPlans", "-c", "3d_fullres", "-np", "1")
+    train(workplace, "nnUNetMiMPlans")
+    run = workplace.folder / "nnUNet_results" / DATASET / "nnUNetTrainer__nnUNetMiMPlans__3d_fullres"
+    assert (run / "fold_0" / "validation" / "summary.json").is_file()
+    weights = torch.load(run / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert "encoder.vit_blocks.0.attn.qkv.weight" in weights
+    options = ("-tr", "nnUNetTrainer", "-p", "nnUNetMiMPlans", "-c", "3d_fullres", "-f", "0", "-device", "cpu")
+    images = ("-i", workplace.folder / "new", "-o", workplace.folder / "predicted")
+    workplace("nnUNetv2_predict", "-d", "909", *images, *options, "-npp", "1", "-nps", "1")
+    assert (workplace.folder / "predicted" / "new_1.nii.gz").is_file()
+
+
+def test_a_pretrained_residual_encoder_is_finetuned_by_stock_nnunet(workplace):
+    """Planned, pretrained and continued; then nnU-Net's own -pretrained_weights takes every weight but the heads."""
+    workplace("nnUNetv2_plan_experiment", "-d", "909", "-pl", "nnUNetPlannerResEncL", nnUNet_n_proc_DA="1")
+    said = workplace("mim_plan", "-d", "909", "-p", "nnUNetResEncUNetLPlans", "--encoder", "resenc", "-o", "MiMResEnc")
+    assert "nnU-Net's own, of nnUNetResEncUNetLPlans" in said
+    workplace("nnUNetv2_preprocess", "-d", "909", "-plans_name", "MiMResEnc", "-c", "3d_fullres", "-np", "1")
+    run = ("-d", "909", "-p", "MiMResEnc", "-f", "0", "-device", "cpu", "--workers", "0")
+    small = ("--view", "32", "--iterations", "2", "--batch", "1", "--children", "1", "1", "--encoder", "resenc")
+    said = workplace("mim_pretrain", *run, *small)
+    results = workplace.folder / "nnUNet_results" / DATASET
+    checkpoint = results / "MiMPretrain__MiMResEnc__3d_fullres" / "fold_0" / "checkpoint_final.pth"
+    assert f"-pretrained_weights {checkpoint} -p MiMResEnc" in said
+    assert (checkpoint.parent / "report.html").is_file()
+    assert "residual encoder U-Net" in workplace("mim_inspect", checkpoint)
+    said = train(workplace, "MiMResEnc", "-pretrained_weights", checkpoint)
+    assert "Loading pretrained weights from file" in said
+    fold = results / "nnUNetTrainer__MiMResEnc__3d_fullres" / "fold_0"
+    assert (fold / "validation" / "summary.json").is_file()
+    before = torch.load(checkpoint, weights_only=True)["network_weights"]
+    after = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert set(after) <= set(before)
+    moved = [float((after[n] - before[n]).abs().max()) for n in after if "conv.weight" in n and "seg_layers" not in n]
+    assert max(moved) < 0.1, "two steps from the pretrained weights, not from random ones"
+    said = workplace("mim_pretrain", *run, "--view", "32", "--encoder", "resenc", "--preset", "tiny", "-o", "x",
+                     "--recompute", "1", fails=True)  # fmt: skip
+    assert "--shard and --recompute are for --encoder hybrid" in said
+    said = workplace("mim_pretrain", *run[2:], "-d", "909", "-p", "nnUNetPlans", "--encoder", "resenc", fails=True)
+    assert "the plans name PlainConvUNet, not ResidualEncoderUNet" in said
