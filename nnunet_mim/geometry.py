@@ -181,32 +181,40 @@ def levels_of(config: PretrainConfig) -> tuple[Level, ...]:
     return build_levels(ladder, config.view_size, token_size)
 
 
-SMALLEST_FILLED = 0.4
-"""share of the outermost box that the median case must fill"""
+FEWEST_WHOLE = 0.2
+"""share of the outermost view's tokens that must lie wholly in the median case: only those are learnt from"""
 LARGEST_VIEW, USUAL_VIEW = 6, 4
 """tokens per axis of a view: most by default, and what a case of that size gets if it has no room for twice as much"""
 
 
-def suitable_scale(ladder: str, view_size: Size3, median_shape: tuple[float, ...]) -> Size3:
-    """Per axis 2, or 1 where the data is too thin: the median case must fill 0.4 of the outermost box.
+def suitable_scale(ladder: str, view_size: Size3, median_shape: tuple[float, ...], token_size: Size3) -> Size3:
+    """Per axis 2, or 1 where the data is too thin: a fifth of the outermost view's tokens must lie wholly in the median
+    case, wherever it is placed in that view (in the mean).
 
-    As long as it does not, the axes that it fills least get 1; those that it fills keep 2.
+    As long as they do not, the axes with the smallest share get 1; those that the case fills keep 2.
 
     Args:
         ladder: as in `ladder_levels`; decides how many times the scale is applied.
         view_size: V.
         median_shape: median voxels per axis of the cases.
+        token_size: p.
     """
+
+    def whole(n: float, v: int, p: int, s: int) -> float:
+        """Share of tokens along an axis that lie in n voxels."""
+        return 1.0 if n >= v * s else max(0.0, n - p * s + 1) / (v * s)
+
     steps = 2 if ladder == "native" else 1
     scale = [2, 2, 2]
     while 2 in scale:
-        filled = [min(1.0, n / (v * s**steps)) for v, s, n in zip(view_size, scale, median_shape, strict=True)]
-        if math.prod(filled) >= SMALLEST_FILLED:
+        axes = zip(median_shape, view_size, token_size, scale, strict=True)
+        shares = [whole(n, v, p, s**steps) for n, v, p, s in axes]
+        if math.prod(shares) >= FEWEST_WHOLE:
             break
-        least = min((f for f, s in zip(filled, scale, strict=True) if s == 2), default=1.0)
+        least = min((share for share, s in zip(shares, scale, strict=True) if s == 2), default=1.0)
         if least == 1:
             break
-        scale = [1 if s == 2 and f == least else s for f, s in zip(filled, scale, strict=True)]
+        scale = [1 if s == 2 and share == least else s for share, s in zip(shares, scale, strict=True)]
     return tuple(scale)  # type: ignore[return-value]
 
 

@@ -132,7 +132,7 @@ def config_for_data(settings: Mapping[str, Any], source: Source, shapes: np.ndar
     median = tuple(np.median(shapes, axis=0))
     small = build_config(settings, source.in_channels, smallest_view(settings, strides), (2, 2, 2), strides)
     view = small.view_size if "view_size" in settings else suitable_view(median, small.network.token_size)
-    scale = small.scale if "scale" in settings else suitable_scale(small.ladder, view, median)
+    scale = small.scale if "scale" in settings else suitable_scale(small.ladder, view, median, small.network.token_size)
     if small.encoder == "resenc":
         check_view(small.architecture, view)
     return build_config(settings, source.in_channels, view, scale, strides)

@@ -225,17 +225,26 @@ def test_an_unknown_ladder_is_refused():
     [
         ("published", (200, 200, 200), (2, 2, 2)),
         ("published", (60, 175, 175), (1, 2, 2)),
-        ("published", (122, 122, 300), (2, 2, 2)),  # 0.404 of 192 x 192 x 192 voxels
-        ("published", (120, 122, 300), (1, 2, 2)),  # 0.397, and 0.64 of 96 x 192 x 192
-        ("published", (144, 144, 144), (2, 2, 2)),  # 0.42
-        ("published", (130, 130, 130), (1, 1, 1)),  # 0.31; all axes alike
+        ("published", (117, 117, 300), (2, 2, 2)),  # tokens of 32 voxels: 86 / 192 twice is 0.2006
+        ("published", (116, 117, 300), (1, 2, 2)),  # 0.198
+        ("published", (144, 144, 144), (2, 2, 2)),  # 0.204
+        ("published", (130, 130, 130), (1, 1, 1)),  # 0.137; all axes alike
         ("native", (200, 300, 300), (1, 2, 2)),
         ("native", (60, 60, 60), (1, 1, 1)),
         ("published", (40, 300, 300), (1, 2, 2)),  # never enough, but two axes are filled
     ],
 )
 def test_suitable_scale(ladder, shape, scale):
-    assert suitable_scale(ladder, (96, 96, 96), shape) == scale
+    assert suitable_scale(ladder, (96, 96, 96), shape, (16, 16, 16)) == scale
+
+
+def test_the_share_of_whole_tokens_is_that_of_random_places():
+    """63 voxels anywhere in a box of four tokens of 32: one lies wholly inside. Half full is not half usable."""
+    whole = [
+        sum(start <= 32 * t and 32 * t + 32 <= start + 63 for t in range(4)) / 4 for start in range(0, 128 - 63 + 1)
+    ]
+    assert sum(whole) / len(whole) == pytest.approx((63 - 32 + 1) / 128, abs=0.02)
+    assert suitable_scale("published", (64, 64, 64), (63, 125, 125), (16, 16, 16)) == (1, 2, 2)
 
 
 @pytest.mark.parametrize(

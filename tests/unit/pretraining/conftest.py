@@ -90,7 +90,8 @@ def write_case(folder: Path, case: str, data, seg=None, storage="b2nd"):
         nnUNetDatasetNumpy.save_case(data, seg, properties, str(folder / case))
 
 
-SMALL = ("-d", "900", "-p", "tinyPlans", "--preset", "tiny", "--view", "32", "-device", "cpu", "--children", "2", "1")
+SMALL = ("-d", "900", "-p", "tinyPlans", "--preset", "tiny", "--view", "32", "--scale", "2", "2", "2", "-device", "cpu",
+         "--children", "2", "1")  # fmt: skip
 """a run of a few seconds on the dataset of `write_dataset`"""
 
 

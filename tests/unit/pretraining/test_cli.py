@@ -15,8 +15,8 @@ from nnunet_mim.pretraining.checkpoint import load_checkpoint
 from nnunet_mim.pretraining.sources import find_source, fold_validation_cases
 from nnunet_mim.voxel_hash import voxel_sha256
 
-SMALL = ["-p", "tinyPlans", "--preset", "tiny", "--view", "32", "-device", "cpu", "--batch", "1", "--workers", "0",
-         "--children", "2", "1"]  # fmt: skip
+SMALL = ["-p", "tinyPlans", "--preset", "tiny", "--view", "32", "--scale", "2", "2", "2", "-device", "cpu",
+         "--batch", "1", "--workers", "0", "--children", "2", "1"]  # fmt: skip
 
 
 def run(*args):
@@ -116,7 +116,7 @@ def test_a_run_on_a_gpu_is_continued(write_dataset, interrupted_run, tmp_path):
 
 def test_volumes_smaller_than_the_view_are_padded(write_dataset, tmp_path):
     write_dataset(n=4, shape=(24, 40, 40))
-    assert run("--iterations", "2", "--view", "64", "64", "64") == 0
+    assert run("--iterations", "2", "--view", "64", "64", "64", "--scale", "1", "1", "1") == 0
     history = load_checkpoint(fold_folder(tmp_path, "all") / "checkpoint_final.pth")["provenance"]["loss_history"]
     assert history[-1]["val/level3/padded_share"] < history[-1]["val/level2/padded_share"] <= 1
     assert all(np.isfinite(value) for value in history[-1].values())

@@ -7,8 +7,8 @@ from nnunet_mim.pretraining.checkpoint import load_checkpoint
 from nnunet_mim.trainers.checkpoint import find_checkpoint
 
 NAMES = ("Dataset900_Tiny", "Dataset950_Tiny")
-RUN = ("-p", "tinyPlans", "--preset", "tiny", "--view", "32", "-device", "cpu", "--children", "2", "1", "--batch", "2",
-       "--workers", "0", "--set", "val_crops=2", "probe_every=0")  # fmt: skip
+RUN = ("-p", "tinyPlans", "--preset", "tiny", "--view", "32", "--scale", "2", "2", "2", "-device", "cpu",
+       "--children", "2", "1", "--batch", "2", "--workers", "0", "--set", "val_crops=2", "probe_every=0")  # fmt: skip
 
 
 @pytest.fixture
