@@ -4,9 +4,10 @@
 
 Three networks: `mim` (HybridUNet as mim_plan plans it, AdamW), `plain` (nnU-Net's PlainConvUNet) and `resenc_l`
 (ResidualEncoderUNet with the blocks of nnU-Net's ResEnc-L plans), both with the strides and features that nnU-Net's
-planner gives for this patch and with SGD. All with deep supervision and nnU-Net's own loss; bf16 autocast on a GPU. One
-step is forward, loss, backward, clipping, the optimiser. Networks take turns; figures are medians. Peak memory is that
-of a step above the process's own before the network is built, each in a process of its own.
+planner gives for this patch and with SGD. All with deep supervision and nnU-Net's own loss; on a GPU as nnU-Net trains:
+float16 with a gradient scaler, cudnn.benchmark, torch.compile (`--no-compile` leaves it out). One step is forward,
+loss, backward, clipping, the optimiser. Networks take turns; figures are medians. Peak memory is that of a step above
+the process's own before the network is built, each in a process of its own.
 """
 
 import argparse
@@ -74,17 +75,22 @@ def build(name, options):
     image = torch.randn(options.batch, 1, *patch, device=options.device)
     sizes = [[round(n * s) for n, s in zip(patch, scale, strict=True)] for scale in scales]
     targets = [torch.randint(N_CLASSES, (options.batch, 1, *size), device=options.device) for size in sizes]
-    return network, optimizer, image, targets, DeepSupervisionWrapper(loss, weights / weights.sum())
+    if options.compile:
+        network = torch.compile(network)
+    scaler = torch.amp.GradScaler(options.device, enabled=options.device == "cuda")
+    return network, optimizer, scaler, image, targets, DeepSupervisionWrapper(loss, weights / weights.sum())
 
 
-def step(network, optimizer, image, targets, loss):
+def step(network, optimizer, scaler, image, targets, loss):
     """One optimiser step."""
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=image.is_cuda):
+    with torch.autocast(image.device.type, torch.float16, enabled=image.is_cuda):
         value = loss(network(image), targets)
-    value.backward()
+    scaler.scale(value).backward()
+    scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     if image.is_cuda:
         torch.cuda.synchronize()
 
@@ -124,10 +130,13 @@ def main():
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--threads", type=int, default=os.cpu_count())
     add("--repeats", type=int, default=3)
+    add("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on a GPU")
     add("--json", action="store_true", help="one JSON object as the last line")
     add("--measure", choices=NETWORKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.backends.cudnn.benchmark = True
+    options.compile = options.device == "cuda" if options.compile is None else options.compile
     if options.measure:
         measure(options)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,17 +11,22 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from nnunetv2.evaluation.evaluate_predictions import load_summary_json
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.metrics import case_metrics
 from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.pretraining.sources import Source
+from nnunet_mim.shared import WEIGHTS
 from nnunet_mim.trainers.checkpoint import ENV_CHECKPOINT
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
 
-RESULT = "result.json"
+KEY, RESULT = "key.json", "result.json"
 LOG = "log.txt"
 
 
@@ -38,6 +44,22 @@ class Arm:
     def is_mim(self) -> bool:
         """Whether the plans' recipe decides about the training."""
         return self.trainer.startswith("nnUNetTrainerMiM")
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is the control of this package, which starts from random weights."""
+        return self.trainer.startswith("nnUNetTrainerMiMScratch")
+
+    @cached_property
+    def identity(self) -> dict[str, str | None]:
+        """Hashes of the plans and of the checkpoint."""
+        plans = {k: v for k, v in self.source.plans.items() if k not in (PLANS_KEY, "pretrain_info")}
+        recipe = self.source.plans.get(PLANS_KEY, {}) if self.is_mim else {}
+        text = json.dumps([plans, recipe], sort_keys=True)
+        return {
+            "plans_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "checkpoint_sha256": checkpoint_sha256(Path(self.checkpoint)) if self.checkpoint else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,7 @@ class Cell:
             "seed": self.seed,
             "length": asdict(self.length),
             "settings": dict(self.settings),
+            **self.arm.identity,
         }
 
 
@@ -84,17 +107,15 @@ def finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
     """The result of a cell that has been run.
 
     Raises:
-        MiMError: the folder holds the result of another one.
+        MiMError: the folder holds another one, finished or not.
     """
-    path = folder / RESULT
-    if not path.is_file():
+    if not (folder / KEY).is_file():
         return None
-    stored = json.loads(path.read_text())
-    now = json.loads(json.dumps(cell.key()))
-    changed = [f"{k} {stored['key'].get(k)} -> {v}" for k, v in now.items() if stored["key"].get(k) != v]
+    stored, now = json.loads((folder / KEY).read_text()), json.loads(json.dumps(cell.key()))
+    changed = [f"{name} {stored.get(name)} -> {value}" for name, value in now.items() if stored.get(name) != value]
     if changed:
         raise MiMError(f"{folder} holds another experiment ({'; '.join(changed)[:300]}): give another -o, or delete it")
-    return stored
+    return json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else None
 
 
 def run_cell(cell: Cell, folder: Path, device: str, threads: int) -> dict[str, Any]:
@@ -109,6 +130,7 @@ def run_cell(cell: Cell, folder: Path, device: str, threads: int) -> dict[str, A
     Raises:
         MiMError: the training failed; names its log.
     """
+    write_atomically(folder / KEY, json.dumps(cell.key()).encode())
     environment = _write_folders(cell, folder)
     output = _output(cell, folder)
     source, length = cell.arm.source, cell.length
@@ -120,6 +142,8 @@ def run_cell(cell: Cell, folder: Path, device: str, threads: int) -> dict[str, A
         command.append("--val")
     elif (output / "checkpoint_latest.pth").is_file():
         command.append("--c")
+    elif cell.arm.checkpoint and not cell.arm.is_mim:
+        command += ["-pretrained_weights", cell.arm.checkpoint]
     began = time.time()
     with (folder / LOG).open("a") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -135,17 +159,22 @@ def read_result(cell: Cell, output: Path) -> dict[str, Any]:
     """Metrics per case and label, learning curve, and seen cases, of a finished training."""
     import torch
 
-    summary = json.loads((output / "validation" / "summary.json").read_text())
-    labels = [int(label) for label in summary["mean"]]
-    ending = json.loads((cell.arm.source.folder.parent / "dataset.json").read_text())["file_ending"]
+    summary = load_summary_json(str(output / "validation" / "summary.json"))
+    dataset_json = json.loads((cell.arm.source.folder.parent / "dataset.json").read_text())
+    ending = dataset_json["file_ending"]
+    ignore = PlansManager(dict(cell.arm.source.plans)).get_label_manager(dataset_json).ignore_label
     cases = {}
     for entry in summary["metric_per_case"]:
         prediction, reference = Path(entry["prediction_file"]), Path(entry["reference_file"])
-        cases[prediction.name.removesuffix(ending)] = case_metrics(prediction, reference, labels)
+        cases[prediction.name.removesuffix(ending)] = case_metrics(prediction, reference, list(summary["mean"]), ignore)
     stored = torch.load(output / "checkpoint_final.pth", map_location="cpu", weights_only=False)  # our own training's
     transfer = output / "mim_transfer.json"
     leaked = json.loads(transfer.read_text())["leaked_cases"] if transfer.is_file() and cell.arm.checkpoint else []
     curve = [float(value) for value in stored["logging"]["ema_fg_dice"]]
+    if len(curve) != cell.length.epochs:
+        raise MiMError(
+            f"{output} was trained for {len(curve)} epochs, not {cell.length.epochs}: another trainer's length?"
+        )
     return {"cases": cases, "curve": curve, "leaked": leaked}
 
 
@@ -166,7 +195,12 @@ def _write_folders(cell: Cell, folder: Path) -> dict[str, str]:
     plans_file = f"{source.plans_name}.json"
     for name in ("dataset.json", "dataset_fingerprint.json", "gt_segmentations", source.folder.name):
         if (real / name).exists():
-            os.symlink((real / name).resolve(), base / name)
+            try:
+                os.symlink((real / name).resolve(), base / name)
+            except OSError as error:
+                raise MiMError(
+                    f"cannot link {base / name} ({error.strerror}): allow links, or take another -o"
+                ) from error
     split = {"train": list(cell.train_cases), "val": list(cell.val_cases)}
     (base / "splits_final.json").write_text(json.dumps([split] * (cell.fold + 1)))
     plans = dict(source.plans)
@@ -177,7 +211,7 @@ def _write_folders(cell: Cell, folder: Path) -> dict[str, str]:
     environment |= {f"nnUNet_{name}": str(folder / f"nnUNet_{name}") for name in ("preprocessed", "results")}
     environment.setdefault("nnUNet_raw", str(folder))
     environment.pop(ENV_CHECKPOINT, None)
-    if cell.arm.checkpoint:
+    if cell.arm.checkpoint and cell.arm.is_mim:
         environment[ENV_CHECKPOINT] = cell.arm.checkpoint
     return environment
 
@@ -190,6 +224,11 @@ def recipe_of(arm: Arm, length: Length, settings: Mapping[str, Any]) -> Finetune
         "val_iterations_per_epoch": length.val_iterations,
     }
     return FinetuneConfig.from_plans({PLANS_KEY: {**arm.source.plans.get(PLANS_KEY, {}), **settings, **own}})
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """Of a file, or of the weights in a folder of `mim_export`."""
+    return hashlib.sha256((path / WEIGHTS if path.is_dir() else path).read_bytes()).hexdigest()
 
 
 def nested_subset(cases: Sequence[str], count: int, seed: int) -> tuple[str, ...]:

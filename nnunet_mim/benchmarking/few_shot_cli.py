@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nnunet_mim.benchmarking.cell import Arm, Length, finished, recipe_of, run_cell
-from nnunet_mim.benchmarking.protocol import Protocol, cell_folder, describe, mean_dice
+from nnunet_mim.benchmarking.protocol import Place, Protocol, cell_folder, describe, mean_dice
 from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.lock import alone
 from nnunet_mim.settings import parse_settings
+from nnunet_mim.shared import locate
 
 KNOWN_ARMS = {
     "MiM": ("nnUNetTrainerMiM", None),
@@ -31,11 +34,12 @@ Train on few and on all labels, with pretraining and without, and compare.
 Every training is nnUNetv2_train on the training cases of one fold of nnU-Net's own split, or a subset of them, and is
 validated on all validation cases of the fold. Subsets are nested, and the same for all arms; of a seed, so are the
 initial weights where two arms have the same network. Repeating the command goes on where it was interrupted; more
-labels, seeds or arms may be added later.
+labels, seeds or arms may be added later. The same command may run several times at once, on one device each
+(CUDA_VISIBLE_DEVICES): each takes what no other one is at work on.
 
 Arms: MiM, Scratch (the same network, plans and recipe from random weights), nnUNet, ResEncL (stock trainer with plans
-nnUNetPlans, nnUNetResEncUNetLPlans), or NAME=TRAINER:PLANS[:CHECKPOINT]. The first one without a checkpoint is the
-control."""
+nnUNetPlans, nnUNetResEncUNetLPlans), or NAME=TRAINER:PLANS[:CHECKPOINT]; trainers of nnU-Net take the checkpoint with
+-pretrained_weights. The first arm without a checkpoint is the control."""
 
 EPILOG = """\
 Output: table.md, table.csv (every case, label and metric) and figure.png in the folder of -o, by default
@@ -67,43 +71,49 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(todo)} to do; output {output}", flush=True)
     threads = max(1, usable_cores() // options.jobs) if options.jobs > 1 else 0
 
-    def do(place: tuple[int, int, str]) -> None:
+    def do(place: Place) -> None:
         folder = cell_folder(output, place)
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            results[place] = result = run_cell(cells[place], folder, options.device, threads)
-        except MiMError as error:
-            print(f"{describe(place)}: {error}", flush=True)
+            with alone(folder / ".lock", "another process is at work on it"):
+                results[place] = result = run_cell(cells[place], folder, options.device, threads)
+        except Exception as error:  # one training must not end the others
+            kind = "" if isinstance(error, MiMError) else f"{type(error).__name__}: "
+            print(f"{describe(place)}: {kind}{error}", flush=True)
             return
         print(f"{describe(place)}: mean Dice {mean_dice(result):.3f}", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(do, [] if options.report else todo))
     done = {place: result for place, result in results.items() if result is not None}
-    if done:
-        print(write_report(protocol, done, output))
-    failed = [describe(place) for place in todo if results[place] is None]
-    if failed and not options.report:
-        raise MiMError(f"{len(failed)} trainings failed, {failed[0]} first: see above, and repeat the command")
+    if not done:
+        raise MiMError(f"no training in {output} is finished, so there is nothing to report")
+    print(write_report(protocol, done, output))
+    left = [describe(place) for place in todo if results[place] is None]
+    if left and not options.report:
+        raise MiMError(f"{len(left)} trainings are not finished, {left[0]} first: see above, and repeat the command")
 
 
 def build_protocol(options: argparse.Namespace) -> Protocol:
     """From the command line; everything that can be wrong is found here."""
-    from nnunet_mim.pretraining.sources import fold_validation_cases
+    from nnunet_mim.pretraining.sources import fold_cases
 
-    if options.jobs < 1 or options.seeds < 1 or options.iterations < options.iterations_per_epoch:
-        raise MiMError("--jobs and --seeds must be at least 1, --iterations at least --iterations_per_epoch")
+    counts = ("jobs", "seeds", "iterations", "iterations_per_epoch", "val_iterations")
+    if bad := [name for name in counts if getattr(options, name) < 1]:
+        raise MiMError(f"--{bad[0]} must be at least 1")
+    if options.iterations % options.iterations_per_epoch:
+        raise MiMError("--iterations must be a multiple of --iterations_per_epoch")
     arms = tuple(_arm(text, options) for text in options.arms)
     if len({arm.name for arm in arms}) < len(arms):
         raise MiMError("--arms: every arm needs a name of its own")
     source = arms[0].source
-    val_cases = fold_validation_cases(source, options.fold)
-    if not val_cases:
-        raise MiMError(f"{source.dataset} has no labels, or fold {options.fold} no validation cases")
+    if options.fold < 0:
+        raise MiMError("--fold must be 0 or more")
+    train_cases, val_cases = fold_cases(source, options.fold)
+    if not val_cases or not train_cases:
+        raise MiMError(f"{source.dataset} has no labels, or fold {options.fold} of its split has no cases on one side")
     for arm in arms:
-        if missing := set(source.cases) - set(arm.source.cases):
+        if missing := set(train_cases + val_cases) - set(arm.source.cases):
             raise MiMError(f"{min(missing)} is not preprocessed for {arm.source.plans_name}: run nnUNetv2_preprocess")
-    train_cases = tuple(case for case in source.cases if case not in val_cases)
     length = Length(
         options.iterations // options.iterations_per_epoch, options.iterations_per_epoch, options.val_iterations
     )
@@ -112,13 +122,18 @@ def build_protocol(options: argparse.Namespace) -> Protocol:
         if arm.is_mim:
             recipe_of(arm, length, settings[arm.name])
     labels = sorted({_label_count(text, len(train_cases)) for text in options.labels})
-    return Protocol(arms, options.fold, tuple(labels), options.seeds, length, settings, train_cases, val_cases)
+    return Protocol(
+        arms, options.fold, tuple(labels), options.seeds, length, settings, tuple(sorted(train_cases)), val_cases
+    )
 
 
 def settings_by_arm(given: dict[str, Any], arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     """Settings of every MiM arm by its name: `key` counts for all of them, `ARM.key` for one."""
     names = [arm.name for arm in arms if arm.is_mim]
     settings: dict[str, dict[str, Any]] = {name: {} for name in names}
+    lengths = {"num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"}
+    if bad := [key for key in given if key.split(".")[-1] in lengths]:
+        raise MiMError(f"--set {bad[0]}: the length is that of --iterations, --iterations_per_epoch, --val_iterations")
     for key, value in sorted(given.items(), key=lambda item: "." in item[0]):
         arm, dot, own = key.partition(".")
         if dot and arm not in names:
@@ -139,6 +154,8 @@ def _label_count(text: str, available: int) -> int:
 def _arm(text: str, options: argparse.Namespace) -> Arm:
     from nnunet_mim.pretraining.sources import find_source
     from nnunet_mim.trainers.checkpoint import find_checkpoint, no_checkpoint_error, read_checkpoint
+    from nnunet_mim.trainers.resolve_plans import configuration_of
+    from nnunet_mim.trainers.transfer import check_architecture
 
     name, equals, rest = text.partition("=")
     trainer, plans, checkpoint = ([*rest.split(":", 2), None, None][:3]) if equals else (None, None, None)
@@ -147,15 +164,40 @@ def _arm(text: str, options: argparse.Namespace) -> Arm:
     if not trainer or not name.replace("_", "").isalnum():
         raise MiMError(f"--arms {text}: give {', '.join(KNOWN_ARMS)}, or NAME=TRAINER:PLANS[:CHECKPOINT]")
     source = find_source(options.d, plans or options.p, options.c)
-    if trainer != "nnUNetTrainerMiM":
-        return Arm(name, trainer, source)
+    arm = Arm(name, trainer, source)
+    if arm.is_mim:
+        check_network(arm)
+    if arm.is_control and checkpoint:
+        raise MiMError(f"--arms {text}: {trainer} starts from random weights: leave the checkpoint out")
+    if not arm.is_mim or arm.is_control:
+        path = locate(checkpoint) if checkpoint else None
+        if path is not None and path.is_dir():
+            raise MiMError(f"--arms {text}: {trainer} takes a .pth file, not a folder")
+        return replace(arm, checkpoint=str(path) if path else None)
     if checkpoint is None:
         where = (source.plans, source.configuration, options.fold, os.environ["nnUNet_results"])
         found = find_checkpoint(*where)
         if found is None:
             raise no_checkpoint_error(*where)
         checkpoint = str(found)
-    return Arm(name, trainer, source, read_checkpoint(checkpoint).path)
+    stored = read_checkpoint(checkpoint)
+    architecture = configuration_of(source.plans, source.configuration)["architecture"]
+    check_architecture(stored, architecture["arch_kwargs"], source.in_channels)
+    return replace(arm, checkpoint=stored.path)
+
+
+def check_network(arm: Arm) -> None:
+    """Raise MiMError unless the plans name the network: otherwise it would follow from the checkpoint, and the control
+    have another one.
+    """
+    from nnunet_mim.trainers.resolve_plans import configuration_of, uses_hybrid_unet
+
+    source = arm.source
+    if not uses_hybrid_unet(configuration_of(source.plans, source.configuration)):
+        raise MiMError(
+            f"plans {source.plans_name} name another network than that of {arm.trainer}: write plans with mim_plan -d "
+            f"{source.dataset[7:10]} -pc CHECKPOINT, and give their name with -p"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from nnunet_mim.benchmarking.protocol import Protocol
+from nnunet_mim.benchmarking.protocol import Place, Protocol, case_value, false_alarms
 from nnunet_mim.benchmarking.statistics import compare, mean_sd
 from nnunet_mim.files import write_atomically
 
-Place = tuple[int, int, str]
-"""(labels, seed, arm)"""
-METRICS = ("dice", "hd95")
+METRICS = ("dice", "hd95", "n_ref", "n_pred")
 
 
 def write_report(protocol: Protocol, results: Mapping[Place, dict[str, Any]], output: Path) -> str:
@@ -37,11 +35,12 @@ def markdown(protocol: Protocol, results: Mapping[Place, dict[str, Any]]) -> str
     length = protocol.length
     lines = [
         f"{length.epochs * length.iterations} iterations, fold {protocol.fold}, {len(protocol.val_cases)} validation "
-        f"cases; mean ± sd over seeds; difference to {control} with 95 % interval (bootstrap over seeds and cases) and "
-        "Wilcoxon's p over cases",
+        f"cases; mean ± sd over seeds. Difference of Dice to {control}: with a 95 % interval for other seeds and cases "
+        "(for other cases only, with one seed), and one for other cases and these trainings (bootstrap), for which "
+        "Wilcoxon's p is too",
         "",
-        "| labels | arm | seeds | Dice % | HD95 mm | difference of Dice | p | iterations to the control's Dice |",
-        "|---|---|---|---|---|---|---|---|",
+        "| labels | arm | seeds | Dice % | HD95 mm | difference | these trainings | p | iterations to reach it |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for count in protocol.labels:
         for arm in protocol.arms:
@@ -51,9 +50,13 @@ def markdown(protocol: Protocol, results: Mapping[Place, dict[str, Any]]) -> str
             dice = values(results, count, seeds, arm.name, "dice") * 100
             row = [str(count), arm.name, str(len(seeds)), with_sd(dice)]
             row.append(with_sd(values(results, count, seeds, arm.name, "hd95")))
-            row += ["", "", ""] if arm.name == control else against(protocol, results, count, arm.name, control)
+            row += [""] * 4 if arm.name == control else against(protocol, results, count, arm.name, control)
             lines.append(f"| {' | '.join(row)} |")
     lines += ["", *label_table(protocol, results)]
+    alarms = [(place, *false_alarms(result)) for place, result in sorted(results.items())]
+    if any(n for _, n, _ in alarms):
+        lines += ["", "Found where the reference has nothing (not in the figures above):"]
+        lines += [f"- {arm}, {count} labels, seed {seed}: {n} of {m}" for (count, seed, arm), n, m in alarms if n]
     if leaked := sorted({case for result in results.values() for case in result["leaked"]}):
         lines += ["", f"WARNING: the pretraining has seen {len(leaked)} of the validation cases ({leaked[0]} first)"]
     return "\n".join(lines) + "\n"
@@ -70,14 +73,15 @@ def against(
     """Cells of a row: difference to the control, p, iterations that the arm needs to reach it."""
     both = [s for s in seeds_of(protocol, results, count, arm) if (count, s, control) in results]
     if not both:
-        return ["", "", ""]
+        return [""] * 4
     own, its = (values(results, count, both, name, "dice") * 100 for name in (arm, control))
     found = compare(own, its)
     epochs = [reaches(results[count, seed, arm]["curve"], results[count, seed, control]["curve"][-1]) for seed in both]
     per_epoch, total = protocol.length.iterations, protocol.length.epochs
     needed = [str(n * per_epoch) if n is not None else f"> {total * per_epoch}" for n in epochs]
     return [
-        f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}]",
+        f"{found.difference:+.2f} [{found.interval[0]:+.2f}, {found.interval[1]:+.2f}]",
+        f"[{found.bootstrap[0]:+.2f}, {found.bootstrap[1]:+.2f}]",
         f"{found.p:.3f}",
         ", ".join(needed),
     ]
@@ -117,14 +121,11 @@ def values(
     metric: str,
     label: str | None = None,
 ) -> np.ndarray:
-    """(seeds, cases) of a metric: of one label, or the mean over all of them, without those that are NaN."""
+    """(seeds, cases) of a metric, see `case_value`."""
     rows = []
     for seed in seeds:
         cases = results[count, seed, arm]["cases"]
-        by_label = [
-            [found[metric] for name, found in cases[case].items() if label in (None, name)] for case in sorted(cases)
-        ]
-        rows.append([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in by_label])
+        rows.append([case_value(cases[case], metric, label) for case in sorted(cases)])
     return np.array(rows)
 
 

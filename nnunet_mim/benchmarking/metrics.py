@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, region_or_label_to_mask
 from scipy import ndimage
+
+Label = int | tuple[int, ...]
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
@@ -49,12 +52,16 @@ def hausdorff95(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence
     return max(float(np.percentile(d, 95)) for d in surface_distances(prediction, reference, spacing))
 
 
-def case_metrics(prediction: Path, reference: Path, labels: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Dice and hd95 (mm) of every label of one case.
+def case_metrics(
+    prediction: Path, reference: Path, labels: Sequence[Label], ignore: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Dice, hd95 (mm) and numbers of voxels (n_ref, n_pred) of every label of one case, by its name in nnU-Net's
+    summary.json.
 
     Args:
         prediction, reference: label images on the same grid.
-        labels: without the background.
+        labels: labels without the background, or regions (several labels).
+        ignore: label of voxels that nothing is said about: they count on neither side.
 
     Raises:
         ValueError: the images are of different size.
@@ -64,13 +71,17 @@ def case_metrics(prediction: Path, reference: Path, labels: Sequence[int]) -> di
     if truth.shape != found.shape:
         raise ValueError(f"{prediction} has {found.shape} voxels, {reference} {truth.shape}")
     spacing = image.GetSpacing()[::-1]
-    return {
-        str(label): {
-            "dice": dice(found == label, truth == label),
-            "hd95": hausdorff95(found == label, truth == label, spacing),
+    known = np.ones(truth.shape, bool) if ignore is None else truth != ignore
+    figures = {}
+    for label in labels:
+        a, b = (region_or_label_to_mask(image, label) & known for image in (found, truth))
+        figures[label_or_region_to_key(label)] = {
+            "dice": dice(a, b),
+            "hd95": hausdorff95(a, b, spacing),
+            "n_ref": int(b.sum()),
+            "n_pred": int(a.sum()),
         }
-        for label in labels
-    }
+    return figures
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:

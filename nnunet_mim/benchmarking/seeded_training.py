@@ -8,7 +8,6 @@ of the patches stays random, since nnU-Net's augmentation draws in processes of 
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
 from typing import Any
@@ -38,17 +37,16 @@ def main(argv: list[str]) -> None:
 
 def set_length(trainer: type, epochs: int, iterations: int, val_iterations: int) -> None:
     """Give a trainer class, and those derived from it, another length."""
-    original = trainer.__init__  # type: ignore[misc]
+    original = trainer.initialize  # type: ignore[attr-defined]
 
-    @functools.wraps(original)  # nnU-Net looks at the signature
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
+    def initialize(self: Any) -> None:  # after every __init__, before the learning rate is scheduled
         self.num_epochs = epochs
         self.num_iterations_per_epoch = iterations
         self.num_val_iterations_per_epoch = val_iterations
         self.save_every = max(1, epochs // CHECKPOINTS)
+        original(self)
 
-    trainer.__init__ = init  # type: ignore[misc]
+    trainer.initialize = initialize  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

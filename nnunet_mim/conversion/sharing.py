@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -34,6 +35,11 @@ def export(facts: Facts, folder: Path, licence: str | None, data: str | None, wi
         from safetensors.torch import save
     except ImportError as error:
         raise MiMError(f"to write safetensors the package is missing: {INSTALL}") from error
+    if facts.config.encoder != "hybrid":
+        raise MiMError(
+            "mim_export is for the encoder of nnUNetTrainerMiM; of --encoder resenc share the checkpoint file and "
+            "its plans: nnU-Net's -pretrained_weights takes it as it is"
+        )
     if folder.exists():
         raise MiMError(f"{folder} exists already: choose another one with -o")
     stored = {k: v for k, v in facts.checkpoint.items() if k not in ("network_weights", "resume_state")}
@@ -41,14 +47,15 @@ def export(facts: Facts, folder: Path, licence: str | None, data: str | None, wi
     if not with_names:
         provenance["cases"] = [{**record, "case": ""} for record in provenance["cases"]]
         provenance["skipped_steps"] = []
-    weights = {name: value.clone().contiguous() for name, value in facts.checkpoint["network_weights"].items()}
+    settings = {**stored["mim_config"], "init_checkpoint": ""}  # a path of the user's
+    weights = {name: value.contiguous() for name, value in facts.checkpoint["network_weights"].items()}
     content = save(weights, metadata={"format": "pt"})
-    config = {"sha256": hashlib.sha256(content).hexdigest(), **stored, "provenance": provenance}
+    config = {"sha256": hashlib.sha256(content).hexdigest(), **stored, "mim_config": settings, "provenance": provenance}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         (temporary / WEIGHTS).write_bytes(content)
-        (temporary / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        (temporary / CONFIG).write_text(json.dumps(without_nan(config), indent=1), encoding="utf-8")
         (temporary / CARD).write_text(model_card(facts, licence, data), encoding="utf-8")
         read_shared(temporary)
         os.replace(temporary, folder)
@@ -63,6 +70,9 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
     provenance = facts.provenance
     cases, datasets = len(provenance["cases"]), len(provenance["datasets"])
     schemes = ", ".join(map(str, provenance["normalization"])) or "unknown"
+    origin = f"{provenance['iterations']} iterations of {facts.config.batch_size} crops"
+    if "converted_from" in provenance:
+        origin = f"converted from {provenance['converted_from']}. {provenance.get('note', '')}"
     spacing = " x ".join(f"{s:g}" for s in facts.spacing) or "unknown"
     lines = [
         "---",
@@ -78,7 +88,7 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
         f"- Network: {network_text(facts)}",
         f"- Data: {data or 'not stated'}; {cases} cases of {datasets} dataset(s), resampled to {spacing} mm",
         f"- Input: {facts.config.in_channels} channel(s), {schemes}",
-        f"- Training: {provenance['iterations']} iterations of {facts.config.batch_size} crops",
+        f"- Training: {origin}",
         f"- Licence of the weights: {licence or 'not stated: ask those who made them before you use them'}",
         "",
         "## Measured on held-out cases",
@@ -102,6 +112,15 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
         *[f"- {citation}" for citation in CITATIONS],
     ]
     return "\n".join(lines) + "\n"
+
+
+def without_nan(value: Any) -> Any:
+    """Plain values in which None stands for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def metrics_table(facts: Facts) -> list[str]:

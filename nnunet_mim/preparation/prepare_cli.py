@@ -6,11 +6,13 @@ import argparse
 import os
 import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from nnunet_mim.config import PRESETS
 from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.lock import alone
 from nnunet_mim.machine import usable_cores
 from nnunet_mim.settings import parse_settings
 
@@ -43,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Prepare as the command line says."""
-    from nnunet_mim.preparation.lock import alone
     from nnunet_mim.preparation.prepare import PrepareConfig, prepare_dataset, prepare_folders
     from nnunet_mim.preparation.prepare_report import next_command, skipped_lines, write_report
     from nnunet_mim.trainers.resolve_plans import required_folder
@@ -56,17 +57,19 @@ def run(options: argparse.Namespace) -> None:
         _spacing(options.s), options.p, options.preset, parse_settings(options.set), options.np, options.min_slices,
         options.overwrite,
     )  # fmt: skip
-    results = []
-    if options.i:
-        dataset = _new_dataset(options.d, options.n)
-        with alone(dataset):
-            results.append(prepare_folders(dataset, [Path(os.path.expanduser(path)) for path in options.i], config))
-    else:
-        if options.n:
-            raise MiMError("-n names a new dataset: give its folders with -i")
-        for dataset in [dataset_name(given) for given in options.d]:  # all names are checked first
-            with alone(dataset):
-                results.append(prepare_dataset(dataset, config))
+    if options.n and not options.i:
+        raise MiMError("-n names a new dataset: give its folders with -i")
+    names = [_new_dataset(options.d, options.n)] if options.i else [dataset_name(given) for given in options.d]
+    with ExitStack() as locks:  # all of them before any work
+        for name in dict.fromkeys(names):
+            lock = Path(os.environ["nnUNet_preprocessed"], f".mim_prepare_{name}.lock")
+            busy = f"another mim_prepare is at work on {name}: repeat the command when it has ended"
+            locks.enter_context(alone(lock, busy))
+        if options.i:
+            folders = [Path(os.path.expanduser(path)) for path in options.i]
+            results = [prepare_folders(names[0], folders, config)]
+        else:
+            results = [prepare_dataset(name, config) for name in names]
     for prepared in results:
         skipped = prepared.log.skipped
         print(f"{prepared.source.dataset}: {len(prepared.log.prepared)} cases prepared, {len(skipped)} left out")

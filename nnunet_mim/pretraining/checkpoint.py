@@ -54,8 +54,11 @@ def build_checkpoint(
         provenance: where the weights come from, see `run_provenance`.
     """
     settings = config.to_dict()
+    copies: dict[tuple[int, int], Tensor] = {}  # nnU-Net's networks have some weights under two names
+    for value in weights.values():
+        copies.setdefault((value.data_ptr(), value.numel()), value.detach().cpu())
     return {
-        "network_weights": {name: value.detach().cpu() for name, value in weights.items()},
+        "network_weights": {name: copies[value.data_ptr(), value.numel()] for name, value in weights.items()},
         "nnssl_adaptation_plan": {
             "architecture_plans": _architecture_plans(settings),
             "pretrain_plan": {

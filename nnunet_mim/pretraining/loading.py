@@ -65,12 +65,13 @@ def training_batches(
     """
     n = config.batch_size // ranks.world
     firsts = (i * config.batch_size + ranks.rank * n for i in range(start, config.iterations))
+    here = min(ranks.world, torch.cuda.device_count()) if device.type == "cuda" else ranks.world
     batch_bytes = 4 * n * config.in_channels * prod(int(size) for size in dataset.crop_size)
     loader = DataLoader(
         dataset,
         batch_sampler=(list(range(first, first + n)) for first in firsts),  # type: ignore[arg-type]
         num_workers=workers,
-        prefetch_factor=batches_ahead(workers, batch_bytes, ranks.world, physical_memory()) if workers else None,
+        prefetch_factor=batches_ahead(workers, batch_bytes, here, physical_memory()) if workers else None,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_stopping_to_parent,
     )

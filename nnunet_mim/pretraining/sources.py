@@ -166,7 +166,12 @@ def orientation_warning(sources: Sequence[Source]) -> str | None:
 
 
 def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
-    """Validation cases of nnU-Net's own split; empty for a dataset without labels.
+    """Validation cases of nnU-Net's own split; empty for a dataset without labels. Raises MiMError as `fold_cases`."""
+    return fold_cases(source, fold)[1]
+
+
+def fold_cases(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Training and validation cases of nnU-Net's own split; both empty for a dataset without labels.
 
     Reads `splits_final.json`, or computes what nnU-Net would write there.
 
@@ -185,11 +190,12 @@ def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
             )
         splits = generate_crossval_split(list(source.cases), seed=12345, n_splits=N_FOLDS)
     else:
-        return ()
+        return (), ()
     if not 0 <= fold < len(splits):
         raise MiMError(f"fold {fold} does not exist in {splits_file} ({len(splits)} folds): choose another with -f")
     known = set(source.cases)
-    return tuple(case for case in splits[fold]["val"] if case in known)
+    train, val = (tuple(case for case in splits[fold][part] if case in known) for part in ("train", "val"))
+    return train, val
 
 
 def window_warning(source: Source) -> str | None:

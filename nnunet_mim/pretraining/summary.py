@@ -75,7 +75,8 @@ def network_text(facts: Facts) -> str:
     for name, weight in facts.checkpoint["network_weights"].items():
         counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + weight.numel()
     if facts.config.encoder == "resenc":
-        millions = sum(weight.numel() for weight in facts.checkpoint["network_weights"].values()) / 1e6
+        weights = facts.checkpoint["network_weights"].values()  # some are there under two names
+        millions = sum({weight.data_ptr(): weight.numel() for weight in weights}.values()) / 1e6
         stages = join(facts.config.architecture["arch_kwargs"]["features_per_stage"], "-")
         return f"nnU-Net's residual encoder U-Net, features {stages}; {millions:.2f} million parameters"
     encoder = f"encoder {join(network.embed_dims, '-')} with {join(network.depths, '-')} blocks"
@@ -189,8 +190,8 @@ def features_text(facts: Facts) -> str:
                 f"{shown(level)} finds its place in {last[f'val/{level}/alignment_top1']:.0%} of views{beside}"
             )
     if "val/features/rank" in last:
-        width = facts.config.network.embed_dims[-1]
-        parts.append(f"effective rank of the encoder's features {last['val/features/rank']:.0f} of {width}")
+        of_width = f" of {facts.config.network.embed_dims[-1]}" if facts.config.encoder == "hybrid" else ""
+        parts.append(f"effective rank of the encoder's features {last['val/features/rank']:.0f}{of_width}")
     probed = [row for row in facts.history if "val/probe/dice" in row]
     if probed:
         start = f" ({probed[0]['val/probe/dice']:.2f} at the start)" if len(probed) > 1 else ""
@@ -210,7 +211,7 @@ def settings_table(facts: Facts) -> tuple[Table, list[int]]:
     for prefix, now, usual in (("", config, defaults), ("network.", config.network, defaults.network)):
         notes = field_notes(NetworkConfig if prefix else PretrainConfig)
         for field in fields(now):
-            if field.name == "network":
+            if field.name in ("network", "architecture"):
                 continue
             value, default = getattr(now, field.name), getattr(usual, field.name)
             if field.name == "learning_rate":
@@ -234,6 +235,9 @@ def commands(facts: Facts, path: Path) -> list[str]:
     """
     provenance = facts.provenance
     configuration, fold = provenance["configuration"], 0 if provenance["fold"] == "all" else provenance["fold"]
+    if facts.config.encoder == "resenc":
+        plans, dataset = provenance["plans_name"], (provenance["datasets"] or ["DATASET"])[0]
+        return [f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -pretrained_weights {path}"]
     train = "nnUNetv2_train {} {} {} -tr nnUNetTrainerMiM -p {}"
     lines = []
     if provenance["datasets"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nnunet_mim.errors import MiMError
@@ -28,7 +28,7 @@ class FinetuneConfig:
     weight_decay: float = 0.05
     """of AdamW; not on biases, norms and other 1-d parameters"""
     warmup_fraction: float = 0.05
-    """share of all iterations in which the learning rate rises linearly"""
+    """share of the iterations (after those of decoder_first_fraction) in which the learning rate rises linearly"""
     decoder_first_fraction: float = 0.0
     """share of all iterations, before the warm-up, in which the encoder rests and all else warms up (OpenMind's
     sawtooth, arXiv 2412.17041)"""
@@ -92,6 +92,11 @@ class FinetuneConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def without_rest(config: FinetuneConfig) -> FinetuneConfig:
+    """The same recipe without the first phase in which the encoder rests."""
+    return replace(config, decoder_first_fraction=0.0)
 
 
 def check_known_keys(given: Sequence[str] | dict[str, Any], known: Sequence[str], where: str) -> None:

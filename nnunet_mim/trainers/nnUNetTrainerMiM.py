@@ -16,7 +16,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_mim.errors import one_line_errors
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
-from nnunet_mim.trainers.finetune_config import default_mirror_axes
+from nnunet_mim.trainers.finetune_config import default_mirror_axes, without_rest
 from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
 from nnunet_mim.trainers.provenance import leak_warning, leaked_cases, unit_differences, units_warning
 from nnunet_mim.trainers.resolve_plans import required_folder, resolve_plans
@@ -73,7 +73,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
                 self._load_pretrained_encoder(network)
         if not self.enable_deep_supervision:
             network.decoder.heads[1:].requires_grad_(False)  # unused, and DDP wants a gradient for every parameter
-        return build_optimizer(network, self.finetune)
+        return build_optimizer(network, self.finetune if self.load_pretrained else without_rest(self.finetune))
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Restore a finetuning run; a network that is not yet built needs no pretrained weights then."""
@@ -158,6 +158,6 @@ class nnUNetTrainerMiM(nnUNetTrainer):
 
 
 class nnUNetTrainerMiMScratch(nnUNetTrainerMiM):
-    """The control: same network, same recipe, random weights."""
+    """The control: same network, same recipe, random weights. Its encoder never rests: that would only hold it up."""
 
     load_pretrained = False

@@ -77,12 +77,17 @@ def test_trained_once_reported_and_resumed(workplace):
         (["--set", "no_such=1"], "unknown setting 'no_such'"),
         (["--fold", "9"], "fold 9"),
         (["--arms", "A=nnUNetTrainerMiM:nnUNetMiMPlans:/gone.pth"], "/gone.pth does not exist"),
+        (["--arms", "A=nnUNetTrainer:nnUNetMiMPlans:/gone.pth"], "/gone.pth does not exist"),
+        (["--arms", "A=nnUNetTrainerMiMScratch:nnUNetMiMPlans:x.pth"], "starts from random weights"),
+        (["--iterations", "3"], "--iterations must be a multiple of --iterations_per_epoch"),
+        (["--iterations_per_epoch", "0"], "--iterations_per_epoch must be at least 1"),
+        (["--report", "-o", "nowhere"], "no training in nowhere is finished"),
     ],
 )
 def test_bad_arguments_before_any_training(workplace, arguments, says):
     said = protocol(workplace, *arguments, fails=True)
     assert says in said
-    assert len(said.strip().splitlines()[-1:]) == 1
+    assert [line for line in said.splitlines() if line.startswith("error: ")] == said.strip().splitlines()[-1:]
     assert "Traceback" not in said
 
 

@@ -23,12 +23,16 @@ ARMS = (
 PROTOCOL = Protocol(ARMS, 0, (5, 20), 2, Length(4, 50, 5), {}, ("a",), ("x", "y"))
 
 
-def result(dice, curve, leaked=()):
+def figures(dice, hd95):
+    return {"dice": dice, "hd95": hd95, "n_ref": 50, "n_pred": 50}
+
+
+def result(dice, curve, leaked=(), alarm=math.nan):
     """Two cases, two labels; label 2 is nowhere in case y."""
     return {
         "cases": {
-            "x": {"1": {"dice": dice, "hd95": 2.0}, "2": {"dice": dice + 0.2, "hd95": 4.0}},
-            "y": {"1": {"dice": dice, "hd95": 6.0}, "2": {"dice": math.nan, "hd95": math.nan}},
+            "x": {"1": figures(dice, 2.0), "2": figures(dice + 0.2, 4.0)},
+            "y": {"1": figures(dice, 6.0), "2": {"dice": alarm, "hd95": 99.0, "n_ref": 0, "n_pred": int(alarm == 0)}},
         },
         "curve": curve,
         "leaked": list(leaked),
@@ -55,13 +59,18 @@ def test_table_by_hand():
     row = cells(text, "| 5 | MiM |")
     assert row[2:5] == ["2", "60.00 ± 7.07", "4.50 ± 0.00"]
     assert row[5].startswith("+15.00 [")
-    assert row[7] == "100, > 200"
-    assert cells(text, "| 5 | Scratch |")[2:] == ["2", "45.00 ± 0.00", "4.50 ± 0.00", "", "", ""]
+    assert row[6] == "[+15.00, +15.00]"
+    assert row[8] == "100, > 200"
+    assert cells(text, "| 5 | Scratch |")[2:] == ["2", "45.00 ± 0.00", "4.50 ± 0.00", "", "", "", ""]
     assert cells(text, "| 20 | Scratch |")[2:4] == ["1", "75.00"]
     assert "| 20 | MiM |" not in text
     by_label = text.split("Dice % of 1")[1]
     assert cells(by_label, "| 5 | MiM |")[2:] == ["55.00 ± 7.07", "75.00 ± 7.07"]
     assert "WARNING" not in text
+    assert "Found where" not in text
+    alarmed = markdown(PROTOCOL, {**RESULTS, (5, 0, "MiM"): result(0.50, [0.1, 0.3, 0.4, 0.5], alarm=0.0)})
+    assert cells(alarmed, "| 5 | MiM |") == row, "Dice where there is nothing to find would be 0, or undefined"
+    assert "- MiM, 5 labels, seed 0: 1 of 1" in alarmed
     seen = {**RESULTS, (20, 0, "MiM"): result(0.9, [0.9], leaked=["x"])}
     assert "WARNING: the pretraining has seen 1 of the validation cases (x first)" in markdown(PROTOCOL, seen)
 
@@ -70,7 +79,8 @@ def test_every_value_is_in_the_csv_and_files_are_written(tmp_path):
     rows = list(csv.DictReader(io.StringIO(every_value(RESULTS))))
     assert len(rows) == len(RESULTS) * 4
     assert rows[0] == {
-        "labels": "5", "seed": "0", "arm": "MiM", "case": "x", "label": "1", "dice": "0.5", "hd95": "2",
+        "labels": "5", "seed": "0", "arm": "MiM", "case": "x", "label": "1", "dice": "0.5", "hd95": "2", "n_ref": "50",
+        "n_pred": "50",
     }  # fmt: skip
     write_report(PROTOCOL, RESULTS, tmp_path)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -85,6 +95,8 @@ def test_settings_for_all_mim_arms_and_for_one():
     }
     with pytest.raises(MiMError, match=r"--set Stock\.lr: no MiM arm Stock \(there are MiM, Scratch\)"):
         settings_by_arm({"Stock.lr": 1}, arms)
+    with pytest.raises(MiMError, match="the length is that of --iterations"):
+        settings_by_arm({"Scratch.num_epochs": 1}, arms)
 
 
 def test_first_epoch_that_reaches_a_goal():

@@ -114,7 +114,11 @@ def test_of_files_in_mm(tmp_path):
         image.SetSpacing(SPACING[::-1])
         sitk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
     found = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [1, 2])
-    assert found["2"] == {"dice": pytest.approx(0.6), "hd95": pytest.approx(6.0)}
+    assert found["2"] == {"dice": pytest.approx(0.6), "hd95": pytest.approx(6.0), "n_ref": 500, "n_pred": 500}
+    both = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [(1, 2)])
+    assert both == {"(1, 2)": found["2"]}, "a region, by its name in nnU-Net's summary.json"
+    ignored = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [2], ignore=0)["2"]
+    assert (ignored["dice"], ignored["n_pred"]) == (pytest.approx(2 * 300 / 800), 300)
     assert math.isnan(found["1"]["dice"])
     assert math.isnan(found["1"]["hd95"])
     sitk.WriteImage(sitk.Image([20, 20, 19], sitk.sitkUInt8), str(tmp_path / "other.nii.gz"))

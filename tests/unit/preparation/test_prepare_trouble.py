@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_mim.lock import alone
 from nnunet_mim.preparation import prepare, prepare_case
 from nnunet_mim.preparation.case_log import CaseLog
-from nnunet_mim.preparation.lock import alone
 from nnunet_mim.pretraining.case_index import read_index
 from nnunet_mim.pretraining.sources import find_source
 
@@ -127,7 +127,8 @@ def test_variables_that_are_not_set(preparing, images, refused, monkeypatch, nam
 
 def test_two_commands_at_once(preparing, images, here, refused):
     """The second one ends before it has touched anything; another dataset is not locked."""
-    with alone(NAME):
+    lock = preparing.root / "nnUNet_preprocessed" / f".mim_prepare_{NAME}.lock"
+    with alone(lock, "busy"):
         assert f"another mim_prepare is at work on {NAME}" in refused("-d", "800", "-n", "Mine", "-i", images)
         assert preparing(801, "-n", "Other", "-i", images) == 0
     assert not (preparing.root / "nnUNet_raw" / NAME).exists()

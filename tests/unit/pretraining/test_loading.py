@@ -31,6 +31,18 @@ def test_cores_are_those_of_this_process():
     assert machine.usable_cores() == len(before)
 
 
+def test_limits_of_a_container(monkeypatch, tmp_path):
+    """As docker -m 4g --cpus 1.5 sets them; without limits nothing changes."""
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    cores, memory = machine.usable_cores(), machine.physical_memory()
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (machine.usable_cores(), machine.physical_memory()) == (cores, memory)
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "memory.max").write_text(f"{4 * GB}\n")
+    assert (machine.usable_cores(), machine.physical_memory()) == (1, 4 * GB)
+
+
 def test_batches_ahead_take_a_quarter_of_the_memory():
     """12 workers with 100 MB a batch: 4 each are 4.8 GB, of 64 GB a quarter is more, of 12 GB it is enough for 2."""
     assert batches_ahead(12, GB // 10, 1, 64 * GB) == 4

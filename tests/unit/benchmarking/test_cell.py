@@ -1,0 +1,145 @@
+"""Cells without any training: what decides that one is finished, and the commands that are run."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from nnunet_mim.benchmarking import cell as module
+from nnunet_mim.benchmarking.cell import KEY, RESULT, Arm, Cell, Length, finished, run_cell
+from nnunet_mim.benchmarking.seeded_training import set_length
+from nnunet_mim.errors import MiMError
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A preprocessed dataset, as far as cells look at it."""
+    base = tmp_path / "preprocessed" / "Dataset001_X"
+    (base / "P_3d").mkdir(parents=True)
+    (base / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}))
+    return SimpleNamespace(
+        dataset="Dataset001_X", plans_name="P", configuration="3d_fullres", folder=base / "P_3d", plans={"x": 1}
+    )
+
+
+@pytest.fixture
+def make_cell(source, tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"weights")
+
+    def make(trainer="nnUNetTrainerMiM", checkpoint="a.pth", **changes):
+        arm = Arm("A", trainer, source, str(tmp_path / checkpoint) if checkpoint else None)
+        values = {"fold": 1, "train_cases": ("a", "b"), "val_cases": ("c",), "seed": 7, "length": Length(3, 4, 5)}
+        return Cell(arm, **{**values, **changes})
+
+    return make
+
+
+class Commands:
+    """Takes the place of subprocess: notes commands, trains nothing."""
+
+    STDOUT = None
+
+    def __init__(self):
+        self.commands, self.environments = [], []
+
+    def run(self, command, stdout, stderr, env):
+        self.commands.append(command)
+        self.environments.append(env)
+        stdout.write("an error of nnU-Net")
+        return SimpleNamespace(returncode=1)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    fake = Commands()
+    monkeypatch.setattr(module, "subprocess", fake)
+    return fake
+
+
+def attempt(cell, folder, says="an error of nnU-Net"):
+    folder.mkdir(exist_ok=True)
+    with pytest.raises(MiMError, match=says):
+        run_cell(cell, folder, "cpu", 1)
+
+
+def test_the_command_and_its_folders(make_cell, commands, tmp_path):
+    folder = tmp_path / "cell"
+    attempt(make_cell(), folder)
+    (command,), (env,) = commands.commands, commands.environments
+    assert command[2:] == [
+        "nnunet_mim.benchmarking.seeded_training", "7", "3", "4", "5", "1", "Dataset001_X", "3d_fullres", "1",
+        "-tr", "nnUNetTrainerMiM", "-p", "P", "-device", "cpu",
+    ]  # fmt: skip
+    assert env["nnUNet_mim_checkpoint"] == str(tmp_path / "a.pth")
+    base = folder / "nnUNet_preprocessed" / "Dataset001_X"
+    assert json.loads((base / "splits_final.json").read_text())[1] == {"train": ["a", "b"], "val": ["c"]}
+    assert (base / "P_3d").resolve() == tmp_path / "preprocessed" / "Dataset001_X" / "P_3d"
+    recipe = json.loads((base / "P.json").read_text())["mim_finetune"]
+    assert (recipe["num_epochs"], recipe["iterations_per_epoch"], recipe["val_iterations_per_epoch"]) == (3, 4, 5)
+
+
+def test_a_checkpoint_for_a_trainer_of_nnunet(make_cell, commands, tmp_path):
+    cell, folder = make_cell("nnUNetTrainer"), tmp_path / "cell"
+    attempt(cell, folder)
+    assert commands.commands[0][-2:] == ["-pretrained_weights", str(tmp_path / "a.pth")]
+    assert "nnUNet_mim_checkpoint" not in commands.environments[0]
+    output = folder / "nnUNet_results" / "Dataset001_X" / "nnUNetTrainer__P__3d_fullres" / "fold_1"
+    output.mkdir(parents=True)
+    for name, option in (("checkpoint_latest.pth", "--c"), ("checkpoint_final.pth", "--val")):
+        (output / name).touch()
+        attempt(cell, folder)
+        assert commands.commands[-1][-1] == option
+        assert "-pretrained_weights" not in commands.commands[-1]
+
+
+def test_an_interrupted_cell_is_not_continued_as_another_one(make_cell, commands, tmp_path):
+    folder = tmp_path / "cell"
+    attempt(make_cell(), folder)
+    assert finished(make_cell(), folder) is None
+    for changes, says in (
+        ({"length": Length(9, 4, 5)}, "length"),
+        ({"settings": {"lr": 0.1}}, "settings"),
+        ({"train_cases": ("a",)}, "train_cases"),
+    ):
+        with pytest.raises(MiMError, match=f"holds another experiment .{says}"):
+            finished(make_cell(**changes), folder)
+    (tmp_path / "a.pth").write_bytes(b"other weights under the same name")
+    with pytest.raises(MiMError, match=r"holds another experiment \(checkpoint_sha256"):
+        finished(make_cell(), folder)
+
+
+def test_plans_of_the_same_name_but_other_content(make_cell, source, commands, tmp_path):
+    folder = tmp_path / "cell"
+    attempt(make_cell(), folder)
+    source.plans = {"x": 2}
+    with pytest.raises(MiMError, match=r"holds another experiment \(plans_sha256"):
+        finished(make_cell(), folder)
+
+
+def test_a_finished_cell(make_cell, tmp_path):
+    folder = tmp_path / "cell"
+    folder.mkdir()
+    assert finished(make_cell(), folder) is None
+    (folder / KEY).write_text(json.dumps(make_cell().key()))
+    (folder / RESULT).write_text('{"curve": [1]}')
+    assert finished(make_cell(), folder) == {"curve": [1]}
+
+
+def test_the_length_holds_for_trainers_with_one_of_their_own():
+    class Trainer:
+        def __init__(self):
+            self.num_epochs = 1000
+
+        def initialize(self):
+            self.scheduled_for = self.num_epochs
+
+    class Long(Trainer):
+        def __init__(self):
+            super().__init__()
+            self.num_epochs = 250
+
+    set_length(Trainer, 12, 34, 56)
+    trainer = Long()
+    trainer.initialize()
+    assert (trainer.num_epochs, trainer.scheduled_for, trainer.save_every) == (12, 12, 3)
+    assert (trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == (34, 56)
