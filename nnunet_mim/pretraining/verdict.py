@@ -25,6 +25,8 @@ SMALL = 0.01
 """a relative change that counts as none"""
 SURE = 3.0
 """standard errors that a change must be away from none"""
+JUMP = 4.0
+"""median steps from one measurement to the next, above both neighbours, that make a jump"""
 NOISE_ROWS = 8
 """fewest measurements that the noise is estimated from; the last quarter where that is more"""
 LOWEST_RANK = 3.0
@@ -115,7 +117,7 @@ def verdict(rows: Rows, warmup_iterations: float = 0) -> Verdict:
         return Verdict(TOO_EARLY, f"{TOO_EARLY}: {len(rows)} measurements, and no level improved")
 
     flat = _flat_since(rows, start)
-    said = f"no level improved by more than {SMALL:.0%} since iteration {rows[flat]['iteration']:.0f}"
+    said = f"no level improved beyond its noise since iteration {rows[flat]['iteration']:.0f}"
     if useless := _no_better(rows, "token_mean"):
         said += f", and {_and(list(useless))} no better than predicting each token's mean"
     if rising := [name for name, trend in _trends(rows, flat).items() if trend.rises]:
@@ -181,7 +183,7 @@ def _new_bests(rows: Rows, start: int) -> dict[str, float]:
         (_, before), (_, after), (_, all_of_it) = (_column(part, column) for part in (rows[:start], rows[start:], rows))
         if len(before) and len(after):
             fall = before.min() - after.min()
-            if fall > max(SMALL * abs(before.min()), SURE * _noise(all_of_it)):
+            if fall > max(SMALL * abs(before.min()), SURE * _noise(_without_jumps(all_of_it))):
                 falls[name] = float(fall / abs(before.min()))
     return falls
 
@@ -193,8 +195,13 @@ def _loss_columns(rows: Rows) -> dict[str, str]:
 
 def _trends(rows: Rows, start: int, stop: int | None = None) -> dict[str, Trend]:
     """Trend of the reconstruction loss over some rows by level, or of the whole loss where there are no levels."""
-    columns = _loss_columns(rows)
-    trends = {n: _trend(*_column(rows[start:stop], c), _noise(_column(rows, c)[1])) for n, c in columns.items()}
+    trends = {}
+    for name, column in _loss_columns(rows).items():
+        x, y = _column(rows, column)
+        y = _without_jumps(y)
+        first, *_, last = [row["iteration"] for row in rows[start:stop]] * 2
+        inside = (x >= first) & (x <= last)
+        trends[name] = _trend(x[inside], y[inside], _noise(y))
     return {name: trend for name, trend in trends.items() if trend is not None}
 
 
@@ -208,6 +215,19 @@ def _trend(x: np.ndarray, y: np.ndarray, noise: float) -> Trend | None:
     span = float(x[-1] - x[0])
     first = float(y.mean()) + slope * float(centred[0])
     return Trend(first, first + slope * span, noise * span / math.sqrt(spread))
+
+
+def _without_jumps(y: np.ndarray) -> np.ndarray:
+    """A column in which a measurement that lies far above both its neighbours is their mean: at a high learning rate a
+    held-out loss jumps now and then, and is back at the next measurement.
+    """
+    if len(y) < 4:
+        return y
+    far = JUMP * np.median(np.abs(np.diff(y)))
+    jumps = np.flatnonzero(y[1:-1] - np.maximum(y[:-2], y[2:]) > far) + 1
+    smooth = y.copy()
+    smooth[jumps] = (y[jumps - 1] + y[jumps + 1]) / 2
+    return smooth
 
 
 def _noise(y: np.ndarray) -> float:
