@@ -82,7 +82,7 @@ def against(
     return [
         f"{found.difference:+.2f} [{found.interval[0]:+.2f}, {found.interval[1]:+.2f}]",
         f"[{found.bootstrap[0]:+.2f}, {found.bootstrap[1]:+.2f}]",
-        f"{found.p:.3f}",
+        "< 0.001" if found.p < 0.001 else f"{found.p:.3f}" if np.isfinite(found.p) else "–",
         ", ".join(needed),
     ]
 
