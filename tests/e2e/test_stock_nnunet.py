@@ -68,5 +68,5 @@ def test_a_pretrained_residual_encoder_is_finetuned_by_stock_nnunet(workplace):
     said = workplace("mim_pretrain", *run, "--view", "32", "--encoder", "resenc", "--preset", "tiny", "-o", "x",
                      "--recompute", "1", fails=True)  # fmt: skip
     assert "--shard and --recompute are for --encoder hybrid" in said
-    said = workplace("mim_pretrain", *run[2:], "-d", "909", "-p", "nnUNetPlans", "--encoder", "resenc", fails=True)
+    said = workplace("mim_plan", "-d", "909", "--encoder", "resenc", "-o", "Other", fails=True)
     assert "the plans name PlainConvUNet, not ResidualEncoderUNet" in said
