@@ -16,6 +16,7 @@ import SimpleITK as sitk
 from nnunet_mim.lock import alone
 from nnunet_mim.preparation import prepare, prepare_case
 from nnunet_mim.preparation.case_log import CaseLog
+from nnunet_mim.preparation.cli import main as mim_plan
 from nnunet_mim.pretraining.case_index import read_index
 from nnunet_mim.pretraining.sources import find_source
 
@@ -59,6 +60,12 @@ def test_two_channels_without_labels(preparing, ct, here):
         "CTNormalization",
         "ZScoreNormalization",
     )
+
+
+def test_mim_plan_on_a_prepared_dataset_says_how(preparing, images, here, capsys):
+    assert preparing.new(images) == 0
+    assert mim_plan(["-d", "800"]) == 2
+    assert "change its plans with mim_prepare -d 800 -s SPACING --set KEY=VALUE" in capsys.readouterr().err
 
 
 def test_files_are_those_that_nnunet_finds(preparing, ct):
