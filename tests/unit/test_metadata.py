@@ -31,7 +31,11 @@ def test_version_is_the_same_everywhere():
 
 
 @pytest.mark.parametrize(
-    "command", ["mim_convert", "mim_demo", "mim_export", "mim_inspect", "mim_plan", "mim_prepare", "mim_pretrain"]
+    "command",
+    [
+        "mim_benchmark", "mim_convert", "mim_demo", "mim_export", "mim_inspect", "mim_plan", "mim_prepare",
+        "mim_pretrain",
+    ],
 )
 def test_console_scripts_point_at_a_function(command):
     (script,) = entry_points(group="console_scripts", name=command)

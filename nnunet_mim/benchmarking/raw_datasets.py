@@ -1,0 +1,167 @@
+"""From a checked archive to a dataset in nnUNet_raw, which appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+from tqdm import tqdm
+
+from nnunet_mim.benchmarking.archives import ENDING, Archive
+from nnunet_mim.errors import MiMError
+from nnunet_mim.files import write_atomically
+from nnunet_mim.preparation.workers import remove_abandoned
+
+CONVERT = """
+from nnunet_mim.pretraining.ranks import end_with_parent
+end_with_parent()
+from nnunetv2.dataset_conversion.convert_MSD_dataset import entry_point
+entry_point()
+"""
+"""nnUNetv2_convert_MSD_dataset in a process of its own: it starts a pool, and takes its folder from the environment"""
+LOG = "log.txt"
+WATCH_EVERY = 0.5
+"""seconds"""
+
+
+def already_there(archive: Archive, raw: Path) -> bool:
+    """Whether the dataset is in nnUNet_raw, with the same cases.
+
+    Raises:
+        MiMError: it has other cases, or another dataset has its number.
+    """
+    number = archive.dataset[7:10]
+    others = [str(name) for name in find_candidate_datasets(int(number)) if name != archive.dataset]
+    if others:
+        remedy = "give another number with --btcv_id" if archive.is_btcv else "move it away"
+        raise MiMError(f"dataset number {number} is taken by {others[0]}, {archive.dataset} cannot be made: {remedy}")
+    folder = raw / archive.dataset
+    if not folder.exists():
+        return False
+    names = {path.name.removesuffix(ENDING) for path in (folder / "labelsTr").glob(f"*{ENDING}")}
+    if names != {case.name for case in archive.cases} or not (folder / "dataset.json").is_file():
+        raise MiMError(
+            f"{folder} is there already with {len(names)} cases, not the {len(archive.cases)} of {archive.folder}: "
+            "move it away to have it made anew"
+        )
+    return True
+
+
+def check_space(archives: Sequence[Archive], raw: Path) -> None:
+    """MiMError if nnUNet_raw does not exist or has no space for these archives."""
+    if not raw.is_dir():
+        raise MiMError(f"nnUNet_raw is {raw}, which is not a folder: make it, or set the variable to the right one")
+    needed = sum(path.stat().st_size for archive in archives for path in archive.files() if not _linkable(archive, raw))
+    free = shutil.disk_usage(raw).free
+    if needed > free:
+        sizes = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed"
+        raise MiMError(f"{raw} has {sizes}: make space, or convert fewer at once")
+
+
+def make_dataset(archive: Archive, raw: Path, processes: int) -> Path:
+    """Make nnUNet_raw/DatasetXXX_Name of a checked archive; only one process at a time may make the same one.
+
+    MSD goes through nnU-Net's own converter, in a folder of its own beside the dataset; images of BTCV are linked (hard
+    links), or copied where that is impossible.
+
+    Args:
+        archive: without problems; the dataset is not there yet.
+        raw: nnUNet_raw.
+        processes: of the converter.
+
+    Returns:
+        The folder of the dataset.
+
+    Raises:
+        MiMError: it failed; nothing is left of it.
+    """
+    partial = raw / f".mim_benchmark_{archive.dataset}-{os.getpid()}"
+    remove_abandoned(partial)
+    made = partial / archive.dataset
+    try:
+        partial.mkdir()
+        if archive.is_btcv:
+            _link_btcv(archive, made)
+        else:
+            _convert_msd(archive, partial, processes)
+        _check_made(archive, made)
+        os.rename(made, raw / archive.dataset)
+    except OSError as error:
+        where = error.filename or partial
+        raise MiMError(f"cannot write {where} ({error.strerror}): make it writable, or make space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return raw / archive.dataset
+
+
+def _convert_msd(archive: Archive, partial: Path, processes: int) -> None:
+    """nnU-Net's converter, with a progress bar; afterwards only the complete cases are kept, and counted."""
+    environment = {**os.environ, "nnUNet_raw": str(partial)}
+    for name in ("nnUNet_preprocessed", "nnUNet_results"):  # the converter asks them whether the number is free
+        environment.pop(name, None)
+    command = [sys.executable, "-c", CONVERT, "-i", str(archive.folder), "-np", str(processes)]
+    made = partial / archive.dataset
+    with (
+        (partial / LOG).open("w") as log,
+        tqdm(total=len(list(archive.files())), desc=f"converting {archive.shown}", unit="file") as progress,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as converter,
+    ):
+        try:
+            while converter.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    converter.wait(WATCH_EVERY)
+                progress.update(min(progress.total, len(list(made.glob(f"*/*{ENDING}")))) - progress.n)
+        finally:
+            converter.kill()
+    if converter.returncode:
+        last = (partial / LOG).read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        raise MiMError(f"nnU-Net's converter failed at {archive.folder} ({last[0][:300]}): repeat the command")
+    known = {case.name for case in archive.cases}
+    for path in [*(made / "imagesTr").iterdir(), *(made / "labelsTr").iterdir()]:
+        if path.name.removesuffix(ENDING).removesuffix("_0000") not in known:
+            path.unlink()
+    description = json.loads((made / "dataset.json").read_text())
+    description |= {"numTraining": len(archive.cases), "numTest": len(archive.unlabelled)}
+    write_atomically(made / "dataset.json", json.dumps(description, indent=4).encode())
+
+
+def _link_btcv(archive: Archive, made: Path) -> None:
+    for name in ("imagesTr", "labelsTr"):
+        (made / name).mkdir(parents=True)
+    for case in tqdm(archive.cases, desc=f"converting {archive.shown}", unit="case"):
+        _link_or_copy(case.image, made / "imagesTr" / f"{case.name}_0000{ENDING}")
+        _link_or_copy(case.label, made / "labelsTr" / f"{case.name}{ENDING}")
+    generate_dataset_json(
+        str(made), {"0": "CT"}, dict(archive.labels), len(archive.cases), ENDING, dataset_name="BTCV",
+        reference="https://www.synapse.org/Synapse:syn3193805", license="see the reference",
+        converted_by="mim_benchmark",
+    )  # fmt: skip
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _check_made(archive: Archive, made: Path) -> None:
+    """MiMError unless every case has arrived with all of its bytes."""
+    for case in archive.cases:
+        image, label = made / "imagesTr" / f"{case.name}_0000{ENDING}", made / "labelsTr" / f"{case.name}{ENDING}"
+        for source, target in ((case.image, image), (case.label, label)):
+            if not target.is_file() or target.stat().st_size != source.stat().st_size:
+                raise MiMError(f"{source} did not arrive whole in nnUNet_raw: make space, and repeat the command")
+
+
+def _linkable(archive: Archive, raw: Path) -> bool:
+    """Whether its files need no space, being linked."""
+    return archive.is_btcv and archive.folder.stat().st_dev == raw.stat().st_dev

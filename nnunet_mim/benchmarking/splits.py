@@ -1,0 +1,117 @@
+"""Which cases train and which validate: the splits that papers use, and few labels as nested subsets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_mim.benchmarking.archives import BTCV_CASES
+from nnunet_mim.benchmarking.cell import nested_subset
+from nnunet_mim.errors import MiMError
+from nnunet_mim.files import write_atomically
+
+Split = dict[str, list[str]]
+"""train and val: names of cases, as an entry of nnU-Net's splits_final.json"""
+
+SPLITS_FILE = "splits_final.json"
+FOLDS = 5
+PERCENTS = (1, 5, 10, 25, 50, 100)
+"""of the training cases: the usual label fractions"""
+BTCV_BLOCKS = (
+    tuple(range(35, 41)),
+    tuple(range(29, 35)),
+    tuple(range(23, 29)),
+    (7, 8, 9, 10, 21, 22),
+    tuple(range(1, 7)),
+)
+"""validation cases of the published five folds of 24 and 6, by number; the first one alone is the usual 24/6 split"""
+BTCV_TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
+"""test cases of the 18/12 split"""
+BTCV_18_12 = len(BTCV_BLOCKS)
+"""its fold"""
+
+
+def nnunet_splits(cases: Sequence[str]) -> list[Split]:
+    """The five folds that nnU-Net itself makes of these cases.
+
+    Raises:
+        MiMError: fewer cases than folds.
+    """
+    if len(cases) < FOLDS:
+        raise MiMError(f"{len(cases)} cases cannot be split into {FOLDS} folds: take more, or leave out --splits")
+    splits = generate_crossval_split(sorted(cases), seed=12345, n_splits=FOLDS)
+    return [{part: [str(case) for case in names] for part, names in split.items()} for split in splits]
+
+
+def btcv_splits(cases: Sequence[str] = BTCV_CASES) -> list[Split]:
+    """The published splits of BTCV's 30 training cases: folds 0 to 4 (24/6), and as fold 5 the 18/12 one.
+
+    Raises:
+        MiMError: other cases than those.
+    """
+    if missing := sorted({*BTCV_CASES} - {*cases}):
+        raise MiMError(f"BTCV's published splits need all 30 cases, {missing[0]} is missing: leave out --splits")
+    if strange := sorted({*cases} - {*BTCV_CASES}):
+        raise MiMError(f"{strange[0]} is in none of BTCV's published splits: take it out, or leave out --splits")
+    return [_held_out(BTCV_CASES, {f"img{number:04d}" for number in block}) for block in (*BTCV_BLOCKS, BTCV_TEST)]
+
+
+def label_fraction(cases: Sequence[str], percent: int, seed: int) -> tuple[str, ...]:
+    """Some percent of the training cases, rounded up, at least one; sorted.
+
+    Of one seed each larger fraction holds the smaller ones; the order of `cases` does not matter.
+
+    Raises:
+        MiMError: no cases, or a percentage that is not 1 to 100.
+    """
+    if not cases:
+        raise MiMError("there are no training cases to take a fraction of: look at the split")
+    if not 0 < percent <= 100:
+        raise MiMError(f"a label fraction of {percent} %: give a whole number from 1 to 100")
+    return nested_subset(sorted(cases), max(1, -(-len(cases) * percent // 100)), seed)
+
+
+def write_splits(preprocessed: Path, dataset: str, splits: Sequence[Split]) -> Path:
+    """Write splits_final.json, which nnU-Net then uses. The same one may be there already.
+
+    Args:
+        preprocessed: nnUNet_preprocessed; the folder of the dataset in it is made if it is missing.
+        dataset: DatasetXXX_Name.
+        splits: one entry a fold.
+
+    Returns:
+        The file.
+
+    Raises:
+        MiMError: another one is there (it is kept), or it cannot be read or written.
+    """
+    path = preprocessed / dataset / SPLITS_FILE
+    check_splits(path, splits)
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(list(splits), indent=4).encode())
+        except OSError as error:
+            raise MiMError(f"cannot write {path} ({error.strerror}): make it writable") from error
+    return path
+
+
+def check_splits(path: Path, splits: Sequence[Split]) -> None:
+    """MiMError if a file of splits is there that holds others."""
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MiMError(f"cannot read {path} ({error}): restore it, or move it away") from error
+    if stored != list(splits):
+        raise MiMError(
+            f"{path} holds other splits, which trainings may have used: move it away, or leave out --splits"
+        )
+
+
+def _held_out(cases: Sequence[str], val: set[str]) -> Split:
+    return {"train": [case for case in cases if case not in val], "val": [case for case in cases if case in val]}
