@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.evaluation.evaluate_predictions import load_summary_json
+from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, load_summary_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.metrics import case_metrics
@@ -156,7 +156,7 @@ def run_cell(cell: Cell, folder: Path, device: str, threads: int) -> dict[str, A
 
 
 def read_result(cell: Cell, output: Path) -> dict[str, Any]:
-    """Metrics per case and label, learning curve, and seen cases, of a finished training."""
+    """Metrics per case and label, learning curve, seen cases, and names of the labels, of a finished training."""
     import torch
 
     summary = load_summary_json(str(output / "validation" / "summary.json"))
@@ -175,7 +175,11 @@ def read_result(cell: Cell, output: Path) -> dict[str, Any]:
         raise MiMError(
             f"{output} was trained for {len(curve)} epochs, not {cell.length.epochs}: another trainer's length?"
         )
-    return {"cases": cases, "curve": curve, "leaked": leaked}
+    names = {
+        label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
+        for name, value in dataset_json["labels"].items()
+    }
+    return {"cases": cases, "curve": curve, "leaked": leaked, "names": names}
 
 
 def _output(cell: Cell, folder: Path) -> Path:

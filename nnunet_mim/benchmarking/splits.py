@@ -108,9 +108,7 @@ def check_splits(path: Path, splits: Sequence[Split]) -> None:
     except (OSError, ValueError) as error:
         raise MiMError(f"cannot read {path} ({error}): restore it, or move it away") from error
     if stored != list(splits):
-        raise MiMError(
-            f"{path} holds other splits, which trainings may have used: move it away, or leave out --splits"
-        )
+        raise MiMError(f"{path} holds other splits, which trainings may have used: move it away, or leave out --splits")
 
 
 def _held_out(cases: Sequence[str], val: set[str]) -> Split:

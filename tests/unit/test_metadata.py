@@ -33,7 +33,13 @@ def test_version_is_the_same_everywhere():
 @pytest.mark.parametrize(
     "command",
     [
-        "mim_benchmark", "mim_convert", "mim_demo", "mim_export", "mim_inspect", "mim_plan", "mim_prepare",
+        "mim_benchmark",
+        "mim_convert",
+        "mim_demo",
+        "mim_export",
+        "mim_inspect",
+        "mim_plan",
+        "mim_prepare",
         "mim_pretrain",
     ],
 )
