@@ -96,10 +96,8 @@ def label_table(protocol: Protocol, results: Mapping[Place, dict[str, Any]]) -> 
     """Dice of every label."""
     first = next(iter(results.values()))
     labels = list(next(iter(first["cases"].values())))
-    lines = [
-        f"| labels | arm | {' | '.join(f'Dice % of {label}' for label in labels)} |",
-        "|---" * (2 + len(labels)) + "|",
-    ]
+    heading = " | ".join(f"Dice % of {first['names'].get(label, label)}" for label in labels)
+    lines = [f"| labels | arm | {heading} |", "|---" * (2 + len(labels)) + "|"]
     for count in protocol.labels:
         for arm in protocol.arms:
             if seeds := seeds_of(protocol, results, count, arm.name):

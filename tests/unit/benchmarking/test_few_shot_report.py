@@ -36,6 +36,7 @@ def result(dice, curve, leaked=(), alarm=math.nan):
         },
         "curve": curve,
         "leaked": list(leaked),
+        "names": {"0": "background", "1": "liver"},
     }
 
 
@@ -64,7 +65,7 @@ def test_table_by_hand():
     assert cells(text, "| 5 | Scratch |")[2:] == ["2", "45.00 ± 0.00", "4.50 ± 0.00", "", "", "", ""]
     assert cells(text, "| 20 | Scratch |")[2:4] == ["1", "75.00"]
     assert "| 20 | MiM |" not in text
-    by_label = text.split("Dice % of 1")[1]
+    by_label = text.split("Dice % of liver | Dice % of 2")[1]
     assert cells(by_label, "| 5 | MiM |")[2:] == ["55.00 ± 7.07", "75.00 ± 7.07"]
     assert "WARNING" not in text
     assert "Found where" not in text
