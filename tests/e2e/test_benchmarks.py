@@ -43,6 +43,7 @@ def test_depthwise_convolution():
     assert found["rows"][0]["difference"] < 1e-4
 
 
+@pytest.mark.long
 def test_reading_crops():
     options = ("--crop", "32", "--size", "48", "--cases", "2", "--crops", "3", "--repeats", "1", "--json")
     found = last_line("data_throughput.py", *options)

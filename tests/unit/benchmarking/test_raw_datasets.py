@@ -20,7 +20,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_kinds_become_datasets_that_nnunet_accepts(folders, msd, btcv, capsys):
     command = ["prepare", "--msd", str(msd), "--btcv", str(btcv), "--splits", "-np", "1", "--partial"]
     (msd / "labelsTr" / "spleen_4.nii.gz").rename(msd / "later")  # --partial leaves out the image too
