@@ -14,7 +14,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunet_mim.preparation.finding import find_volumes
 from nnunet_mim.preparation.screening import Header, read_header
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 UNLABELLED = ("okbp_tr_001", "okbp_va_202", "crlm_1006", "ts_aorta", "lidc_0314", "elastix_lung_baseline")
 PREPARE = ("-s", "3", "3", "3", "-np", "2", "--preset", "tiny")
@@ -99,7 +99,6 @@ def test_dicom_series_of_real_ct_give_the_voxels_of_the_files(prepared, shared_d
         assert place_there["sitk_stuff"]["origin"] == pytest.approx(place["sitk_stuff"]["origin"], abs=1e-2)
 
 
-@pytest.mark.long
 def test_one_pretraining_serves_both_labelled_datasets(prepared):
     said = prepared(
         "mim_pretrain", "-d", "501", "502", "800", "-p", "nnUNetMiMPlans", "--preset", "tiny", "--view", "32",

@@ -10,7 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOY = ("--preset", "tiny", "--view", "32", "--device", "cpu", "--repeats", "1", "--json")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def last_line(script, *options):
@@ -43,7 +43,6 @@ def test_depthwise_convolution():
     assert found["rows"][0]["difference"] < 1e-4
 
 
-@pytest.mark.long
 def test_reading_crops():
     options = ("--crop", "32", "--size", "48", "--cases", "2", "--crops", "3", "--repeats", "1", "--json")
     found = last_line("data_throughput.py", *options)
@@ -53,7 +52,6 @@ def test_reading_crops():
     assert found["loader_crops_per_s_one_worker"] > 0
 
 
-@pytest.mark.long
 def test_a_finetuning_step():
     options = ("--preset", "tiny", "--patch", "32", "32", "32", "--batch", "1", "--repeats", "1", "--json")
     found = last_line("finetune_step.py", *options)
@@ -61,14 +59,12 @@ def test_a_finetuning_step():
     assert found["ratio_to_plain"] == pytest.approx(found["mim_s"] / found["plain_s"])
 
 
-@pytest.mark.long
 def test_opening_many_cases():
     found = last_line("many_cases.py", "--counts", "10", "20", "--workers", "1", "--json")
     assert [row["cases"] for row in found["rows"]] == [10] * 3 + [20] * 3
     assert found["start_s"] > 0
 
 
-@pytest.mark.long
 def test_gpu_paths_without_a_gpu():
     options = ("--device", "cpu", "--modes", "eager", "--presets", "tiny", "--view", "32", "--batch", "1")
     found = last_line("gpu/gpu_paths.py", *options, "--steps", "1", "--json")

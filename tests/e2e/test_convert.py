@@ -7,7 +7,7 @@ import torch
 
 DATASET = "Dataset908_Convert"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_published_weights_finetune(workplace_of, golden_folder, reference):
