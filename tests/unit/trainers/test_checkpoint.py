@@ -81,7 +81,7 @@ def test_a_named_file_that_is_missing_is_an_error_not_the_next_source(tmp_path, 
     with pytest.raises(MiMError, match=r"/nowhere/a\.pth does not exist \(pretrain_info"):
         find_checkpoint(plans, "3d_fullres", 0, tmp_path)
     monkeypatch.setenv("nnUNet_mim_checkpoint", "/nowhere/b.pth")
-    with pytest.raises(MiMError, match=r"/nowhere/b\.pth \(environment variable nnUNet_mim_checkpoint"):
+    with pytest.raises(MiMError, match=r"/nowhere/b\.pth does not exist \(environment variable nnUNet_mim_checkpoint"):
         find_checkpoint(plans, "3d_fullres", 0, tmp_path)
 
 
