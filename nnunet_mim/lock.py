@@ -13,7 +13,8 @@ from nnunet_mim.errors import MiMError
 
 @contextmanager
 def alone(path: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file. The lock ends with the process, however that ends; the empty file may stay.
+    """Hold a lock file. The lock ends with the process, however that ends; the empty file may stay. Where the file
+    system has no locks there is a note instead.
 
     Args:
         path: of the lock file, its folder is made.
@@ -28,8 +29,8 @@ def alone(path: Path, busy: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise MiMError(busy) from None
-    except NotImplementedError:  # a file system without locks
-        pass
+    except NotImplementedError:
+        print(f"note: {path.parent} is on a file system without locks: do not start the same command twice")
     except OSError as error:
         raise MiMError(f"cannot write {path} ({error.strerror}): make it writable, or delete it") from error
     try:
