@@ -1,7 +1,7 @@
 """One process at a time, also where there are no locks."""
 
-import multiprocessing
-import os
+import subprocess
+import sys
 
 import pytest
 
@@ -10,9 +10,12 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.lock import alone
 
 
-def hold_and_die(path):
-    with alone(path, "busy"):
-        os._exit(9)  # without any clean-up
+HOLD_AND_DIE = """
+import os, pathlib, sys
+from nnunet_mim.lock import alone
+with alone(pathlib.Path(sys.argv[1]), "busy"):
+    os._exit(9)  # without any clean-up
+"""
 
 
 def test_a_second_holder_is_refused_and_the_lock_ends(tmp_path):
@@ -24,10 +27,8 @@ def test_a_second_holder_is_refused_and_the_lock_ends(tmp_path):
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=hold_and_die, args=(tmp_path / "x.lock",))
-    process.start()
-    process.join()
-    assert process.exitcode == 9
+    done = subprocess.run([sys.executable, "-c", HOLD_AND_DIE, str(tmp_path / "x.lock")])
+    assert done.returncode == 9
     with alone(tmp_path / "x.lock", "busy"):
         pass
 
