@@ -9,7 +9,6 @@ from nnunet_mim import lock
 from nnunet_mim.errors import MiMError
 from nnunet_mim.lock import alone
 
-
 HOLD_AND_DIE = """
 import os, pathlib, sys
 from nnunet_mim.lock import alone
