@@ -27,6 +27,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from process_memory import status_kb
 
 from nnunet_mim.config import PRESETS
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
@@ -108,11 +109,6 @@ def measure(options):
     for _ in range(2):
         step(*parts)
     print((status_kb("VmHWM") - before) / 1024)
-
-
-def status_kb(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def peak_mb(name):

@@ -27,6 +27,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
+from process_memory import status_kb
 
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
@@ -170,11 +171,6 @@ def measure(options):
         step()
         peak = 1024 * (status_kb("VmHWM") - before)
     print(peak / 2**20)
-
-
-def status_kb(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def matrix_gflops(device, size=2048, repeats=5):

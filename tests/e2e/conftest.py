@@ -43,6 +43,11 @@ class Workplace:
         assert (done.returncode != 0) == fails, f"{name} {arguments}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stderr if fails else done.stdout
 
+    def plan(self, number):
+        """nnU-Net's fingerprint and plans of a dataset; nothing is preprocessed."""
+        options = ("-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
+        self("nnUNetv2_plan_and_preprocess", "-d", number, *options, nnUNet_n_proc_DA="1")  # 0 breaks the planner
+
     def write_dataset(self, dataset, n_cases, side):
         """Write `n_cases` training images of side³ voxels around an organ, one label, and one more image in `new`."""
         raw = self.folder / "nnUNet_raw" / dataset

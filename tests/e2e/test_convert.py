@@ -17,8 +17,7 @@ def test_published_weights_finetune(workplace_of, golden_folder, reference):
     assert "363 tensors: 361 converted" in work("mim_convert", "official.pth", "-o", "out.pth")
 
     work.write_dataset(DATASET, 5, 32)
-    planning = ("-d", "908", "-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
-    work("nnUNetv2_plan_and_preprocess", *planning, nnUNet_n_proc_DA="1")
+    work.plan(908)
     recipe = ("num_epochs=1", "iterations_per_epoch=1", "val_iterations_per_epoch=1")
     work("mim_plan", "-d", "908", "-pc", "out.pth", "--set", "patch_size=32,32,32", "batch_size=1", *recipe)
     work("nnUNetv2_preprocess", "-d", "908", "-plans_name", "nnUNetMiMPlans", "-c", "3d_fullres", "-np", "1")

@@ -16,8 +16,7 @@ def workplace(workplace_of):
     """Five small volumes, planned and preprocessed for the smallest network, and pretrained for one step."""
     work = workplace_of("few_shot")
     work.write_dataset(DATASET, 5, 32)
-    planning = ("-d", "908", "-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
-    work("nnUNetv2_plan_and_preprocess", *planning, nnUNet_n_proc_DA="1")
+    work.plan(908)
     work("mim_plan", "-d", "908", "--preset", "tiny", "--set", "patch_size=32,32,32", "batch_size=1")
     work("nnUNetv2_preprocess", "-d", "908", "-plans_name", "nnUNetMiMPlans", "-c", "3d_fullres", "-np", "1")
     run = ("--preset", "tiny", "--view", "32", "--iterations", "1", "--batch", "1", "--children", "1", "1")

@@ -69,8 +69,7 @@ def workplace(workplace_of):
     work.write_dataset(DATASET, N_CASES, SIDE)
     write_checkpoint(folder / "pretrained.pth")
 
-    planning = ("-d", "907", "-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
-    work("nnUNetv2_plan_and_preprocess", *planning, nnUNet_n_proc_DA="1")
+    work.plan(907)
     work(
         "mim_plan", "-d", "907", "-pc", str(folder / "pretrained.pth"), "--set", "patch_size=32,32,32", "num_epochs=2",
         "iterations_per_epoch=2", "val_iterations_per_epoch=1",

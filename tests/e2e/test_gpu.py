@@ -61,8 +61,7 @@ def test_finetuning_on_two_gpus(workplace_of):
     """Pretrained weights reach both ranks before DDP wraps the network."""
     work = workplace_of("two_gpus")
     work.write_dataset("Dataset909_TwoGPUs", 5, 32)
-    planning = ("-d", "909", "-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
-    work("nnUNetv2_plan_and_preprocess", *planning, nnUNet_n_proc_DA="1")
+    work.plan(909)
     recipe = ("num_epochs=2", "iterations_per_epoch=2", "val_iterations_per_epoch=1")
     work("mim_plan", "-d", "909", "--preset", "tiny", "--set", "patch_size=32,32,32", "batch_size=2", *recipe)
     plans = ("-p", "nnUNetMiMPlans", "-c", "3d_fullres")

@@ -14,8 +14,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 def workplace(workplace_of):
     work = workplace_of("stock")
     work.write_dataset(DATASET, 5, 32)
-    planning = ("-d", "909", "-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
-    work("nnUNetv2_plan_and_preprocess", *planning, nnUNet_n_proc_DA="1")
+    work.plan(909)
     return work
 
 
