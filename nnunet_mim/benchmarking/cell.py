@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, loa
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.metrics import case_metrics
+from nnunet_mim.benchmarking.seeded_training import attempts_of
 from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.pretraining.sources import Source
@@ -26,8 +26,9 @@ from nnunet_mim.shared import WEIGHTS
 from nnunet_mim.trainers.checkpoint import ENV_CHECKPOINT
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
 
-KEY, RESULT = "key.json", "result.json"
+KEY, RESULT, COST, FAILED = "key.json", "result.json", "cost.json", "failed.txt"
 LOG = "log.txt"
+TRAIN = "nnUNetv2_train"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Arm:
     source: Source = field(repr=False)
     """the dataset as preprocessed for the plans"""
     checkpoint: str | None = None
+    command: str = TRAIN
+    """that trains; others with the same arguments take their checkpoint from the plans"""
 
     @property
     def is_mim(self) -> bool:
@@ -85,6 +88,11 @@ class Cell:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """of the recipe, for MiM trainers"""
 
+    @cached_property
+    def dataset_json(self) -> dict[str, Any]:
+        """Of the preprocessed dataset."""
+        return json.loads((self.arm.source.folder.parent / "dataset.json").read_text())
+
     def key(self) -> dict[str, Any]:
         """Everything that decides the result, as plain values."""
         return {
@@ -92,6 +100,7 @@ class Cell:
             "plans": self.arm.source.plans_name,
             "configuration": self.arm.source.configuration,
             "trainer": self.arm.trainer,
+            "command": self.arm.command,
             "checkpoint": self.arm.checkpoint,
             "fold": self.fold,
             "train_cases": list(self.train_cases),
@@ -103,8 +112,9 @@ class Cell:
         }
 
 
-def finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """The result of a cell that has been run.
+def finished(cell: Cell, folder: Path, tolerance: float) -> dict[str, Any] | None:
+    """The result of a cell that has been run. Where it was measured with another tolerance (mm), its predictions are
+    measured again.
 
     Raises:
         MiMError: the folder holds another one, finished or not.
@@ -115,58 +125,100 @@ def finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
     changed = [f"{name} {stored.get(name)} -> {value}" for name, value in now.items() if stored.get(name) != value]
     if changed:
         raise MiMError(f"{folder} holds another experiment ({'; '.join(changed)[:300]}): give another -o, or delete it")
-    return json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else None
+    if not (folder / RESULT).is_file():
+        return None
+    result = json.loads((folder / RESULT).read_text())
+    if result["tolerance"] != tolerance:
+        result = {**result, **read_result(cell, _output(cell, folder), tolerance)}
+        write_atomically(folder / RESULT, json.dumps(result).encode())
+    return result
 
 
-def run_cell(cell: Cell, folder: Path, device: str, threads: int) -> dict[str, Any]:
-    """Train and validate, going on where an earlier attempt was interrupted; keeps and returns the result.
+def run_cell(
+    cell: Cell, folder: Path, device: str, threads: int, tolerance: float, gpu: str | None = None
+) -> dict[str, Any]:
+    """Train and validate, going on where an earlier attempt was interrupted; keeps and returns the result, or why there
+    is none.
 
     Args:
         cell: what.
         folder: of this cell alone.
         device: as for nnUNetv2_train.
         threads: of PyTorch; 0: as nnU-Net sets them.
+        tolerance: of the normalised surface Dice, mm.
+        gpu: the only one that it sees (CUDA_VISIBLE_DEVICES); None: as this process.
 
     Raises:
         MiMError: the training failed; names its log.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FAILED).unlink(missing_ok=True)
+    try:
+        return _run_cell(cell, folder, device, threads, tolerance, gpu)
+    except Exception as error:
+        kind = "" if isinstance(error, MiMError) else f"{type(error).__name__}: "
+        (folder / FAILED).write_text(f"{kind}{error}", encoding="utf-8")
+        raise
+
+
+def failure(folder: Path) -> str | None:
+    """Why the last attempt at a cell ended; None where it did not fail."""
+    return (folder / FAILED).read_text(encoding="utf-8") if (folder / FAILED).is_file() else None
+
+
+def _run_cell(cell: Cell, folder: Path, device: str, threads: int, tolerance: float, gpu: str | None) -> dict[str, Any]:
     write_atomically(folder / KEY, json.dumps(cell.key()).encode())
     environment = _write_folders(cell, folder)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     output = _output(cell, folder)
     source, length = cell.arm.source, cell.length
     command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training"]
     command += [str(n) for n in (cell.seed, length.epochs, length.iterations, length.val_iterations, threads)]
+    command += [str(folder / COST), cell.arm.command]
     command += [source.dataset, source.configuration, str(cell.fold), "-tr", cell.arm.trainer, "-p", source.plans_name]
     command += ["-device", device]
     if (output / "checkpoint_final.pth").is_file():
         command.append("--val")
     elif (output / "checkpoint_latest.pth").is_file():
         command.append("--c")
-    elif cell.arm.checkpoint and not cell.arm.is_mim:
+    elif cell.arm.checkpoint and not cell.arm.is_mim and cell.arm.command == TRAIN:
         command += ["-pretrained_weights", cell.arm.checkpoint]
-    began = time.time()
     with (folder / LOG).open("a") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     if done.returncode or not (output / "validation" / "summary.json").is_file():
         last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
         raise MiMError(f"training failed, see {folder / LOG} ({last[0][:200]}): repeat the command to try again")
-    result = {"key": cell.key(), **read_result(cell, output), "seconds": time.time() - began}
+    result = {"key": cell.key(), **read_result(cell, output, tolerance), "cost": total_cost(folder / COST)}
     write_atomically(folder / RESULT, json.dumps(result).encode())
     return result
 
 
-def read_result(cell: Cell, output: Path) -> dict[str, Any]:
+def total_cost(file: Path) -> dict[str, Any]:
+    """Of all attempts at a cell: seconds in all, highest memory in bytes, parameters, device. Empty if unknown."""
+    attempts = attempts_of(file)
+    if not attempts:
+        return {}
+    return {
+        **attempts[-1],
+        "seconds": sum(attempt["seconds"] for attempt in attempts),
+        "peak_bytes": max(attempt["peak_bytes"] for attempt in attempts),
+    }
+
+
+def read_result(cell: Cell, output: Path, tolerance: float) -> dict[str, Any]:
     """Metrics per case and label, learning curve, seen cases, and names of the labels, of a finished training."""
     import torch
 
     summary = load_summary_json(str(output / "validation" / "summary.json"))
-    dataset_json = json.loads((cell.arm.source.folder.parent / "dataset.json").read_text())
+    dataset_json = cell.dataset_json
     ending = dataset_json["file_ending"]
     ignore = PlansManager(dict(cell.arm.source.plans)).get_label_manager(dataset_json).ignore_label
     cases = {}
     for entry in summary["metric_per_case"]:
         prediction, reference = Path(entry["prediction_file"]), Path(entry["reference_file"])
-        cases[prediction.name.removesuffix(ending)] = case_metrics(prediction, reference, list(summary["mean"]), ignore)
+        case = prediction.name.removesuffix(ending)
+        cases[case] = case_metrics(prediction, reference, list(summary["mean"]), ignore, tolerance)
     stored = torch.load(output / "checkpoint_final.pth", map_location="cpu", weights_only=False)  # our own training's
     transfer = output / "mim_transfer.json"
     leaked = json.loads(transfer.read_text())["leaked_cases"] if transfer.is_file() and cell.arm.checkpoint else []
@@ -179,7 +231,12 @@ def read_result(cell: Cell, output: Path) -> dict[str, Any]:
         label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
         for name, value in dataset_json["labels"].items()
     }
-    return {"cases": cases, "curve": curve, "leaked": leaked, "names": names}
+    return {"cases": cases, "curve": curve, "leaked": leaked, "names": names, "tolerance": tolerance}
+
+
+def validation_folder(cell: Cell, folder: Path) -> Path:
+    """Where a finished cell's predictions of its validation cases are."""
+    return _output(cell, folder) / "validation"
 
 
 def _output(cell: Cell, folder: Path) -> Path:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.lock import alone
@@ -14,7 +15,31 @@ from nnunet_mim.machine import usable_cores
 DESCRIPTION = """\
 Benchmarks on public CT.
 
-  mim_benchmark prepare --msd Task03_Liver Task06_Lung --btcv RawData"""
+  mim_benchmark prepare --msd Task03_Liver Task06_Lung --btcv RawData
+  mim_benchmark run bench.yaml --dry-run
+  mim_benchmark run bench.yaml"""
+
+RUN = """\
+Train every arm of an experiment on every dataset, fold, number of labels and seed, and compare.
+
+  mim_benchmark run bench.yaml
+
+bench.yaml, for example:
+
+  output: results
+  datasets: {501: {folds: [0, 1, 2, 3, 4]}, 502: {folds: [0]}}
+  arms: [MiM, Scratch, nnUNet]
+  labels: [10%, 100%]
+  seeds: 3
+  gpus: [0, 1, 2, 3]
+
+Every training is nnU-Net's own command in a folder of its own. Repeating the command goes on where it was interrupted,
+and does nothing where everything is finished; what failed is named, and tried again with --retry. All entries:
+docs/benchmark.md."""
+
+RUN_EPILOG = """\
+Output, in the folder of `output` (relative to bench.yaml): report.html, table.md, table.tex, table.csv (every case,
+label and metric), and cells/ with every training, its log.txt and its predictions."""
 
 PREPARE = """\
 Make nnU-Net datasets of the folders that come out of the archives of the Medical Segmentation Decathlon (its CT tasks:
@@ -85,6 +110,23 @@ def prepare(options: argparse.Namespace) -> None:
     print(f"next: mim_prepare -d {' '.join(str(int(name[7:10])) for name in names)}")
 
 
+def run(options: argparse.Namespace) -> None:
+    """Plan, report, or train and report."""
+    from dataclasses import replace
+
+    from nnunet_mim.benchmarking.bench_file import read_bench
+    from nnunet_mim.benchmarking.experiment import plan_experiment, report_experiment, run_experiment
+
+    bench = read_bench(Path(options.bench))
+    bench = replace(bench, allow_seen=bench.allow_seen or options.allow_seen)
+    if options.dry_run:
+        plan_experiment(bench)
+    elif options.report:
+        report_experiment(bench)
+    else:
+        run_experiment(bench, options.retry)
+
+
 def _refuse(problems: list[str]) -> None:
     """Raise the only problem, or print all of them and raise how many there are."""
     if not problems:
@@ -118,7 +160,26 @@ def _parser() -> argparse.ArgumentParser:
     cores = min(8, usable_cores())
     add("-np", type=int, default=cores, metavar="N",
         help=f"files read or converted at once (default: 8, or the cores it may use; here {cores})")  # fmt: skip
+    _add_run(commands)
     return parser
+
+
+def _add_run(commands: Any) -> None:
+    command = commands.add_parser(
+        "run", help="train and compare the arms of an experiment", description=RUN, epilog=RUN_EPILOG,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.set_defaults(run=run)
+    add = command.add_argument
+    add("bench", metavar="bench.yaml", help="the experiment")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument(
+        "--dry-run", dest="dry_run", action="store_true", help="list the trainings and their hours, train nothing"
+    )
+    what.add_argument("--report", action="store_true", help="report what is finished, train nothing")
+    what.add_argument("--retry", action="store_true", help="try again what failed")
+    add("--allow-seen", dest="allow_seen", action="store_true",
+        help="validate on cases that a pretraining has seen; they are marked in every table")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -39,29 +39,42 @@ def surface_distances(
     return to_reference[surfaces[0]], to_prediction[surfaces[1]]
 
 
-def hausdorff95(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> float:
-    """95th percentile of the Hausdorff distance: the larger one of the 95th percentiles of both directions, mm.
+def surface_metrics(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
+) -> tuple[float, float]:
+    """How far the surfaces of two masks are apart.
 
-    NaN where both masks are empty; the diagonal of the image where one is, so that a missed organ counts as a large
-    error.
+    Args:
+        prediction, reference: (X, Y, Z) bool.
+        spacing: mm per voxel and axis.
+        tolerance: mm; surface voxels up to so far from the other surface agree with it.
+
+    Returns:
+        (hd95, nsd). hd95: 95th percentile of the Hausdorff distance, the larger one of the 95th percentiles of both
+        directions, mm. nsd: normalised surface Dice, the share of the surface voxels of both masks that agree.
+        Both are NaN where both masks are empty; where one is, hd95 is the diagonal of the image, so that a missed organ
+        counts as a large error, and nsd is 0.
     """
     if not prediction.any() or not reference.any():
         if prediction.any() == reference.any():
-            return float("nan")
-        return float(np.linalg.norm(np.array(prediction.shape) * np.array(spacing)))
-    return max(float(np.percentile(d, 95)) for d in surface_distances(prediction, reference, spacing))
+            return float("nan"), float("nan")
+        return float(np.linalg.norm(np.array(prediction.shape) * np.array(spacing))), 0.0
+    distances = surface_distances(prediction, reference, spacing)
+    within = np.concatenate(distances) <= tolerance
+    return max(float(np.percentile(d, 95)) for d in distances), float(within.mean())
 
 
 def case_metrics(
-    prediction: Path, reference: Path, labels: Sequence[Label], ignore: int | None = None
+    prediction: Path, reference: Path, labels: Sequence[Label], ignore: int | None = None, tolerance: float = 1.0
 ) -> dict[str, dict[str, float]]:
-    """Dice, hd95 (mm) and numbers of voxels (n_ref, n_pred) of every label of one case, by its name in nnU-Net's
+    """Dice, hd95 (mm), nsd and numbers of voxels (n_ref, n_pred) of every label of one case, by its name in nnU-Net's
     summary.json.
 
     Args:
         prediction, reference: label images on the same grid.
         labels: labels without the background, or regions (several labels).
         ignore: label of voxels that nothing is said about: they count on neither side.
+        tolerance: of the normalised surface Dice, mm.
 
     Raises:
         ValueError: the images are of different size.
@@ -75,9 +88,11 @@ def case_metrics(
     figures = {}
     for label in labels:
         a, b = (region_or_label_to_mask(image, label) & known for image in (found, truth))
+        hd95, nsd = surface_metrics(a, b, spacing, tolerance)
         figures[label_or_region_to_key(label)] = {
             "dice": dice(a, b),
-            "hd95": hausdorff95(a, b, spacing),
+            "hd95": hd95,
+            "nsd": nsd,
             "n_ref": int(b.sum()),
             "n_pred": int(a.sum()),
         }

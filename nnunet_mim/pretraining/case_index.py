@@ -21,7 +21,7 @@ from nnunet_mim.voxel_hash import voxel_sha256
 
 N_BODY_POINTS = 64
 BODY_HU = -500.0
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 GONE = (-1, -1)
 """in place of size and time of a file"""
 
@@ -40,6 +40,8 @@ class CaseInfo:
     high: tuple[float, ...]
     body_points: tuple[tuple[int, int, int], ...]
     """voxels inside the body, spread at random; empty where everything is air"""
+    image_sha256: str = ""
+    """of the image's voxels as nnU-Net's reader gives them, where they were known; else empty"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +58,8 @@ class CaseIndex(Sequence[CaseInfo]):
     """(N, 2, C) float64: smallest and largest intensity per channel"""
     points: np.ndarray
     """(N, N_BODY_POINTS, 3) int16; -1 where there is no body"""
+    images: np.ndarray
+    """(N, 32) uint8: hashes of the images; 0 where they are not known"""
 
     @classmethod
     def of(cls, infos: Sequence[CaseInfo], channels: int = 1) -> CaseIndex:
@@ -64,9 +68,10 @@ class CaseIndex(Sequence[CaseInfo]):
         return cls(
             np.array([i.case for i in infos], np.str_),
             np.array([i.shape for i in infos], np.int32).reshape(-1, 3),
-            np.array([list(bytes.fromhex(i.sha256)) for i in infos], np.uint8).reshape(-1, 32),
+            _bytes([i.sha256 for i in infos]),
             np.array([(i.low, i.high) for i in infos], np.float64).reshape(-1, 2, channels),
             np.array([i.body_points or no_body for i in infos], np.int16).reshape(-1, N_BODY_POINTS, 3),
+            _bytes([i.image_sha256 for i in infos]),
         )
 
     def __len__(self) -> int:
@@ -87,6 +92,7 @@ class CaseIndex(Sequence[CaseInfo]):
             tuple(self.ranges[number, 0].tolist()),
             tuple(self.ranges[number, 1].tolist()),
             tuple(map(tuple, points)) if points[0][0] >= 0 else (),
+            self.images[number].tobytes().hex() if self.images[number].any() else "",
         )
 
     def take(self, numbers: np.ndarray) -> CaseIndex:
@@ -209,6 +215,11 @@ def body_threshold(source: Source) -> float:
     return max((BODY_HU - mean) / std, window[0] + 0.01 * (window[1] - window[0]))
 
 
+def _bytes(hashes: Sequence[str]) -> np.ndarray:
+    """(N, 32) uint8 of hexadecimal digits; 0 for none."""
+    return np.array([list(bytes.fromhex(h or "00" * 32)) for h in hashes], np.uint8).reshape(-1, 32)
+
+
 def _describe_or_error(source: Source, case: str) -> CaseInfo | MiMError:
     try:
         return describe_case(source, case)
@@ -269,7 +280,7 @@ def info_from_json(info: dict) -> CaseInfo:
     """Inverse of `asdict`, through JSON."""
     return CaseInfo(
         info["case"], tuple(info["shape"]), info["sha256"], tuple(info["low"]), tuple(info["high"]),
-        tuple(tuple(point) for point in info["body_points"]),
+        tuple(tuple(point) for point in info["body_points"]), info.get("image_sha256", ""),
     )  # fmt: skip
 
 

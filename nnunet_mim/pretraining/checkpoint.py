@@ -131,15 +131,26 @@ def run_provenance(
 
 
 def case_records(cases: Cases) -> list[dict[str, str]]:
-    """Dataset, identifier and content hash of each case, as stored under `provenance["cases"]`."""
+    """Dataset, identifier and content hash of each case, as stored under `provenance["cases"]`; also the hash of its
+    image where `mim_prepare` has read it.
+    """
     datasets = [cases.sources[number].dataset for number in cases.numbers[:, 0]]
-    columns = zip(datasets, cases.column("names").tolist(), cases.column("hashes"), strict=True)
-    return [{"dataset": dataset, "case": case, "sha256": row.tobytes().hex()} for dataset, case, row in columns]
+    columns = zip(datasets, cases.column("names").tolist(), cases.column("hashes"), cases.column("images"), strict=True)
+    return [
+        {"dataset": dataset, "case": case, "sha256": row.tobytes().hex()}
+        | ({"image_sha256": image.tobytes().hex()} if image.any() else {})
+        for dataset, case, row, image in columns
+    ]
+
+
+def case_key(record: Mapping[str, str]) -> tuple[str, str, str]:
+    """What makes two records the same case: dataset, identifier, hash of the preprocessed voxels."""
+    return record["dataset"], record["case"], record["sha256"]
 
 
 def merged_records(earlier: list[dict[str, str]], now: list[dict[str, str]]) -> list[dict[str, str]]:
     """Union of two lists of records, in order: weights of an earlier run remember its cases."""
-    return list({tuple(record.values()): record for record in [*earlier, *now]}.values())
+    return list({case_key(record): record for record in [*earlier, *now]}.values())
 
 
 def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:

@@ -21,7 +21,7 @@ from nnunet_mim.geometry import levels_of, suitable_scale, suitable_strides, sui
 from nnunet_mim.machine import usable_cores
 from nnunet_mim.networks.resenc import check_resenc, check_view
 from nnunet_mim.pretraining.case_index import read_index, remedy
-from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, case_records, load_checkpoint
+from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, case_key, case_records, load_checkpoint
 from nnunet_mim.pretraining.configure import build_config, network_of, triple
 from nnunet_mim.pretraining.data import RunData
 from nnunet_mim.pretraining.dataset import Cases, dataset_shares
@@ -77,10 +77,11 @@ def check_same_run(stored: dict[str, Any], config: PretrainConfig, train: Cases)
     changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in now if before.get(name) != now.get(name)]
     if changed:
         raise MiMError(f"--c: the run was started with other settings ({'; '.join(changed)}): use the same")
-    records = {tuple(sorted(record.items())) for record in case_records(train)}
-    known = {tuple(sorted(record.items())) for record in stored["provenance"]["cases"]}
+    records, known = (
+        {case_key(record) for record in of} for of in (case_records(train), stored["provenance"]["cases"])
+    )
     gone = set() if config.init_checkpoint else known - records  # --init brings records of an earlier run's cases
-    if changed_cases := sorted({dict(record)["case"] for record in (records - known) | gone}):
+    if changed_cases := sorted({case for _, case, _ in (records - known) | gone}):
         raise MiMError(
             f"--c: the run was started on other cases than those of -d now ({len(changed_cases)} came, went or "
             f"changed, {changed_cases[0]} first): give the same datasets, or start a new run with -o TAG and --init"

@@ -35,34 +35,40 @@ def protocol(work, *arguments, fails=False):
 def test_trained_once_reported_and_resumed(workplace):
     output = workplace.folder / "nnUNet_results" / DATASET / "few_shot__nnUNetMiMPlans__3d_fullres"
     said = protocol(workplace)
-    assert "4 trainings of 4 iterations, 4 to do" in said
-    cells = {(int(p.parts[-4].split("_")[1]), p.parts[-2]): p for p in output.glob("labels_*/seed_0/*/result.json")}
-    assert set(cells) == {(2, "MiM"), (2, "Scratch"), (4, "MiM"), (4, "Scratch")}
+    assert "4 trainings of 4 iterations: 0 finished, 4 to do" in said
+    cells = {
+        (p.parts[-4].removeprefix("labels_"), p.parts[-2]): p
+        for p in output.glob(f"cells/{DATASET}/fold_0/labels_*/seed_0/*/result.json")
+    }
+    assert set(cells) == {("2", "MiM"), ("2", "Scratch"), ("all", "MiM"), ("all", "Scratch")}
     results = {place: json.loads(path.read_text()) for place, path in cells.items()}
-    for (count, arm), result in results.items():
-        assert len(result["key"]["train_cases"]) == count
-        assert result["key"]["train_cases"] == results[count, "MiM"]["key"]["train_cases"], "the same for all arms"
+    for (labels, arm), result in results.items():
+        assert len(result["key"]["train_cases"]) == (2 if labels == "2" else 4)
+        assert result["key"]["train_cases"] == results[labels, "MiM"]["key"]["train_cases"], "the same for all arms"
         assert set(result["cases"]) == set(result["key"]["val_cases"])
         assert len(result["curve"]) == 2
         assert result["leaked"] == []
         assert bool(result["key"]["checkpoint"]) == (arm == "MiM")
-        fold = next(cells[count, arm].parent.glob("nnUNet_results/*/*/fold_0"))
+        fold = next(cells[labels, arm].parent.glob("nnUNet_results/*/*/fold_0"))
         summary = json.loads((fold / "validation" / "summary.json").read_text())
         for entry in summary["metric_per_case"]:
             case = entry["prediction_file"].split("/")[-1].removesuffix(".nii.gz")
             assert result["cases"][case]["1"]["dice"] == pytest.approx(entry["metrics"]["1"]["Dice"], nan_ok=True)
-    assert set(results[2, "MiM"]["key"]["train_cases"]) < set(results[4, "MiM"]["key"]["train_cases"]), "nested"
-    for name in ("table.md", "table.csv", "figure.png"):
+        assert result["cost"]["seconds"] > 0
+        assert 1e6 < result["cost"]["parameters"] < 100e6
+    assert set(results["2", "MiM"]["key"]["train_cases"]) < set(results["all", "MiM"]["key"]["train_cases"]), "nested"
+    for name in ("table.md", "table.csv", "table.tex", f"figure_{DATASET}.png", "report.html"):
         assert (output / name).stat().st_size > 100
     assert (output / "table.md").read_text() in said
     rows = list(csv.DictReader((output / "table.csv").open()))
     assert len(rows) == 4  # one validation case, one label
     # a training that was interrupted before its validation goes on there; the others are not touched
     stamps = {place: path.stat().st_mtime_ns for place, path in cells.items()}
-    cells[4, "Scratch"].unlink()
-    assert "4 trainings of 4 iterations, 1 to do" in protocol(workplace)
+    cells["all", "Scratch"].unlink()
+    assert "4 trainings of 4 iterations: 3 finished, 1 to do" in protocol(workplace)
     changed = {place for place, path in cells.items() if path.stat().st_mtime_ns != stamps[place]}
-    assert changed == {(4, "Scratch")}
+    assert changed == {("all", "Scratch")}
+    assert protocol(workplace, "--dry-run").count("finished, about ") == 4
     assert "another experiment (length" in protocol(workplace, "--iterations", "6", fails=True)
     assert "another experiment (settings" in protocol(workplace, "--set", "lr=0.1", fails=True)
 
@@ -70,7 +76,7 @@ def test_trained_once_reported_and_resumed(workplace):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--labels", "5"], "give numbers from 1 to 4"),
+        (["--labels", "5"], "labels 5: give numbers from 1 to 4"),
         (["--arms", "MiM", "Nothing"], "--arms Nothing: give MiM, Scratch, nnUNet"),
         (["--arms", "Mine=nnUNetTrainer:NoPlans"], "no plans 'NoPlans'"),
         (["--set", "no_such=1"], "unknown setting 'no_such'"),
@@ -78,7 +84,7 @@ def test_trained_once_reported_and_resumed(workplace):
         (["--arms", "A=nnUNetTrainerMiM:nnUNetMiMPlans:/gone.pth"], "/gone.pth does not exist"),
         (["--arms", "A=nnUNetTrainer:nnUNetMiMPlans:/gone.pth"], "/gone.pth does not exist"),
         (["--arms", "A=nnUNetTrainerMiMScratch:nnUNetMiMPlans:x.pth"], "starts from random weights"),
-        (["--iterations", "3"], "--iterations must be a multiple of --iterations_per_epoch"),
+        (["--iterations", "3"], "iterations (3) must be a multiple of iterations_per_epoch (2)"),
         (["--iterations_per_epoch", "0"], "--iterations_per_epoch must be at least 1"),
         (["--report", "-o", "nowhere"], "no training in nowhere is finished"),
     ],
@@ -94,7 +100,7 @@ def test_a_stock_arm_trains_with_the_same_length(workplace):
     workplace("nnUNetv2_preprocess", "-d", "908", "-c", "3d_fullres", "-np", "1")
     output = workplace.folder / "stock"
     said = protocol(workplace, "--labels", "2", "--arms", "nnUNet", "-o", str(output))
-    assert "1 trainings of 4 iterations, 1 to do" in said
-    log = (output / "labels_0002" / "seed_0" / "nnUNet" / "log.txt").read_text()
+    assert "1 trainings of 4 iterations: 0 finished, 1 to do" in said
+    log = (output / "cells" / DATASET / "fold_0" / "labels_2" / "seed_0" / "nnUNet" / "log.txt").read_text()
     assert "Epoch 1" in log
     assert "Epoch 2" not in log

@@ -1,13 +1,16 @@
 """Cells without any training: what decides that one is finished, and the commands that are run."""
 
 import json
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nnunet_mim.benchmarking import cell as module
-from nnunet_mim.benchmarking.cell import KEY, RESULT, Arm, Cell, Length, finished, run_cell
-from nnunet_mim.benchmarking.seeded_training import set_length
+from nnunet_mim.benchmarking.cell import KEY, RESULT, Arm, Cell, Length, failure, finished, run_cell, total_cost
+from nnunet_mim.benchmarking.seeded_training import installed_command, record_cost, set_length
 from nnunet_mim.errors import MiMError
 
 
@@ -59,7 +62,7 @@ def commands(monkeypatch):
 def attempt(cell, folder, says="an error of nnU-Net"):
     folder.mkdir(exist_ok=True)
     with pytest.raises(MiMError, match=says):
-        run_cell(cell, folder, "cpu", 1)
+        run_cell(cell, folder, "cpu", 1, 1.0)
 
 
 def test_the_command_and_its_folders(make_cell, commands, tmp_path):
@@ -67,8 +70,8 @@ def test_the_command_and_its_folders(make_cell, commands, tmp_path):
     attempt(make_cell(), folder)
     (command,), (env,) = commands.commands, commands.environments
     assert command[2:] == [
-        "nnunet_mim.benchmarking.seeded_training", "7", "3", "4", "5", "1", "Dataset001_X", "3d_fullres", "1",
-        "-tr", "nnUNetTrainerMiM", "-p", "P", "-device", "cpu",
+        "nnunet_mim.benchmarking.seeded_training", "7", "3", "4", "5", "1", str(folder / "cost.json"), "nnUNetv2_train",
+        "Dataset001_X", "3d_fullres", "1", "-tr", "nnUNetTrainerMiM", "-p", "P", "-device", "cpu",
     ]  # fmt: skip
     assert env["nnUNet_mim_checkpoint"] == str(tmp_path / "a.pth")
     base = folder / "nnUNet_preprocessed" / "Dataset001_X"
@@ -95,17 +98,17 @@ def test_a_checkpoint_for_a_trainer_of_nnunet(make_cell, commands, tmp_path):
 def test_an_interrupted_cell_is_not_continued_as_another_one(make_cell, commands, tmp_path):
     folder = tmp_path / "cell"
     attempt(make_cell(), folder)
-    assert finished(make_cell(), folder) is None
+    assert finished(make_cell(), folder, 1.0) is None
     for changes, says in (
         ({"length": Length(9, 4, 5)}, "length"),
         ({"settings": {"lr": 0.1}}, "settings"),
         ({"train_cases": ("a",)}, "train_cases"),
     ):
         with pytest.raises(MiMError, match=f"holds another experiment .{says}"):
-            finished(make_cell(**changes), folder)
+            finished(make_cell(**changes), folder, 1.0)
     (tmp_path / "a.pth").write_bytes(b"other weights under the same name")
     with pytest.raises(MiMError, match=r"holds another experiment \(checkpoint_sha256"):
-        finished(make_cell(), folder)
+        finished(make_cell(), folder, 1.0)
 
 
 def test_plans_of_the_same_name_but_other_content(make_cell, source, commands, tmp_path):
@@ -113,16 +116,82 @@ def test_plans_of_the_same_name_but_other_content(make_cell, source, commands, t
     attempt(make_cell(), folder)
     source.plans = {"x": 2}
     with pytest.raises(MiMError, match=r"holds another experiment \(plans_sha256"):
-        finished(make_cell(), folder)
+        finished(make_cell(), folder, 1.0)
 
 
 def test_a_finished_cell(make_cell, tmp_path):
     folder = tmp_path / "cell"
     folder.mkdir()
-    assert finished(make_cell(), folder) is None
+    assert finished(make_cell(), folder, 1.0) is None
     (folder / KEY).write_text(json.dumps(make_cell().key()))
-    (folder / RESULT).write_text('{"curve": [1]}')
-    assert finished(make_cell(), folder) == {"curve": [1]}
+    (folder / RESULT).write_text('{"curve": [1], "tolerance": 1.0}')
+    assert finished(make_cell(), folder, 1.0) == {"curve": [1], "tolerance": 1.0}
+
+
+def test_another_tolerance_measures_the_predictions_again(make_cell, tmp_path, monkeypatch):
+    folder = tmp_path / "cell"
+    folder.mkdir()
+    (folder / KEY).write_text(json.dumps(make_cell().key()))
+    (folder / RESULT).write_text('{"cases": 1, "cost": {"seconds": 5}, "tolerance": 1.0}')
+    monkeypatch.setattr(module, "read_result", lambda cell, output, tolerance: {"cases": 2, "tolerance": tolerance})
+    expected = {"cases": 2, "cost": {"seconds": 5}, "tolerance": 3.0}
+    assert finished(make_cell(), folder, 3.0) == expected
+    assert json.loads((folder / RESULT).read_text()) == expected
+
+
+def test_a_failure_is_remembered_until_the_next_attempt(make_cell, commands, tmp_path, monkeypatch):
+    folder = tmp_path / "cell"
+    assert failure(folder) is None
+    attempt(make_cell(), folder)
+    assert failure(folder).startswith("training failed, see")
+    monkeypatch.setattr(commands, "run", lambda *_, **__: pytest.fail(failure(folder) or "forgotten"))
+    with pytest.raises(pytest.fail.Exception, match="forgotten"):
+        run_cell(make_cell(), folder, "cpu", 1, 1.0)
+
+
+def test_one_gpu_a_training(make_cell, commands, tmp_path):
+    with pytest.raises(MiMError):
+        run_cell(make_cell(), tmp_path / "cell", "cuda", 0, 1.0, gpu="3")
+    assert commands.environments[0]["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_another_command_takes_its_checkpoint_from_the_plans(make_cell, commands, tmp_path):
+    cell = make_cell("PretrainedTrainer")
+    cell = replace(cell, arm=replace(cell.arm, command="nnUNetv2_train_pretrained"))
+    attempt(cell, tmp_path / "cell")
+    command = commands.commands[0]
+    assert command[8:10] == [str(tmp_path / "cell" / "cost.json"), "nnUNetv2_train_pretrained"]
+    assert "-pretrained_weights" not in command
+
+
+def test_the_cost_of_all_attempts(tmp_path):
+    file = tmp_path / "cost.json"
+    assert total_cost(file) == {}
+
+    class Trainer:
+        device, network = torch.device("cpu"), torch.nn.Linear(3, 4)
+
+        def on_epoch_end(self):
+            return "epoch"
+
+        def perform_actual_validation(self, save_probabilities=False):
+            return save_probabilities
+
+    for began in (time.time() - 30, time.time() - 100):
+        again = type("Again", (Trainer,), {"on_epoch_end": Trainer.on_epoch_end})
+        record_cost(again, file, began)
+        assert again().on_epoch_end() == "epoch"
+        assert again().perform_actual_validation(True) is True
+    cost = total_cost(file)
+    assert cost["seconds"] == pytest.approx(130, abs=5)
+    assert (cost["parameters"], cost["device"]) == (16, "cpu")
+    assert 10e6 < cost["peak_bytes"] < 100e9
+
+
+def test_an_installed_command_is_found_by_its_name():
+    assert installed_command("nnUNetv2_train").__module__ == "nnunetv2.run.run_training"
+    with pytest.raises(SystemExit, match="nnUNetv2_nothing is not installed"):
+        installed_command("nnUNetv2_nothing")
 
 
 def test_the_length_holds_for_trainers_with_one_of_their_own():

@@ -9,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nnunet_mim.benchmarking.metrics import case_metrics, dice, hausdorff95, surface_distances
+from nnunet_mim.benchmarking.metrics import case_metrics, dice, surface_distances, surface_metrics
 
 SPACING = (3.0, 1.0, 1.5)
+
+
+def hausdorff95(prediction, reference, spacing):
+    return surface_metrics(prediction, reference, spacing, 1.0)[0]
+
+
+def surface_dice(prediction, reference, tolerance, spacing=SPACING):
+    return surface_metrics(prediction, reference, spacing, tolerance)[1]
 
 
 def box(shape, low, high):
@@ -49,6 +57,26 @@ def test_distances_are_those_of_a_slow_search(prediction, reference):
         surface_distances(prediction, reference, SPACING), slow_distances(prediction, reference, SPACING), strict=True
     ):
         assert sorted(found) == pytest.approx(sorted(expected))
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks, masks, st.sampled_from([0.0, 1.0, 1.5, 2.0, 3.0]))
+def test_surface_dice_counts_what_a_slow_search_finds_within_the_tolerance(prediction, reference, tolerance):
+    one, two = slow_distances(prediction, reference, SPACING)
+    near = sum(d <= tolerance for d in one + two)
+    assert surface_dice(prediction, reference, tolerance) == pytest.approx(near / len(one + two))
+
+
+def test_surface_dice_of_plates_by_hand():
+    """Two plates one voxel thick, 3 mm apart along the first axis: nothing agrees within 2.9 mm, everything within 3;
+    half of one plate and the whole of the other agree where half of it is missing.
+    """
+    plate, other = box((9, 10, 10), (4, 0, 0), (5, 10, 10)), box((9, 10, 10), (5, 0, 0), (6, 10, 10))
+    assert surface_dice(plate, other, 2.9) == 0.0
+    assert surface_dice(plate, other, 3.0) == 1.0
+    half = box((9, 10, 10), (4, 0, 0), (5, 5, 10))
+    assert surface_dice(half, plate, 0.5) == pytest.approx((50 + 50) / (50 + 100))
+    assert surface_dice(half, plate, 1.0) == pytest.approx((50 + 60) / (50 + 100)), "one voxel further is 1 mm away"
 
 
 @settings(max_examples=30, deadline=None)
@@ -100,10 +128,10 @@ def test_masks_that_touch_the_border_have_a_surface_there():
 def test_empty_masks():
     empty, full = np.zeros((3, 4, 12), bool), np.ones((3, 4, 12), bool)
     assert math.isnan(dice(empty, empty))
-    assert math.isnan(hausdorff95(empty, empty, SPACING))
+    assert all(math.isnan(value) for value in surface_metrics(empty, empty, SPACING, 1.0))
     for pair in ((empty, full), (full, empty)):
         assert dice(*pair) == 0
-        assert hausdorff95(*pair, (1.0, 1.0, 1.0)) == 13.0  # 3, 4, 12: the diagonal
+        assert surface_metrics(*pair, (1.0, 1.0, 1.0), 1.0) == (13.0, 0.0)  # 3, 4, 12: the diagonal
 
 
 def test_of_files_in_mm(tmp_path):
@@ -114,7 +142,11 @@ def test_of_files_in_mm(tmp_path):
         image.SetSpacing(SPACING[::-1])
         sitk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
     found = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [1, 2])
-    assert found["2"] == {"dice": pytest.approx(0.6), "hd95": pytest.approx(6.0), "n_ref": 500, "n_pred": 500}
+    nsd = surface_dice(prediction > 0, reference > 0, 1.0)
+    figures = {"dice": pytest.approx(0.6), "hd95": pytest.approx(6.0), "nsd": pytest.approx(nsd)}
+    assert found["2"] == {**figures, "n_ref": 500, "n_pred": 500}
+    wider = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [2], tolerance=6.0)["2"]
+    assert nsd < wider["nsd"] == 1.0
     both = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [(1, 2)])
     assert both == {"(1, 2)": found["2"]}, "a region, by its name in nnU-Net's summary.json"
     ignored = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [2], ignore=0)["2"]

@@ -1,0 +1,154 @@
+"""Pictures of an experiment: Dice by number of labels, learning curves, Dice by label, and cases with contours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from nnunet_mim.benchmarking.tables import Outcome, label_names
+from nnunet_mim.reporting.figures import COLOURS, bare
+from nnunet_mim.reporting.views import CT_WINDOW
+
+ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+
+
+@dataclass(frozen=True)
+class CasePicture:
+    """One axial slice of a case; arrays (Y, X), y to the back, x to the patient's left."""
+
+    title: str
+    """of the row"""
+    name: str
+    ct: np.ndarray
+    """HU"""
+    reference: np.ndarray
+    """labels"""
+    predictions: Mapping[str, np.ndarray]
+    """labels, by arm"""
+    dice: Mapping[str, float]
+    """of the case, by arm"""
+    spacing: tuple[float, float]
+    """mm along y, x"""
+
+
+def curves_figure(outcome: Outcome, dataset: str) -> Figure:
+    """Dice by number of labels, and the learning curves with the most of them."""
+    matrix = outcome.matrix
+    figure = Figure(figsize=(10.8, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    counts = {
+        labels: np.mean([matrix.train_counts[dataset, fold, labels] for fold in matrix.folds(dataset)])
+        for labels in matrix.bench.labels
+    }
+    texts = []
+    for arm, colour in zip(matrix.arms, _colours(len(matrix.arms)), strict=True):
+        means = {
+            labels: np.nanmean(outcome.values(dataset, labels, seeds, arm, "dice"), axis=1) * 100
+            for labels in sorted(counts, key=counts.__getitem__)
+            if (seeds := outcome.seeds(dataset, labels, arm))
+        }
+        for labels, values in means.items():
+            left.scatter([counts[labels]] * len(values), values, color=colour, s=14, alpha=0.5)
+        if not means:
+            continue
+        centres = [float(values.mean()) for values in means.values()]
+        left.plot([counts[labels] for labels in means], centres, color=colour, marker="o", label=arm)
+        texts.append(f"{arm} {', '.join(f'{m:.1f} with {t}' for m, t in zip(centres, means, strict=True))}")
+        for number, result in enumerate(outcome.trainings(dataset, list(means)[-1], arm)):
+            steps = matrix.bench.length.iterations * np.arange(1, len(result["curve"]) + 1)
+            right.plot(
+                steps, np.array(result["curve"]) * 100, color=colour, alpha=0.75, label=arm if not number else None
+            )
+    left.set(xlabel="labelled cases", ylabel="Dice on the validation cases, %", xscale="log")
+    left.set_xticks(list(counts.values()), [f"{count:g}" for count in counts.values()])
+    left.minorticks_off()
+    right.set(xlabel="iterations", ylabel="nnU-Net's moving average of Dice, %")
+    right.set_title("learning curves with the most labels", fontsize=10)
+    for axes in (left, right):
+        _plain(axes)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    figure.set_label(f"Dice by number of labels, {dataset}: {'; '.join(texts)}.")
+    return figure
+
+
+def bars_figure(outcome: Outcome, dataset: str) -> Figure | None:
+    """Dice of every label with the most labelled cases that every arm has finished; None where there are none."""
+    matrix, names = outcome.matrix, label_names(outcome, dataset)
+    most = [labels for labels in matrix.bench.labels if all(outcome.seeds(dataset, labels, a) for a in matrix.arms)]
+    if not most:
+        return None
+    figure = Figure(figsize=(max(5.0, min(14.0, 1.5 + 0.32 * len(names) * (len(matrix.arms) + 1))), 3.6))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(matrix.arms)
+    for number, (arm, colour) in enumerate(zip(matrix.arms, _colours(len(matrix.arms)), strict=True)):
+        seeds = outcome.seeds(dataset, most[-1], arm)
+        means = [np.nanmean(outcome.values(dataset, most[-1], seeds, arm, "dice", key), axis=1) for key in names]
+        places = np.arange(len(names)) + (number - (len(matrix.arms) - 1) / 2) * width
+        spread = [m.std(ddof=1) * 100 if len(m) > 1 else 0.0 for m in means]
+        heights = [m.mean() * 100 for m in means]
+        axes.bar(places, heights, width * 0.92, yerr=spread, color=colour, label=arm, ecolor="#444444", capsize=2)
+    axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names.values()], rotation=20, ha="right")
+    axes.set_ylabel("Dice, %")
+    axes.set_ylim(0, 100)
+    _plain(axes)
+    axes.legend(frameon=False, ncols=len(matrix.arms), loc="lower right", bbox_to_anchor=(1, 1))
+    figure.set_label(f"Dice of every label, {dataset}, labels {most[-1]}; bars: standard deviation over seeds.")
+    return figure
+
+
+def cases_figure(pictures: Sequence[CasePicture], names: Mapping[int, str]) -> Figure:
+    """A row a case, a column an arm: the CT, the reference's contours dashed, the prediction's solid.
+
+    Args:
+        pictures: of cases that all have the same arms.
+        names: of the labels.
+    """
+    arms = list(pictures[0].predictions)
+    figure = Figure(figsize=(3.1 * len(arms) + 0.6, 3.1 * len(pictures) + 0.5), layout="constrained")
+    axes = figure.subplots(len(pictures), len(arms), squeeze=False)
+    for row, picture in zip(axes, pictures, strict=True):
+        aspect = picture.spacing[0] / picture.spacing[1]
+        for column, arm in zip(row, arms, strict=True):
+            column.imshow(picture.ct, cmap="gray", vmin=CT_WINDOW[0], vmax=CT_WINDOW[1], aspect=aspect)
+            for style, labels in (("dashed", picture.reference), ("solid", picture.predictions[arm])):
+                for number, label in enumerate(names):
+                    inside = labels == label
+                    if inside.any() and not inside.all():
+                        column.contour(
+                            inside, levels=[0.5], colors=COLOURS[number % len(COLOURS)], linewidths=1.1,
+                            linestyles=style,
+                        )  # fmt: skip
+            column.set_title(f"{arm}: {picture.dice[arm] * 100:.1f} %", fontsize=9)
+            bare(column)
+        row[0].set_ylabel(f"{picture.title}\n{picture.name}", fontsize=9)
+    handles = [
+        Line2D([], [], color=COLOURS[i % len(COLOURS)], label=name.replace("_", " "))
+        for i, name in enumerate(names.values())
+    ]
+    handles += [
+        Line2D([], [], color="#555555", linestyle="--", label="reference"),
+        Line2D([], [], color="#555555", linestyle="-", label="arm"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=8)
+    figure.set_label("; ".join(f"{p.title}: {p.name}, Dice {_dice_text(p.dice)}" for p in pictures))
+    return figure
+
+
+def _dice_text(dice: Mapping[str, float]) -> str:
+    return ", ".join(f"{arm} {value * 100:.1f} %" for arm, value in dice.items())
+
+
+def _colours(count: int) -> list[str]:
+    return [ARM_COLOURS[i % len(ARM_COLOURS)] for i in range(count)]
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

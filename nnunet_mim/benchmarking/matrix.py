@@ -1,0 +1,189 @@
+"""An experiment: datasets × folds × numbers of labels × seeds × arms, and the training that each stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nnunet_mim.benchmarking.arms import ArmSpec, control_of, resolve_arm
+from nnunet_mim.benchmarking.cell import Arm, Cell, Length, nested_subset, recipe_of
+from nnunet_mim.benchmarking.splits import label_fraction
+from nnunet_mim.dataset_name import dataset_name
+from nnunet_mim.errors import MiMError
+from nnunet_mim.pretraining.sources import fold_cases
+
+
+class Place(NamedTuple):
+    """Which training."""
+
+    dataset: str
+    """DatasetXXX_Name"""
+    fold: int
+    labels: str
+    """as the user wrote it: 20, 10%, all"""
+    seed: int
+    arm: str
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A dataset of the experiment."""
+
+    dataset: str
+    """number or name"""
+    folds: tuple[int, ...] = (0,)
+    configuration: str = "3d_fullres"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is to be run, as the user says it."""
+
+    datasets: tuple[DatasetSpec, ...]
+    arms: tuple[ArmSpec, ...]
+    labels: tuple[str, ...]
+    seeds: int
+    length: Length
+    output: Path
+    control: str | None = None
+    device: str = "cuda"
+    gpus: tuple[str, ...] = ()
+    """one training on each at a time; none: as this process sees them"""
+    jobs: int = 1
+    """trainings at a time, without `gpus`"""
+    slurm: Mapping[str, Any] | None = None
+    """parameters of submitit; None: this machine"""
+    nsd_tolerance_mm: float = 1.0
+    allow_seen: bool = False
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All trainings of a Bench, checked."""
+
+    bench: Bench
+    cells: dict[Place, Cell]
+    control: str
+    train_counts: dict[tuple[str, int, str], int] = field(default_factory=dict)
+    """training cases by (dataset, fold, labels)"""
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names, in the user's order."""
+        return list(dict.fromkeys(place.dataset for place in self.cells))
+
+    @property
+    def arms(self) -> list[str]:
+        """Names, in the user's order."""
+        return [spec.name for spec in self.bench.arms]
+
+    def folds(self, dataset: str) -> list[int]:
+        """Of a dataset."""
+        return list(dict.fromkeys(place.fold for place in self.cells if place.dataset == dataset))
+
+    def folder(self, place: Place) -> Path:
+        """Where a training lies."""
+        labels = place.labels.replace("%", "pct")
+        return (
+            self.bench.output / "cells" / place.dataset / f"fold_{place.fold}" / f"labels_{labels}"
+            / f"seed_{place.seed}" / place.arm
+        )  # fmt: skip
+
+
+def build_matrix(bench: Bench) -> Matrix:
+    """Find and check everything that can be wrong, before anything is trained.
+
+    Raises:
+        MiMError: names what is wrong.
+    """
+    names = [spec.name for spec in bench.arms]
+    if len(set(names)) < len(names):
+        raise MiMError(f"arm {max(names, key=names.count)} is there twice: every arm needs a name of its own")
+    if bad := [name for name in names if not name.replace("_", "").isalnum()]:
+        raise MiMError(f"arm {bad[0]}: a name has letters, digits and _ only")
+    if len(set(bench.labels)) < len(bench.labels):
+        raise MiMError("labels are there twice: give each number once")
+    control = control_of(bench.arms, bench.control)
+    cells: dict[Place, Cell] = {}
+    counts = {}
+    for spec in bench.datasets:
+        dataset = dataset_name(spec.dataset)
+        for fold in spec.folds:
+            arms = [resolve_arm(arm, dataset, spec.configuration, fold) for arm in bench.arms]
+            train, val = _cases(arms, dataset, fold)
+            for labels in bench.labels:
+                counts[dataset, fold, labels] = len(subset(train, labels, 0))
+            cells |= {
+                Place(dataset, fold, labels, seed, arm.name): Cell(
+                    arm, fold, subset(train, labels, seed), val, seed, bench.length, arm_spec.settings
+                )
+                for seed in range(bench.seeds)
+                for labels in bench.labels
+                for arm, arm_spec in zip(arms, bench.arms, strict=True)
+            }
+    for cell in cells.values():
+        if cell.arm.is_mim:
+            recipe_of(cell.arm, cell.length, cell.settings)
+    ordered = sorted(cells, key=lambda place: place.seed)  # stable: every arm and dataset has a result early
+    return Matrix(bench, {place: cells[place] for place in ordered}, control, counts)
+
+
+def _cases(arms: list[Arm], dataset: str, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Training and validation cases of a fold, which every arm must have."""
+    train, val = fold_cases(arms[0].source, fold)
+    if not val or not train:
+        raise MiMError(f"{dataset} has no labels, or fold {fold} of its split has no cases on one side")
+    for arm in arms:
+        if missing := set(train + val) - set(arm.source.cases):
+            raise MiMError(f"{min(missing)} is not preprocessed for {arm.source.plans_name}: run nnUNetv2_preprocess")
+    return tuple(sorted(train)), val
+
+
+def subset(train: tuple[str, ...], labels: str, seed: int) -> tuple[str, ...]:
+    """The labelled cases of one training: a number of them, a percentage (10%), or all.
+
+    Raises:
+        MiMError: neither of these, or more than there are.
+    """
+    if labels == "all":
+        return train
+    number = labels.removesuffix("%")
+    most = 100 if labels.endswith("%") else len(train)
+    if not number.isdigit() or not 1 <= int(number) <= most:
+        raise MiMError(
+            f"labels {labels}: give numbers from 1 to {len(train)} (the training cases of the fold), percentages from "
+            "1% to 100%, or all"
+        )
+    return label_fraction(train, int(number), seed) if labels.endswith("%") else nested_subset(train, int(number), seed)
+
+
+def describe(place: Place) -> str:
+    """A training in words."""
+    return f"{place.dataset} fold {place.fold}, labels {place.labels}, seed {place.seed}, {place.arm}"
+
+
+def mean_dice(result: Mapping[str, Any]) -> float:
+    """Over the labels that are in a case, then over cases."""
+    return float(np.nanmean([case_value(labels, "dice") for labels in result["cases"].values()]))
+
+
+def case_value(labels: Mapping[str, Mapping[str, float]], metric: str, label: str | None = None) -> float:
+    """A metric of one case: of one label, or the mean over all that the reference has in it; NaN where it has none.
+
+    What is found where nothing is counts separately (see `false_alarms`): it would make 0 of one arm's Dice where
+    another's is undefined.
+    """
+    there = [found[metric] for name, found in labels.items() if label in (None, name) and found["n_ref"]]
+    return float(np.mean(there)) if there else float("nan")
+
+
+def false_alarms(result: Mapping[str, Any]) -> tuple[int, int]:
+    """Of all labels of all cases that the reference does not have: how many were found all the same, and how many there
+    are.
+    """
+    absent = [found for labels in result["cases"].values() for found in labels.values() if not found["n_ref"]]
+    return sum(bool(found["n_pred"]) for found in absent), len(absent)

@@ -1,0 +1,131 @@
+"""`mim_benchmark run` with nnU-Net's real commands: two datasets, two arms, two fractions, two seeds."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+
+DATASETS = {912: "Dataset912_One", 913: "Dataset913_Two"}
+pytestmark = [pytest.mark.long, pytest.mark.timeout(2400)]
+BENCH = """
+output: results
+datasets: [912, 913]
+arms: {MiM: {checkpoint: once.pth}, Scratch: }
+labels: [25%, 100%]
+seeds: 2
+iterations: 2
+iterations_per_epoch: 1
+val_iterations: 1
+device: cpu
+jobs: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(workplace_of):
+    """Two datasets of five small volumes, planned alike; one pretraining, of one step, on the first one's fold 0."""
+    work = workplace_of("bench")
+    for number, dataset in DATASETS.items():
+        work.write_dataset(dataset, 5, 32)
+        work.plan(number)
+        work("mim_plan", "-d", number, "--preset", "tiny", "--set", "patch_size=32,32,32", "batch_size=1")
+        work("nnUNetv2_preprocess", "-d", number, "-plans_name", "nnUNetMiMPlans", "-c", "3d_fullres", "-np", "1")
+    run = ("--preset", "tiny", "--view", "32", "--iterations", "1", "--batch", "1", "--children", "1", "1")
+    work("mim_pretrain", "-d", 912, "-p", "nnUNetMiMPlans", "-f", "0", *run, "-device", "cpu", "--workers", "0")
+    (checkpoint,) = work.folder.glob("nnUNet_results/*/*/fold_0/checkpoint_final.pth")
+    checkpoint.rename(work.folder / "once.pth")
+    (work.folder / "bench.yaml").write_text(BENCH)
+    return work
+
+
+def test_killed_in_the_middle_continued_and_then_nothing_left_to_do(workplace):
+    """Both datasets are of the same images, so that the first fold's validation case of the second one is that of the
+    first, which the pretraining left out.
+    """
+    plan = workplace("mim_benchmark", "run", "bench.yaml", "--dry-run")
+    assert plan.count(": to do, about ") == 16
+    assert "16 of 16 trainings to do, about" in plan
+    cells = workplace.folder / "results" / "cells"
+    assert not cells.exists()
+    command = workplace.command("mim_benchmark", "run", "bench.yaml")
+    with subprocess.Popen(command, env=workplace.env, cwd=workplace.folder, stdout=subprocess.DEVNULL) as running:
+        end = time.monotonic() + 900
+        while len(done := list(cells.rglob("result.json"))) < 2:
+            assert running.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        running.send_signal(signal.SIGKILL)
+    stamps = {path: path.stat().st_mtime_ns for path in done}
+    said = workplace("mim_benchmark", "run", "bench.yaml")
+    assert "16 trainings of 2 iterations: 2 finished, 14 to do" in said or ": 3 finished, 13 to do" in said
+    assert said.count("mean Dice") >= 13
+    assert {path: path.stat().st_mtime_ns for path in done} == stamps, "finished ones are kept"
+    results = {path: json.loads(path.read_text()) for path in cells.rglob("result.json")}
+    assert len(results) == 16
+    for path, result in results.items():
+        log = (path.parent / "log.txt").read_text()
+        assert "Traceback" not in log
+        assert result["leaked"] == []
+        twin = path.parents[1] / "Scratch" / "result.json"
+        assert result["key"]["train_cases"] == results[twin]["key"]["train_cases"]
+    report = workplace.folder / "results" / "report.html"
+    page = report.read_text()
+    assert "16 of 16 trainings are finished" in page
+    assert page.count("<img") >= 6
+    changed = {path: path.stat().st_mtime_ns for path in cells.rglob("*")}
+    assert "16 finished, 0 to do" in workplace("mim_benchmark", "run", "bench.yaml")
+    assert {path: path.stat().st_mtime_ns for path in cells.rglob("*")} == changed, "a second run does nothing"
+
+
+def test_a_failed_training_is_named_and_tried_again_on_request(workplace):
+    """References that are missing make both validations fail."""
+    (workplace.folder / "broken.yaml").write_text(
+        BENCH.replace("results", "broken").replace("[912, 913]", "[912]").replace("[25%, 100%]", "[100%]")
+        .replace("seeds: 2", "seeds: 1")
+    )  # fmt: skip
+    ground_truth = workplace.folder / "nnUNet_preprocessed" / DATASETS[912] / "gt_segmentations"
+    moved = ground_truth.rename(ground_truth.with_name("moved"))
+    said = workplace("mim_benchmark", "run", "broken.yaml", fails=True)
+    assert "error: 2 trainings failed, Dataset912_One fold 0, labels 100%, seed 0, " in said
+    assert "Traceback" not in said
+    moved.rename(ground_truth)
+    logs = {path: path.stat().st_mtime_ns for path in (workplace.folder / "broken").rglob("log.txt")}
+    assert "error: 2 trainings failed" in workplace("mim_benchmark", "run", "broken.yaml", fails=True), "not on its own"
+    assert {path: path.stat().st_mtime_ns for path in logs} == logs
+    said = workplace("mim_benchmark", "run", "broken.yaml", "--retry")
+    assert "0 finished, 2 to do" in said
+    assert said.count("mean Dice") == 2
+
+
+def test_cases_that_the_pretraining_has_seen_are_refused_or_marked(workplace):
+    """Fold 1 validates on a case that the pretraining of fold 0 has trained on, as a copy in another dataset."""
+    text = (
+        BENCH.replace("results", "leak").replace("[912, 913]", "{913: {folds: [1]}}").replace("[25%, 100%]", "[100%]")
+    )
+    (workplace.folder / "leak.yaml").write_text(text.replace("seeds: 2", "seeds: 1"))
+    said = workplace("mim_benchmark", "run", "leak.yaml", fails=True)
+    assert "error: the pretraining of arm MiM has seen 1 of the validation cases of Dataset913_Two fold 1" in said
+    assert not (workplace.folder / "leak" / "cells").exists(), "before any training"
+    said = workplace("mim_benchmark", "run", "leak.yaml", "--allow-seen")
+    assert "| 100% (4) | MiM * | 1 |" in said
+    assert "MiM *: WARNING: its pretraining has seen 1 of the validation cases of fold 1" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("arms: {MiM: {checkpoint: once.pth}", "arms: {MiM: {checkpoint: gone.pth}"), "arm MiM: "),
+        (("[912, 913]", "[912, 999]"), "unknown dataset '999'"),
+        (("device: cpu", "device: cuda"), "no GPU was found"),
+        (("seeds: 2", "seed: 2"), "unknown entry 'seed'"),
+    ],
+)
+def test_bad_files_before_any_training(workplace, change, says):
+    (workplace.folder / "bad.yaml").write_text(BENCH.replace("results", "bad").replace(*change))
+    said = workplace("mim_benchmark", "run", "bad.yaml", fails=True)
+    assert says in said
+    assert said.count("error: ") == 1
+    assert "Traceback" not in said
+    assert not (workplace.folder / "bad").exists()

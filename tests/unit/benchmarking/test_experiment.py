@@ -1,0 +1,101 @@
+"""Planning an experiment: estimates, states and devices."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nnunet_mim.benchmarking import experiment
+from nnunet_mim.benchmarking.arms import ArmSpec
+from nnunet_mim.benchmarking.cell import Arm, Cell, Length
+from nnunet_mim.benchmarking.estimate import measure, median_seconds, views
+from nnunet_mim.benchmarking.experiment import check_device, hours_of
+from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Matrix, Place
+from nnunet_mim.errors import MiMError
+
+LENGTH = Length(10, 20, 3)
+
+
+def source_of(patch=(16, 16, 16), recipe=None):
+    """Plans of a small plain U-Net of nnU-Net."""
+    stages = {"n_stages": 2, "features_per_stage": [4, 8], "kernel_sizes": [[3] * 3] * 2,
+              "strides": [[1] * 3, [2] * 3], "n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1],
+              "conv_op": "torch.nn.modules.conv.Conv3d", "conv_bias": True,
+              "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d", "norm_op_kwargs": {}, "dropout_op": None,
+              "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {}}  # fmt: skip
+    configuration = {
+        "patch_size": list(patch), "batch_size": 2, "median_image_size_in_voxels": [32.0, 16.0, 16.0],
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "arch_kwargs": stages, "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+    }  # fmt: skip
+    plans = {"configurations": {"3d_fullres": configuration}, "label_manager": "LabelManager",
+             "transpose_forward": [0, 1, 2], "mim_finetune": recipe or {}}  # fmt: skip
+    return SimpleNamespace(plans=plans, configuration="3d_fullres", in_channels=1, plans_name="P", dataset="D")
+
+
+def cell_of(trainer="nnUNetTrainer", settings=None, source=None):
+    return Cell(Arm("A", trainer, source or source_of()), 0, ("t",), ("v", "w"), 0, LENGTH, settings or {})
+
+
+def test_an_estimate_counts_steps_patches_and_mirrored_views(monkeypatch):
+    """Two cases of 32 × 16 × 16 in patches of 16³ at half overlap: 3 each, 8 views; 10 epochs of 20 steps and 3 · 2
+    patches.
+    """
+    calls = []
+
+    def seconds(network, shape, device, train):
+        calls.append((tuple(shape), train))
+        return 10.0 if train else 1.0
+
+    monkeypatch.setattr("nnunet_mim.benchmarking.estimate.median_seconds", seconds)
+    total = measure(cell_of(), {"labels": {"background": 0, "x": 1}}, "cpu")
+    assert calls == [((2, 1, 16, 16, 16), True), ((1, 1, 16, 16, 16), False)]
+    assert total == 10 * (20 * 10.0 + 3 * 2 * 1.0) + 2 * 3 * 8 * 1.0
+
+
+def test_views_are_those_of_the_recipe():
+    mim = "nnUNetTrainerMiM"
+    assert [views(cell_of(mim)), views(cell_of(mim, {"mirror_axes": []})), views(cell_of())] == [4, 1, 8]
+    assert views(cell_of(mim, source=source_of(recipe={"mirror_axes": [0]}))) == 2
+
+
+def test_real_steps_take_time():
+    network = torch.nn.Conv3d(1, 2, 3)
+    assert 0 < median_seconds(network, (1, 1, 8, 8, 8), "cpu", True) < 5
+    assert network.weight.grad is None
+
+
+def test_hours_come_from_finished_trainings_before_measuring(monkeypatch, tmp_path, capsys):
+    specs = (ArmSpec("A", "nnUNetTrainer", "P"), ArmSpec("B", "nnUNetTrainer", "Q"))
+    bench = Bench((DatasetSpec("D"),), specs, ("1", "2"), 2, LENGTH, tmp_path)
+    cells = {Place("D", 0, n, s, spec.name): cell_of() for spec in specs for n in bench.labels for s in (0, 1)}
+    results = {
+        Place("D", 0, labels, 0, "A"): {"cost": {"seconds": seconds}} for labels, seconds in (("1", 3600), ("2", 7200))
+    }
+    matrix = Matrix(bench, cells, "A")
+    monkeypatch.setattr(experiment, "measure", lambda cell, content, device: 1800.0)
+    for cell in cells.values():
+        cell.__dict__["dataset_json"] = {}
+    assert hours_of(matrix, results) == {("D", "A"): 1.5, ("D", "B"): 0.5}
+
+    def fails(*_):
+        raise RuntimeError("no such network")
+
+    monkeypatch.setattr(experiment, "measure", fails)
+    assert hours_of(matrix, results) == {("D", "A"): 1.5, ("D", "B"): None}
+    assert "no estimate for A (RuntimeError: no such network)" in capsys.readouterr().out
+
+
+def test_gpus_that_are_not_there(monkeypatch, tmp_path):
+    bench = Bench((), (), (), 1, LENGTH, tmp_path, gpus=("0", "3"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(MiMError, match="no GPU was found: give device cpu"):
+        check_device(bench)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(MiMError, match="gpus: 3: this machine has 2, numbered from 0"):
+        check_device(bench)
+    check_device(Bench((), (), (), 1, LENGTH, tmp_path, device="cpu"))
+    check_device(Bench((), (), (), 1, LENGTH, tmp_path, gpus=(), slurm={}))

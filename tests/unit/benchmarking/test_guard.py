@@ -1,0 +1,187 @@
+"""Validation cases that a pretraining has seen, under another name, in another file and in other units."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_mim.benchmarking import guard
+from nnunet_mim.benchmarking.cell import Arm
+from nnunet_mim.benchmarking.guard import Findings, look_for_seen_cases, provenance_of, refuse_seen_cases, seen_cases
+from nnunet_mim.benchmarking.matrix import Place
+from nnunet_mim.errors import MiMError
+from nnunet_mim.voxel_hash import voxel_sha256
+
+WIDE, NARROW = (
+    {"0": {"percentile_00_5": low, "percentile_99_5": high, "mean": 0.0, "std": 100.0, "min": low, "max": high,
+           "median": 0.0}}
+    for low, high in ((-1000.0, 1000.0), (-100.0, 160.0))
+)  # fmt: skip
+READER = "SimpleITKIOWithReorient"
+
+
+def plans_of(spacing, intensity):
+    resampling = {}
+    for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
+        options = {"is_seg": kind == "seg", "order": order, "order_z": 0, "force_separate_z": None}
+        resampling |= {
+            f"resampling_fn_{kind}": "resample_data_or_seg_to_shape", f"resampling_fn_{kind}_kwargs": options
+        }  # fmt: skip
+    configuration = {
+        "spacing": spacing, "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
+        "architecture": {}, "patch_size": [8, 8, 8], **resampling,
+    }  # fmt: skip
+    return {
+        "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "image_reader_writer": READER,
+        "foreground_intensity_properties_per_channel": intensity, "configurations": {"3d_fullres": configuration},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    """nnUNet_raw with a dataset of three images."""
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    folder = tmp_path / "raw" / "Dataset002_Test"
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    for number, case in enumerate("abc"):
+        voxels = np.random.default_rng(number).integers(-900, 900, (9, 10, 11)).astype(np.int16)
+        image = sitk.GetImageFromArray(voxels)
+        image.SetSpacing((2.0, 2.0, 3.0))
+        sitk.WriteImage(image, str(folder / "imagesTr" / f"{case}_0000.nii.gz"))
+        sitk.WriteImage(sitk.Cast(image > 0, sitk.sitkUInt8), str(folder / "labelsTr" / f"{case}.nii.gz"))
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "x": 1}, "numTraining": 3,
+               "file_ending": ".nii.gz"}  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def prepared(path, plans):
+    """Preprocessed by nnU-Net itself."""
+    manager = PlansManager(plans)
+    reader = manager.image_reader_writer_class()
+    data, properties = reader.read_images([str(path)])
+    configuration = manager.get_configuration("3d_fullres")
+    return DefaultPreprocessor(verbose=False).run_case_npy(data, None, properties, manager, configuration, {})[0]
+
+
+@pytest.fixture
+def arm(raw, tmp_path):
+    """arm(plans): the dataset preprocessed with these plans."""
+
+    def make(plans):
+        folder = tmp_path / f"preprocessed_{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for case in "abc":
+            data = prepared(raw / "imagesTr" / f"{case}_0000.nii.gz", plans)
+            nnUNetDatasetBlosc2.save_case(data, np.zeros_like(data, np.int8), {}, str(folder / case))
+        source = SimpleNamespace(
+            dataset="Dataset002_Test", plans_name="P", configuration="3d_fullres", folder=folder, plans=plans,
+            dataset_class=nnUNetDatasetBlosc2,
+            intensity_properties=plans["foreground_intensity_properties_per_channel"],
+        )  # fmt: skip
+        return Arm("MiM", "nnUNetTrainerMiM", source, str(tmp_path / "a.pth"))
+
+    return make
+
+
+def provenance(plans, *records):
+    return {
+        "cases": [{"dataset": "Dataset001_Pre", "case": f"case_{i}", **record} for i, record in enumerate(records)],
+        "spacing": plans["configurations"]["3d_fullres"]["spacing"], "normalization": ["CTNormalization"],
+        "intensity_properties": plans["foreground_intensity_properties_per_channel"], "configuration": "3d_fullres",
+        "transpose_forward": [0, 1, 2], "image_reader_writer": READER,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def resaved(raw, tmp_path):
+    """Image b under another name, as floating-point numbers in another format and with its axes turned."""
+    image = sitk.ReadImage(str(raw / "imagesTr" / "b_0000.nii.gz"))
+    turned = sitk.DICOMOrient(sitk.Cast(image, sitk.sitkFloat32), "RSA")
+    sitk.WriteImage(turned, str(tmp_path / "patient_77.mha"))
+    return tmp_path / "patient_77.mha"
+
+
+def test_a_renamed_and_resaved_copy_in_the_same_units(arm, resaved):
+    plans = plans_of([3.0, 2.0, 2.0], WIDE)
+    seen = provenance(plans, {"sha256": voxel_sha256(prepared(resaved, plans))}, {"sha256": "0" * 64})
+    assert seen_cases(seen, arm(plans), tuple("abc")) == Findings(("b",))
+
+
+def test_in_other_units_the_image_is_prepared_as_the_pretraining_did(arm, resaved, raw):
+    before, now = plans_of([4.0, 2.5, 2.5], WIDE), plans_of([3.0, 2.0, 2.0], NARROW)
+    seen = provenance(before, {"sha256": voxel_sha256(prepared(resaved, before))})
+    now_prepared = arm(now)
+    assert seen_cases(seen, now_prepared, tuple("abc")) == Findings(("b",))
+    (raw / "dataset.json").unlink()
+    found = seen_cases(seen, now_prepared, tuple("abc"))
+    assert found.seen == ()
+    assert "the images are not in nnUNet_raw" in found.unknown
+    assert "pretrained at [4.0, 2.5, 2.5]" in found.unknown
+
+
+def test_the_hash_of_the_image_where_mim_prepare_has_kept_it(arm, resaved):
+    plans = plans_of([3.0, 2.0, 2.0], WIDE)
+    reader = PlansManager(plans).image_reader_writer_class()
+    image = voxel_sha256(reader.read_images([str(resaved)])[0])
+    seen = provenance(plans, {"sha256": "1" * 64, "image_sha256": image})  # resampled by other code: another hash
+    assert seen_cases(seen, arm(plans), tuple("abc")) == Findings(("b",))
+
+
+def test_other_cases_are_not_seen(arm):
+    plans = plans_of([3.0, 2.0, 2.0], WIDE)
+    others = provenance(plans, {"sha256": "1" * 64, "image_sha256": "2" * 64})
+    assert seen_cases(others, arm(plans), tuple("abc")) == Findings()
+    named = provenance(plans, {"sha256": "1" * 64, "dataset": "Dataset002_Test", "case": "c"})
+    assert seen_cases(named, arm(plans), tuple("abc")) == Findings(("c",))
+
+
+@pytest.mark.parametrize("content", [None, {}, {"cases": []}])
+def test_a_checkpoint_that_does_not_say_what_it_has_seen(arm, content):
+    found = seen_cases(content, arm(plans_of([3.0, 2.0, 2.0], WIDE)), tuple("abc"))
+    assert found == Findings((), "the checkpoint does not say which cases it was trained on")
+
+
+def test_what_a_checkpoint_says(tmp_path):
+    torch.save({"provenance": {"cases": [1]}}, tmp_path / "a.pth")
+    torch.save({"network_weights": {}}, tmp_path / "b.pth")
+    (tmp_path / "c.pth").write_bytes(b"something else")
+    assert provenance_of(tmp_path / "a.pth") == {"cases": [1]}
+    assert provenance_of(tmp_path / "b.pth") is None
+    assert provenance_of(tmp_path / "c.pth") is None
+
+
+def test_seen_cases_are_refused_by_name():
+    place = ("Dataset002_Test", 3, "MiM")
+    refuse_seen_cases({place: Findings(unknown="who knows")})
+    with pytest.raises(
+        MiMError, match=r"arm MiM has seen 2 of the validation cases of Dataset002_Test fold 3, a first: "
+    ):
+        refuse_seen_cases({place: Findings(("a", "b"))})
+
+
+def test_looked_for_once(arm, tmp_path, monkeypatch):
+    plans = plans_of([3.0, 2.0, 2.0], WIDE)
+    made = arm(plans)
+    torch.save({"provenance": provenance(plans, {"sha256": "1" * 64})}, tmp_path / "a.pth")
+    place, control = (Place("Dataset002_Test", 0, "all", 0, arm) for arm in ("MiM", "Scratch"))
+    scratch = SimpleNamespace(arm=SimpleNamespace(checkpoint=None), val_cases=("a",))
+    matrix = SimpleNamespace(
+        bench=SimpleNamespace(output=tmp_path / "out"),
+        cells={place: SimpleNamespace(arm=made, val_cases=tuple("abc")), control: scratch},
+    )  # fmt: skip
+    expected = {("Dataset002_Test", 0, "MiM"): Findings(), ("Dataset002_Test", 0, "Scratch"): Findings()}
+    assert look_for_seen_cases(matrix) == expected
+    monkeypatch.setattr(guard, "seen_cases", lambda *_: pytest.fail("looked again"))
+    assert look_for_seen_cases(matrix) == expected
+    torch.save({"provenance": {"cases": []}, "other": 1}, tmp_path / "a.pth")
+    del made.__dict__["identity"]  # another process
+    with pytest.raises(pytest.fail.Exception, match="looked again"):
+        look_for_seen_cases(matrix)

@@ -1,0 +1,301 @@
+"""bench.yaml, the trainings it stands for, and running them without training anything."""
+
+import json
+import threading
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunet_mim.benchmarking import matrix as matrix_module
+from nnunet_mim.benchmarking import work
+from nnunet_mim.benchmarking.arms import ArmSpec, control_of
+from nnunet_mim.benchmarking.bench_file import bench_of, read_bench
+from nnunet_mim.benchmarking.cell import FAILED, Arm, Length, nested_subset
+from nnunet_mim.benchmarking.few_shot_cli import parse_arm, settings_by_arm
+from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Place, build_matrix, subset
+from nnunet_mim.errors import MiMError
+
+MIM, SCRATCH = ArmSpec("MiM", "nnUNetTrainerMiM", "P", "a.pth"), ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "P")
+TRAIN = tuple(f"case_{i:02d}" for i in range(40))
+
+
+def test_a_file_with_every_entry(tmp_path):
+    (tmp_path / "bench.yaml").write_text("""
+output: results
+datasets: {501: {folds: [0, 3]}, Dataset502_X: {configuration: 3d_lowres}}
+arms:
+  MiM: {plans: MyPlans, checkpoint: "runs/{dataset}/fold_{fold}.pth", settings: {lr: 1e-3}}
+  Scratch:
+  Stock: {trainer: nnUNetTrainer, plans: nnUNetPlans}
+  MAE: {nnssl_plans: ptPlans}
+labels: [1%, 20, all]
+seeds: 3
+control: Stock
+iterations: 1000
+iterations_per_epoch: 100
+val_iterations: 7
+device: cuda
+gpus: [0, 2]
+nsd_tolerance_mm: 2
+allow_seen: true
+""")
+    runs = f"{tmp_path}/runs/{{dataset}}/fold_{{fold}}.pth"
+    assert read_bench(tmp_path / "bench.yaml") == Bench(
+        datasets=(DatasetSpec("501", (0, 3)), DatasetSpec("Dataset502_X", (0,), "3d_lowres")),
+        arms=(
+            ArmSpec("MiM", "nnUNetTrainerMiM", "MyPlans", runs, {"lr": 0.001}),
+            ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "nnUNetMiMPlans"),
+            ArmSpec("Stock", "nnUNetTrainer", "nnUNetPlans"),
+            ArmSpec("MAE", "PretrainedTrainer", "ptPlans", command="nnUNetv2_train_pretrained"),
+        ),
+        labels=("1%", "20", "all"), seeds=3, length=Length(10, 100, 7), output=tmp_path / "results", control="Stock",
+        device="cuda", gpus=("0", "2"), nsd_tolerance_mm=2.0, allow_seen=True,
+    )  # fmt: skip
+
+
+def test_where_checkpoints_are_looked_for(tmp_path):
+    (tmp_path / "export").mkdir()
+    given = {"a": "x.pth", "b": "/y.pth", "c": "export", "d": "someone/head-neck@main"}
+    arms = {name: {"trainer": "nnUNetTrainerMiM", "plans": "P", "checkpoint": path} for name, path in given.items()}
+    found = [arm.checkpoint for arm in bench_of({"datasets": [1], "arms": arms}, tmp_path).arms]
+    assert found == [f"{tmp_path}/x.pth", "/y.pth", f"{tmp_path}/export", "someone/head-neck@main"]
+
+
+def test_lists_are_enough_where_nothing_else_is_said():
+    bench = bench_of({"datasets": [501], "arms": ["MiM", "nnUNet"]}, Path("x"))
+    assert bench.datasets == (DatasetSpec("501"),)
+    assert [arm.plans for arm in bench.arms] == ["nnUNetMiMPlans", "nnUNetPlans"]
+    assert (bench.labels, bench.seeds, bench.length, bench.output) == (
+        ("all",), 1, Length(1000, 250, 50), Path("x/bench")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"datasets": None}, "'datasets' is missing"),
+        ({"arms": []}, "'arms' is missing"),
+        ({"gpu": 1}, "unknown entry 'gpu': there are allow_seen, arms"),
+        ({"arms": ["Mine"]}, "arms: Mine: give trainer and plans"),
+        ({"arms": {"MiM": {"plan": "P"}}}, "arms: MiM: unknown entry 'plan'"),
+        ({"arms": {"MiM": "P"}}, "arms: MiM: give names and values"),
+        ({"arms": {"MiM": {"settings": {"num_epochs": 3}}}}, "num_epochs is the same for all arms"),
+        ({"arms": {"nnUNet": {"settings": {"lr": 3}}}}, "settings are for the MiM trainers"),
+        ({"arms": {"A": {"nnssl_plans": "P", "plans": "Q"}}}, "only a trainer may be given"),
+        ({"datasets": {"501": {"folds": [0, 0]}}}, "datasets: 501: folds .0, 0.: give different numbers"),
+        ({"datasets": {"501": {"folds": ["all"]}}}, "give different numbers from 0"),
+        ({"seeds": 0}, "seeds 0: give a whole number from 1"),
+        ({"seeds": True}, "seeds True: give a whole number"),
+        ({"iterations": 1001}, "must be a multiple of iterations_per_epoch"),
+        ({"device": "gpu"}, "device gpu: give cuda, cpu or mps"),
+        ({"device": "cpu", "gpus": [0]}, "'gpus' are for device cuda"),
+        ({"slurm": "gpu"}, "'slurm' holds parameters of submitit"),
+        ({"nsd_tolerance_mm": -1}, "give millimetres"),
+    ],
+)
+def test_bad_entries_are_named(changes, says):
+    with pytest.raises(MiMError, match=says):
+        bench_of({"datasets": [501], "arms": ["MiM"], **changes}, Path("x"))
+
+
+def test_errors_name_the_file(tmp_path):
+    path = tmp_path / "bench.yaml"
+    path.write_text("datasets: [501]")
+    with pytest.raises(MiMError, match=r"bench\.yaml: 'arms' is missing"):
+        read_bench(path)
+    with pytest.raises(MiMError, match=r"cannot read .*gone\.yaml"):
+        read_bench(tmp_path / "gone.yaml")
+
+
+def test_the_control():
+    stock = ArmSpec("nnUNet", "nnUNetTrainer", "nnUNetPlans")
+    pretrained = ArmSpec("CNN", "nnUNetTrainer", "P", "cnn.pth")
+    assert control_of([stock, MIM, SCRATCH]) == "Scratch"
+    assert control_of([pretrained, MIM, stock]) == "nnUNet"
+    assert control_of([MIM, replace(MIM, name="Last")]) == "Last"
+    assert control_of([MIM, SCRATCH, stock], "nnUNet") == "nnUNet"
+    with pytest.raises(MiMError, match="control Gone is none of the arms: MiM, Scratch"):
+        control_of([MIM, SCRATCH], "Gone")
+
+
+def test_arms_of_the_command_line():
+    assert parse_arm("MiM", "Q") == ArmSpec("MiM", "nnUNetTrainerMiM", "Q")
+    assert parse_arm("A=nnUNetTrainer", "Q") == ArmSpec("A", "nnUNetTrainer", "Q")
+    assert parse_arm("A=T:P:/x/y.pth", "Q") == ArmSpec("A", "T", "P", "/x/y.pth")
+    for text in ("Nothing", "=T", "A="):
+        with pytest.raises(MiMError, match=f"--arms {text}: give MiM"):
+            parse_arm(text, "Q")
+
+
+def test_settings_for_all_mim_arms_and_for_one():
+    arms = (MIM, SCRATCH, ArmSpec("Stock", "nnUNetTrainer", "P"))
+    assert settings_by_arm({"Scratch.lr": 2, "lr": 1, "drop_path": 0.1}, arms) == {
+        "MiM": {"lr": 1, "drop_path": 0.1},
+        "Scratch": {"lr": 2, "drop_path": 0.1},
+    }
+    with pytest.raises(MiMError, match=r"--set Stock\.lr: no MiM arm Stock \(there are MiM, Scratch\)"):
+        settings_by_arm({"Stock.lr": 1}, arms)
+    with pytest.raises(MiMError, match="--set: num_epochs is the same for all arms"):
+        settings_by_arm({"Scratch.num_epochs": 1}, arms)
+
+
+@given(st.integers(2, 30), st.integers(0, 100))
+@settings(max_examples=30, deadline=None)
+def test_subsets_are_nested_and_differ_by_seed(available, seed):
+    cases = [f"case_{i:02d}" for i in range(available)]
+    subsets = [nested_subset(cases, count, seed) for count in range(1, available + 1)]
+    for smaller, larger in pairwise(subsets):
+        assert set(smaller) < set(larger)
+        assert len(larger) == len(smaller) + 1
+    assert subsets[-1] == tuple(cases)
+
+
+def test_other_seeds_draw_other_cases():
+    assert len({nested_subset(TRAIN, 5, seed) for seed in range(10)}) == 10
+
+
+def test_numbers_percentages_and_all():
+    assert subset(TRAIN, "all", 3) == TRAIN
+    assert len(subset(TRAIN, "10%", 3)) == 4
+    assert subset(TRAIN, "4", 3) == subset(TRAIN, "10%", 3), "of one seed, the same cases"
+    for labels in ("0", "41", "0%", "101%", "few", "-1", "1.5"):
+        with pytest.raises(MiMError, match="give numbers from 1 to 40"):
+            subset(TRAIN, labels, 0)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Two datasets, two arms, as far as a matrix looks at them; nothing is on the disk but the checkpoint."""
+    (tmp_path / "a.pth").write_bytes(b"weights")
+
+    def resolve(spec, dataset, configuration, fold):
+        source = SimpleNamespace(
+            dataset=dataset, plans_name=spec.plans, configuration=configuration, cases=(*TRAIN, "v"), plans={},
+            folder=tmp_path / dataset / "P",
+        )  # fmt: skip
+        return Arm(spec.name, spec.trainer, source, str(tmp_path / spec.checkpoint) if spec.checkpoint else None)
+
+    monkeypatch.setattr(matrix_module, "resolve_arm", resolve)
+    monkeypatch.setattr(matrix_module, "dataset_name", lambda given: f"Dataset{given}_X")
+    monkeypatch.setattr(matrix_module, "fold_cases", lambda source, fold: (TRAIN, ("v",)))
+    return Bench((DatasetSpec("501", (0, 1)), DatasetSpec("502")), (MIM, SCRATCH), ("1", "10%"), 2, Length(1, 1, 1),
+                 tmp_path / "out", device="cpu")  # fmt: skip
+
+
+def test_all_combinations_with_the_same_cases_for_all_arms(bench):
+    matrix = build_matrix(bench)
+    assert len(matrix.cells) == 3 * 2 * 2 * 2
+    assert [place.seed for place in matrix.cells] == [0] * 12 + [1] * 12, "every arm and dataset has a result early"
+    for place, cell in matrix.cells.items():
+        assert cell.train_cases == matrix.cells[place._replace(arm="Scratch")].train_cases
+        assert len(cell.train_cases) == (1 if place.labels == "1" else 4)
+    assert len({matrix.folder(place) for place in matrix.cells}) == 24
+    assert matrix.datasets == ["Dataset501_X", "Dataset502_X"]
+    assert matrix.folds("Dataset501_X") == [0, 1]
+    assert matrix.train_counts["Dataset501_X", 1, "10%"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"arms": (MIM, MIM)}, "arm MiM is there twice"),
+        ({"arms": (replace(MIM, name="a/b"),)}, "arm a/b: a name has letters"),
+        ({"labels": ("5", "5")}, "labels are there twice"),
+        ({"labels": ("50",)}, "labels 50: give numbers from 1 to 40"),
+        ({"arms": (replace(MIM, settings={"nothing": 1}),)}, "unknown setting 'nothing'"),
+    ],
+)
+def test_bad_experiments_before_any_training(bench, changes, says):
+    with pytest.raises(MiMError, match=says):
+        build_matrix(replace(bench, **changes))
+
+
+class Trainings:
+    """Takes the place of nnU-Net: notes which ran when, and fails where it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.done, self.running, self.most, self.gpus, self.fails = [], 0, 0, set(), ()
+        self.lock = threading.Lock()
+        monkeypatch.setattr(work, "run_cell", self.run)
+
+    def run(self, cell, folder, device, threads, tolerance, gpu):
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            self.gpus.add(gpu)
+        time.sleep(0.02)
+        with self.lock:
+            self.running -= 1
+        if cell.arm.name in self.fails:
+            (folder / FAILED).write_text("no")
+            raise MiMError("no")
+        self.done.append(folder)
+        result = {"cases": {"v": {"1": {"dice": 0.5, "n_ref": 1}}}, "tolerance": tolerance}
+        (folder / "key.json").write_text(json.dumps(cell.key()))
+        (folder / "result.json").write_text(json.dumps(result))
+        return result
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    return Trainings(monkeypatch)
+
+
+def run(bench, places=None):
+    matrix, results, lines = build_matrix(bench), {}, []
+    results |= work.finished_results(matrix)
+    todo = [place for place in matrix.cells if place not in results]
+    failed = work.run_matrix(matrix, todo if places is None else places, results, lines.append)
+    return matrix, results, failed, lines
+
+
+def test_one_failure_does_not_end_the_others_and_finished_ones_are_kept(bench, trainings):
+    trainings.fails = ("MiM",)
+    matrix, results, failed, lines = run(bench)
+    assert len(results) == len(failed) == 12
+    assert {place.arm for place in failed} == {"MiM"}
+    assert set(work.failures(matrix)) == set(failed)
+    assert sum(line.startswith("failed: Dataset50") for line in lines) == 12
+    assert any(line.startswith("[12/24] Dataset50") for line in lines)
+    trainings.fails, trainings.done = (), []
+    _, results, failed, _ = run(bench)
+    assert (len(results), failed, len(trainings.done)) == (24, {}, 12), "only what was missing"
+    assert run(bench)[3] == []
+
+
+def test_one_training_a_gpu_at_a_time(bench, trainings):
+    run(replace(bench, gpus=("0", "3")))
+    assert (trainings.most, trainings.gpus) == (2, {"0", "3"})
+
+
+def test_jobs_on_one_device(bench, trainings):
+    run(replace(bench, jobs=3))
+    assert (trainings.most, trainings.gpus) == (3, {None})
+
+
+def test_a_training_that_another_command_has_finished_meanwhile_is_taken(bench, trainings):
+    matrix = build_matrix(bench)
+    place = next(iter(matrix.cells))
+    run(bench, [place])
+    trainings.done = []
+    _, results, failed, _ = run(bench, [place])
+    assert (list(results), failed, trainings.done) == ([place], {}, [])
+
+
+def test_through_submitit_in_processes_of_their_own(bench, monkeypatch):
+    """Its local executor; the jobs fail for want of data, each with its own error, and nothing hangs."""
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(work, "POLL", 0.1)
+    small = replace(bench, slurm={"cluster": "local", "gpus_per_node": 0, "timeout_min": 2}, seeds=1, labels=("1",))
+    _, results, failed, _ = run(replace(small, datasets=(DatasetSpec("502"),)))
+    assert results == {}
+    assert set(failed) == {Place("Dataset502_X", 0, "1", 0, arm) for arm in ("MiM", "Scratch")}
+    assert all("failed (" in why and "see " in why for why in failed.values())
+    with pytest.raises(MiMError, match=r"slurm: .*see submitit's parameters"):
+        run(replace(small, slurm={"cluster": "local", "no_such": 1}))
