@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import cache
+from io import StringIO
 from typing import Any
 
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
 from nnunet_mim.benchmarking.cell import TRAIN, Arm
+from nnunet_mim.benchmarking.seeded_training import installed_command
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pretraining.sources import find_source
+from nnunet_mim.pretraining.sources import Source, find_source
 from nnunet_mim.shared import locate
 from nnunet_mim.trainers.checkpoint import find_checkpoint, no_checkpoint_error, read_checkpoint
 from nnunet_mim.trainers.resolve_plans import configuration_of, uses_hybrid_unet
@@ -61,8 +68,9 @@ def resolve_arm(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> A
 
 def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
     source = find_source(dataset, spec.plans, configuration)
+    check_trainable(source, spec.trainer)
     arm = Arm(spec.name, spec.trainer, source, command=spec.command)
-    given = spec.checkpoint.format(fold=fold, dataset=source.dataset) if spec.checkpoint else None
+    given = filled_in(spec.checkpoint, fold, source.dataset) if spec.checkpoint else None
     if arm.is_mim:
         check_network(arm)
     if arm.is_control and given:
@@ -86,6 +94,8 @@ def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
 def _other_checkpoint(arm: Arm, given: str | None) -> str | None:
     """Of a trainer that is not this package's. Other commands than nnUNetv2_train take it from the plans."""
     if arm.command != TRAIN:
+        if installed_command(arm.command) is None:
+            raise MiMError(f"{arm.command} is not installed: install an nnU-Net that has it (see nnU-Net's page)")
         if given:
             raise MiMError(f"{arm.command} takes the checkpoint from the plans: leave it out")
         given = (arm.source.plans.get("pretrain_info") or {}).get("checkpoint_path")
@@ -93,6 +103,36 @@ def _other_checkpoint(arm: Arm, given: str | None) -> str | None:
     if path is not None and path.is_dir():
         raise MiMError(f"{arm.trainer} takes a .pth file, not the folder {path}")
     return str(path) if path else None
+
+
+def filled_in(checkpoint: str, fold: int, dataset: str) -> str:
+    """A checkpoint's path with {fold} and {dataset} filled in. MiMError where anything else is in braces."""
+    try:
+        return checkpoint.format(fold=fold, dataset=dataset)
+    except (KeyError, ValueError, IndexError) as error:
+        raise MiMError(f"checkpoint {checkpoint}: only {{fold}} and {{dataset}} may be in braces") from error
+
+
+def check_trainable(source: Source, trainer: str) -> None:
+    """MiMError where nnU-Net would fail, or write elsewhere, after the training has begun."""
+    if configuration_of(source.plans, source.configuration).get("previous_stage"):
+        raise MiMError(f"configuration {source.configuration} needs predictions of another one first: give 3d_fullres")
+    if (inner := source.plans.get("plans_name")) != source.plans_name:
+        raise MiMError(f"the plans file {source.plans_name}.json calls its plans {inner}: let both be the same")
+    if not is_trainer(trainer):
+        raise MiMError(f"nnU-Net knows no trainer {trainer}: correct its name")
+
+
+@cache
+def is_trainer(name: str) -> bool:
+    """Whether nnU-Net finds a trainer of this name."""
+    with redirect_stdout(StringIO()), warnings.catch_warnings():  # nnU-Net says where it looks
+        warnings.simplefilter("ignore")
+        try:
+            recursive_find_trainer_class_by_name(name)
+        except RuntimeError:
+            return False
+    return True
 
 
 def check_network(arm: Arm) -> None:

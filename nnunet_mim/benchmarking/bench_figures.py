@@ -43,7 +43,7 @@ def curves_figure(outcome: Outcome, dataset: str) -> Figure:
     left, right = figure.subplots(1, 2)
     counts = {
         labels: np.mean([matrix.train_counts[dataset, fold, labels] for fold in matrix.folds(dataset)])
-        for labels in matrix.bench.labels
+        for labels in matrix.labels
     }
     texts = []
     for arm, colour in zip(matrix.arms, _colours(len(matrix.arms)), strict=True):
@@ -57,7 +57,9 @@ def curves_figure(outcome: Outcome, dataset: str) -> Figure:
         if not means:
             continue
         centres = [float(values.mean()) for values in means.values()]
-        left.plot([counts[labels] for labels in means], centres, color=colour, marker="o", label=arm)
+        left.plot(
+            [counts[labels] for labels in means], centres, color=colour, marker="o", label=outcome.name(dataset, arm)
+        )
         texts.append(f"{arm} {', '.join(f'{m:.1f} with {t}' for m, t in zip(centres, means, strict=True))}")
         for number, result in enumerate(outcome.trainings(dataset, list(means)[-1], arm)):
             steps = matrix.bench.length.iterations * np.arange(1, len(result["curve"]) + 1)
@@ -80,7 +82,7 @@ def curves_figure(outcome: Outcome, dataset: str) -> Figure:
 def bars_figure(outcome: Outcome, dataset: str) -> Figure | None:
     """Dice of every label with the most labelled cases that every arm has finished; None where there are none."""
     matrix, names = outcome.matrix, label_names(outcome, dataset)
-    most = [labels for labels in matrix.bench.labels if all(outcome.seeds(dataset, labels, a) for a in matrix.arms)]
+    most = [labels for labels in matrix.labels if all(outcome.seeds(dataset, labels, a) for a in matrix.arms)]
     if not most:
         return None
     figure = Figure(figsize=(max(5.0, min(14.0, 1.5 + 0.32 * len(names) * (len(matrix.arms) + 1))), 3.6))
@@ -93,7 +95,16 @@ def bars_figure(outcome: Outcome, dataset: str) -> Figure | None:
         places = np.arange(len(names)) + (number - (len(matrix.arms) - 1) / 2) * width
         spread = [m.std(ddof=1) * 100 if len(m) > 1 else 0.0 for m in means]
         heights = [m.mean() * 100 for m in means]
-        axes.bar(places, heights, width * 0.92, yerr=spread, color=colour, label=arm, ecolor="#444444", capsize=2)
+        axes.bar(
+            places,
+            heights,
+            width * 0.92,
+            yerr=spread,
+            color=colour,
+            label=outcome.name(dataset, arm),
+            ecolor="#444444",
+            capsize=2,
+        )
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names.values()], rotation=20, ha="right")
     axes.set_ylabel("Dice, %")
     axes.set_ylim(0, 100)
@@ -111,8 +122,10 @@ def cases_figure(pictures: Sequence[CasePicture], names: Mapping[int, str]) -> F
         names: of the labels.
     """
     arms = list(pictures[0].predictions)
-    figure = Figure(figsize=(3.1 * len(arms) + 0.6, 3.1 * len(pictures) + 0.5), layout="constrained")
-    axes = figure.subplots(len(pictures), len(arms), squeeze=False)
+    column = min(3.1, 12 / len(arms))
+    heights = [column * p.ct.shape[0] * p.spacing[0] / (p.ct.shape[1] * p.spacing[1]) for p in pictures]
+    figure = Figure(figsize=(column * len(arms) + 0.6, sum(heights) + 0.35 * len(heights) + 0.5), layout="constrained")
+    axes = figure.subplots(len(pictures), len(arms), squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, picture in zip(axes, pictures, strict=True):
         aspect = picture.spacing[0] / picture.spacing[1]
         for column, arm in zip(row, arms, strict=True):

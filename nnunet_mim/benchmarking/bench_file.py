@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nnunet_mim.benchmarking.arms import KNOWN_ARMS, ArmSpec, known_arm
+from nnunet_mim.benchmarking.arms import KNOWN_ARMS, MIM_PLANS, ArmSpec, known_arm
 from nnunet_mim.benchmarking.cell import TRAIN, Length
 from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec
 from nnunet_mim.errors import MiMError
@@ -15,6 +16,8 @@ from nnunet_mim.settings import read_yaml
 
 DEFAULT_LENGTH = {"iterations": 250_000, "iterations_per_epoch": 250, "val_iterations": 50}
 LENGTHS = {"num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"}
+OCTAL = re.compile(r"(?<![\w.%/-])0\d+(?![\w.%/-])")
+HUGGING_FACE = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 PRETRAINED = "nnUNetv2_train_pretrained"
 
 
@@ -25,7 +28,10 @@ def read_bench(path: Path) -> Bench:
         MiMError: names the file and the entry.
     """
     try:
-        return bench_of(read_yaml(path), path.resolve().parent)
+        content = read_yaml(path)
+        if octal := OCTAL.search(path.read_text()):
+            raise MiMError(f"{octal[0]}: YAML reads numbers that begin with 0 as octal ones: leave the 0 out")
+        return bench_of(content, path.resolve().parent)
     except MiMError as error:
         raise MiMError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
@@ -108,17 +114,28 @@ def _datasets(content: Any) -> tuple[DatasetSpec, ...]:
 
 def _arms(content: Any, folder: Path) -> tuple[ArmSpec, ...]:
     if not isinstance(content, dict):
-        content = {str(name): None for name in _list(content)}
-    return tuple(_arm(str(name), own or {}, folder) for name, own in content.items())
+        names = [str(name) for name in _list(content)]
+        if len(set(names)) < len(names):
+            raise MiMError(f"arms: {max(names, key=names.count)} is there twice")
+        content = dict.fromkeys(names)
+    said = {name: own for name, own in content.items() if isinstance(own, dict) and own.get("plans")}
+    given = {own["plans"] for name, own in said.items() if _is_mim(name, own)}
+    mim_plans = str(given.pop()) if len(given) == 1 else MIM_PLANS  # the control's too
+    return tuple(_arm(str(name), own or {}, folder, mim_plans) for name, own in content.items())
 
 
-def _arm(name: str, own: Any, folder: Path) -> ArmSpec:
+def _is_mim(name: Any, own: Mapping[str, Any]) -> bool:
+    known = known_arm(str(name))
+    return str(own.get("trainer") or (known.trainer if known else "")).startswith("nnUNetTrainerMiM")
+
+
+def _arm(name: str, own: Any, folder: Path, mim_plans: str) -> ArmSpec:
     _only(own, {"trainer", "plans", "checkpoint", "settings", "nnssl_plans"}, f"arms: {name}")
     if "nnssl_plans" in own:
         if set(own) - {"nnssl_plans", "trainer"}:
             raise MiMError(f"arms: {name}: beside nnssl_plans only a trainer may be given")
         return ArmSpec(name, str(own.get("trainer", "PretrainedTrainer")), str(own["nnssl_plans"]), command=PRETRAINED)
-    known = known_arm(name)
+    known = known_arm(name, mim_plans)
     trainer, plans = own.get("trainer", known and known.trainer), own.get("plans", known and known.plans)
     if not trainer or not plans:
         raise MiMError(f"arms: {name}: give trainer and plans (only {', '.join(KNOWN_ARMS)} need none)")
@@ -132,11 +149,12 @@ def _arm(name: str, own: Any, folder: Path) -> ArmSpec:
 
 
 def _checkpoint(given: Any, folder: Path) -> str | None:
-    """Paths count from the folder of the file; anything that is neither there nor a .pth may be a Hugging Face name."""
+    """Paths count from the folder of the file; ORGANISATION/NAME is one on Hugging Face unless it is there."""
     if not given:
         return None
     path = folder / str(given)
-    return str(path) if path.suffix == ".pth" or path.exists() else str(given)
+    elsewhere = HUGGING_FACE.fullmatch(str(given)) and path.suffix != ".pth" and not path.exists()
+    return str(given) if elsewhere else str(path)
 
 
 def _only(content: Any, known: set[str], where: str) -> None:

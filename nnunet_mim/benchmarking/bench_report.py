@@ -9,7 +9,9 @@ from nnunet_mim.benchmarking.case_pictures import case_pictures
 from nnunet_mim.benchmarking.matrix import Place, describe
 from nnunet_mim.benchmarking.published_numbers import WARNING, numbers_for, published_table
 from nnunet_mim.benchmarking.tables import (
+    MARK,
     Outcome,
+    comparison_table,
     cost_table,
     every_value,
     label_table,
@@ -46,11 +48,11 @@ def lead(outcome: Outcome, failed: Mapping[Place, str]) -> str:
     parts = []
     for dataset in outcome.matrix.datasets:
         for arm in outcome.matrix.arms:
-            for labels in outcome.matrix.bench.labels:
+            for labels in outcome.matrix.labels:
                 if (found := outcome.comparison(dataset, labels, arm)) is not None:
                     low, high = found[0].interval
                     difference = f"{found[0].difference:+.1f} Dice [{low:+.1f}, {high:+.1f}]"
-                    parts.append(f"{arm} on {dataset} with labels {labels}: {difference}")
+                    parts.append(f"{outcome.name(dataset, arm)} on {dataset} with labels {labels}: {difference}")
     state = f"{done} of {total} trainings are finished" + (f", {len(failed)} failed" if failed else "")
     against = f" Against {outcome.matrix.control}: {'; '.join(parts)}." if parts else ""
     return f"{state}.{against}"
@@ -73,7 +75,8 @@ def markdown(outcome: Outcome) -> str:
     parts = [how_to_read(outcome)]
     for dataset in outcome.matrix.datasets:
         parts += [f"## {dataset}, {folds_text(outcome, dataset)}", markdown_table(main_table(outcome, dataset))]
-        parts += [markdown_table(table(outcome, dataset)) for table in (label_table, cost_table)]
+        tables = [table(outcome, dataset) for table in (comparison_table, label_table, cost_table)]
+        parts += [markdown_table(table) for table in tables if len(table) > 1]
         parts += ["\n".join(f"- {line}" for line in notes(outcome, dataset))]
         if numbers_for(dataset):
             parts += ["### Published elsewhere", WARNING, markdown_table(published_table(dataset))]
@@ -85,9 +88,13 @@ def latex(outcome: Outcome) -> str:
     parts = ["% needs \\usepackage{booktabs}"]
     for dataset in outcome.matrix.datasets:
         name = f"{dataset}, {folds_text(outcome, dataset)}"
-        parts.append(latex_table(main_table(outcome, dataset), f"{name}. {how_to_read(outcome)}"))
-        parts.append(latex_table(label_table(outcome, dataset), f"{name}: Dice of every label."))
-        parts += [f"% {line}" for line in notes(outcome, dataset)]
+        below = notes(outcome, dataset)
+        parts.append(latex_table(main_table(outcome, dataset), f"{name}. {how_to_read(outcome)}", below))
+        if len(compared := comparison_table(outcome, dataset)) > 1:
+            parts.append(latex_table(compared, f"{name}: against {outcome.matrix.control}.", below))
+        parts.append(latex_table(label_table(outcome, dataset), f"{name}: Dice of every label.", below))
+        if numbers_for(dataset):
+            parts.append(latex_table(published_table(dataset), f"{dataset}: published elsewhere. {WARNING}"))
     return "\n".join(parts) + "\n"
 
 
@@ -112,17 +119,25 @@ def dataset_sections(outcome: Outcome, dataset: str) -> list[Section]:
     sections = [
         Section(f"{dataset}, {folds_text(outcome, dataset)}", "\n\n".join(found), how_to_read(outcome), table=table,
                 marked=marked, figures=[curves_figure(outcome, dataset)]),
+        *against_section(outcome, dataset),
         Section(f"{dataset}: every label", table=label_table(outcome, dataset),
                 figures=[bars] if (bars := bars_figure(outcome, dataset)) else []),
     ]  # fmt: skip
-    if pictures := case_pictures(outcome, dataset):
+    numbers = label_numbers(outcome, dataset)
+    if pictures := case_pictures(outcome, dataset, numbers):
         note = f"Dice is that of the whole case. Worst, median and best are those of {outcome.matrix.arms[0]}."
-        figure = cases_figure(pictures, label_numbers(outcome, dataset))
+        figure = cases_figure(pictures, numbers)
         sections.append(Section(f"{dataset}: cases", "", note, figures=[figure]))
     sections.append(Section(f"{dataset}: cost", table=cost_table(outcome, dataset)))
     if numbers_for(dataset):
         sections.append(Section(f"{dataset}: published elsewhere", WARNING, table=published_table(dataset), words=True))
     return sections
+
+
+def against_section(outcome: Outcome, dataset: str) -> list[Section]:
+    """Against the control; nothing where nothing can be compared."""
+    table = comparison_table(outcome, dataset)
+    return [Section(f"{dataset}: against {outcome.matrix.control}", table=table)] if len(table) > 1 else []
 
 
 def label_numbers(outcome: Outcome, dataset: str) -> dict[int, str]:
@@ -141,10 +156,12 @@ def protocol_section(outcome: Outcome) -> Section:
     bench = outcome.matrix.bench
     table = [["arm", "trainer", "plans", "starts from"]]
     for spec in bench.arms:
-        cell = next(cell for place, cell in outcome.matrix.cells.items() if place.arm == spec.name)
+        cells = {place: cell for place, cell in outcome.matrix.cells.items() if place.arm == spec.name}
+        checkpoints = sorted({cell.arm.checkpoint or "random weights" for cell in cells.values()})
+        seen = any(outcome.seen[place.dataset, place.fold, spec.name].seen for place in cells)
         settings = ", ".join(f"{key}={value}" for key, value in spec.settings.items())
         trainer = f"{spec.trainer} ({settings})" if settings else spec.trainer
-        table.append([spec.name, trainer, spec.plans, cell.arm.checkpoint or "random weights"])
+        table.append([spec.name + (MARK if seen else ""), trainer, spec.plans, ", ".join(checkpoints)])
     return Section("Arms", table=table, words=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +21,24 @@ MARGIN_MM = 30.0
 """around what is labelled"""
 
 
-def case_pictures(outcome: Outcome, dataset: str) -> list[CasePicture]:
+def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> list[CasePicture]:
     """Worst, median and best case of the first arm with the most labels that every arm has finished, first seed and
     fold; empty where nothing is finished or the images are not in nnUNet_raw.
+
+    Args:
+        outcome: of the experiment.
+        dataset: name.
+        labels: numbers in label images that are shown.
     """
     matrix = outcome.matrix
     fold = matrix.folds(dataset)[0]
-    places = [
-        {arm: Place(dataset, fold, labels, 0, arm) for arm in matrix.arms} for labels in reversed(matrix.bench.labels)
-    ]
+    places = [{arm: Place(dataset, fold, count, 0, arm) for arm in matrix.arms} for count in reversed(matrix.labels)]
     found = next((by_arm for by_arm in places if all(place in outcome.results for place in by_arm.values())), None)
     images = raw_images(dataset)
     if found is None or not images:
         return []
     dice = {
-        arm: {case: case_value(labels, "dice") for case, labels in outcome.results[place]["cases"].items()}
+        arm: {case: case_value(metrics, "dice") for case, metrics in outcome.results[place]["cases"].items()}
         for arm, place in found.items()
     }
     first = dice[matrix.arms[0]]
@@ -43,26 +46,38 @@ def case_pictures(outcome: Outcome, dataset: str) -> list[CasePicture]:
     if not known:
         return []
     chosen = dict(zip(("worst", "median", "best"), (known[0], known[len(known) // 2], known[-1]), strict=True))
-    return [
-        picture_of(
-            title, case, images[case], {arm: predicted(outcome, place, case) for arm, place in found.items()},
-            reference_of(outcome, found[matrix.arms[0]], case), {arm: values[case] for arm, values in dice.items()},
-        )
-        for title, case in chosen.items()
-    ]  # fmt: skip
+    pictures = []
+    for title, case in chosen.items():
+        predictions = {arm: predicted(outcome, place, case) for arm, place in found.items()}
+        reference = reference_of(outcome, found[matrix.arms[0]], case)
+        its_dice = {arm: values[case] for arm, values in dice.items()}
+        try:
+            pictures.append(picture_of(title, case, images[case], predictions, reference, its_dice, labels))
+        except (RuntimeError, ValueError, IndexError) as error:  # a file that is gone, or grids that do not fit
+            print(f"note: no picture of {case} ({' '.join(str(error).split())[-200:]})")
+    return pictures
 
 
 def picture_of(
-    title: str, case: str, image: Path, predictions: Mapping[str, Path], reference: Path, dice: Mapping[str, float]
+    title: str,
+    case: str,
+    image: Path,
+    predictions: Mapping[str, Path],
+    reference: Path,
+    dice: Mapping[str, float],
+    shown: Collection[int],
 ) -> CasePicture:
     """The axial slice with most of the reference (of the predictions, where it is empty), around what is labelled."""
     ct, truth = read(image), read(reference)
     labels = {arm: sitk.GetArrayFromImage(read(path)) for arm, path in predictions.items()}
     voxels, true = sitk.GetArrayFromImage(ct), sitk.GetArrayFromImage(truth)
-    shown = true > 0 if (true > 0).any() else np.any([found > 0 for found in labels.values()], axis=0)
-    z = int(shown.sum(axis=(1, 2)).argmax()) if shown.any() else len(true) // 2
+    if any(array.shape != voxels.shape for array in (true, *labels.values())):
+        raise ValueError(f"image, reference and predictions of {case} have different sizes")
+    masks = [np.isin(array, list(shown)) for array in (true, *labels.values())]
+    labelled = masks[0] if masks[0].any() else np.any(masks, axis=0)
+    z = int(labelled.sum(axis=(1, 2)).argmax()) if labelled.any() else len(true) // 2
     x_mm, y_mm, _ = ct.GetSpacing()
-    window = around(np.any([shown, *(found > 0 for found in labels.values())], axis=0)[z], (y_mm, x_mm))
+    window = around(np.any(masks, axis=0)[z], (y_mm, x_mm))
     return CasePicture(
         title, case, voxels[z][window], true[z][window], {arm: found[z][window] for arm, found in labels.items()},
         dice, (y_mm, x_mm),

@@ -6,19 +6,22 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import IO, Any
 
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, load_summary_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.metrics import case_metrics
-from nnunet_mim.benchmarking.seeded_training import attempts_of
+from nnunet_mim.benchmarking.seeded_training import Length, attempts_of
 from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.pretraining.sources import Source
@@ -28,6 +31,8 @@ from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
 
 KEY, RESULT, COST, FAILED = "key.json", "result.json", "cost.json", "failed.txt"
 LOG = "log.txt"
+LOOK_EVERY = 0.5
+"""seconds between looks at a training"""
 TRAIN = "nnUNetv2_train"
 
 
@@ -63,16 +68,6 @@ class Arm:
             "plans_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "checkpoint_sha256": checkpoint_sha256(Path(self.checkpoint)) if self.checkpoint else None,
         }
-
-
-@dataclass(frozen=True)
-class Length:
-    """Of a training."""
-
-    epochs: int
-    iterations: int
-    """per epoch"""
-    val_iterations: int
 
 
 @dataclass(frozen=True)
@@ -122,9 +117,12 @@ def finished(cell: Cell, folder: Path, tolerance: float) -> dict[str, Any] | Non
     if not (folder / KEY).is_file():
         return None
     stored, now = json.loads((folder / KEY).read_text()), json.loads(json.dumps(cell.key()))
-    changed = [f"{name} {stored.get(name)} -> {value}" for name, value in now.items() if stored.get(name) != value]
+    decides = [name for name in now if name != "checkpoint"]  # its content does, and may have moved
+    changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in decides if stored.get(name) != now[name]]
     if changed:
-        raise MiMError(f"{folder} holds another experiment ({'; '.join(changed)[:300]}): give another -o, or delete it")
+        raise MiMError(
+            f"{folder} holds another experiment ({'; '.join(changed)[:300]}): give another output folder, or delete it"
+        )
     if not (folder / RESULT).is_file():
         return None
     result = json.loads((folder / RESULT).read_text())
@@ -134,8 +132,18 @@ def finished(cell: Cell, folder: Path, tolerance: float) -> dict[str, Any] | Non
     return result
 
 
+class InterruptedTrainingError(MiMError):
+    """A training was ended from outside; it goes on where it was when the command is repeated."""
+
+
 def run_cell(
-    cell: Cell, folder: Path, device: str, threads: int, tolerance: float, gpu: str | None = None
+    cell: Cell,
+    folder: Path,
+    device: str,
+    threads: int,
+    tolerance: float,
+    gpu: str | None = None,
+    stop: Event | None = None,
 ) -> dict[str, Any]:
     """Train and validate, going on where an earlier attempt was interrupted; keeps and returns the result, or why there
     is none.
@@ -147,26 +155,35 @@ def run_cell(
         threads: of PyTorch; 0: as nnU-Net sets them.
         tolerance: of the normalised surface Dice, mm.
         gpu: the only one that it sees (CUDA_VISIBLE_DEVICES); None: as this process.
+        stop: ends the training when it is set.
 
     Raises:
         MiMError: the training failed; names its log.
+        InterruptedTrainingError: it was ended from outside; that is no failure.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
     try:
-        return _run_cell(cell, folder, device, threads, tolerance, gpu)
-    except Exception as error:
+        return _run_cell(cell, folder, device, threads, tolerance, gpu, stop)
+    except InterruptedTrainingError:
+        raise
+    except (MiMError, OSError, ValueError, KeyError) as error:
         kind = "" if isinstance(error, MiMError) else f"{type(error).__name__}: "
-        (folder / FAILED).write_text(f"{kind}{error}", encoding="utf-8")
+        write_atomically(folder / FAILED, f"{kind}{error}".encode())
         raise
 
 
 def failure(folder: Path) -> str | None:
     """Why the last attempt at a cell ended; None where it did not fail."""
-    return (folder / FAILED).read_text(encoding="utf-8") if (folder / FAILED).is_file() else None
+    try:
+        return (folder / FAILED).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
 
 
-def _run_cell(cell: Cell, folder: Path, device: str, threads: int, tolerance: float, gpu: str | None) -> dict[str, Any]:
+def _run_cell(
+    cell: Cell, folder: Path, device: str, threads: int, tolerance: float, gpu: str | None, stop: Event | None
+) -> dict[str, Any]:
     write_atomically(folder / KEY, json.dumps(cell.key()).encode())
     environment = _write_folders(cell, folder)
     if gpu is not None:
@@ -174,7 +191,9 @@ def _run_cell(cell: Cell, folder: Path, device: str, threads: int, tolerance: fl
     output = _output(cell, folder)
     source, length = cell.arm.source, cell.length
     command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training"]
-    command += [str(n) for n in (cell.seed, length.epochs, length.iterations, length.val_iterations, threads)]
+    command += [
+        str(n) for n in (os.getpid(), cell.seed, length.epochs, length.iterations, length.val_iterations, threads)
+    ]
     command += [str(folder / COST), cell.arm.command]
     command += [source.dataset, source.configuration, str(cell.fold), "-tr", cell.arm.trainer, "-p", source.plans_name]
     command += ["-device", device]
@@ -185,13 +204,31 @@ def _run_cell(cell: Cell, folder: Path, device: str, threads: int, tolerance: fl
     elif cell.arm.checkpoint and not cell.arm.is_mim and cell.arm.command == TRAIN:
         command += ["-pretrained_weights", cell.arm.checkpoint]
     with (folder / LOG).open("a") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode or not (output / "validation" / "summary.json").is_file():
+        returned = _run(command, log, environment, stop)
+    if returned in (-signal.SIGTERM, -signal.SIGINT):
+        raise InterruptedTrainingError(f"interrupted, see {folder / LOG}")
+    if returned or not (output / "validation" / "summary.json").is_file():
         last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-        raise MiMError(f"training failed, see {folder / LOG} ({last[0][:200]}): repeat the command to try again")
+        raise MiMError(f"training failed, see {folder / LOG} ({last[0][:200]})")
     result = {"key": cell.key(), **read_result(cell, output, tolerance), "cost": total_cost(folder / COST)}
     write_atomically(folder / RESULT, json.dumps(result).encode())
     return result
+
+
+def _run(command: Sequence[str], log: IO[str], environment: Mapping[str, str], stop: Event | None) -> int:
+    """Run a command to its end, or end it; Ctrl-C in the terminal does not reach it. Returns its exit code."""
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )  # fmt: skip
+    try:
+        while stop is None or not stop.is_set():
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(LOOK_EVERY)
+        os.killpg(process.pid, signal.SIGTERM)  # with the processes that read and augment
+        return process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def total_cost(file: Path) -> dict[str, Any]:
@@ -207,21 +244,21 @@ def total_cost(file: Path) -> dict[str, Any]:
 
 
 def read_result(cell: Cell, output: Path, tolerance: float) -> dict[str, Any]:
-    """Metrics per case and label, learning curve, seen cases, and names of the labels, of a finished training."""
+    """Metrics per case and label, learning curve, and names of the labels, of a finished training."""
     import torch
 
     summary = load_summary_json(str(output / "validation" / "summary.json"))
     dataset_json = cell.dataset_json
     ending = dataset_json["file_ending"]
-    ignore = PlansManager(dict(cell.arm.source.plans)).get_label_manager(dataset_json).ignore_label
+    manager = PlansManager(dict(cell.arm.source.plans))
+    ignore, reader = manager.get_label_manager(dataset_json).ignore_label, manager.image_reader_writer_class()
+    references = cell.arm.source.folder.parent / "gt_segmentations"
     cases = {}
     for entry in summary["metric_per_case"]:
-        prediction, reference = Path(entry["prediction_file"]), Path(entry["reference_file"])
-        case = prediction.name.removesuffix(ending)
-        cases[case] = case_metrics(prediction, reference, list(summary["mean"]), ignore, tolerance)
+        name = Path(entry["prediction_file"]).name  # the folders may have moved since
+        files = output / "validation" / name, references / name
+        cases[name.removesuffix(ending)] = case_metrics(*files, list(summary["mean"]), reader, ignore, tolerance)
     stored = torch.load(output / "checkpoint_final.pth", map_location="cpu", weights_only=False)  # our own training's
-    transfer = output / "mim_transfer.json"
-    leaked = json.loads(transfer.read_text())["leaked_cases"] if transfer.is_file() and cell.arm.checkpoint else []
     curve = [float(value) for value in stored["logging"]["ema_fg_dice"]]
     if len(curve) != cell.length.epochs:
         raise MiMError(
@@ -231,7 +268,7 @@ def read_result(cell: Cell, output: Path, tolerance: float) -> dict[str, Any]:
         label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
         for name, value in dataset_json["labels"].items()
     }
-    return {"cases": cases, "curve": curve, "leaked": leaked, "names": names, "tolerance": tolerance}
+    return {"cases": cases, "curve": curve, "names": names, "tolerance": tolerance}
 
 
 def validation_folder(cell: Cell, folder: Path) -> Path:
@@ -254,13 +291,14 @@ def _write_folders(cell: Cell, folder: Path) -> dict[str, str]:
     shutil.rmtree(folder / "nnUNet_preprocessed", ignore_errors=True)
     base.mkdir(parents=True)
     plans_file = f"{source.plans_name}.json"
-    for name in ("dataset.json", "dataset_fingerprint.json", "gt_segmentations", source.folder.name):
+    folders = [path.name for path in real.iterdir() if path.is_dir()]  # of other configurations too: nnU-Net may look
+    for name in ("dataset.json", "dataset_fingerprint.json", *folders):
         if (real / name).exists():
             try:
                 os.symlink((real / name).resolve(), base / name)
             except OSError as error:
                 raise MiMError(
-                    f"cannot link {base / name} ({error.strerror}): allow links, or take another -o"
+                    f"cannot link {base / name} ({error.strerror}): allow links, or take another output folder"
                 ) from error
     split = {"train": list(cell.train_cases), "val": list(cell.val_cases)}
     (base / "splits_final.json").write_text(json.dumps([split] * (cell.fold + 1)))

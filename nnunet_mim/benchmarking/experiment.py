@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping
 
@@ -28,6 +27,7 @@ def run_experiment(bench: Bench, retry: bool = False) -> None:
         MiMError: bad input, before any training; a validation case that a pretraining has seen; failed trainings, at
             the end.
     """
+    check_device(bench)
     matrix, seen, results = prepare(bench)
     failed = failures(matrix)
     todo = [place for place in matrix.cells if place not in results and (retry or place not in failed)]
@@ -37,7 +37,10 @@ def run_experiment(bench: Bench, retry: bool = False) -> None:
     left = {place: why for place, why in failed.items() if place not in todo}
     for place, why in left.items():
         print(f"failed before: {describe(place)}: {why}")
+    began = len(results)
     left |= run_matrix(matrix, todo, results, lambda text: print(text, flush=True))
+    if busy := len(todo) - (len(results) - began) - len([place for place in left if place in todo]):
+        print(f"{busy} trainings are left to other processes, which are at work on them")
     if results:
         report(matrix, seen, results, left)
     if left:
@@ -58,8 +61,7 @@ def report_experiment(bench: Bench) -> None:
 
 
 def plan_experiment(bench: Bench) -> None:
-    """Print every training with its state and the hours it would take; train nothing, write nothing but what was found
-    of seen cases.
+    """Print every training with its state and the hours it would take; train nothing.
 
     Raises:
         MiMError: as `run_experiment`, before any training.
@@ -84,7 +86,6 @@ def plan_experiment(bench: Bench) -> None:
 def prepare(bench: Bench) -> tuple[Matrix, Seen, Results]:
     """Everything that can be wrong, before any training."""
     require_environment()
-    check_device(bench)
     matrix = build_matrix(bench)
     results = finished_results(matrix)
     seen = look_for_seen_cases(matrix)
@@ -102,9 +103,8 @@ def check_device(bench: Bench) -> None:
     count = torch.cuda.device_count()
     if not count:
         raise MiMError("no GPU was found: give device cpu, or run where one is")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None and (wrong := [gpu for gpu in bench.gpus if gpu.isdigit() and int(gpu) >= count]):
-        raise MiMError(f"gpus: {wrong[0]}: this machine has {count}, numbered from 0")
+    if wrong := [gpu for gpu in bench.gpus if not gpu.isdigit() or int(gpu) >= count]:
+        raise MiMError(f"gpus: {wrong[0]}: {count} can be seen here, numbered from 0")
 
 
 def report(matrix: Matrix, seen: Seen, results: Results, failed: Mapping[Place, str]) -> None:

@@ -34,7 +34,7 @@ nnUNetPlans, nnUNetResEncUNetLPlans), or NAME=TRAINER:PLANS[:CHECKPOINT]; traine
 
 EPILOG = """\
 Output: report.html, table.md, table.tex, table.csv (every case, label and metric) and a figure in the folder of -o, by
-default nnUNet_results/DatasetXXX_Name/few_shot__PLANS__CONFIGURATION. For several datasets, folds or GPUs:
+default nnUNet_results/DatasetXXX_Name/few_shot__PLANS__CONFIGURATION__fold_FOLD. For several datasets, folds or GPUs:
 mim_benchmark run."""
 
 
@@ -72,7 +72,7 @@ def build_bench(options: argparse.Namespace) -> Bench:
         raise MiMError("--fold must be 0 or more")
     dataset = dataset_name(options.d)
     output = Path(options.o).resolve() if options.o else Path(os.environ["nnUNet_results"], dataset) / (
-        f"few_shot__{options.p}__{options.c}"
+        f"few_shot__{options.p}__{options.c}__fold_{options.fold}"
     )  # fmt: skip
     arms = tuple(parse_arm(text, options.p) for text in options.arms)
     settings = settings_by_arm(parse_settings(options.set), arms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
 from nnunet_mim.shared import read_shared
-from nnunet_mim.trainers.provenance import leaked_cases, unit_differences
+from nnunet_mim.trainers.provenance import leaked_cases
 from nnunet_mim.voxel_hash import voxel_sha256
 
 CACHE = "seen.json"
+VERSION = 2
+"""of what is looked at; other versions of the file do not count"""
 READER = "SimpleITKIOWithReorient"
 """nnU-Net's reader where a checkpoint does not say; `mim_prepare` uses it too"""
 
@@ -44,8 +46,8 @@ Seen = dict[tuple[str, int, str], Findings]
 
 
 def look_for_seen_cases(matrix: Matrix) -> Seen:
-    """Compare the validation cases with the records in every arm's checkpoint. What was found is kept, so that only
-    new arms, datasets and folds take time.
+    """Compare the validation cases with the records in every arm's checkpoint. What was found is kept in a file, so
+    that only new arms, datasets and folds take time (some seconds a case).
 
     A case is seen if the same dataset and identifier, the same preprocessed voxels, or the same image were pretrained
     on: a new name, another file format or compression, and another spacing or intensity window of the plans do not hide
@@ -66,11 +68,15 @@ def look_for_seen_cases(matrix: Matrix) -> Seen:
         if not cell.arm.checkpoint:
             found[here] = Findings()
             continue
-        key = hashlib.sha256(json.dumps([here, cell.val_cases, cell.arm.identity], sort_keys=True).encode()).hexdigest()
-        if key not in known:
-            result = seen_cases(provenance_of(Path(cell.arm.checkpoint)), cell.arm, cell.val_cases)
-            known[key], changed = {"seen": list(result.seen), "unknown": result.unknown}, True
-        found[here] = Findings(tuple(known[key]["seen"]), known[key]["unknown"])
+        key = hashlib.sha256(
+            json.dumps([VERSION, here, cell.val_cases, cell.arm.identity], sort_keys=True).encode()
+        ).hexdigest()
+        if key in known:
+            found[here] = Findings(tuple(known[key]))
+            continue
+        found[here] = seen_cases(provenance_of(Path(cell.arm.checkpoint)), cell.arm, cell.val_cases)
+        if not found[here].unknown:  # else more may be known the next time
+            known[key], changed = list(found[here].seen), True
     if changed:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(known).encode())
@@ -85,8 +91,8 @@ def refuse_seen_cases(seen: Seen) -> None:
         more = f" (and {len(leaks) - 1} other combinations)" if len(leaks) > 1 else ""
         raise MiMError(
             f"the pretraining of arm {arm} has seen {len(cases)} of the validation cases of {dataset} fold {fold}, "
-            f"{cases[0]} first{more}: pretrain with -f {fold}, evaluate on other cases, or give --allow-seen, which "
-            "marks them in every table"
+            f"{cases[0]} first{more}: pretrain without them (-f {fold}), evaluate on other cases, or give "
+            "--allow-seen, which marks them in every table"
         )
 
 
@@ -111,42 +117,26 @@ def seen_cases(provenance: Mapping[str, Any] | None, arm: Arm, val_cases: tuple[
     seen = set(
         leaked_cases(dict(provenance), source.dataset, val_cases, lambda name: np.asarray(cases.load_case(name)[0][:]))
     )
-    left = [case for case in val_cases if case not in seen]
-    configuration = source.plans["configurations"][source.configuration]
-    intensity = source.intensity_properties
-    other_units = unit_differences(
-        dict(provenance), configuration, intensity, source.plans.get("transpose_forward", (0, 1, 2))
-    )
-    images = {record["image_sha256"] for record in records if record.get("image_sha256")}
-    if not left or not (images or other_units):
-        return Findings(tuple(sorted(seen)))
-    load = image_loader(source.dataset, provenance)
-    if load is None:
-        why = f"preprocessed otherwise ({'; '.join(other_units)}), and the images are not in nnUNet_raw"
-        return Findings(tuple(sorted(seen)), why if other_units else "")
     hashes = {record["sha256"] for record in records}
-    for case in left:
-        image = load(case)
-        if voxel_sha256(image.voxels) in images or (
-            other_units and voxel_sha256(preprocess(image, provenance)[0]) in hashes
-        ):
-            seen.add(case)
+    images = {record["image_sha256"] for record in records if record.get("image_sha256")}
+    files = image_files(source.dataset)
+    missing = [case for case in val_cases if case not in seen and case not in files]
+    reader = recursive_find_reader_writer_by_name(provenance.get("image_reader_writer") or READER)()
+    for case in val_cases:
+        if case not in seen and case in files:
+            voxels, properties = reader.read_images(files[case])
+            image = RawImage(case, voxels, Grid(np.zeros(3), np.diag([float(s) for s in properties["spacing"]])))
+            if voxel_sha256(voxels) in images or voxel_sha256(preprocess(image, provenance)[0]) in hashes:
+                seen.add(case)
+    if missing:
+        why = f"{len(missing)} images are not in nnUNet_raw ({missing[0]} first), their preprocessed voxels are new"
+        return Findings(tuple(sorted(seen)), why)
     return Findings(tuple(sorted(seen)))
 
 
-def image_loader(dataset: str, provenance: Mapping[str, Any]) -> Callable[[str], RawImage] | None:
-    """A function from a case's name to its image, read with the reader of the pretraining; None where the dataset's
-    images are not in nnUNet_raw.
-    """
+def image_files(dataset: str) -> dict[str, list[str]]:
+    """The files of every training case in nnUNet_raw; empty where the dataset is not there."""
     folder = Path(str(nnUNet_raw), dataset) if nnUNet_raw.is_set() else None
     if folder is None or not (folder / "dataset.json").is_file():
-        return None
-    files = get_filenames_of_train_images_and_targets(str(folder))
-    reader = recursive_find_reader_writer_by_name(provenance.get("image_reader_writer") or READER)()
-
-    def load(case: str) -> RawImage:
-        voxels, properties = reader.read_images(files[case]["images"])
-        spacing = [float(s) for s in properties["spacing"]]
-        return RawImage(case, voxels, Grid(np.zeros(3), np.diag(spacing)))
-
-    return load
+        return {}
+    return {case: found["images"] for case, found in get_filenames_of_train_images_and_targets(str(folder)).items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from nnunet_mim.benchmarking.cell import Arm, Cell, Length, nested_subset, recip
 from nnunet_mim.benchmarking.splits import label_fraction
 from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pretraining.sources import fold_cases
+from nnunet_mim.pretraining.sources import split_of
 
 
 class Place(NamedTuple):
@@ -77,6 +77,13 @@ class Matrix:
         return list(dict.fromkeys(place.dataset for place in self.cells))
 
     @property
+    def labels(self) -> list[str]:
+        """Numbers of labels as the user wrote them, fewest first."""
+        dataset = self.datasets[0]
+        fold = self.folds(dataset)[0]
+        return sorted(self.bench.labels, key=lambda labels: self.train_counts[dataset, fold, labels])
+
+    @property
     def arms(self) -> list[str]:
         """Names, in the user's order."""
         return [spec.name for spec in self.bench.arms]
@@ -107,14 +114,25 @@ def build_matrix(bench: Bench) -> Matrix:
         raise MiMError(f"arm {bad[0]}: a name has letters, digits and _ only")
     if len(set(bench.labels)) < len(bench.labels):
         raise MiMError("labels are there twice: give each number once")
+    if not bench.labels:
+        raise MiMError("labels: give numbers, percentages or all")
     control = control_of(bench.arms, bench.control)
     cells: dict[Place, Cell] = {}
     counts = {}
     for spec in bench.datasets:
         dataset = dataset_name(spec.dataset)
+        if any(place.dataset == dataset for place in cells):
+            raise MiMError(f"{dataset} is there twice: give it once, with all its folds")
+        validated: dict[str, int] = {}
         for fold in spec.folds:
             arms = [resolve_arm(arm, dataset, spec.configuration, fold) for arm in bench.arms]
             train, val = _cases(arms, dataset, fold)
+            if twice := sorted(set(val) & set(validated)):
+                raise MiMError(
+                    f"{dataset}: folds {validated[twice[0]]} and {fold} both validate {twice[0]}, which would count "
+                    "twice: give them in two experiments"
+                )
+            validated |= dict.fromkeys(val, fold)
             for labels in bench.labels:
                 counts[dataset, fold, labels] = len(subset(train, labels, 0))
             cells |= {
@@ -134,7 +152,8 @@ def build_matrix(bench: Bench) -> Matrix:
 
 def _cases(arms: list[Arm], dataset: str, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Training and validation cases of a fold, which every arm must have."""
-    train, val = fold_cases(arms[0].source, fold)
+    everything = replace(arms[0].source, cases=tuple(sorted({case for arm in arms for case in arm.source.cases})))
+    train, val = split_of(everything, fold)
     if not val or not train:
         raise MiMError(f"{dataset} has no labels, or fold {fold} of its split has no cases on one side")
     for arm in arms:
@@ -153,7 +172,7 @@ def subset(train: tuple[str, ...], labels: str, seed: int) -> tuple[str, ...]:
         return train
     number = labels.removesuffix("%")
     most = 100 if labels.endswith("%") else len(train)
-    if not number.isdigit() or not 1 <= int(number) <= most:
+    if not (number.isascii() and number.isdigit()) or not 1 <= int(number) <= most:
         raise MiMError(
             f"labels {labels}: give numbers from 1 to {len(train)} (the training cases of the fold), percentages from "
             "1% to 100%, or all"
@@ -167,17 +186,19 @@ def describe(place: Place) -> str:
 
 
 def mean_dice(result: Mapping[str, Any]) -> float:
-    """Over the labels that are in a case, then over cases."""
+    """Over the labels of a case, then over cases."""
     return float(np.nanmean([case_value(labels, "dice") for labels in result["cases"].values()]))
 
 
 def case_value(labels: Mapping[str, Mapping[str, float]], metric: str, label: str | None = None) -> float:
-    """A metric of one case: of one label, or the mean over all that the reference has in it; NaN where it has none.
+    """A metric of one case: of one label, or the mean over all labels; NaN where there is none.
 
-    What is found where nothing is counts separately (see `false_alarms`): it would make 0 of one arm's Dice where
-    another's is undefined.
+    As in nnU-Net, a label that neither the reference nor the prediction has is left out, and one that is found where
+    the reference has none has a Dice of 0.
     """
-    there = [found[metric] for name, found in labels.items() if label in (None, name) and found["n_ref"]]
+    there = [
+        found[metric] for name, found in labels.items() if label in (None, name) and (found["n_ref"] or found["n_pred"])
+    ]
     return float(np.mean(there)) if there else float("nan")
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, region_or_label_to_mask
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from scipy import ndimage
 
 Label = int | tuple[int, ...]
@@ -65,7 +65,12 @@ def surface_metrics(
 
 
 def case_metrics(
-    prediction: Path, reference: Path, labels: Sequence[Label], ignore: int | None = None, tolerance: float = 1.0
+    prediction: Path,
+    reference: Path,
+    labels: Sequence[Label],
+    reader: BaseReaderWriter,
+    ignore: int | None = None,
+    tolerance: float = 1.0,
 ) -> dict[str, dict[str, float]]:
     """Dice, hd95 (mm), nsd and numbers of voxels (n_ref, n_pred) of every label of one case, by its name in nnU-Net's
     summary.json.
@@ -73,17 +78,19 @@ def case_metrics(
     Args:
         prediction, reference: label images on the same grid.
         labels: labels without the background, or regions (several labels).
+        reader: of nnU-Net, which also knows the voxels' size, mm.
         ignore: label of voxels that nothing is said about: they count on neither side.
         tolerance: of the normalised surface Dice, mm.
 
     Raises:
         ValueError: the images are of different size.
     """
-    image = sitk.ReadImage(str(reference))
-    truth, found = sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(sitk.ReadImage(str(prediction)))
+    truth, properties = reader.read_seg(str(reference))
+    found = reader.read_seg(str(prediction))[0]
+    truth, found = truth[0], found[0]
     if truth.shape != found.shape:
         raise ValueError(f"{prediction} has {found.shape} voxels, {reference} {truth.shape}")
-    spacing = image.GetSpacing()[::-1]
+    spacing = properties["spacing"]
     known = np.ones(truth.shape, bool) if ignore is None else truth != ignore
     figures = {}
     for label in labels:

@@ -33,8 +33,6 @@ NUMBERS = (
     Published("BTCV", "SwinUNETR, scratch, 24 labelled", 82.63, "24/6 split, MONAI's preprocessing", MONAI),
     Published("BTCV", "SwinUNETR, pretrained, 24 labelled", 82.64, "24/6 split, MONAI's preprocessing", MONAI),
     Published("BTCV", "SubFore", 84.64, "split and preprocessing not checked", "MICCAI 2025, abstract", True),
-    Published("BTCV", "Hi-End-MAE", 85.1, "split and preprocessing not checked", "quoted by another work", True),
-    Published("BTCV", "HySparK", 84.2, "split and preprocessing not checked", "quoted by another work", True),
     Published("Liver", "nnU-Net", 80.09, f"{CROSS_VALIDATION}; LiTS, the same 131 cases as MSD's liver task", PRESETS),
     Published("Liver", "nnU-Net ResEnc-L", 81.60, f"{CROSS_VALIDATION}; LiTS, the same 131 cases", PRESETS),
     Published("Liver", "MedNeXt-L k5", 82.34, f"{CROSS_VALIDATION}; LiTS, the same 131 cases", PRESETS),

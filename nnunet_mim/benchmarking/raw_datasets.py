@@ -21,7 +21,7 @@ from nnunet_mim.files import write_atomically
 from nnunet_mim.preparation.workers import remove_abandoned
 
 CONVERT = """
-from nnunet_mim.pretraining.ranks import end_with_parent
+from nnunet_mim.lifetime import end_with_parent
 end_with_parent()
 from nnunetv2.dataset_conversion.convert_MSD_dataset import entry_point
 entry_point()

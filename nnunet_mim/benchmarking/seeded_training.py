@@ -1,40 +1,61 @@
 """`nnUNetv2_train` with a seed, a length, a number of threads and a record of what it cost, for any trainer:
 
-    seeded_training SEED EPOCHS ITERATIONS VAL_ITERATIONS THREADS COST COMMAND ARGUMENTS…
+    seeded_training PARENT SEED EPOCHS ITERATIONS VAL_ITERATIONS THREADS COST COMMAND ARGUMENTS…
 
-ITERATIONS are those of an epoch; COST is a file; COMMAND is nnUNetv2_train, or another installed command with its
-ARGUMENTS. The seed decides the initial weights; the order of the patches stays random, since nnU-Net's augmentation
-draws in processes of its own.
+PARENT is the process without which it must not go on; ITERATIONS are those of an epoch; COST is a file; COMMAND is
+nnUNetv2_train, or another installed command with its ARGUMENTS. The seed decides the initial weights; the order of the
+patches stays random, since nnU-Net's augmentation draws in processes of its own.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from nnunet_mim.files import write_atomically
+from nnunet_mim.lifetime import end_with_parent
 
 CHECKPOINTS = 4
-"""how often a training is saved, so that an interrupted one can go on"""
+"""how often a training is saved at least, so that an interrupted one can go on"""
+LOCK, PATIENCE = ".training.lock", 60
+"""file, and seconds that a training waits for it"""
+
+
+@dataclass(frozen=True)
+class Length:
+    """Of a training."""
+
+    epochs: int
+    iterations: int
+    """per epoch"""
+    val_iterations: int
 
 
 def main(argv: list[str]) -> None:
     """Train. The first words of `argv` are those above; 0 threads leaves them to nnU-Net."""
+    parent, seed, epochs, iterations, val_iterations, threads = map(int, argv[:6])
+    cost, command = Path(argv[6]), argv[7]
+    end_with_parent(parent)
+    with FileLock(cost.with_name(LOCK), timeout=PATIENCE):  # until a predecessor whose parent was killed has ended
+        train(seed, Length(epochs, iterations, val_iterations), threads, cost, command, argv[8:])
+
+
+def train(seed: int, length: Length, threads: int, cost: Path, command: str, arguments: list[str]) -> None:
+    """Run nnU-Net's command in this process."""
     import numpy as np
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    from nnunet_mim.pretraining.ranks import end_with_parent
-
-    end_with_parent()  # else a training would go on beside its successor when the experiment is killed
-    seed, epochs, iterations, val_iterations, threads = map(int, argv[:5])
-    cost, command = Path(argv[5]), argv[6]
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -42,33 +63,44 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(threads)
         torch.set_num_threads = lambda nthreads: None  # nnU-Net takes all cores of the machine
     entry = installed_command(command)
-    set_length(nnUNetTrainer, epochs, iterations, val_iterations)
+    if entry is None:
+        sys.exit(f"{command} is not installed: install an nnU-Net that has it")
+    set_length(nnUNetTrainer, length)
+    save_whole(nnUNetTrainer)
     record_cost(nnUNetTrainer, cost, time.time())
-    sys.argv = [command, *argv[7:]]
-    entry()
+    sys.argv = [command, *arguments]
+    entry.load()()
 
 
-def installed_command(name: str) -> Callable[[], Any]:
-    """The function behind an installed command.
+def installed_command(name: str) -> EntryPoint | None:
+    """Where an installed command begins; None where there is no such command."""
+    return next((entry for entry in entry_points(group="console_scripts") if entry.name == name), None)
 
-    Raises:
-        SystemExit: it is not installed.
+
+def save_whole(trainer: type) -> None:
+    """Have a trainer class, and those derived from it, write checkpoints that are there whole or not at all: nnU-Net
+    cannot go on from half a one.
     """
-    found = next((entry for entry in entry_points(group="console_scripts") if entry.name == name), None)
-    if found is None:
-        sys.exit(f"{name} is not installed: install an nnU-Net that has it")
-    return found.load()
+    original = trainer.save_checkpoint  # type: ignore[attr-defined]
+
+    def save_checkpoint(self: Any, filename: str) -> None:
+        partial = f"{filename}.partial"
+        original(self, partial)
+        if os.path.isfile(partial):  # not where checkpoints are switched off
+            os.replace(partial, filename)
+
+    trainer.save_checkpoint = save_checkpoint  # type: ignore[attr-defined]
 
 
-def set_length(trainer: type, epochs: int, iterations: int, val_iterations: int) -> None:
+def set_length(trainer: type, length: Length) -> None:
     """Give a trainer class, and those derived from it, another length."""
     original = trainer.initialize  # type: ignore[attr-defined]
 
     def initialize(self: Any) -> None:  # after every __init__, before the learning rate is scheduled
-        self.num_epochs = epochs
-        self.num_iterations_per_epoch = iterations
-        self.num_val_iterations_per_epoch = val_iterations
-        self.save_every = max(1, epochs // CHECKPOINTS)
+        self.num_epochs = length.epochs
+        self.num_iterations_per_epoch = length.iterations
+        self.num_val_iterations_per_epoch = length.val_iterations
+        self.save_every = max(1, min(self.save_every, length.epochs // CHECKPOINTS))
         original(self)
 
     trainer.initialize = initialize  # type: ignore[attr-defined]

@@ -105,10 +105,9 @@ def mean_sd(values: np.ndarray) -> tuple[float, float]:
     """Mean over seeds of the means over cases, and their standard deviation (NaN with one seed).
 
     Args:
-        values: (seeds, cases); NaN where there is none.
+        values: (seeds, cases); NaN where there is none, which counts on neither side.
     """
-    known = values[:, np.isfinite(values).all(axis=0)]
-    if not known.size:
+    means = np.array([row[np.isfinite(row)].mean() for row in values if np.isfinite(row).any()])
+    if not means.size:
         return math.nan, math.nan
-    means = known.mean(axis=1)
     return float(means.mean()), float(means.std(ddof=1)) if len(means) > 1 else math.nan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ METRICS = ("dice", "hd95", "nsd", "n_ref", "n_pred")
 MARK = " *"
 """behind an arm whose pretraining has seen validation cases"""
 Table = list[list[str]]
+LATEX = {sign: rf"\{sign}" for sign in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": "$<$",
+    ">": "$>$", "–": "--", "…": r"\ldots{}",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Outcome:
     matrix: Matrix
     results: Mapping[Place, Mapping[str, Any]]
     seen: Seen
+    _compared: dict[tuple[str, str, str], tuple[Comparison, list[int]] | None] = field(default_factory=dict, repr=False)
 
     def seeds(self, dataset: str, labels: str, arm: str) -> list[int]:
         """Seeds of which every fold is finished."""
@@ -62,6 +67,12 @@ class Outcome:
 
     def comparison(self, dataset: str, labels: str, arm: str) -> tuple[Comparison, list[int]] | None:
         """Dice (%) of an arm and of the control, and the seeds that both have; None where there are none."""
+        key = (dataset, labels, arm)
+        if key not in self._compared:
+            self._compared[key] = self._compare(*key)
+        return self._compared[key]
+
+    def _compare(self, dataset: str, labels: str, arm: str) -> tuple[Comparison, list[int]] | None:
         control = self.matrix.control
         both = [s for s in self.seeds(dataset, labels, arm) if s in self.seeds(dataset, labels, control)]
         if not both or arm == control:
@@ -71,28 +82,34 @@ class Outcome:
 
 
 def main_table(outcome: Outcome, dataset: str) -> Table:
-    """One row a number of labels and arm: the three metrics, and Dice against the control."""
-    corrected = corrected_ps(outcome)
-    control = outcome.matrix.control
-    table = [
-        ["labels", "arm", "seeds", "Dice %", "HD95 mm", f"NSD % at {outcome.matrix.bench.nsd_tolerance_mm:g} mm",
-         f"Dice minus {control}", "these trainings", "p", "p corrected", "iterations to reach it"]
-    ]  # fmt: skip
-    for labels in outcome.matrix.bench.labels:
+    """One row a number of labels and arm: the three metrics."""
+    tolerance = outcome.matrix.bench.nsd_tolerance_mm
+    table = [["labels", "arm", "seeds", "Dice %", "HD95 mm", f"NSD % at {tolerance:g} mm"]]
+    for labels in outcome.matrix.labels:
         for arm in outcome.matrix.arms:
-            seeds = outcome.seeds(dataset, labels, arm)
-            if not seeds:
-                continue
-            figures = [outcome.values(dataset, labels, seeds, arm, m) for m in ("dice", "hd95", "nsd")]
-            row = [label_text(outcome, dataset, labels), outcome.name(dataset, arm), str(len(seeds))]
-            row += [with_sd(values * scale) for values, scale in zip(figures, (100, 1, 100), strict=True)]
+            if seeds := outcome.seeds(dataset, labels, arm):
+                figures = [outcome.values(dataset, labels, seeds, arm, m) for m in ("dice", "hd95", "nsd")]
+                row = [label_text(outcome, dataset, labels), outcome.name(dataset, arm), str(len(seeds))]
+                row += [with_sd(values * scale) for values, scale in zip(figures, (100, 1, 100), strict=True)]
+                table.append(row)
+    return table
+
+
+def comparison_table(outcome: Outcome, dataset: str) -> Table:
+    """One row a number of labels and arm but the control: Dice against the control's."""
+    corrected = corrected_ps(outcome)
+    heading = f"Dice % minus {outcome.matrix.control}"
+    table = [["labels", "arm", "seeds", heading, "these trainings", "p", "p corrected", "iterations to reach it"]]
+    for labels in outcome.matrix.labels:
+        for arm in outcome.matrix.arms:
             found = outcome.comparison(dataset, labels, arm)
             if found is None:
-                table.append([*row, "", "", "", "", ""])
                 continue
             result, both = found
             table.append([
-                *row,
+                label_text(outcome, dataset, labels),
+                outcome.name(dataset, arm),
+                str(len(both)),
                 f"{result.difference:+.2f} [{result.interval[0]:+.2f}, {result.interval[1]:+.2f}]",
                 f"[{result.bootstrap[0]:+.2f}, {result.bootstrap[1]:+.2f}]",
                 p_text(result.p),
@@ -107,7 +124,7 @@ def corrected_ps(outcome: Outcome) -> dict[tuple[str, str, str], float]:
     places = [
         (dataset, labels, arm)
         for dataset in outcome.matrix.datasets
-        for labels in outcome.matrix.bench.labels
+        for labels in outcome.matrix.labels
         for arm in outcome.matrix.arms
     ]
     found = {place: compared[0].p for place in places if (compared := outcome.comparison(*place)) is not None}
@@ -137,7 +154,7 @@ def label_table(outcome: Outcome, dataset: str) -> Table:
     """Dice of every label."""
     labels_of = label_names(outcome, dataset)
     table = [["labels", "arm", *(f"Dice % of {name}" for name in labels_of.values())]]
-    for labels in outcome.matrix.bench.labels:
+    for labels in outcome.matrix.labels:
         for arm in outcome.matrix.arms:
             if seeds := outcome.seeds(dataset, labels, arm):
                 row = [with_sd(outcome.values(dataset, labels, seeds, arm, "dice", key) * 100) for key in labels_of]
@@ -148,13 +165,14 @@ def label_table(outcome: Outcome, dataset: str) -> Table:
 def cost_table(outcome: Outcome, dataset: str) -> Table:
     """What a training has cost."""
     table = [["labels", "arm", "hours a training", "hours in all", "peak memory GB", "parameters (millions)", "device"]]
-    for labels in outcome.matrix.bench.labels:
+    for labels in outcome.matrix.labels:
         for arm in outcome.matrix.arms:
             costs = [result["cost"] for result in outcome.trainings(dataset, labels, arm) if result["cost"]]
             if costs:
                 hours = [cost["seconds"] / 3600 for cost in costs]
                 table.append([
-                    label_text(outcome, dataset, labels), arm, f"{np.mean(hours):.2f}", f"{np.sum(hours):.2f}",
+                    label_text(outcome, dataset, labels), outcome.name(dataset, arm), f"{np.mean(hours):.2f}",
+                    f"{np.sum(hours):.2f}",
                     f"{max(cost['peak_bytes'] for cost in costs) / 1e9:.2f}",
                     f"{costs[0]['parameters'] / 1e6:.2f}", ", ".join(sorted({cost["device"] for cost in costs})),
                 ])  # fmt: skip
@@ -180,7 +198,7 @@ def notes(outcome: Outcome, dataset: str) -> list[str]:
         found, absent = false_alarms(result)
         if place.dataset == dataset and found:
             where = f"{describe(place)}: {found} of {absent}"
-            lines.append(f"found where the reference has nothing (not in the figures above): {where}")
+            lines.append(f"found where the reference has nothing (Dice 0, as in nnU-Net): {where}")
     return lines
 
 
@@ -202,41 +220,40 @@ def label_text(outcome: Outcome, dataset: str, labels: str) -> str:
 
 
 def every_value(outcome: Outcome) -> str:
-    """CSV: one row a training, case and label."""
+    """CSV: one row a training, case and label. seen: whether the pretraining has seen the case."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*Place._fields, "case", "label", *METRICS])
+    writer.writerow([*Place._fields, "case", "seen", "label", "name", *METRICS])
     for place, result in sorted(outcome.results.items()):
+        seen = outcome.seen[place.dataset, place.fold, place.arm].seen
         for case, labels in sorted(result["cases"].items()):
             for label, found in labels.items():
-                writer.writerow([*place, case, label, *(f"{found[metric]:.6g}" for metric in METRICS)])
+                name = result["names"].get(label, label)
+                numbers = [f"{value:.6g}" if isinstance(value, float) else value for value in map(found.get, METRICS)]
+                writer.writerow([*place, case, "yes" if case in seen else "", label, name, *numbers])
     return text.getvalue()
 
 
 def markdown_table(table: Table) -> str:
     """As GitHub shows it."""
-    lines = [f"| {' | '.join(row)} |" for row in table]
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table]
     lines.insert(1, "|" + "---|" * len(table[0]))
     return "\n".join(lines)
 
 
-def latex_table(table: Table, caption: str) -> str:
-    """With booktabs."""
+def latex_table(table: Table, caption: str, below: Sequence[str] = ()) -> str:
+    """With booktabs, and sentences below it."""
     rows = [" & ".join(latex_text(cell) for cell in row) + r" \\" for row in table]
     return "\n".join([
         r"\begin{table}", r"\centering", rf"\caption{{{latex_text(caption)}}}",
         rf"\begin{{tabular}}{{{'ll' + 'r' * (len(table[0]) - 2)}}}", r"\toprule", rows[0], r"\midrule", *rows[1:],
-        r"\bottomrule", r"\end{tabular}", r"\end{table}",
+        r"\bottomrule", r"\end{tabular}", *(rf"\par {latex_text(line)}" for line in below), r"\end{table}",
     ])  # fmt: skip
 
 
 def latex_text(text: str) -> str:
     """Text with LaTeX's own characters written so that they are shown."""
-    for sign in "&%$#_{}":
-        text = text.replace(sign, rf"\{sign}")
-    return (
-        text.replace("±", r"$\pm$").replace("<", "$<$").replace(">", "$>$").replace("–", "--").replace("…", r"\ldots")
-    )
+    return "".join(LATEX.get(sign, sign) for sign in text)
 
 
 def with_sd(numbers: np.ndarray) -> str:

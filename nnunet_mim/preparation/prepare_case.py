@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
         only.pop(), only.pop(), properties, manager, configuration, dict(job.dataset_json)
     )
     properties.setdefault("class_locations", {})  # nnU-Net's data loader looks for it, labels or not
-    info = replace(describe_voxels(job.case, prepared, job.body_threshold), image_sha256=known["image_sha256"])
+    info = describe_voxels(job.case, prepared, job.body_threshold)
     try:
         save(prepared, seg, properties, partial, tuple(configuration.patch_size))
         stamps = move(partial, Path(job.folder), job.case)

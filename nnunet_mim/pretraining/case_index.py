@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
@@ -148,6 +148,10 @@ def read_index(
         described = pool.map(lambda case: _describe_or_error(source, case), missing)
         progress = tqdm(described, total=len(missing), desc=f"checking {source.dataset}", disable=not show_progress)
         results = dict(zip(missing, progress, strict=True))
+    for case, result in results.items():  # the same voxels, copied or unpacked anew, are still of the same image
+        row = row_of.get(case)
+        if isinstance(result, CaseInfo) and row is not None and cached[row].sha256 == result.sha256:
+            results[case] = replace(result, image_sha256=cached[row].image_sha256)
     sound = [result for result in results.values() if isinstance(result, CaseInfo)]
     bad += [BadCase(case, str(result)) for case, result in results.items() if isinstance(result, MiMError)]
     index = _sorted(cached.take(np.array(rows, np.int64)), CaseIndex.of(sound, source.in_channels))

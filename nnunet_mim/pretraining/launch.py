@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pretraining.ranks import end_with_parent
+from nnunet_mim.lifetime import end_with_parent
 
 
 def device_count(wanted: int | None) -> tuple[int, int]:

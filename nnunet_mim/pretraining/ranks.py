@@ -7,9 +7,6 @@ depend on the number of ranks (but for rounding).
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +14,6 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor
 
-WATCH_EVERY = 2.0
 """seconds between two looks at the parent process"""
 
 
@@ -69,15 +65,3 @@ ALONE = Ranks()
 def ranks_of(fabric: Fabric) -> Ranks:
     """This process among those that Fabric has launched."""
     return Ranks(fabric.global_rank, fabric.world_size)
-
-
-def end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone: without it the others would wait for ever."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(WATCH_EVERY)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -171,7 +171,17 @@ def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
 
 
 def fold_cases(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Training and validation cases of nnU-Net's own split; both empty for a dataset without labels.
+    """Training and validation cases of nnU-Net's own split that are preprocessed; both empty for a dataset without
+    labels. Raises MiMError as `split_of`.
+    """
+    known = set(source.cases)
+    train, val = (tuple(case for case in part if case in known) for part in split_of(source, fold))
+    return train, val
+
+
+def split_of(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Training and validation cases of nnU-Net's own split, preprocessed or not; both empty for a dataset without
+    labels.
 
     Reads `splits_final.json`, or computes what nnU-Net would write there.
 
@@ -193,9 +203,7 @@ def fold_cases(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, .
         return (), ()
     if not 0 <= fold < len(splits):
         raise MiMError(f"fold {fold} does not exist in {splits_file} ({len(splits)} folds): choose another with -f")
-    known = set(source.cases)
-    train, val = (tuple(case for case in splits[fold][part] if case in known) for part in ("train", "val"))
-    return train, val
+    return tuple(splits[fold]["train"]), tuple(splits[fold]["val"])
 
 
 def window_warning(source: Source) -> str | None:

@@ -67,7 +67,6 @@ def test_killed_in_the_middle_continued_and_then_nothing_left_to_do(workplace):
     for path, result in results.items():
         log = (path.parent / "log.txt").read_text()
         assert "Traceback" not in log
-        assert result["leaked"] == []
         twin = path.parents[1] / "Scratch" / "result.json"
         assert result["key"]["train_cases"] == results[twin]["key"]["train_cases"]
     report = workplace.folder / "results" / "report.html"
@@ -113,6 +112,28 @@ def test_cases_that_the_pretraining_has_seen_are_refused_or_marked(workplace):
     assert "MiM *: WARNING: its pretraining has seen 1 of the validation cases of fold 1" in said
 
 
+def test_a_training_with_the_command_for_nnssl_checkpoints(workplace):
+    """Stands in for nnU-Net's development branch: a package that installs its command, here with nnU-Net's own
+    training behind it. What is tested is the route: command, trainer and plans.
+    """
+    text = BENCH.replace("results", "nnssl").replace("[912, 913]", "[912]").replace("[25%, 100%]", "[100%]")
+    arm = "{MAE: {nnssl_plans: nnUNetMiMPlans, trainer: nnUNetTrainer}}"
+    text = text.replace("{MiM: {checkpoint: once.pth}, Scratch: }", arm).replace("seeds: 2", "seeds: 1")
+    (workplace.folder / "nnssl.yaml").write_text(text)
+    said = workplace("mim_benchmark", "run", "nnssl.yaml", fails=True)
+    assert "arm MAE: nnUNetv2_train_pretrained is not installed" in said
+    package = workplace.folder / "branch" / "branch-1.0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: branch\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[console_scripts]\nnnUNetv2_train_pretrained = nnunetv2.run.run_training:run_training_entry\n"
+    )
+    said = workplace("mim_benchmark", "run", "nnssl.yaml", PYTHONPATH=str(package.parent))
+    assert "[1/1] Dataset912_One fold 0, labels 100%, seed 0, MAE: mean Dice" in said
+    (result,) = (workplace.folder / "nnssl").rglob("result.json")
+    assert json.loads(result.read_text())["key"]["command"] == "nnUNetv2_train_pretrained"
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -120,11 +141,16 @@ def test_cases_that_the_pretraining_has_seen_are_refused_or_marked(workplace):
         (("[912, 913]", "[912, 999]"), "unknown dataset '999'"),
         (("device: cpu", "device: cuda"), "no GPU was found"),
         (("seeds: 2", "seed: 2"), "unknown entry 'seed'"),
+        (
+            ("Scratch: }", "Typo: {trainer: nnUNetTrainerTypo, plans: nnUNetMiMPlans}}"),
+            "knows no trainer nnUNetTrainerTypo",
+        ),
     ],
 )
 def test_bad_files_before_any_training(workplace, change, says):
+    """Also on a machine with a GPU."""
     (workplace.folder / "bad.yaml").write_text(BENCH.replace("results", "bad").replace(*change))
-    said = workplace("mim_benchmark", "run", "bad.yaml", fails=True)
+    said = workplace("mim_benchmark", "run", "bad.yaml", fails=True, CUDA_VISIBLE_DEVICES="")
     assert says in said
     assert said.count("error: ") == 1
     assert "Traceback" not in said

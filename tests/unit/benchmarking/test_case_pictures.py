@@ -61,7 +61,7 @@ def outcome(tmp_path, monkeypatch):
     for folder in (raw, base):
         (folder / "dataset.json").write_text(json.dumps(content))
     results = {
-        place: {"cases": {case: {"1": {"dice": dice, "n_ref": int(dice == dice)}} for case, dice in DICE.items()}}
+        place: {"cases": {case: {"1": {"dice": dice, "n_ref": 1, "n_pred": 1}} for case, dice in DICE.items()}}
         for place in cells
     }  # fmt: skip
     return Outcome(matrix, results, {})
@@ -69,7 +69,7 @@ def outcome(tmp_path, monkeypatch):
 
 def test_worst_median_and_best_case_upright(outcome):
     """Case c1 is stored with its axes turned and looks like the others: the label at the patient's front right."""
-    pictures = case_pictures(outcome, DATASET)
+    pictures = case_pictures(outcome, DATASET, {1})
     assert [(p.title, p.name) for p in pictures] == [("worst", "c1"), ("median", "c4"), ("best", "c0")]
     for picture in pictures:
         assert picture.spacing == (3.0, 2.0)
@@ -87,9 +87,21 @@ def test_worst_median_and_best_case_upright(outcome):
 
 
 def test_no_pictures_without_images_or_results(outcome, monkeypatch, tmp_path):
-    assert case_pictures(Outcome(outcome.matrix, {}, {}), DATASET) == []
+    assert case_pictures(Outcome(outcome.matrix, {}, {}), DATASET, {1}) == []
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "nowhere"))
-    assert case_pictures(outcome, DATASET) == []
+    assert case_pictures(outcome, DATASET, {1}) == []
+
+
+def test_a_prediction_that_is_gone_costs_its_picture_only(outcome, capsys):
+    place, cell = next(iter(outcome.matrix.cells.items()))
+    (validation_folder(cell, outcome.matrix.folder(place)) / "c1.nii.gz").unlink()
+    assert [p.name for p in case_pictures(outcome, DATASET, {1})] == ["c4", "c0"]
+    assert "note: no picture of c1" in capsys.readouterr().out
+
+
+def test_labels_that_are_not_shown_do_not_choose_the_slice(outcome):
+    """As an ignore label: the slice is the one in the middle."""
+    assert case_pictures(outcome, DATASET, {2})[0].ct[0, 0] == 300
 
 
 def test_a_window_around_nothing_is_everything():

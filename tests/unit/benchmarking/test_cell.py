@@ -1,16 +1,31 @@
 """Cells without any training: what decides that one is finished, and the commands that are run."""
 
 import json
+import os
+import signal
+import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nnunet_mim.benchmarking import cell as module
-from nnunet_mim.benchmarking.cell import KEY, RESULT, Arm, Cell, Length, failure, finished, run_cell, total_cost
-from nnunet_mim.benchmarking.seeded_training import installed_command, record_cost, set_length
+from nnunet_mim.benchmarking.cell import (
+    KEY,
+    RESULT,
+    Arm,
+    Cell,
+    InterruptedTrainingError,
+    Length,
+    failure,
+    finished,
+    run_cell,
+    total_cost,
+)
+from nnunet_mim.benchmarking.seeded_training import installed_command, record_cost, save_whole, set_length
 from nnunet_mim.errors import MiMError
 
 
@@ -38,24 +53,22 @@ def make_cell(source, tmp_path):
 
 
 class Commands:
-    """Takes the place of subprocess: notes commands, trains nothing."""
+    """Takes the place of starting processes: notes commands, trains nothing."""
 
-    STDOUT = None
+    def __init__(self, returns=1):
+        self.commands, self.environments, self.returns = [], [], returns
 
-    def __init__(self):
-        self.commands, self.environments = [], []
-
-    def run(self, command, stdout, stderr, env):
-        self.commands.append(command)
-        self.environments.append(env)
-        stdout.write("an error of nnU-Net")
-        return SimpleNamespace(returncode=1)
+    def __call__(self, command, log, environment, stop):
+        self.commands.append([str(word) for word in command])
+        self.environments.append(environment)
+        log.write("an error of nnU-Net")
+        return self.returns
 
 
 @pytest.fixture
 def commands(monkeypatch):
     fake = Commands()
-    monkeypatch.setattr(module, "subprocess", fake)
+    monkeypatch.setattr(module, "_run", fake)
     return fake
 
 
@@ -70,7 +83,8 @@ def test_the_command_and_its_folders(make_cell, commands, tmp_path):
     attempt(make_cell(), folder)
     (command,), (env,) = commands.commands, commands.environments
     assert command[2:] == [
-        "nnunet_mim.benchmarking.seeded_training", "7", "3", "4", "5", "1", str(folder / "cost.json"), "nnUNetv2_train",
+        "nnunet_mim.benchmarking.seeded_training", str(os.getpid()), "7", "3", "4", "5", "1",
+        str(folder / "cost.json"), "nnUNetv2_train",
         "Dataset001_X", "3d_fullres", "1", "-tr", "nnUNetTrainerMiM", "-p", "P", "-device", "cpu",
     ]  # fmt: skip
     assert env["nnUNet_mim_checkpoint"] == str(tmp_path / "a.pth")
@@ -144,9 +158,65 @@ def test_a_failure_is_remembered_until_the_next_attempt(make_cell, commands, tmp
     assert failure(folder) is None
     attempt(make_cell(), folder)
     assert failure(folder).startswith("training failed, see")
-    monkeypatch.setattr(commands, "run", lambda *_, **__: pytest.fail(failure(folder) or "forgotten"))
+    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail(failure(folder) or "forgotten"))
     with pytest.raises(pytest.fail.Exception, match="forgotten"):
         run_cell(make_cell(), folder, "cpu", 1, 1.0)
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_ended_from_outside_has_not_failed(make_cell, commands, tmp_path, ended_by):
+    commands.returns = -ended_by
+    with pytest.raises(InterruptedTrainingError):
+        run_cell(make_cell(), tmp_path / "cell", "cpu", 1, 1.0)
+    assert failure(tmp_path / "cell") is None
+
+
+def test_a_training_is_ended_with_all_its_processes(tmp_path):
+    """A shell that starts another process, as nnU-Net does; both are gone within a second or two."""
+    stop = threading.Event()
+    threading.Timer(0.7, stop.set).start()
+    with (tmp_path / "log").open("w") as log:
+        returned = module._run(["bash", "-c", "sleep 61 & echo $!; wait"], log, dict(os.environ), stop)
+    assert returned == -signal.SIGTERM
+    child = int((tmp_path / "log").read_text())
+    end = time.monotonic() + 5
+    while _runs(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not _runs(child)
+    with (tmp_path / "log").open("w") as log:
+        assert module._run(["bash", "-c", "exit 3"], log, dict(os.environ), None) == 3
+
+
+def _runs(process):
+    try:
+        return " Z " not in Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_checkpoint_that_has_moved_is_the_same(make_cell, commands, tmp_path):
+    attempt(make_cell(), tmp_path / "cell")
+    (tmp_path / "a.pth").rename(tmp_path / "b.pth")
+    assert finished(make_cell(checkpoint="b.pth"), tmp_path / "cell", 1.0) is None
+
+
+def test_checkpoints_are_written_whole_or_not_at_all(tmp_path):
+    class Trainer:
+        def save_checkpoint(self, filename):
+            Path(filename).write_text("half")
+            if self.dies:
+                raise KeyboardInterrupt
+            Path(filename).write_text("whole")
+
+    save_whole(Trainer)
+    trainer, file = Trainer(), tmp_path / "checkpoint_latest.pth"
+    trainer.dies = False
+    trainer.save_checkpoint(str(file))
+    assert file.read_text() == "whole"
+    trainer.dies = True
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_checkpoint(str(file))
+    assert file.read_text() == "whole"
 
 
 def test_one_gpu_a_training(make_cell, commands, tmp_path):
@@ -160,7 +230,7 @@ def test_another_command_takes_its_checkpoint_from_the_plans(make_cell, commands
     cell = replace(cell, arm=replace(cell.arm, command="nnUNetv2_train_pretrained"))
     attempt(cell, tmp_path / "cell")
     command = commands.commands[0]
-    assert command[8:10] == [str(tmp_path / "cell" / "cost.json"), "nnUNetv2_train_pretrained"]
+    assert command[9:11] == [str(tmp_path / "cell" / "cost.json"), "nnUNetv2_train_pretrained"]
     assert "-pretrained_weights" not in command
 
 
@@ -188,16 +258,28 @@ def test_the_cost_of_all_attempts(tmp_path):
     assert 10e6 < cost["peak_bytes"] < 100e9
 
 
+def test_a_long_training_is_saved_no_less_often_than_by_nnunet_itself():
+    class Trainer:
+        save_every = 50
+
+        def initialize(self):
+            pass
+
+    set_length(Trainer, Length(1000, 250, 50))
+    trainer = Trainer()
+    trainer.initialize()
+    assert trainer.save_every == 50
+
+
 def test_an_installed_command_is_found_by_its_name():
-    assert installed_command("nnUNetv2_train").__module__ == "nnunetv2.run.run_training"
-    with pytest.raises(SystemExit, match="nnUNetv2_nothing is not installed"):
-        installed_command("nnUNetv2_nothing")
+    assert installed_command("nnUNetv2_train").value == "nnunetv2.run.run_training:run_training_entry"
+    assert installed_command("nnUNetv2_nothing") is None
 
 
 def test_the_length_holds_for_trainers_with_one_of_their_own():
     class Trainer:
         def __init__(self):
-            self.num_epochs = 1000
+            self.num_epochs, self.save_every = 1000, 50
 
         def initialize(self):
             self.scheduled_for = self.num_epochs
@@ -207,7 +289,7 @@ def test_the_length_holds_for_trainers_with_one_of_their_own():
             super().__init__()
             self.num_epochs = 250
 
-    set_length(Trainer, 12, 34, 56)
+    set_length(Trainer, Length(12, 34, 56))
     trainer = Long()
     trainer.initialize()
     assert (trainer.num_epochs, trainer.scheduled_for, trainer.save_every) == (12, 12, 3)

@@ -1,12 +1,13 @@
 """bench.yaml, the trainings it stands for, and running them without training anything."""
 
 import json
+import os
+import signal
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -16,10 +17,11 @@ from nnunet_mim.benchmarking import matrix as matrix_module
 from nnunet_mim.benchmarking import work
 from nnunet_mim.benchmarking.arms import ArmSpec, control_of
 from nnunet_mim.benchmarking.bench_file import bench_of, read_bench
-from nnunet_mim.benchmarking.cell import FAILED, Arm, Length, nested_subset
+from nnunet_mim.benchmarking.cell import FAILED, Arm, InterruptedTrainingError, Length, nested_subset
 from nnunet_mim.benchmarking.few_shot_cli import parse_arm, settings_by_arm
-from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Place, build_matrix, subset
+from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Place, build_matrix, describe, subset
 from nnunet_mim.errors import MiMError
+from nnunet_mim.lock import alone
 
 MIM, SCRATCH = ArmSpec("MiM", "nnUNetTrainerMiM", "P", "a.pth"), ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "P")
 TRAIN = tuple(f"case_{i:02d}" for i in range(40))
@@ -50,7 +52,7 @@ allow_seen: true
         datasets=(DatasetSpec("501", (0, 3)), DatasetSpec("Dataset502_X", (0,), "3d_lowres")),
         arms=(
             ArmSpec("MiM", "nnUNetTrainerMiM", "MyPlans", runs, {"lr": 0.001}),
-            ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "nnUNetMiMPlans"),
+            ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "MyPlans"),
             ArmSpec("Stock", "nnUNetTrainer", "nnUNetPlans"),
             ArmSpec("MAE", "PretrainedTrainer", "ptPlans", command="nnUNetv2_train_pretrained"),
         ),
@@ -61,10 +63,16 @@ allow_seen: true
 
 def test_where_checkpoints_are_looked_for(tmp_path):
     (tmp_path / "export").mkdir()
-    given = {"a": "x.pth", "b": "/y.pth", "c": "export", "d": "someone/head-neck@main"}
+    given = {"a": "x.pth", "b": "/y.pth", "c": "export", "d": "someone/head-neck@main", "e": "runs/export_{fold}"}
     arms = {name: {"trainer": "nnUNetTrainerMiM", "plans": "P", "checkpoint": path} for name, path in given.items()}
     found = [arm.checkpoint for arm in bench_of({"datasets": [1], "arms": arms}, tmp_path).arms]
-    assert found == [f"{tmp_path}/x.pth", "/y.pth", f"{tmp_path}/export", "someone/head-neck@main"]
+    assert found == [
+        f"{tmp_path}/x.pth",
+        "/y.pth",
+        f"{tmp_path}/export",
+        "someone/head-neck@main",
+        f"{tmp_path}/runs/export_{{fold}}",
+    ]
 
 
 def test_lists_are_enough_where_nothing_else_is_said():
@@ -82,6 +90,7 @@ def test_lists_are_enough_where_nothing_else_is_said():
         ({"datasets": None}, "'datasets' is missing"),
         ({"arms": []}, "'arms' is missing"),
         ({"gpu": 1}, "unknown entry 'gpu': there are allow_seen, arms"),
+        ({"arms": ["MiM", "MiM"]}, "arms: MiM is there twice"),
         ({"arms": ["Mine"]}, "arms: Mine: give trainer and plans"),
         ({"arms": {"MiM": {"plan": "P"}}}, "arms: MiM: unknown entry 'plan'"),
         ({"arms": {"MiM": "P"}}, "arms: MiM: give names and values"),
@@ -109,6 +118,11 @@ def test_errors_name_the_file(tmp_path):
     path.write_text("datasets: [501]")
     with pytest.raises(MiMError, match=r"bench\.yaml: 'arms' is missing"):
         read_bench(path)
+    path.write_text("datasets: [010]\narms: [MiM]")
+    with pytest.raises(MiMError, match=r"bench\.yaml: 010: YAML reads numbers that begin with 0 as octal"):
+        read_bench(path)
+    path.write_text("datasets: [10, Dataset010_Colon]\narms: [MiM]\nnsd_tolerance_mm: 0.5\noutput: 2026-01-05")
+    assert [spec.dataset for spec in read_bench(path).datasets] == ["10", "Dataset010_Colon"]
     with pytest.raises(MiMError, match=r"cannot read .*gone\.yaml"):
         read_bench(tmp_path / "gone.yaml")
 
@@ -169,21 +183,33 @@ def test_numbers_percentages_and_all():
             subset(TRAIN, labels, 0)
 
 
+@dataclass(frozen=True)
+class Preprocessed:
+    """As much of a Source as a matrix looks at."""
+
+    dataset: str
+    plans_name: str
+    configuration: str
+    cases: tuple[str, ...]
+    plans: dict
+    folder: Path
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """Two datasets, two arms, as far as a matrix looks at them; nothing is on the disk but the checkpoint."""
     (tmp_path / "a.pth").write_bytes(b"weights")
 
     def resolve(spec, dataset, configuration, fold):
-        source = SimpleNamespace(
-            dataset=dataset, plans_name=spec.plans, configuration=configuration, cases=(*TRAIN, "v"), plans={},
+        source = Preprocessed(
+            dataset=dataset, plans_name=spec.plans, configuration=configuration, cases=(*TRAIN, "v0", "v1"), plans={},
             folder=tmp_path / dataset / "P",
         )  # fmt: skip
         return Arm(spec.name, spec.trainer, source, str(tmp_path / spec.checkpoint) if spec.checkpoint else None)
 
     monkeypatch.setattr(matrix_module, "resolve_arm", resolve)
     monkeypatch.setattr(matrix_module, "dataset_name", lambda given: f"Dataset{given}_X")
-    monkeypatch.setattr(matrix_module, "fold_cases", lambda source, fold: (TRAIN, ("v",)))
+    monkeypatch.setattr(matrix_module, "split_of", lambda source, fold: (TRAIN, (f"v{fold}",)))
     return Bench((DatasetSpec("501", (0, 1)), DatasetSpec("502")), (MIM, SCRATCH), ("1", "10%"), 2, Length(1, 1, 1),
                  tmp_path / "out", device="cpu")  # fmt: skip
 
@@ -207,6 +233,9 @@ def test_all_combinations_with_the_same_cases_for_all_arms(bench):
         ({"arms": (MIM, MIM)}, "arm MiM is there twice"),
         ({"arms": (replace(MIM, name="a/b"),)}, "arm a/b: a name has letters"),
         ({"labels": ("5", "5")}, "labels are there twice"),
+        ({"labels": ()}, "labels: give numbers"),
+        ({"labels": ("²",)}, "give numbers from 1 to 40"),
+        ({"datasets": (DatasetSpec("501"), DatasetSpec("501", (1,)))}, "Dataset501_X is there twice"),
         ({"labels": ("50",)}, "labels 50: give numbers from 1 to 40"),
         ({"arms": (replace(MIM, settings={"nothing": 1}),)}, "unknown setting 'nothing'"),
     ],
@@ -214,6 +243,30 @@ def test_all_combinations_with_the_same_cases_for_all_arms(bench):
 def test_bad_experiments_before_any_training(bench, changes, says):
     with pytest.raises(MiMError, match=says):
         build_matrix(replace(bench, **changes))
+
+
+def test_a_case_that_two_folds_validate_would_count_twice(bench, monkeypatch):
+    monkeypatch.setattr(matrix_module, "split_of", lambda source, fold: (TRAIN, ("v0", f"v{fold}")))
+    with pytest.raises(MiMError, match="Dataset501_X: folds 0 and 1 both validate v0"):
+        build_matrix(bench)
+
+
+def test_every_case_of_the_split_is_needed_by_every_arm(bench, monkeypatch):
+    """Also by the first one: its split is not cut to what it has."""
+    whole = matrix_module.resolve_arm
+    for short in ("MiM", "Scratch"):
+
+        def resolve(spec, *where, short=short):
+            arm = whole(spec, *where)
+            return replace(arm, source=replace(arm.source, cases=arm.source.cases[1:])) if spec.name == short else arm
+
+        monkeypatch.setattr(matrix_module, "resolve_arm", resolve)
+        with pytest.raises(MiMError, match="case_00 is not preprocessed for P: run nnUNetv2_preprocess"):
+            build_matrix(bench)
+
+
+def test_labels_are_reported_from_few_to_many(bench):
+    assert build_matrix(replace(bench, labels=("10%", "all", "1"))).labels == ["1", "10%", "all"]
 
 
 class Trainings:
@@ -224,7 +277,7 @@ class Trainings:
         self.lock = threading.Lock()
         monkeypatch.setattr(work, "run_cell", self.run)
 
-    def run(self, cell, folder, device, threads, tolerance, gpu):
+    def run(self, cell, folder, device, threads, tolerance, gpu, stop):
         with self.lock:
             self.running += 1
             self.most = max(self.most, self.running)
@@ -236,7 +289,7 @@ class Trainings:
             (folder / FAILED).write_text("no")
             raise MiMError("no")
         self.done.append(folder)
-        result = {"cases": {"v": {"1": {"dice": 0.5, "n_ref": 1}}}, "tolerance": tolerance}
+        result = {"cases": {"v": {"1": {"dice": 0.5, "n_ref": 1, "n_pred": 1}}}, "tolerance": tolerance}
         (folder / "key.json").write_text(json.dumps(cell.key()))
         (folder / "result.json").write_text(json.dumps(result))
         return result
@@ -288,6 +341,45 @@ def test_a_training_that_another_command_has_finished_meanwhile_is_taken(bench, 
     assert (list(results), failed, trainings.done) == ([place], {}, [])
 
 
+def test_what_another_command_is_at_work_on_is_left_to_it(bench, trainings):
+    matrix = build_matrix(bench)
+    place = next(iter(matrix.cells))
+    with alone(matrix.folder(place) / ".lock", "busy"):
+        _, results, failed, lines = run(bench, [place])
+    assert (results, failed, trainings.done) == ({}, {}, [])
+    assert lines == [f"left: {describe(place)}: another process is at work on it"]
+
+
+def test_ctrl_c_ends_the_trainings_and_says_how_to_go_on(bench, monkeypatch):
+    seen = []
+
+    def train(cell, folder, device, threads, tolerance, gpu, stop):
+        if not seen:
+            seen.append(stop)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(20)
+        raise InterruptedTrainingError("interrupted")
+
+    monkeypatch.setattr(work, "run_cell", train)
+    with pytest.raises(MiMError, match="interrupted: repeat the command to go on"):
+        run(replace(bench, jobs=2))
+    assert seen[0].is_set()
+    assert work.failures(build_matrix(bench)) == {}
+
+
+def test_gpus_are_counted_among_those_that_can_be_seen(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert work.visible(("0", "1")) == ("0", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
+    assert work.visible(("1", "0")) == ("GPU-7", "4")
+
+
+def test_a_job_whose_time_is_over_is_put_into_the_queue_again(bench):
+    pytest.importorskip("submitit")
+    task = work.Task(next(iter(build_matrix(bench).cells.values())), bench.output, "cuda", 0, 1.0)
+    assert task.checkpoint().function is task
+
+
 def test_through_submitit_in_processes_of_their_own(bench, monkeypatch):
     """Its local executor; the jobs fail for want of data, each with its own error, and nothing hangs."""
     pytest.importorskip("submitit")
@@ -296,6 +388,11 @@ def test_through_submitit_in_processes_of_their_own(bench, monkeypatch):
     _, results, failed, _ = run(replace(small, datasets=(DatasetSpec("502"),)))
     assert results == {}
     assert set(failed) == {Place("Dataset502_X", 0, "1", 0, arm) for arm in ("MiM", "Scratch")}
-    assert all("failed (" in why and "see " in why for why in failed.values())
+    assert all("Dataset502_X" in why and ": see " in why for why in failed.values()), failed
     with pytest.raises(MiMError, match=r"slurm: .*see submitit's parameters"):
-        run(replace(small, slurm={"cluster": "local", "no_such": 1}))
+        run(replace(small, slurm={"cluster": "local", "no_such": 1, "timeout_min": 2}))
+    with pytest.raises(MiMError, match="slurm: give timeout_min"):
+        run(replace(small, slurm={"cluster": "local"}))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MiMError, match=r"slurm: .*run where SLURM is, or leave 'slurm' out"):
+        run(replace(small, slurm={"timeout_min": 2}))

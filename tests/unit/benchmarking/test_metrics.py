@@ -8,10 +8,12 @@ import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_mim.benchmarking.metrics import case_metrics, dice, surface_distances, surface_metrics
 
 SPACING = (3.0, 1.0, 1.5)
+READER = SimpleITKIO()
 
 
 def hausdorff95(prediction, reference, spacing):
@@ -141,21 +143,22 @@ def test_of_files_in_mm(tmp_path):
         image = sitk.GetImageFromArray(array.astype(np.uint8))
         image.SetSpacing(SPACING[::-1])
         sitk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
-    found = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [1, 2])
+    files = tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz"
+    found = case_metrics(*files, [1, 2], READER)
     nsd = surface_dice(prediction > 0, reference > 0, 1.0)
     figures = {"dice": pytest.approx(0.6), "hd95": pytest.approx(6.0), "nsd": pytest.approx(nsd)}
     assert found["2"] == {**figures, "n_ref": 500, "n_pred": 500}
-    wider = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [2], tolerance=6.0)["2"]
+    wider = case_metrics(*files, [2], READER, tolerance=6.0)["2"]
     assert nsd < wider["nsd"] == 1.0
-    both = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [(1, 2)])
+    both = case_metrics(*files, [(1, 2)], READER)
     assert both == {"(1, 2)": found["2"]}, "a region, by its name in nnU-Net's summary.json"
-    ignored = case_metrics(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [2], ignore=0)["2"]
+    ignored = case_metrics(*files, [2], READER, ignore=0)["2"]
     assert (ignored["dice"], ignored["n_pred"]) == (pytest.approx(2 * 300 / 800), 300)
     assert math.isnan(found["1"]["dice"])
     assert math.isnan(found["1"]["hd95"])
     sitk.WriteImage(sitk.Image([20, 20, 19], sitk.sitkUInt8), str(tmp_path / "other.nii.gz"))
     with pytest.raises(ValueError, match=r"other\.nii\.gz has \(19, 20, 20\) voxels"):
-        case_metrics(tmp_path / "other.nii.gz", tmp_path / "reference.nii.gz", [1])
+        case_metrics(tmp_path / "other.nii.gz", files[1], [1], READER)
 
 
 @given(st.integers(1, 50))

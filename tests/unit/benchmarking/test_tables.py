@@ -19,6 +19,7 @@ from nnunet_mim.benchmarking.published_numbers import numbers_for
 from nnunet_mim.benchmarking.statistics import holm
 from nnunet_mim.benchmarking.tables import (
     Outcome,
+    comparison_table,
     corrected_ps,
     cost_table,
     every_value,
@@ -28,6 +29,7 @@ from nnunet_mim.benchmarking.tables import (
     markdown_table,
     notes,
     reaches,
+    with_sd,
 )
 
 DATASET = "Dataset001_X"
@@ -47,7 +49,6 @@ def result(dice, curve, cases="xy", alarm=False):
             second: {"1": figures(dice, 6.0), "2": figures(0.0 if alarm else math.nan, 99.0, 0, int(alarm))},
         },
         "curve": curve,
-        "leaked": [],
         "names": {"0": "background", "1": "liver"},
         "cost": {"seconds": 1800.0, "peak_bytes": 2e9, "parameters": 3_000_000, "device": "cpu"},
     }
@@ -91,22 +92,30 @@ def test_main_table_by_hand(outcome):
     """Case x counts both labels, case y the only one it has: means of 0.50 are (0.60 + 0.50) / 2."""
     table = main_table(outcome(), DATASET)
     row = row_of(table, "5", "MiM")
-    assert row[2:6] == ["2", "60.00 ± 7.07", "4.50 ± 0.00", "30.00 ± 3.54"]
-    assert row[6].startswith("+15.00 [")
-    assert row[7] == "[+15.00, +15.00]"
-    assert row[10] == "100, > 200"
-    assert row_of(table, "5", "Scratch")[2:] == ["2", "45.00 ± 0.00", "4.50 ± 0.00", "22.50 ± 0.00", *[""] * 5]
+    assert row[2:] == ["2", "60.00 ± 7.07", "4.50 ± 0.00", "30.00 ± 3.54"]
+    assert row_of(table, "5", "Scratch")[2:] == ["2", "45.00 ± 0.00", "4.50 ± 0.00", "22.50 ± 0.00"]
     assert row_of(table, "20% (9)", "Scratch")[2:4] == ["1", "75.00"]
     assert row_of(table, "20% (9)", "MiM") is None
-    assert {len(line) for line in table} == {11}
+    compared = comparison_table(outcome(), DATASET)
+    assert len(compared) == 2, "the control is compared with nothing, and without it no arm is"
+    row = row_of(compared, "5", "MiM")
+    assert row[2] == "2"
+    assert row[3].startswith("+15.00 [")
+    assert row[4] == "[+15.00, +15.00]"
+    assert row[7] == "100, > 200"
+    assert {len(line) for line in compared} == {8}
     assert row_of(label_table(outcome(), DATASET), "5", "MiM")[2:] == ["55.00 ± 7.07", "75.00 ± 7.07"]
     assert label_table(outcome(), DATASET)[0][2:] == ["Dice % of liver", "Dice % of 2"]
     assert notes(outcome(), DATASET) == []
 
 
-def test_what_is_found_where_nothing_is_does_not_change_dice(outcome):
+def test_what_is_found_where_nothing_is_has_a_dice_of_0_as_in_nnunet(outcome):
+    """Case y has label 1 alone: its mean of 0.50 becomes that of 0.50 and 0; that of case x stays 0.60."""
     alarmed = outcome({**RESULTS, ("5", 0, "MiM"): result(0.50, [0.1, 0.3, 0.4, 0.5], alarm=True)})
-    assert main_table(alarmed, DATASET) == main_table(outcome(), DATASET)
+    assert row_of(main_table(alarmed, DATASET), "5", "MiM")[3] == with_sd(np.array([[0.60, 0.25], [0.70, 0.60]]) * 100)
+    assert row_of(label_table(alarmed, DATASET), "5", "MiM")[3] == with_sd(
+        np.array([[0.70, 0.0], [0.80, np.nan]]) * 100
+    )
     (line,) = notes(alarmed, DATASET)
     assert "Dataset001_X fold 0, labels 5, seed 0, MiM: 1 of 1" in line
 
@@ -114,10 +123,18 @@ def test_what_is_found_where_nothing_is_does_not_change_dice(outcome):
 def test_seen_cases_are_marked_in_every_table_and_named(outcome):
     seen = {(DATASET, 0, "MiM"): Findings(("x",))}
     marked = outcome(seen=seen)
-    for table in (main_table(marked, DATASET), label_table(marked, DATASET)):
-        assert row_of(table, "5", "MiM *") is not None
-        assert row_of(table, "5", "MiM") is None
-        assert row_of(table, "5", "Scratch") is not None
+    for table in (main_table, comparison_table, label_table, cost_table):
+        assert row_of(table(marked, DATASET), "5", "MiM *") is not None
+        assert row_of(table(marked, DATASET), "5", "MiM") is None
+        assert (row_of(table(marked, DATASET), "5", "Scratch") is None) == (table is comparison_table)
+    assert {(row["arm"], row["case"]) for row in csv.DictReader(io.StringIO(every_value(marked))) if row["seen"]} == {
+        ("MiM", "x")
+    }
+    write_dataset_json(marked)
+    text = write_report(marked, {})
+    for name in ("report.html", "table.tex", "table.md"):
+        assert "WARNING: its pretraining has seen 1" in (marked.matrix.bench.output / name).read_text()
+    assert not [line for line in text.splitlines() if "| MiM |" in line]
     assert notes(marked, DATASET) == [
         "MiM *: WARNING: its pretraining has seen 1 of the validation cases of fold 0 (x)"
     ]
@@ -133,9 +150,9 @@ def test_folds_are_pooled_and_a_seed_counts_when_all_of_them_are_finished(outcom
     assert row_of(main_table(outcome(results, (0, 1)), DATASET), "5", "MiM")[2:4] == ["2", "60.00 ± 0.00"]
     assert outcome(results, (0, 1)).values(DATASET, "5", [0, 1], "MiM", "dice").shape == (2, 4)
     del results[1, "5", 1, "MiM"]
-    row = row_of(main_table(outcome(results, (0, 1)), DATASET), "5", "MiM")
-    assert row[2:4] == ["1", "60.00"]
-    assert row[10] == "100, 100", "iterations of both folds, of the seed that both arms have"
+    assert row_of(main_table(outcome(results, (0, 1)), DATASET), "5", "MiM")[2:4] == ["1", "60.00"]
+    row = row_of(comparison_table(outcome(results, (0, 1)), DATASET), "5", "MiM")
+    assert row[7] == "100, 100", "iterations of both folds, of the seed that both arms have"
 
 
 def test_costs(outcome):
@@ -172,14 +189,17 @@ def test_every_value_is_in_the_csv(outcome):
         r for r in rows if (r["labels"], r["arm"], r["case"], r["label"], r["seed"]) == ("5", "MiM", "x", "1", "0")
     )
     assert row == {
-        "dataset": DATASET, "fold": "0", "labels": "5", "seed": "0", "arm": "MiM", "case": "x", "label": "1",
+        "dataset": DATASET, "fold": "0", "labels": "5", "seed": "0", "arm": "MiM", "case": "x", "seen": "",
+        "label": "1", "name": "liver",
         "dice": "0.5", "hd95": "2", "nsd": "0.25", "n_ref": "50", "n_pred": "50",
     }  # fmt: skip
 
 
 def test_markdown_and_latex():
     assert markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+    assert markdown_table([["a|b"], ["1"]]) == "| a/b |\n|---|\n| 1 |"
     assert latex_text("50 % of a_b & > 3 ± 1") == r"50 \% of a\_b \& $>$ 3 $\pm$ 1"
+    assert latex_text("a\\b…x") == r"a\textbackslash{}b\ldots{}x"
 
 
 def write_dataset_json(outcome):
@@ -205,9 +225,9 @@ def test_all_files_are_written_and_the_page_needs_no_other(outcome):
     assert "labels 20%, seed 0, MiM: out of &lt;memory&gt;" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
     latex = (output / "table.tex").read_text()
-    assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == 2
+    assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == 3
     rows = [line for line in latex.splitlines() if line.startswith("5 & MiM")]
-    assert [row.count("&") for row in rows] == [10, 3]
+    assert [row.count("&") for row in rows] == [5, 7, 3]
 
 
 def test_published_numbers_stand_apart_with_their_source(outcome):
@@ -218,6 +238,7 @@ def test_published_numbers_stand_apart_with_their_source(outcome):
     assert text.index("### Published elsewhere") > text.index("| labels | arm |")
     assert "| nnU-Net | 83.08 | five folds of nnU-Net, from random weights | nnU-Net, documentation" in text
     assert all(number.source and number.protocol for number in numbers_for("Dataset220_BTCV"))
+    assert "published elsewhere" in (btcv.matrix.bench.output / "table.tex").read_text()
     assert {n.dataset for n in numbers_for("Dataset003_Liver")} == {"Liver"}
 
 
