@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from nnunet_mim.benchmarking.tables import Outcome, label_names
+from nnunet_mim.benchmarking.tables import Outcome, label_names, smooth
 from nnunet_mim.reporting.figures import COLOURS, bare
 from nnunet_mim.reporting.views import CT_WINDOW
 
@@ -64,12 +64,16 @@ def curves_figure(outcome: Outcome, dataset: str) -> Figure:
         for number, result in enumerate(outcome.trainings(dataset, list(means)[-1], arm)):
             steps = matrix.bench.length.iterations * np.arange(1, len(result["curve"]) + 1)
             right.plot(
-                steps, np.array(result["curve"]) * 100, color=colour, alpha=0.75, label=arm if not number else None
+                steps,
+                np.array(smooth(result["curve"])) * 100,
+                color=colour,
+                alpha=0.75,
+                label=arm if not number else None,
             )
     left.set(xlabel="labelled cases", ylabel="Dice on the validation cases, %", xscale="log")
     left.set_xticks(list(counts.values()), [f"{count:g}" for count in counts.values()])
     left.minorticks_off()
-    right.set(xlabel="iterations", ylabel="nnU-Net's moving average of Dice, %")
+    right.set(xlabel="iterations", ylabel="Dice on patches, %")
     right.set_title("learning curves with the most labels", fontsize=10)
     for axes in (left, right):
         _plain(axes)

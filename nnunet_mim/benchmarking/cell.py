@@ -259,7 +259,7 @@ def read_result(cell: Cell, output: Path, tolerance: float) -> dict[str, Any]:
         files = output / "validation" / name, references / name
         cases[name.removesuffix(ending)] = case_metrics(*files, list(summary["mean"]), reader, ignore, tolerance)
     stored = torch.load(output / "checkpoint_final.pth", map_location="cpu", weights_only=False)  # our own training's
-    curve = [float(value) for value in stored["logging"]["ema_fg_dice"]]
+    curve = [float(value) for value in stored["logging"]["mean_fg_dice"]]
     if len(curve) != cell.length.epochs:
         raise MiMError(
             f"{output} was trained for {len(curve)} epochs, not {cell.length.epochs}: another trainer's length?"

@@ -54,9 +54,12 @@ def report_experiment(bench: Bench) -> None:
     Raises:
         MiMError: nothing is, or as `run_experiment`.
     """
+    nothing = MiMError(f"no training in {bench.output} is finished, so there is nothing to report")
+    if not bench.output.is_dir():
+        raise nothing
     matrix, seen, results = prepare(bench)
     if not results:
-        raise MiMError(f"no training in {bench.output} is finished, so there is nothing to report")
+        raise nothing
     report(matrix, seen, results, failures(matrix))
 
 

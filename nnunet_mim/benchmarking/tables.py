@@ -138,11 +138,20 @@ def reaching(outcome: Outcome, dataset: str, labels: str, arm: str, seeds: Seque
     for seed in seeds:
         for fold in outcome.matrix.folds(dataset):
             own, its = (outcome.results[Place(dataset, fold, labels, seed, name)]["curve"] for name in (arm, control))
-            epoch = reaches(own, its[-1])
+            epoch = reaches(smooth(own), smooth(its)[-1])
             texts.append(
                 str(epoch * length.iterations) if epoch is not None else f"> {length.epochs * length.iterations}"
             )
     return texts
+
+
+def smooth(curve: Sequence[float]) -> list[float]:
+    """Mean of every epoch's Dice and that of the epochs before: three in all, or a fiftieth of all epochs where these
+    are more. nnU-Net's moving average remembers its start, 0, for dozens of epochs. NaN do not count.
+    """
+    window = max(3, len(curve) // 50)
+    parts = [[v for v in curve[max(0, end - window) : end] if np.isfinite(v)] for end in range(1, len(curve) + 1)]
+    return [float(np.mean(part)) if part else float("nan") for part in parts]
 
 
 def reaches(curve: Sequence[float], goal: float) -> int | None:

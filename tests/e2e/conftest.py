@@ -52,7 +52,7 @@ class Workplace:
         """Write `n_cases` training images of side³ voxels around an organ, one label, and one more image in `new`."""
         raw = self.folder / "nnUNet_raw" / dataset
         for path in (raw / "imagesTr", raw / "labelsTr", self.folder / "new"):
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
         for i in range(n_cases + 1):
             image, label = real_case(i, side) or made_up_case(i, side)
             if i == n_cases:

@@ -86,9 +86,11 @@ def test_a_failed_training_is_named_and_tried_again_on_request(workplace):
     )  # fmt: skip
     ground_truth = workplace.folder / "nnUNet_preprocessed" / DATASETS[912] / "gt_segmentations"
     moved = ground_truth.rename(ground_truth.with_name("moved"))
+    ground_truth.mkdir()
     said = workplace("mim_benchmark", "run", "broken.yaml", fails=True)
     assert "error: 2 trainings failed, Dataset912_One fold 0, labels 100%, seed 0, " in said
     assert "Traceback" not in said
+    ground_truth.rmdir()
     moved.rename(ground_truth)
     logs = {path: path.stat().st_mtime_ns for path in (workplace.folder / "broken").rglob("log.txt")}
     assert "error: 2 trainings failed" in workplace("mim_benchmark", "run", "broken.yaml", fails=True), "not on its own"

@@ -85,7 +85,7 @@ def test_trained_once_reported_and_resumed(workplace):
         (["--arms", "A=nnUNetTrainerMiMScratch:nnUNetMiMPlans:x.pth"], "starts from random weights"),
         (["--iterations", "3"], "iterations (3) must be a multiple of iterations_per_epoch (2)"),
         (["--iterations_per_epoch", "0"], "--iterations_per_epoch must be at least 1"),
-        (["--report", "-o", "nowhere"], "no training in nowhere is finished"),
+        (["--report", "-o", "nowhere"], "nowhere is finished, so there is nothing to report"),
     ],
 )
 def test_bad_arguments_before_any_training(workplace, arguments, says):
