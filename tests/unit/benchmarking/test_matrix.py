@@ -380,19 +380,30 @@ def test_a_job_whose_time_is_over_is_put_into_the_queue_again(bench):
     assert task.checkpoint().function is task
 
 
+SLURM = {"cluster": "local", "gpus_per_node": 0, "timeout_min": 2}
+"""submitit's own executor on this machine"""
+
+
+@pytest.mark.long
 def test_through_submitit_in_processes_of_their_own(bench, monkeypatch):
-    """Its local executor; the jobs fail for want of data, each with its own error, and nothing hangs."""
+    """The jobs fail for want of data, each with its own error, and nothing hangs."""
     pytest.importorskip("submitit")
     monkeypatch.setattr(work, "POLL", 0.1)
-    small = replace(bench, slurm={"cluster": "local", "gpus_per_node": 0, "timeout_min": 2}, seeds=1, labels=("1",))
-    _, results, failed, _ = run(replace(small, datasets=(DatasetSpec("502"),)))
+    small = replace(bench, slurm=SLURM, seeds=1, labels=("1",), datasets=(DatasetSpec("502"),))
+    _, results, failed, _ = run(small)
     assert results == {}
     assert set(failed) == {Place("Dataset502_X", 0, "1", 0, arm) for arm in ("MiM", "Scratch")}
     assert all("Dataset502_X" in why and ": see " in why for why in failed.values()), failed
-    with pytest.raises(MiMError, match=r"slurm: .*see submitit's parameters"):
-        run(replace(small, slurm={"cluster": "local", "no_such": 1, "timeout_min": 2}))
-    with pytest.raises(MiMError, match="slurm: give timeout_min"):
-        run(replace(small, slurm={"cluster": "local"}))
+
+
+def test_bad_settings_of_slurm(bench, monkeypatch):
+    pytest.importorskip("submitit")
+    for options, says in (
+        ({**SLURM, "no_such": 1}, r"slurm: .*see submitit's parameters"),
+        ({"cluster": "local"}, "slurm: give timeout_min"),
+    ):
+        with pytest.raises(MiMError, match=says):
+            run(replace(bench, slurm=options))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(MiMError, match=r"slurm: .*run where SLURM is, or leave 'slurm' out"):
-        run(replace(small, slurm={"timeout_min": 2}))
+        run(replace(bench, slurm={"timeout_min": 2}))
