@@ -383,8 +383,7 @@ def _final_fingerprint(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 def _indexed(prepared: Prepared) -> Prepared:
     """With the index of its cases written, so that opening a run reads no voxels."""
-    entries = prepared.log.prepared.values()
-    infos = [info_from_json({**entry["info"], "image_sha256": entry["image_sha256"]}) for entry in entries]
+    infos = [info_from_json(entry["info"], entry["image_sha256"]) for entry in prepared.log.prepared.values()]
     source = replace(prepared.source, cases=tuple(info.case for info in infos))
     write_index(source, infos)
     return replace(prepared, source=source)

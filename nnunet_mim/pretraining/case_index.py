@@ -280,11 +280,11 @@ def _save_cache(source: Source, index: CaseIndex, stamps: np.ndarray) -> None:
         )
 
 
-def info_from_json(info: dict) -> CaseInfo:
-    """Inverse of `asdict`, through JSON."""
+def info_from_json(info: dict, image_sha256: str) -> CaseInfo:
+    """Inverse of `asdict`, through JSON, with the hash of the image, which its describer did not see."""
     return CaseInfo(
         info["case"], tuple(info["shape"]), info["sha256"], tuple(info["low"]), tuple(info["high"]),
-        tuple(tuple(point) for point in info["body_points"]), info.get("image_sha256", ""),
+        tuple(tuple(point) for point in info["body_points"]), image_sha256,
     )  # fmt: skip
 
 
