@@ -10,7 +10,9 @@ from nnunet_mim.benchmarking.matrix import Place, describe
 from nnunet_mim.benchmarking.published_numbers import WARNING, numbers_for, published_table
 from nnunet_mim.benchmarking.tables import (
     MARK,
+    SHOWN,
     Outcome,
+    Table,
     comparison_table,
     cost_table,
     every_value,
@@ -75,7 +77,7 @@ def markdown(outcome: Outcome) -> str:
     parts = [how_to_read(outcome)]
     for dataset in outcome.matrix.datasets:
         parts += [f"## {dataset}, {folds_text(outcome, dataset)}", markdown_table(main_table(outcome, dataset))]
-        tables = [table(outcome, dataset) for table in (comparison_table, label_table, cost_table)]
+        tables = [comparison_table(outcome, dataset), *label_tables(outcome, dataset), cost_table(outcome, dataset)]
         parts += [markdown_table(table) for table in tables if len(table) > 1]
         parts += ["\n".join(f"- {line}" for line in notes(outcome, dataset))]
         if numbers_for(dataset):
@@ -92,7 +94,7 @@ def latex(outcome: Outcome) -> str:
         parts.append(latex_table(main_table(outcome, dataset), f"{name}. {how_to_read(outcome)}", below))
         if len(compared := comparison_table(outcome, dataset)) > 1:
             parts.append(latex_table(compared, f"{name}: against {outcome.matrix.control}.", below))
-        parts.append(latex_table(label_table(outcome, dataset), f"{name}: Dice of every label.", below))
+        parts += [latex_table(table, f"{name}: every label.", below) for table in label_tables(outcome, dataset)]
         if numbers_for(dataset):
             parts.append(latex_table(published_table(dataset), f"{dataset}: published elsewhere. {WARNING}"))
     return "\n".join(parts) + "\n"
@@ -120,8 +122,7 @@ def dataset_sections(outcome: Outcome, dataset: str) -> list[Section]:
         Section(f"{dataset}, {folds_text(outcome, dataset)}", "\n\n".join(found), how_to_read(outcome), table=table,
                 marked=marked, figures=[curves_figure(outcome, dataset)]),
         *against_section(outcome, dataset),
-        Section(f"{dataset}: every label", table=label_table(outcome, dataset),
-                figures=[bars] if (bars := bars_figure(outcome, dataset)) else []),
+        *label_sections(outcome, dataset),
     ]  # fmt: skip
     numbers = label_numbers(outcome, dataset)
     if pictures := case_pictures(outcome, dataset, numbers):
@@ -132,6 +133,21 @@ def dataset_sections(outcome: Outcome, dataset: str) -> list[Section]:
     if numbers_for(dataset):
         sections.append(Section(f"{dataset}: published elsewhere", WARNING, table=published_table(dataset), words=True))
     return sections
+
+
+def label_tables(outcome: Outcome, dataset: str) -> list[Table]:
+    """Every metric of every label."""
+    return [label_table(outcome, dataset, metric) for metric in SHOWN]
+
+
+def label_sections(outcome: Outcome, dataset: str) -> list[Section]:
+    """One a metric; Dice with bars."""
+    dice, *others = label_tables(outcome, dataset)
+    bars = bars_figure(outcome, dataset)
+    first = Section(f"{dataset}: every label", table=dice, figures=[bars] if bars else [])
+    names = list(SHOWN.values())[1:]
+    rest = [Section(f"{dataset}: {n}, every label", table=t) for (n, _), t in zip(names, others, strict=True)]
+    return [first, *rest]
 
 
 def against_section(outcome: Outcome, dataset: str) -> list[Section]:

@@ -18,8 +18,6 @@ Split = dict[str, list[str]]
 
 SPLITS_FILE = "splits_final.json"
 FOLDS = 5
-PERCENTS = (1, 5, 10, 25, 50, 100)
-"""of the training cases: the usual label fractions"""
 BTCV_BLOCKS = (
     tuple(range(35, 41)),
     tuple(range(29, 35)),
@@ -30,8 +28,6 @@ BTCV_BLOCKS = (
 """validation cases of the published five folds of 24 and 6, by number; the first one alone is the usual 24/6 split"""
 BTCV_TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
 """test cases of the 18/12 split"""
-BTCV_18_12 = len(BTCV_BLOCKS)
-"""its fold"""
 
 
 def nnunet_splits(cases: Sequence[str]) -> list[Split]:

@@ -15,6 +15,8 @@ from nnunet_mim.benchmarking.matrix import Matrix, Place, case_value, describe, 
 from nnunet_mim.benchmarking.statistics import Comparison, compare, holm, mean_sd
 
 METRICS = ("dice", "hd95", "nsd", "n_ref", "n_pred")
+SHOWN = {"dice": ("Dice %", 100), "hd95": ("HD95 mm", 1), "nsd": ("NSD %", 100)}
+"""heading and factor of a metric"""
 MARK = " *"
 """behind an arm whose pretraining has seen validation cases"""
 Table = list[list[str]]
@@ -159,14 +161,15 @@ def reaches(curve: Sequence[float], goal: float) -> int | None:
     return next((number for number, value in enumerate(curve, start=1) if value >= goal), None)
 
 
-def label_table(outcome: Outcome, dataset: str) -> Table:
-    """Dice of every label."""
+def label_table(outcome: Outcome, dataset: str, metric: str = "dice") -> Table:
+    """One metric (dice, hd95, nsd) of every label."""
     labels_of = label_names(outcome, dataset)
-    table = [["labels", "arm", *(f"Dice % of {name}" for name in labels_of.values())]]
+    what, scale = SHOWN[metric]
+    table = [["labels", "arm", *(f"{what} of {name}" for name in labels_of.values())]]
     for labels in outcome.matrix.labels:
         for arm in outcome.matrix.arms:
             if seeds := outcome.seeds(dataset, labels, arm):
-                row = [with_sd(outcome.values(dataset, labels, seeds, arm, "dice", key) * 100) for key in labels_of]
+                row = [with_sd(outcome.values(dataset, labels, seeds, arm, metric, key) * scale) for key in labels_of]
                 table.append([label_text(outcome, dataset, labels), outcome.name(dataset, arm), *row])
     return table
 

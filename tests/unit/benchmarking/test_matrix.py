@@ -241,7 +241,6 @@ def test_gpus_are_counted_among_those_that_can_be_seen(monkeypatch):
 
 
 def test_a_job_whose_time_is_over_is_put_into_the_queue_again(bench):
-    pytest.importorskip("submitit")
     task = work.Task(next(iter(build_matrix(bench).cells.values())), bench.output, "cuda", 0, 1.0)
     assert task.checkpoint().function is task
 
@@ -253,7 +252,6 @@ SLURM = {"cluster": "local", "gpus_per_node": 0, "timeout_min": 2}
 @pytest.mark.long
 def test_through_submitit_in_processes_of_their_own(bench, monkeypatch):
     """The jobs fail for want of data, each with its own error, and nothing hangs."""
-    pytest.importorskip("submitit")
     monkeypatch.setattr(work, "POLL", 0.1)
     small = replace(bench, slurm=SLURM, seeds=1, labels=("1",), datasets=(DatasetSpec("502"),))
     _, results, failed, _ = run(small)
@@ -263,7 +261,6 @@ def test_through_submitit_in_processes_of_their_own(bench, monkeypatch):
 
 
 def test_bad_settings_of_slurm(bench, monkeypatch):
-    pytest.importorskip("submitit")
     for options, says in (
         ({**SLURM, "no_such": 1}, r"slurm: .*see submitit's parameters"),
         ({"cluster": "local"}, "slurm: give timeout_min"),

@@ -107,6 +107,9 @@ def test_main_table_by_hand(outcome):
     assert {len(line) for line in compared} == {8}
     assert row_of(label_table(outcome(), DATASET), "5", "MiM")[2:] == ["55.00 ± 7.07", "75.00 ± 7.07"]
     assert label_table(outcome(), DATASET)[0][2:] == ["Dice % of liver", "Dice % of 2"]
+    assert row_of(label_table(outcome(), DATASET, "hd95"), "5", "MiM")[2:] == ["4.00 ± 0.00", "4.00 ± 0.00"]
+    assert row_of(label_table(outcome(), DATASET, "nsd"), "5", "MiM")[2:] == ["27.50 ± 3.54", "37.50 ± 3.54"]
+    assert label_table(outcome(), DATASET, "hd95")[0][2] == "HD95 mm of liver"
     assert notes(outcome(), DATASET) == []
 
 
@@ -226,9 +229,11 @@ def test_all_files_are_written_and_the_page_needs_no_other(outcome):
     assert "labels 20%, seed 0, MiM: out of &lt;memory&gt;" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
     latex = (output / "table.tex").read_text()
-    assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == 3
+    assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == 5
     rows = [line for line in latex.splitlines() if line.startswith("5 & MiM")]
-    assert [row.count("&") for row in rows] == [5, 7, 3]
+    assert [row.count("&") for row in rows] == [5, 7, 3, 3, 3]
+    for heading in ("every label", "HD95 mm, every label", "NSD %, every label"):
+        assert f"<h2>{DATASET}: {heading}</h2>" in page
 
 
 def test_published_numbers_stand_apart_with_their_source(outcome):
