@@ -44,7 +44,6 @@ def main():
     parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION")
     parser.add_argument("-f", required=True, metavar="FOLD")
     without_plans = [name for name in VARIANTS if name != "narrow_window"]
-    without_plans = [name for name in VARIANTS if name != "narrow_window"]
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=without_plans)
     parser.add_argument("--narrow", metavar="PLANS", help="with a narrow CT window, for narrow_window")
     parser.add_argument("--json", action="store_true")
