@@ -28,6 +28,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from process_memory import status_kb
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_mim.config import PRESETS
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
@@ -96,6 +97,15 @@ def step(network, optimizer, scaler, image, targets, loss):
         torch.cuda.synchronize()
 
 
+def forward_gflop(name, options):
+    """Arithmetic of one forward pass of one patch, 2 per multiply-add; nothing is computed for it."""
+    on_paper = argparse.Namespace(**{**vars(options), "device": "meta", "compile": False, "batch": 1})
+    network, _, _, image, _, _ = build(name, on_paper)
+    with FlopCounterMode(display=False) as counter:
+        network(image)
+    return counter.get_total_flops() / 1e9
+
+
 def measure(options):
     """In the child process: peak memory of two steps of one network (the second has the optimiser's state), MB."""
     if options.device == "cuda":
@@ -152,14 +162,17 @@ def main():
     result = {f"{name}_s": value for name, value in medians.items()}
     result |= {f"ratio_to_{name}": medians["mim"] / medians[name] for name in NETWORKS[1:]}
     result |= {f"{name}_peak_mb": value for name, value in peaks.items() if value is not None}
+    gflop = {name: forward_gflop(name, options) for name in NETWORKS}
+    result |= {f"{name}_forward_gflop": value for name, value in gflop.items()}
     result |= {f"{name}_million_parameters": value for name, value in millions.items()}
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} threads"
     print(f"torch {torch.__version__}, {platform.machine()}, {device}; {' '.join(sys.argv[1:])}\n")
-    print("| network | million parameters | s a step | mim is | peak MB |\n|---|---|---|---|---|")
+    print("| network | million parameters | GFLOP forward, one patch | s a step | mim is | peak MB |")
+    print("|---" * 6 + "|")
     for name in NETWORKS:
         ratio = f"{medians[name] / medians['mim']:.2f} times as fast" if name != "mim" else ""
         peak = "-" if peaks[name] is None else f"{peaks[name]:.0f}"
-        print(f"| {name} | {millions[name]:.1f} | {medians[name]:.3f} | {ratio} | {peak} |")
+        print(f"| {name} | {millions[name]:.1f} | {gflop[name]:.0f} | {medians[name]:.3f} | {ratio} | {peak} |")
     if options.json:
         print(json.dumps(result))
 

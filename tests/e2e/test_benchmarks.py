@@ -56,6 +56,9 @@ def test_a_finetuning_step():
     options = ("--preset", "tiny", "--patch", "32", "32", "32", "--batch", "1", "--repeats", "1", "--json")
     found = last_line("finetune_step.py", *options)
     assert found["ratio_to_resenc_l"] == pytest.approx(found["mim_s"] / found["resenc_l_s"])
+    stem = 2 * 32**3 * 27 * 32  # of the plain network's first convolution, from one channel to 32
+    assert found["plain_forward_gflop"] * 1e9 > 10 * stem
+    assert found["resenc_l_forward_gflop"] > found["plain_forward_gflop"] > found["mim_forward_gflop"] > 0
     assert found["ratio_to_plain"] == pytest.approx(found["mim_s"] / found["plain_s"])
 
 
