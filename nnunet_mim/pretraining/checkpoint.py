@@ -149,8 +149,11 @@ def case_key(record: Mapping[str, str]) -> tuple[str, str, str]:
 
 
 def merged_records(earlier: list[dict[str, str]], now: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Union of two lists of records, in order: weights of an earlier run remember its cases."""
-    return list({case_key(record): record for record in [*earlier, *now]}.values())
+    """Union of two lists of records, in order: an earlier run's cases are remembered, and what it knew of them."""
+    merged: dict[tuple[str, str, str], dict[str, str]] = {}
+    for record in [*earlier, *now]:
+        merged[case_key(record)] = {**merged.get(case_key(record), {}), **record}
+    return list(merged.values())
 
 
 def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:

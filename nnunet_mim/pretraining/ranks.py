@@ -14,8 +14,6 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor
 
-"""seconds between two looks at the parent process"""
-
 
 @dataclass(frozen=True)
 class Ranks:

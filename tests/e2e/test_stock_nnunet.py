@@ -1,5 +1,6 @@
 """What stock nnU-Net can do with plans and checkpoints of this package: nnU-Net's own trainer and network."""
 
+import os
 import subprocess
 import sys
 
@@ -20,7 +21,8 @@ def workplace(workplace_of):
 
 def train(work, plans, *more):
     """nnUNetTrainer, one epoch of two iterations."""
-    command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training", "0", "1", "2", "1", "0"]
+    command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training"]
+    command += [str(os.getpid()), "0", "1", "2", "1", "0", str(work.folder / f"cost_{plans}.json"), "nnUNetv2_train"]
     command += ["909", "3d_fullres", "0", "-tr", "nnUNetTrainer", "-p", plans, "-device", "cpu", *map(str, more)]
     done = subprocess.run(command, env=work.env, capture_output=True, encoding="utf-8", cwd=work.folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from nnunet_mim.preparation import prepare_case
 from nnunet_mim.preparation.prepare_cli import main
 from nnunet_mim.pretraining import case_index
 from nnunet_mim.pretraining.case_index import read_index
+from nnunet_mim.pretraining.checkpoint import case_records, merged_records
+from nnunet_mim.pretraining.dataset import Cases
 from nnunet_mim.pretraining.sources import find_source
 from nnunet_mim.voxel_hash import voxel_sha256
 
@@ -141,7 +144,27 @@ def test_the_index_is_there_already(preparing, images, here, monkeypatch):
         assert replace(info, image_sha256="") == original(source, info.case)
     reader = SimpleITKIOWithReorient()
     (scan1,) = [info for info in index if info.case == "scan1"]
-    assert scan1.image_sha256 == voxel_sha256(reader.read_images([str(images / "scan1.nii.gz")])[0])
+    image_sha256 = scan1.image_sha256
+    assert image_sha256 == voxel_sha256(reader.read_images([str(images / "scan1.nii.gz")])[0])
+
+
+def test_the_hash_of_an_image_outlives_a_copy_of_its_case_and_is_in_checkpoints(preparing, images, here):
+    """A copied file has another time and is read again; what mim_prepare knew of its image is still true."""
+    preparing.new(images)
+    source = find_source("800", "nnUNetMiMPlans", "3d_fullres")
+    before, _ = read_index(source)
+    path = source.case_file("scan1")
+    shutil.copy(path, path.with_suffix(".copy"))
+    path.with_suffix(".copy").rename(path)
+    os.utime(path, (1, 1))
+    after, _ = read_index(source)
+    assert list(after) == list(before)
+    records = case_records(Cases([source], [after]))
+    assert [record["image_sha256"] for record in records] == [info.image_sha256 for info in before]
+    without = [{k: v for k, v in record.items() if k != "image_sha256"} for record in records]
+    assert merged_records(records, without) == records, "a later record that knows less takes nothing away"
+    other = [{**records[0], "sha256": "1" * 64}]
+    assert merged_records(records, other) == [*records, *other]
 
 
 def test_only_what_is_new_or_changed_is_prepared_again(preparing, images, ct, here, monkeypatch):
