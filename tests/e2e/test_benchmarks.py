@@ -68,13 +68,21 @@ def test_opening_many_cases():
     assert found["start_s"] > 0
 
 
-def test_an_ablation_is_run_once(workplace_of):
-    """Two variants of one step each; the second call trains nothing."""
-    work = workplace_of("ablation")
-    work.write_dataset("Dataset915_Ablation", 5, 32)
+@pytest.fixture(scope="module")
+def toys(workplace_of):
+    """Five made-up cases, planned and preprocessed."""
+    work = workplace_of("benchmarks")
+    work.write_dataset("Dataset915_Toys", 5, 32)
     work.plan(915)
-    work("mim_plan", "-d", 915, "--preset", "tiny", "--set", "patch_size=32,32,32", "batch_size=1")
+    fast = ("lr=0.05", "warmup_fraction=0")  # a step that changes what is predicted
+    work("mim_plan", "-d", 915, "--preset", "tiny", "--set", "patch_size=32,32,32", "batch_size=1", *fast)
     work("nnUNetv2_preprocess", "-d", 915, "-plans_name", "nnUNetMiMPlans", "-c", "3d_fullres", "-np", "1")
+    return work
+
+
+def test_an_ablation_is_run_once(toys):
+    """Two variants of one step each; the second call trains nothing."""
+    work = toys
     run = ("--preset", "tiny", "--view", "32", "--iterations", "2", "--batch", "1", "--children", "1", "1")
     run = (*run, "-device", "cpu", "--workers", "0", "--val_every", "1")
     command = [sys.executable, BENCHMARKS / "ablation.py", "-d", "915", "-f", "0", "--only", "default", "cosine"]
@@ -91,6 +99,21 @@ def test_an_ablation_is_run_once(workplace_of):
         stamps.add(tuple(path.stat().st_mtime_ns for path in sorted(runs)))
     assert len(stamps) == 1
     assert len(next(iter(stamps))) == 2
+
+
+def test_averages_of_weights_are_validated(toys):
+    """With decay 0 the average is the last step's weights; with 1, the first step's."""
+    command = [sys.executable, BENCHMARKS / "ema.py", "-d", "915", "-tr", "nnUNetTrainerMiMScratch"]
+    command += ["--iterations", "3", "--decays", "0", "1", "-o", toys.folder / "ema", "--json"]
+    done = subprocess.run(command, env=toys.env, capture_output=True, encoding="utf-8", cwd=toys.folder)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    none, last, first = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+    assert [none["decay"], last["decay"], first["decay"]] == ["none", 0, 1]
+    assert last["labels"] == none["labels"]
+    assert first["labels"] != none["labels"]
+    validations = [toys.folder / "ema" / f"decay_{decay}" / "validation" for decay in ("none", "0.0", "1.0")]
+    predicted = [sorted(path.glob("*.nii.gz"))[0].read_bytes() for path in validations]
+    assert predicted[0] == predicted[1] != predicted[2]
 
 
 def test_gpu_paths_without_a_gpu():
