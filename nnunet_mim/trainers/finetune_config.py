@@ -38,6 +38,8 @@ class FinetuneConfig:
     """largest gradient norm, at most 12 (nnU-Net clips there already)"""
     drop_path: float = 0.0
     """stochastic depth of the encoder's last block"""
+    foreground_prior: float = 0.04
+    """share of the voxels that untrained heads call foreground; 0: they start as nnU-Net's, like any convolution"""
     oversample_foreground: float = 0.33
     """share of patches centred on a labelled voxel, as in nnU-Net; raise it for small organs and short schedules (with
     batch_size 1 nnU-Net's rounding makes 0.33 none at all)"""
@@ -57,7 +59,7 @@ class FinetuneConfig:
             "grad_clip",
             "drop_path",
         )
-        for name in (*numbers, "oversample_foreground"):
+        for name in (*numbers, "oversample_foreground", "foreground_prior"):
             _check(name, _is_number(getattr(self, name)), "a number", self)
         _check("lr", self.lr > 0, "above 0", self)
         _check("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1", self)
@@ -66,6 +68,7 @@ class FinetuneConfig:
         _check("decoder_first_fraction", 0 <= self.decoder_first_fraction < 1, "0 or more and below 1", self)
         _check("grad_clip", 0 < self.grad_clip <= NNUNET_GRAD_CLIP, f"above 0 and at most {NNUNET_GRAD_CLIP:g}", self)
         _check("drop_path", 0 <= self.drop_path < 1, "0 or more and below 1", self)
+        _check("foreground_prior", 0 <= self.foreground_prior < 1, "0 or more and below 1", self)
         _check("oversample_foreground", 0 <= self.oversample_foreground <= 1, "between 0 and 1", self)
         _check("schedule", self.schedule in ("cosine", "poly"), "cosine or poly", self)
         _check("deep_supervision", isinstance(self.deep_supervision, bool), "true or false", self)

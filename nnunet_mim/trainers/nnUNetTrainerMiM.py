@@ -1,7 +1,8 @@
 """nnU-Net trainers that finetune a MiM-pretrained encoder, and their control from random weights.
 
-What differs from stock nnU-Net: the network (HybridUNet), where its encoder's weights come from, the optimiser with its
-schedule, and the mirroring axes. All numbers come from the plans' `mim_finetune` block (finetune_config.py).
+What differs from stock nnU-Net: the network (HybridUNet), where its encoder's weights come from and where its heads
+start, the optimiser with its schedule, and the mirroring axes. All numbers come from the plans' `mim_finetune` block
+(finetune_config.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nnunet_mim.errors import one_line_errors
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
 from nnunet_mim.trainers.finetune_config import default_mirror_axes, without_rest
+from nnunet_mim.trainers.heads import start_from_prior
 from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
 from nnunet_mim.trainers.provenance import leak_warning, leaked_cases, unit_differences, units_warning
 from nnunet_mim.trainers.resolve_plans import required_folder, resolve_plans
@@ -62,12 +64,14 @@ class nnUNetTrainerMiM(nnUNetTrainer):
             self._log(note)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationSchedule]:
-        """AdamW and its schedule, after the weight transfer.
+        """AdamW and its schedule, after the heads have been set and the weights transferred.
 
         nnU-Net calls this once, on every rank, after building (and compiling) the network and before DDP wraps it: the
         one place where pretrained weights can be put in.
         """
         network: HybridUNet = getattr(self.network, "_orig_mod", self.network)  # type: ignore[assignment]
+        if self.finetune.foreground_prior:
+            start_from_prior(network.decoder.heads, self.finetune.foreground_prior, self.label_manager.has_regions)
         if self._fresh:
             with one_line_errors():
                 self._load_pretrained_encoder(network)

@@ -30,7 +30,7 @@ def test_unknown_key_names_the_nearest():
         ("num_epochs", 0), ("num_epochs", 1.5), ("num_epochs", True), ("lr", 0), ("lr", "fast"), ("layer_decay", 1.1),
         ("warmup_fraction", 1), ("weight_decay", -1), ("schedule", "step"), ("grad_clip", 13), ("drop_path", 1.0),
         ("oversample_foreground", 1.5), ("deep_supervision", 1), ("mirror_axes", [3]), ("mirror_axes", 2),
-        ("iterations_per_epoch", None),
+        ("iterations_per_epoch", None), ("foreground_prior", 1), ("foreground_prior", -0.1),
     ],
 )  # fmt: skip
 def test_bad_values_name_the_field(name, value):

@@ -102,6 +102,26 @@ def test_the_recipe_of_the_plans_reaches_nnunet(folders, mim_plans, dataset_json
     assert trainer.inference_allowed_mirroring_axes == (1,)
 
 
+@pytest.mark.parametrize("labels", [{"background": 0, "organ": 1}, {"background": 0, "all": [1, 2], "core": 2}])
+def test_untrained_heads_know_that_most_is_background(folders, mim_plans, dataset_json, labels):
+    """Classes share the foreground, a region has all of it; 0 leaves the heads as nnU-Net makes them."""
+    dataset_json["labels"] = labels
+    regions = "core" in labels
+    if regions:
+        dataset_json["regions_class_order"] = [1, 2]
+    share = {}
+    for prior in (0.04, 0):
+        mim_plans["mim_finetune"] = {"foreground_prior": prior}
+        trainer = start(nnUNetTrainerMiMScratch, mim_plans, dataset_json)
+        trainer.initialize()
+        with torch.no_grad():
+            logits = trainer.network(batch(trainer)["data"])[0]
+        foreground = logits.sigmoid() if regions else logits.softmax(1)[:, 1:]
+        share[prior] = foreground.mean().item()
+    assert share[0.04] == pytest.approx(0.04, rel=0.2)
+    assert share[0] > 0.2
+
+
 def test_control_needs_no_checkpoint_and_the_trainer_never_goes_on_without(folders, mim_plans, dataset_json):
     start(nnUNetTrainerMiMScratch, mim_plans, dataset_json).initialize()
     with pytest.raises(MiMError, match="no pretraining checkpoint for Dataset007_Toy"):
