@@ -39,7 +39,7 @@ class FinetuneConfig:
     drop_path: float = 0.0
     """stochastic depth of the encoder's last block"""
     foreground_prior: float = 0.04
-    """share of the voxels that untrained heads call foreground; 0: they start as nnU-Net's, like any convolution"""
+    """share of voxels that the heads' biases call foreground at first; 0: they start at 0, as nnU-Net's"""
     oversample_foreground: float = 0.33
     """share of patches centred on a labelled voxel, as in nnU-Net; raise it for small organs and short schedules (with
     batch_size 1 nnU-Net's rounding makes 0.33 none at all)"""
