@@ -74,7 +74,7 @@ def toys(workplace_of):
     work = workplace_of("benchmarks")
     work.write_dataset("Dataset915_Toys", 5, 32)
     work.plan(915)
-    fast = ("lr=0.05", "warmup_fraction=0")  # a step that changes what is predicted
+    fast = ("lr=0.05", "warmup_fraction=0", "foreground_prior=0")  # a step that changes what is predicted
     work("mim_plan", "-d", 915, "--preset", "tiny", "--set", "patch_size=32,32,32", "batch_size=1", *fast)
     work("nnUNetv2_preprocess", "-d", 915, "-plans_name", "nnUNetMiMPlans", "-c", "3d_fullres", "-np", "1")
     return work
@@ -114,6 +114,20 @@ def test_averages_of_weights_are_validated(toys):
     validations = [toys.folder / "ema" / f"decay_{decay}" / "validation" for decay in ("none", "0.0", "1.0")]
     predicted = [sorted(path.glob("*.nii.gz"))[0].read_bytes() for path in validations]
     assert predicted[0] == predicted[1] != predicted[2]
+
+
+def test_learning_curves_have_the_same_batches(toys):
+    """Equal where the recipe is; another recipe has the same length and another loss."""
+    command = [sys.executable, BENCHMARKS / "finetune_curve.py", "-d", "915", "-tr", "nnUNetTrainerMiMScratch"]
+    command += ["--iterations", "2", "--json", "--set"]
+    curves = []
+    for settings in (["lr=0.01"], ["lr=0.01"], ["lr=0.01", "foreground_prior=0.04"]):
+        done = subprocess.run([*command, *settings], env=toys.env, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        curves.append(json.loads(done.stdout.strip().splitlines()[-1])["rows"])
+    assert curves[0] == curves[1]
+    assert [row["iterations"] for row in curves[2]] == [row["iterations"] for row in curves[0]] == [2]
+    assert curves[2][0]["loss"] != curves[0][0]["loss"]
 
 
 def test_gpu_paths_without_a_gpu():
