@@ -11,7 +11,7 @@ def start_from_prior(heads: nn.ModuleList, foreground: float, regions: bool) -> 
     """Set the biases of the heads so that they give the foreground about the share of voxels that it has (the prior of
     RetinaNet, arXiv 1708.02002, for a softmax).
 
-    AdamW moves a bias by no more than the learning rate in a step: a short training otherwise spends its first hundreds
+    AdamW moves a bias by about the learning rate in a step: a short training otherwise spends its first hundreds
     of steps on learning that most voxels are background (benchmarks/results/2026-11-26_head_prior_cpu.md). The weights
     stay as they are: with RetinaNet's small ones a training begins more slowly.
 
