@@ -1,51 +1,26 @@
 """What an exponential moving average of the weights is worth in finetuning, from the same trainings.
 
-    python benchmarks/ema.py -d 501 [-p nnUNetMiMPlans] [-tr nnUNetTrainerMiM] [-f 0] --iterations 500 -o FOLDER
+    python benchmarks/ema.py -d 501 [-tr nnUNetTrainerMiM] [--set KEY=VALUE …] --iterations 500 -o FOLDER
 
-Trains once, keeps averages with several decays beside the weights, and validates each of them as nnU-Net does at the
-end: the rows differ by nothing but the averaging. The recipe is that of the plans. To train on a subset of the labels,
-set nnUNet_preprocessed to that of a training of the few-shot protocol (cells/…/ARM/nnUNet_preprocessed).
+Trains once, as finetune_curve.py does, keeps averages with several decays beside the weights, and validates each of
+them as nnU-Net does at the end: the rows differ by nothing but the averaging.
 """
 
-import argparse
 import json
-import random
 from pathlib import Path
 
-import numpy as np
-import torch
-from nnunetv2.run.run_training import get_trainer_from_args
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-from nnunet_mim.benchmarking.seeded_training import Length, set_length
-
-ITERATIONS_PER_EPOCH, VAL_ITERATIONS = 50, 2
+from finetune_curve import learning_curve, parser_of, trainer_of
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", required=True, metavar="DATASET")
-    parser.add_argument("-p", default="nnUNetMiMPlans", metavar="PLANS")
-    parser.add_argument("-tr", default="nnUNetTrainerMiM", metavar="TRAINER")
-    parser.add_argument("-f", type=int, default=0, metavar="FOLD")
-    parser.add_argument("--iterations", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = parser_of(__doc__)
     parser.add_argument("--decays", type=float, nargs="+", default=[0.95, 0.98, 0.99, 0.995])
-    parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", required=True, metavar="FOLDER", help="for the predictions of every row")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(options.seed)
-    per_epoch = min(ITERATIONS_PER_EPOCH, options.iterations)
-    set_length(nnUNetTrainer, Length(options.iterations // per_epoch, per_epoch, VAL_ITERATIONS))
-    device = torch.device(options.device)
-    trainer = get_trainer_from_args(options.d, "3d_fullres", options.f, options.tr, options.p, device=device)
-    trainer.disable_checkpointing = True
-    trainer.output_folder = str(Path(options.o, "training"))
+    trainer = trainer_of(options)
     averages = averaged_while_training(trainer, options.decays)
-    trainer.run_training()
+    learning_curve(trainer, options.seed)
     weights = {"none": trainer.network.state_dict(), **averages}
     rows = []
     for decay, state in [(d, {k: v.clone() for k, v in s.items()}) for d, s in weights.items()]:

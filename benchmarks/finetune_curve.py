@@ -31,7 +31,19 @@ ITERATIONS_PER_EPOCH, VAL_ITERATIONS = 25, 8
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser_of(__doc__).parse_args()
+    rows = learning_curve(trainer_of(options), options.seed)
+    if options.json:
+        print(json.dumps({"rows": rows}))
+        return
+    print("| iterations | loss | Dice on patches |\n|---|---|---|")
+    for row in rows:
+        print(f"| {row['iterations']} | {row['loss']:.3f} | {row['dice']:.3f} |")
+
+
+def parser_of(description):
+    """Options of every script that trains this way."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", required=True, metavar="DATASET")
     parser.add_argument("-p", default="nnUNetMiMPlans", metavar="PLANS")
     parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION")
@@ -43,21 +55,12 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-device", default="cpu")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-
-    torch.set_num_threads(options.threads)
-    trainer = trainer_of(options)
-    rows = learning_curve(trainer, options.seed)
-    if options.json:
-        print(json.dumps({"rows": rows}))
-        return
-    print("| iterations | loss | Dice on patches |\n|---|---|---|")
-    for row in rows:
-        print(f"| {row['iterations']} | {row['loss']:.3f} | {row['dice']:.3f} |")
+    return parser
 
 
 def trainer_of(options):
     """A trainer with the recipe of the plans, changed as asked for."""
+    torch.set_num_threads(options.threads)
     folder = Path(os.environ["nnUNet_preprocessed"], dataset_name(options.d))
     plans = json.loads((folder / f"{options.p}.json").read_text())
     per_epoch = min(ITERATIONS_PER_EPOCH, options.iterations)
