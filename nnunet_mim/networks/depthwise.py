@@ -18,6 +18,8 @@ from nnunet_mim.config import Size3
 from nnunet_mim.networks.depthwise_cpu import masked_depthwise as masked_depthwise_cpu
 from nnunet_mim.networks.token_layout import grid_from_rows, rows_from_grid, voxel_rows
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 class DepthwiseConv3d(nn.Conv3d):
     """Depthwise convolution, zero padding, size kept. Weight (C, 1, k, k, k) and bias (C,) as in nn.Conv3d."""
@@ -67,7 +69,7 @@ def use_cpu_path(x: Tensor) -> bool:
 def use_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run there: CUDA, Triton installed, not switched off."""
     wanted = device.type == "cuda" and os.environ.get("NNUNET_MIM_TRITON") != "0"
-    return wanted and importlib.util.find_spec("triton") is not None
+    return wanted and HAS_TRITON
 
 
 def _triton_conv(ids_keep: Tensor, grid: Size3) -> SpatialConv:

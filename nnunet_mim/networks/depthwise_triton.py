@@ -223,7 +223,7 @@ def weight_gradient(
             *grid, *token, *rims(token, kernel), KERNEL=kernel,
             LINE=line, LINES=LINES, CHANNELS=block, LINES_PER_CHUNK=LINES_PER_CHUNK, SUM=sum_type, num_warps=WARPS,
         )  # fmt: skip
-    return partial.sum(dim=0).t().reshape(channels, 1, kernel, kernel, kernel)
+    return partial.sum(dim=0).t().contiguous().reshape(channels, 1, kernel, kernel, kernel)
 
 
 def _sum_type(x: Tensor) -> tuple[torch.dtype, tl.dtype]:

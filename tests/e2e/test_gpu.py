@@ -42,9 +42,10 @@ def test_triton_on_masks_of_a_real_step(token, channels):
     conv = DepthwiseConv3d(channels).cuda()
     x = torch.randn(*ids_keep.shape, *[token] * 3, channels, device="cuda", requires_grad=True)
     upstream = torch.randn_like(x)
-    inputs = x, conv.weight, conv.bias
     y = conv_on_tokens(ids_keep, level.grid)(conv, x)
-    found = [y, *torch.autograd.grad(y, inputs, upstream)]
+    found = [y, *torch.autograd.grad(y, (x, conv.weight, conv.bias), upstream)]
+    conv, x, upstream = conv.double(), x.detach().double().requires_grad_(), upstream.double()  # no TF32 there
+    inputs = x, conv.weight, conv.bias
     y = depthwise_on_tokens(conv, x, ids_keep, level.grid)
     for a, b in zip(found, [y, *torch.autograd.grad(y, inputs, upstream)], strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-4

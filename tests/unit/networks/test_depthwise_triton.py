@@ -77,6 +77,17 @@ def test_forward_and_gradients_equal_the_dense_grid(kernels, case):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("op", ["masked_depthwise", "masked_depthwise_backward"])
+def test_what_torch_compile_is_told_about_the_operations_is_so(kernels, op):
+    """Shapes, strides and kinds of the results, and that nothing is changed in place."""
+    conv, x, grad, ids_keep, grid, token = make("anisotropic")
+    table = kernels.slot_table(ids_keep, list(grid), list(token), 5)
+    weight, bias = conv.weight.detach(), conv.bias.detach()
+    inputs = (x, weight, bias) if op == "masked_depthwise" else (grad, x, weight)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(kernels, op), (*inputs, ids_keep, table, list(grid), list(token)), test_utils=checks)
+
+
 def test_half_precision_voxels_are_summed_in_float32(kernels):
     conv, x, grad, ids_keep, grid, token = make("anisotropic", torch.bfloat16)
     table = kernels.slot_table(ids_keep, list(grid), list(token), 5)
