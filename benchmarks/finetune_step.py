@@ -155,6 +155,7 @@ def main():
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"median seconds a step: {', '.join(f'{name} {value:.4f}' for name, value in medians.items())}", flush=True)
     millions = {name: sum(p.numel() for p in parts[name][0].parameters()) / 1e6 for name in NETWORKS}
     del parts
     linux = Path("/proc/self/status").exists()

@@ -2,7 +2,8 @@
 
     python benchmarks/gpu/gpu_paths.py [--presets tiny small base large] [--view 96] [--batch 2] [--steps 10] [--json]
 
-A path is `torch` or `triton` (the depthwise convolution) and `eager` or `compiled`. Timed is a whole optimiser step of
+A path is `torch` or `triton` (the depthwise convolution) and `eager`, `recorded` (a CUDA graph, the default of
+mim_pretrain on one GPU; the operations are those of `eager`) or `compiled`. Timed is a whole optimiser step of
 mim_pretrain in bf16: views cut and masked on the device, all levels forward and backward, clipping, AdamW. `share` is
 that of the measured bf16 matrix-product rate, with FLOPs counted by hand (networks/flops.py). `waits` says whether the
 host ever waited for the device. With `--device cpu` the script itself can be tried without a GPU.
@@ -23,12 +24,13 @@ from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.networks.flops import crop_flops
 from nnunet_mim.networks.mask_in_mask import MaskInMask
-from nnunet_mim.pretraining.loop import build_optimizer, clip_gradients, forward_on
+from nnunet_mim.pretraining.loop import build_optimizer, forward_on
 from nnunet_mim.pretraining.nested_crops import LevelViews, nested_views
 from nnunet_mim.pretraining.objective import level_losses
 from nnunet_mim.pretraining.ranks import ALONE
+from nnunet_mim.pretraining.train_step import RecordedStep, ordinary_step
 
-PATHS = (("torch", "eager"), ("triton", "eager"), ("triton", "compiled"))
+PATHS = (("torch", "eager"), ("triton", "eager"), ("triton", "recorded"), ("triton", "compiled"))
 VIEWS_PER_PASS = 32  # mim_pretrain's default on a GPU
 CHECKED = {  # what is compared → largest ‖out − ref‖ / ‖ref‖ of the loss's gradient
     "float64": 1e-9,
@@ -144,14 +146,12 @@ def make_step(config, device, mode):
     fill, flat = torch.zeros(1, device=device), torch.full((1,), 0.04, device=device)
     generator, levels = torch.Generator(device).manual_seed(0), levels_of(config)
 
+    train_step = ordinary_step(forward, bare, optimizer, flat, config, ALONE, VIEWS_PER_PASS)
+    if mode == "recorded":
+        train_step = RecordedStep(train_step, optimizer)
+
     def step():
-        views = nested_views(crops, valid, fill, levels, generator, flat)
-        for loss, _, _ in level_losses(forward, views, flat, config, VIEWS_PER_PASS):
-            loss.backward()
-        norm = clip_gradients(bare, config.grad_clip, ALONE, sharded=False)
-        optimizer.found_inf = (~torch.isfinite(norm)).float()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        train_step(nested_views(crops, valid, fill, levels, generator, flat))
 
     return step
 
@@ -206,7 +206,8 @@ def main():
     add("--batch", type=int, default=2, help="crops a step")
     add("--steps", type=int, default=10)
     add("--device", default="cuda", choices=["cuda", "cpu"])
-    add("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    modes = ["eager", "recorded", "compiled"]
+    add("--modes", nargs="+", default=modes, choices=modes)
     add("--json", action="store_true")
     options = parser.parse_args()
     device = options.device
@@ -215,7 +216,7 @@ def main():
 
     print("| check | convolution | mode | precision | loss | gradient | within bounds |\n|---|---|---|---|---|---|---|")
     paths = [path for path in PATHS if path[1] in options.modes]
-    checks = check(device, paths)
+    checks = check(device, [path for path in paths if path[1] != "recorded"])
     for *what, loss, error, good in checks:
         print(f"| {' | '.join(what)} | {loss:.1e} | {error:.1e} | {'yes' if good else 'NO'} |")
 

@@ -25,8 +25,8 @@ from nnunet_mim.pretraining.loading import training_batches, training_crops
 from nnunet_mim.pretraining.loop import RunOptions, pretrain
 from nnunet_mim.pretraining.ranks import ranks_of
 
-WARM_UP = 2
-"""steps that are not timed"""
+WARM_UP = 3
+"""steps that are not timed; on a GPU one of them is recorded"""
 SECONDS = 30.0
 """about how long the timed steps take"""
 USABLE = 0.9

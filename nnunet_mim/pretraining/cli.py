@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> None:
     workers = default_workers(args.device, devices) if args.workers is None else args.workers
     if args.shard and devices * nodes == 1:
         raise MiMError("--shard spreads the network over several devices: add -num_gpus N, or leave it out")
-    options = RunOptions(workers, views_per_pass, tuple(args.recompute), args.compile, args.strict, args.shard)
+    options = RunOptions(
+        workers, views_per_pass, tuple(args.recompute), args.compile, args.record, args.strict, args.shard
+    )
     from_file = read_yaml(Path(args.config)) if args.config else {}
     given = merge_settings(from_file, settings_of(args), parse_settings(args.set))
     if given.get("init_checkpoint"):

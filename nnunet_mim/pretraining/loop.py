@@ -28,7 +28,6 @@ from nnunet_mim.pretraining.loading import training_batches, training_crops
 from nnunet_mim.pretraining.losses import full
 from nnunet_mim.pretraining.monitor import Monitor
 from nnunet_mim.pretraining.nested_crops import nested_views
-from nnunet_mim.pretraining.objective import add_figures, level_losses
 from nnunet_mim.pretraining.ranks import Ranks, ranks_of
 from nnunet_mim.pretraining.record import RunRecord
 from nnunet_mim.pretraining.schedules import learning_rates
@@ -36,11 +35,10 @@ from nnunet_mim.pretraining.sharding import (
     load_optimizer_state,
     optimizer_state,
     shard,
-    sum_gradients,
-    whole,
     whole_weights,
 )
 from nnunet_mim.pretraining.stopping import SkippedSteps, StoppedError, StopRequests
+from nnunet_mim.pretraining.train_step import RecordedStep, TrainStep, ordinary_step
 
 LOG_EVERY = 10
 MOST_GRAPHS = 64
@@ -59,6 +57,8 @@ class RunOptions:
     """levels (1 to 3) whose activations are computed again in the backward pass: less memory, more time"""
     compile: bool = False
     """torch.compile the network, one graph a level"""
+    record: bool = True
+    """on one GPU, record a step as a CUDA graph and replay it; not with `compile` or `recompute`"""
     strict: bool = False
     """end the run at a case that cannot be read any more, instead of drawing another one"""
     shard: bool = False
@@ -147,6 +147,12 @@ def pretrain(
 
     fill, flat_threshold = (torch.tensor(v, device=fabric.device) for v in (data.fill, data.flat_threshold))
     place_threshold = flat_threshold if config.body_children else None
+    train_step: TrainStep = ordinary_step(
+        forward, model, optimizer, flat_threshold, config, ranks, run.views_per_pass, run.recompute, run.shard
+    )
+    alone = fabric.device.type == "cuda" and ranks.world == 1
+    if run.record and alone and not (run.compile or run.recompute or run.shard):
+        train_step = RecordedStep(train_step, optimizer)
     monitor = Monitor(data, config, fabric, run.views_per_pass, run.shard)
     dataset = training_crops(data, config)
     batches = training_batches(dataset, config, start, run.workers, fabric.device, ranks)
@@ -183,17 +189,7 @@ def pretrain(
             generator = torch.Generator(fabric.device).manual_seed(config.seed * 1_000_003 + 500_009 + iteration)
             views = nested_views(crops, valid, fill, levels, generator, place_threshold, ranks)
 
-            figures: dict[str, Tensor] = {}
-            for loss, part, _ in level_losses(
-                forward, views, flat_threshold, config, run.views_per_pass, run.recompute, ranks
-            ):
-                loss.backward()  # pass by pass: activations of one at a time
-                add_figures(figures, part)
-            norm = clip_gradients(model, config.grad_clip, ranks, run.shard)
-            figures |= {"grad_norm": norm, "skipped": (~torch.isfinite(norm)).float()}
-            optimizer.found_inf = figures["skipped"]  # type: ignore[attr-defined]  # the step does nothing where it is 1
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            figures = train_step(views)
 
             done = iteration + 1
             recent.append(figures)
@@ -257,12 +253,6 @@ def forward_on(fabric: Fabric, network: Callable[..., LevelOutput]) -> Callable[
         return output._replace(features=full(output.features))
 
     return forward
-
-
-def clip_gradients(model: nn.Module, largest: float, ranks: Ranks, sharded: bool) -> Tensor:
-    """Sum the gradients over ranks and clip their norm, which is returned."""
-    sum_gradients(model, ranks, sharded)
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).detach()
 
 
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:

@@ -114,6 +114,25 @@ def test_a_run_on_a_gpu_is_continued(write_dataset, interrupted_run, tmp_path):
     assert [row["iteration"] for row in history] == [0, 3, 6]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_recorded_steps_equal_ordinary_ones(write_dataset, tmp_path):
+    """In float32, with a learning rate that changes; sums on a GPU depend on the order of threads."""
+    write_dataset(n=4)
+    rows, weights = {}, {}
+    for way in ("--record", "--no-record"):
+        common = ("-device", "cuda", "--precision", "32-true", "--iterations", "12", "--val_every", "3", "--lr", "1e-3")
+        assert run(*common, way, "-o", way.strip("-")) == 0
+        checkpoint = load_checkpoint(fold_folder(tmp_path, "all", f"_{way.strip('-')}") / "checkpoint_final.pth")
+        rows[way], weights[way] = checkpoint["provenance"]["loss_history"], checkpoint["network_weights"]
+    for recorded, ordinary in zip(rows["--record"], rows["--no-record"], strict=True):
+        assert recorded == pytest.approx(ordinary, rel=5e-3, abs=1e-3, nan_ok=True)
+    moved = [
+        float((weights["--record"][n] - w).norm() / w.norm().clamp(min=1e-3)) for n, w in weights["--no-record"].items()
+    ]
+    assert max(moved) < 0.05
+
+
 def test_volumes_smaller_than_the_view_are_padded(write_dataset, tmp_path):
     write_dataset(n=4, shape=(24, 40, 40))
     assert run("--iterations", "2", "--view", "64", "64", "64", "--scale", "1", "1", "1") == 0

@@ -1,0 +1,122 @@
+"""One optimiser step of pretraining, started operation by operation or, on a GPU, as one recorded CUDA graph.
+
+A step is thousands of small operations, however many crops there are: starting them takes the host about 0.2 s, most of
+which an H100 idles (benchmarks/results/2026-11-26_h100.md). Recorded once, they are started by a single call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_mim.config import PretrainConfig
+from nnunet_mim.networks.mask_in_mask import LevelOutput
+from nnunet_mim.pretraining.nested_crops import LevelViews
+from nnunet_mim.pretraining.objective import add_figures, level_losses
+from nnunet_mim.pretraining.ranks import Ranks
+from nnunet_mim.pretraining.sharding import sum_gradients, whole
+
+WARM_UP = 2
+"""ordinary steps before one is recorded: kernels are compiled and chosen in them, and the optimiser makes its state"""
+
+TrainStep = Callable[[list[LevelViews]], dict[str, Tensor]]
+"""Views of all levels → figures of the step, on the device: those of `level_losses` summed over passes, `grad_norm`,
+and `skipped`, 1 where the gradient was not finite and the weights stayed as they were."""
+
+
+def ordinary_step(
+    forward: Callable[..., LevelOutput],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    flat_threshold: Tensor,
+    config: PretrainConfig,
+    ranks: Ranks,
+    views_per_pass: int | None = None,
+    recompute: tuple[int, ...] = (),
+    sharded: bool = False,
+) -> TrainStep:
+    """Forward and backward, pass by pass, clipping, the optimiser; arguments as in `level_losses` and RunOptions."""
+
+    def step(views: list[LevelViews]) -> dict[str, Tensor]:
+        figures: dict[str, Tensor] = {}
+        for loss, part, _ in level_losses(forward, views, flat_threshold, config, views_per_pass, recompute, ranks):
+            loss.backward()  # pass by pass: activations of one at a time
+            add_figures(figures, part)
+        norm = clip_gradients(model, config.grad_clip, ranks, sharded)
+        figures |= {"grad_norm": norm, "skipped": (~torch.isfinite(norm)).float()}
+        optimizer.found_inf = figures["skipped"]  # type: ignore[attr-defined]  # the step does nothing where it is 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return figures
+
+    return step
+
+
+def clip_gradients(model: nn.Module, largest: float, ranks: Ranks, sharded: bool) -> Tensor:
+    """Sum the gradients over ranks and clip their norm, which is returned."""
+    sum_gradients(model, ranks, sharded)
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).detach()
+
+
+class RecordedStep:
+    """The same step as a CUDA graph: the first WARM_UP calls are ordinary ones, the next records, all others replay.
+
+    Views must have the same shapes every time. The learning rate is that of the optimiser's first group at the call;
+    the optimiser must be a fused one, which keeps its state on the device.
+    """
+
+    def __init__(self, step: TrainStep, optimizer: torch.optim.Optimizer) -> None:
+        self.step, self.optimizer = step, optimizer
+        self.done = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[LevelViews] = []
+        self.figures: dict[str, Tensor] = {}
+        self.rate = torch.zeros(())
+
+    def __call__(self, views: list[LevelViews]) -> dict[str, Tensor]:
+        """Do one step; figures are the caller's own."""
+        if self.done < WARM_UP:
+            self.done += 1
+            return self._warm_up(views)
+        if self.graph is None:
+            self.graph = self._record(views)
+        else:
+            torch._foreach_copy_(_tensors(self.inputs), _tensors(views))
+        self.rate.fill_(self.optimizer.param_groups[0]["lr"])
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.figures.items()}
+
+    def _warm_up(self, views: list[LevelViews]) -> dict[str, Tensor]:
+        """On a stream of its own, as CUDA wants it before it records."""
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            figures = self.step(views)
+        current.wait_stream(stream)
+        return figures
+
+    def _record(self, views: list[LevelViews]) -> torch.cuda.CUDAGraph:
+        """Record a step on these views, whose tensors are the graph's inputs from then on; nothing is computed yet."""
+        self.inputs = views
+        self.rate = torch.zeros((), device=views[0].images.device)
+        groups = self.optimizer.param_groups
+        kept = [{key: group.get(key) for key in ("lr", "capturable")} for group in groups]
+        for group in groups:
+            group |= {"lr": self.rate, "capturable": True}
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the thread that pins batches goes on meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.figures = self.step(views)
+        finally:
+            for group, values in zip(groups, kept, strict=True):
+                group.update(values)  # as checkpoints keep it
+        return graph
+
+
+def _tensors(views: list[LevelViews]) -> list[Tensor]:
+    values = [getattr(view, field.name) for view in views for field in fields(view)]
+    return [value for value in values if torch.is_tensor(value)]
