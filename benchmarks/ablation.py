@@ -24,6 +24,7 @@ from nnunet_mim.pretraining.checkpoint import FINAL, LATEST
 
 VARIANTS = {
     "default": [],
+    "default_seed_1": ["seed=1"],  # what differs by chance
     "one_level": ["level_weights=1,0,0", "alignment=none"],
     "two_levels": ["level_weights=1,1,0"],
     "native": ["ladder=native"],
