@@ -1,6 +1,8 @@
 """The benchmark scripts run and print what their readers parse. Sizes are toys: no figure here means anything."""
 
+import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +130,33 @@ def test_learning_curves_have_the_same_batches(toys):
     assert curves[0] == curves[1]
     assert [row["iterations"] for row in curves[2]] == [row["iterations"] for row in curves[0]] == [2]
     assert curves[2][0]["loss"] != curves[0][0]["loss"]
+
+
+def test_the_few_shot_experiment_of_the_gpu_without_one(toys):
+    """Every arm is planned, trained for a step and reported; stock networks have MiM's spacing, patch and batch."""
+    settings = {
+        "DEVICE": "cpu", "PRESET": "tiny", "LABELS": "2", "SEEDS": "1", "JOBS": "2", "PROCESSES": "1",
+        "PRETRAINING": "--view 32 --iterations 1 --batch 1 --children 1 1 --workers 0",
+        "LENGTH": "--iterations 1 --iterations_per_epoch 1 --val_iterations 1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "nnUNet_n_proc_DA": "1",
+    }  # fmt: skip
+    out = toys.folder / "few_shot"
+    command = ["bash", str(BENCHMARKS / "gpu" / "few_shot.sh"), "915", "", str(out)]
+    done = subprocess.run(command, env={**toys.env, **settings}, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    with (out / "table.csv").open() as file:
+        arms = {row["arm"] for row in csv.DictReader(file)}
+    assert arms == {"MiM", "Scratch", "ScratchNarrow", "nnUNet", "nnUNetNoMirror", "ResEncLNoMirror"}
+    folder = toys.folder / "nnUNet_preprocessed" / "Dataset915_Toys"
+    names = ("nnUNetMiMPlans", "nnUNetPlainLikeMiM", "nnUNetResEncLLikeMiM", "nnUNetMiMFewShotNarrow")
+    plans = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    configurations = [p["configurations"]["3d_fullres"] for p in plans.values()]
+    for key in ("spacing", "patch_size", "batch_size"):
+        assert all(c[key] == configurations[0][key] for c in configurations)
+    window = "foreground_intensity_properties_per_channel"
+    assert plans["nnUNetMiMFewShotNarrow"][window] == plans["nnUNetPlainLikeMiM"][window]
+    assert plans["nnUNetMiMPlans"][window] != plans["nnUNetPlainLikeMiM"][window]
 
 
 def test_gpu_paths_without_a_gpu():

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The few-shot experiment of the GPU: pretrains, then compares MiM, its control, the control with nnU-Net's narrow intensity window
+# (what the window alone is worth) and stock nnU-Net's two networks at the same spacing, patch and batch.
+#
+#   bash benchmarks/gpu/few_shot.sh DATASET "UNLABELLED_DATASETS" [OUTPUT_FOLDER]
+#   bash benchmarks/gpu/few_shot.sh 501 800
+#
+# DATASET has been prepared by mim_prepare or mim_plan (nnUNetMiMPlans), the others by mim_prepare with the same spacing. Repeat
+# the command after an interruption. Settings are variables:
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+number=$1 others=${2:-}
+device=${DEVICE:-cuda} preset=${PRESET:-small} fold=${FOLD:-0}
+pretraining=${PRETRAINING:---view 64 --iterations 20000 --batch 8 --children 2 2 --lr 8e-4 --scale 1 2 2 --val_every 1000}
+labels=${LABELS:-5 10 20 all} seeds=${SEEDS:-3} jobs=${JOBS:-6}
+length=${LENGTH:---iterations 1000 --iterations_per_epoch 50 --val_iterations 5}
+recipe=${RECIPE:-lr=0.001 layer_decay=1}
+
+say() { echo "[$(date +%H:%M:%S)] $*"; }
+folder=$(python -c "import sys; from nnunet_mim.dataset_name import dataset_name; print(dataset_name(sys.argv[1]))" "$number")
+plans=$nnUNet_preprocessed/$folder
+out=${3:-$nnUNet_results/$folder/few_shot_gpu}
+
+say "plans"
+# the dataset's MiM plans with the network of the preset, and once more with nnU-Net's intensities; the data stay where they are
+python "$here/../stock_plans.py" -d "$number"
+python - "$plans" "$preset" <<'PYTHON'
+import json, sys
+from pathlib import Path
+from nnunet_mim.config import PRESETS
+from nnunet_mim.networks.hybrid_unet import plans_architecture
+folder, preset = Path(sys.argv[1]), PRESETS[sys.argv[2]]
+mim, stock = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetMiMPlans", "nnUNetPlainLikeMiM"))
+configuration = mim["configurations"]["3d_fullres"]
+configuration["architecture"] = plans_architecture(preset, tuple(configuration["patch_size"]))
+mim["plans_name"] = "nnUNetMiMFewShot"
+(folder / "nnUNetMiMFewShot.json").write_text(json.dumps(mim, indent=2))
+for key in ("foreground_intensity_properties_per_channel", "image_reader_writer", "transpose_forward", "transpose_backward"):
+    mim[key] = stock[key]
+configuration["data_identifier"] = stock["configurations"]["3d_fullres"]["data_identifier"]
+mim["plans_name"] = "nnUNetMiMFewShotNarrow"
+(folder / "nnUNetMiMFewShotNarrow.json").write_text(json.dumps(mim, indent=2))
+PYTHON
+if [ ! -d "$plans/nnUNetPlainLikeMiM_3d_fullres" ]; then
+    nnUNetv2_preprocess -d "$number" -plans_name nnUNetPlainLikeMiM -c 3d_fullres -np "${PROCESSES:-4}"
+fi
+
+say "pretraining"
+run=$nnUNet_results/$folder/MiMPretrain_few_shot__nnUNetMiMPlans__3d_fullres/fold_$fold
+again=$([ -f "$run/checkpoint_latest.pth" ] && echo --c || true)
+# shellcheck disable=SC2086  # words of these variables are arguments
+mim_pretrain -d "$number" $others -p nnUNetMiMPlans -f "$fold" -o few_shot --preset "$preset" -device "$device" $pretraining $again
+
+say "finetuning"
+# shellcheck disable=SC2086
+python -m nnunet_mim.benchmarking.few_shot -d "$number" -p nnUNetMiMFewShot --fold "$fold" --labels $labels --seeds "$seeds" $length \
+    -device "$device" --jobs "$jobs" --set $recipe -o "$out" --arms \
+    "MiM=nnUNetTrainerMiM:nnUNetMiMFewShot:$run/checkpoint_final.pth" Scratch \
+    ScratchNarrow=nnUNetTrainerMiMScratch:nnUNetMiMFewShotNarrow \
+    nnUNet=nnUNetTrainer:nnUNetPlainLikeMiM nnUNetNoMirror=nnUNetTrainerNoMirroring:nnUNetPlainLikeMiM \
+    ResEncLNoMirror=nnUNetTrainerNoMirroring:nnUNetResEncLLikeMiM
+say "done: $out/report.html"
