@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pointer import write_pointer
 from nnunet_mim.pretraining.parser_cli import build_parser, settings_of
@@ -15,6 +16,9 @@ from nnunet_mim.shared import locate
 
 DEFAULT_VIEWS_PER_PASS = {"cpu": 4}
 """per device, else 32: all views of the last level of two crops"""
+
+MUCH_MEASURING = 0.1
+"""share of a run above which fewer measurements are advised"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,12 +129,20 @@ def run(args: argparse.Namespace) -> None:
         point_to(folder / FINAL)
     say(summary(result.figures))
     say(result.verdict)
-    say(f"measurements on held-out cases took {result.measuring_share:.1%} of the time")
+    say(measuring_text(result.measuring_share, config))
     say(f"wrote {folder / FINAL}")
     next_fold = 0 if fold == "all" else fold
     how = f"-pretrained_weights {folder / FINAL}" if config.encoder == "resenc" else "-tr nnUNetTrainerMiM"
     say(f"next: nnUNetv2_train {first.dataset} {args.c} {next_fold} {how} -p {args.p}")
     end_process_group()
+
+
+def measuring_text(share: float, config: PretrainConfig) -> str:
+    """What the measurements have cost, and what to change where that is much."""
+    text = f"measurements on held-out cases took {share:.1%} of the time"
+    if share > MUCH_MEASURING:
+        text += f": raise --val_every ({config.val_every}) and --set probe_every ({config.probe_every})"
+    return text
 
 
 def summary(figures: dict[str, float]) -> str:
