@@ -34,17 +34,23 @@ def main():
     dataset = dataset_name(options.d)
     folder = Path(os.environ["nnUNet_preprocessed"], dataset)
     mim = json.loads((folder / f"{options.p}.json").read_text())["configurations"][options.c]
-    for name, planner in PLANNERS.items():
-        planner(dataset, plans_name=name, overwrite_target_spacing=mim["spacing"]).plan_experiment()
+    for name, planner_class in PLANNERS.items():
+        planner = planner_class(dataset, plans_name=name, overwrite_target_spacing=[float(s) for s in mim["spacing"]])
+        planner.plan_experiment()
         file = folder / f"{name}.json"
         plans = json.loads(file.read_text())
-        like(plans["configurations"]["3d_fullres"], mim)
-        plans["configurations"] = {"3d_fullres": plans["configurations"]["3d_fullres"]}
+        configuration = plans["configurations"]["3d_fullres"]
+        if configuration["spacing"] != [float(s) for s in mim["spacing"]]:
+            raise SystemExit(
+                f"nnU-Net turns the axes to {configuration['spacing']} mm: only for an order as in {options.p}"
+            )
+        like(configuration, mim, planner)
+        plans["configurations"] = {"3d_fullres": configuration}
         file.write_text(json.dumps(plans, indent=2))
         print(f"wrote {file}")
 
 
-def like(configuration, mim):
+def like(configuration, mim, planner):
     """Give a configuration the patch and batch of another; the network's stages follow."""
     spacing, patch = mim["spacing"], mim["patch_size"]
     _, strides, kernels, planned, _ = get_pool_and_conv_props(spacing, patch, 4, 999999)
@@ -53,15 +59,14 @@ def like(configuration, mim):
             f"nnU-Net would enlarge the patch {patch} to {list(map(int, planned))}: plan MiM with that one"
         )
     network = configuration["architecture"]["arch_kwargs"]
-    stages = len(strides)
-    features = [min(320, 32 * 2**stage) for stage in range(stages)]
-    network |= {"n_stages": stages, "features_per_stage": features}
+    n = len(strides)
+    network |= {"n_stages": n, "features_per_stage": [min(320, 32 * 2**stage) for stage in range(n)]}
     network |= {"strides": [list(map(int, s)) for s in strides], "kernel_sizes": [list(map(int, k)) for k in kernels]}
-    for name in ("n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder"):
-        if name in network:
-            per_stage = network[name]
-            network[name] = (per_stage + per_stage[-1:] * stages)[: stages - name.endswith("decoder")]
-    configuration |= {"patch_size": patch, "batch_size": mim["batch_size"], "data_identifier": DATA}
+    encoder = "n_blocks_per_stage" if "n_blocks_per_stage" in network else "n_conv_per_stage"
+    network[encoder] = list(planner.UNet_blocks_per_stage_encoder[:n])
+    network["n_conv_per_stage_decoder"] = list(planner.UNet_blocks_per_stage_decoder[: n - 1])
+    shared = {key: mim[key] for key in ("patch_size", "batch_size", "batch_dice")}
+    configuration |= {**shared, "data_identifier": DATA}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The few-shot experiment of the GPU: pretrains, then compares MiM, its control, the control with nnU-Net's narrow intensity window
-# (what the window alone is worth) and stock nnU-Net's two networks at the same spacing, patch and batch.
+# The few-shot experiment of the GPU: pretrains, then compares MiM, its control, the control with nnU-Net's own intensities
+# (a narrow window, its own reader) and stock nnU-Net's two networks at the same spacing, patch and batch.
 #
 #   bash benchmarks/gpu/few_shot.sh DATASET "UNLABELLED_DATASETS" [OUTPUT_FOLDER]
 #   bash benchmarks/gpu/few_shot.sh 501 800
@@ -26,13 +26,16 @@ say "plans"
 python "$here/../stock_plans.py" -d "$number"
 python - "$plans" "$preset" <<'PYTHON'
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from nnunet_mim.config import PRESETS
+from nnunet_mim.geometry import suitable_strides
 from nnunet_mim.networks.hybrid_unet import plans_architecture
 folder, preset = Path(sys.argv[1]), PRESETS[sys.argv[2]]
 mim, stock = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetMiMPlans", "nnUNetPlainLikeMiM"))
 configuration = mim["configurations"]["3d_fullres"]
-configuration["architecture"] = plans_architecture(preset, tuple(configuration["patch_size"]))
+network = replace(preset, strides=suitable_strides(tuple(configuration["spacing"])))  # as mim_pretrain chooses them
+configuration["architecture"] = plans_architecture(network, tuple(configuration["patch_size"]))
 mim["plans_name"] = "nnUNetMiMFewShot"
 (folder / "nnUNetMiMFewShot.json").write_text(json.dumps(mim, indent=2))
 for key in ("foreground_intensity_properties_per_channel", "image_reader_writer", "transpose_forward", "transpose_backward"):
@@ -41,22 +44,27 @@ configuration["data_identifier"] = stock["configurations"]["3d_fullres"]["data_i
 mim["plans_name"] = "nnUNetMiMFewShotNarrow"
 (folder / "nnUNetMiMFewShotNarrow.json").write_text(json.dumps(mim, indent=2))
 PYTHON
-if [ ! -d "$plans/nnUNetPlainLikeMiM_3d_fullres" ]; then
+stamp=$plans/nnUNetPlainLikeMiM_3d_fullres.complete  # beside the cases: nnU-Net looks at every file among them
+if ! cmp -s "$plans/nnUNetPlainLikeMiM.json" "$stamp"; then
     nnUNetv2_preprocess -d "$number" -plans_name nnUNetPlainLikeMiM -c 3d_fullres -np "${PROCESSES:-4}"
+    cp "$plans/nnUNetPlainLikeMiM.json" "$stamp"
 fi
+
+# shellcheck disable=SC2206,SC2054  # words of these variables are arguments
+protocol=(python -m nnunet_mim.benchmarking.few_shot -d "$number" -p nnUNetMiMFewShot --fold "$fold" --labels $labels
+    --seeds "$seeds" $length -device "$device" --jobs "$jobs" --set $recipe -o "$out" --arms Scratch
+    ScratchNarrow=nnUNetTrainerMiMScratch:nnUNetMiMFewShotNarrow
+    nnUNet=nnUNetTrainer:nnUNetPlainLikeMiM nnUNetNoMirror=nnUNetTrainerNoMirroring:nnUNetPlainLikeMiM
+    ResEncLNoMirror=nnUNetTrainerNoMirroring:nnUNetResEncLLikeMiM)
+[ -f "$out/table.csv" ] || "${protocol[@]}" --dry-run  # what is wrong with the arms is said before the pretraining
 
 say "pretraining"
 run=$nnUNet_results/$folder/MiMPretrain_few_shot__nnUNetMiMPlans__3d_fullres/fold_$fold
-again=$([ -f "$run/checkpoint_latest.pth" ] && echo --c || true)
-# shellcheck disable=SC2086  # words of these variables are arguments
-mim_pretrain -d "$number" $others -p nnUNetMiMPlans -f "$fold" -o few_shot --preset "$preset" -device "$device" $pretraining $again
+again=()
+if [ -f "$run/checkpoint_latest.pth" ] || [ -f "$run/checkpoint_final.pth" ]; then again=(--c); fi
+# shellcheck disable=SC2086
+mim_pretrain -d "$number" $others -p nnUNetMiMPlans -f "$fold" -o few_shot --preset "$preset" -device "$device" $pretraining "${again[@]}"
 
 say "finetuning"
-# shellcheck disable=SC2086
-python -m nnunet_mim.benchmarking.few_shot -d "$number" -p nnUNetMiMFewShot --fold "$fold" --labels $labels --seeds "$seeds" $length \
-    -device "$device" --jobs "$jobs" --set $recipe -o "$out" --arms \
-    "MiM=nnUNetTrainerMiM:nnUNetMiMFewShot:$run/checkpoint_final.pth" Scratch \
-    ScratchNarrow=nnUNetTrainerMiMScratch:nnUNetMiMFewShotNarrow \
-    nnUNet=nnUNetTrainer:nnUNetPlainLikeMiM nnUNetNoMirror=nnUNetTrainerNoMirroring:nnUNetPlainLikeMiM \
-    ResEncLNoMirror=nnUNetTrainerNoMirroring:nnUNetResEncLLikeMiM
+"${protocol[@]}" "MiM=nnUNetTrainerMiM:nnUNetMiMFewShot:$run/checkpoint_final.pth"
 say "done: $out/report.html"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 import tempfile
@@ -24,9 +25,10 @@ from nnunet_mim.pretraining.data import RunData
 from nnunet_mim.pretraining.loading import training_batches, training_crops
 from nnunet_mim.pretraining.loop import RunOptions, pretrain
 from nnunet_mim.pretraining.ranks import ranks_of
+from nnunet_mim.pretraining.train_step import WARM_UP as RECORDED_AFTER
 
-WARM_UP = 3
-"""steps that are not timed; on a GPU one of them is recorded"""
+WARM_UP = RECORDED_AFTER + 1
+"""steps that are not timed; on a GPU the last of them is recorded"""
 SECONDS = 30.0
 """about how long the timed steps take"""
 USABLE = 0.9
@@ -93,6 +95,8 @@ def _try(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunOpti
     )
     cuda = fabric.device.type == "cuda"
     if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()  # what the last trial has left
         torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
 

@@ -140,9 +140,9 @@ def run(args: argparse.Namespace) -> None:
 def measuring_text(share: float, config: PretrainConfig) -> str:
     """What the measurements have cost, and what to change where that is much."""
     text = f"measurements on held-out cases took {share:.1%} of the time"
-    if share > MUCH_MEASURING:
-        text += f": raise --val_every ({config.val_every}) and --set probe_every ({config.probe_every})"
-    return text
+    rarer = [f"--val_every ({config.val_every})"] if config.val_every < config.iterations else []
+    rarer += [f"--set probe_every ({config.probe_every})"] if 0 < config.probe_every < config.iterations else []
+    return f"{text}: raise {' and '.join(rarer)}" if rarer and share > MUCH_MEASURING else text
 
 
 def summary(figures: dict[str, float]) -> str:

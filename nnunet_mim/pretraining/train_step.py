@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_mim.config import PretrainConfig
+from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.mask_in_mask import LevelOutput
 from nnunet_mim.pretraining.nested_crops import LevelViews
 from nnunet_mim.pretraining.objective import add_figures, level_losses
@@ -64,56 +65,73 @@ def clip_gradients(model: nn.Module, largest: float, ranks: Ranks, sharded: bool
 class RecordedStep:
     """The same step as a CUDA graph: the first WARM_UP calls are ordinary ones, the next records, all others replay.
 
-    Views must have the same shapes every time. The learning rate is that of the optimiser's first group at the call;
-    the optimiser must be a fused one, which keeps its state on the device.
+    Memory of a step stays reserved from then on. The optimiser must be a fused one: its state is on the device.
     """
 
     def __init__(self, step: TrainStep, optimizer: torch.optim.Optimizer) -> None:
         self.step, self.optimizer = step, optimizer
         self.done = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[LevelViews] = []
+        self.stream: torch.cuda.Stream | None = None
+        self.inputs: list[Tensor] = []
+        self.rates: list[Tensor] = []
         self.figures: dict[str, Tensor] = {}
-        self.rate = torch.zeros(())
 
     def __call__(self, views: list[LevelViews]) -> dict[str, Tensor]:
-        """Do one step; figures are the caller's own."""
+        """Do one step, with the learning rates that the optimiser's groups have now.
+
+        Returns:
+            the figures, the caller's own.
+
+        Raises:
+            MiMError: the step cannot be recorded.
+            ValueError: the views have other shapes than those that were recorded.
+        """
         if self.done < WARM_UP:
             self.done += 1
             return self._warm_up(views)
+        new = _tensors(views)
         if self.graph is None:
             self.graph = self._record(views)
+            self.inputs = new
         else:
-            torch._foreach_copy_(_tensors(self.inputs), _tensors(views))
-        self.rate.fill_(self.optimizer.param_groups[0]["lr"])
+            kinds = [[(t.shape, t.dtype) for t in tensors] for tensors in (new, self.inputs)]
+            if kinds[0] != kinds[1]:
+                raise ValueError("views of other shapes than those that were recorded")
+            torch._foreach_copy_(self.inputs, new)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
         self.graph.replay()
         return {name: value.clone() for name, value in self.figures.items()}
 
     def _warm_up(self, views: list[LevelViews]) -> dict[str, Tensor]:
         """On a stream of its own, as CUDA wants it before it records."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        self.stream = self.stream or torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
             figures = self.step(views)
-        current.wait_stream(stream)
+        current.wait_stream(self.stream)
         return figures
 
     def _record(self, views: list[LevelViews]) -> torch.cuda.CUDAGraph:
         """Record a step on these views, whose tensors are the graph's inputs from then on; nothing is computed yet."""
-        self.inputs = views
-        self.rate = torch.zeros((), device=views[0].images.device)
         groups = self.optimizer.param_groups
+        self.rates = [torch.zeros((), device=views[0].images.device) for _ in groups]
         kept = [{key: group.get(key) for key in ("lr", "capturable")} for group in groups]
-        for group in groups:
-            group |= {"lr": self.rate, "capturable": True}
+        for group, rate in zip(groups, self.rates, strict=True):
+            group |= {"lr": rate, "capturable": True}
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: the thread that pins batches goes on meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.figures = self.step(views)
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise MiMError(f"a step could not be recorded as a CUDA graph ({reason}): add --no-record") from error
         finally:
             for group, values in zip(groups, kept, strict=True):
-                group.update(values)  # as checkpoints keep it
+                group.update(values)  # the loop sets a plain rate, which `__call__` reads
         return graph
 
 

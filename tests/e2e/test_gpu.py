@@ -2,13 +2,19 @@
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.demo.cli import main as demo
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.depthwise import DepthwiseConv3d, conv_on_tokens, depthwise_on_tokens
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.pretraining.loop import build_optimizer, forward_on
 from nnunet_mim.pretraining.masking import random_masks
+from nnunet_mim.pretraining.nested_crops import nested_views
+from nnunet_mim.pretraining.ranks import ALONE
+from nnunet_mim.pretraining.train_step import RecordedStep, ordinary_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +55,33 @@ def test_triton_on_masks_of_a_real_step(token, channels):
     y = depthwise_on_tokens(conv, x, ids_keep, level.grid)
     for a, b in zip(found, [y, *torch.autograd.grad(y, inputs, upstream)], strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("views_per_pass", [32, 3])
+def test_recorded_steps_have_the_figures_of_ordinary_ones(views_per_pass):
+    """Eight steps in float32 with a rising rate and new views every time; the last pass may have fewer views."""
+    config = PretrainConfig(preset="tiny", network=PRESETS["tiny"], view_size=(64, 64, 64), n_children=(2, 2))
+    levels, fabric = levels_of(config), Fabric(accelerator="cuda", devices=1, precision="32-true")
+    found = {}
+    for recorded in (True, False):
+        torch.manual_seed(0)
+        network = MaskInMask(config.network)
+        fabric.to_device(network)
+        optimizer = build_optimizer(network, config)
+        flat, fill = torch.full((1,), 0.04, device="cuda"), torch.zeros(1, device="cuda")
+        crops = torch.randn(2, 1, *levels[0].fov, device="cuda")
+        valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 2, device="cuda")
+        step = ordinary_step(forward_on(fabric, network), network, optimizer, flat, config, ALONE, views_per_pass)
+        step = RecordedStep(step, optimizer) if recorded else step
+        rows = []
+        for i in range(8):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (i + 1) / 8
+            generator = torch.Generator("cuda").manual_seed(i)
+            figures = step(nested_views(crops, valid, fill, levels, generator, flat))
+            rows.append(torch.stack([figures[name] for name in sorted(figures) if name != "nonfinite"]))
+        found[recorded] = torch.stack(rows).cpu()
+    torch.testing.assert_close(found[True], found[False], rtol=1e-3, atol=1e-4)
 
 
 def test_the_whole_way_on_the_gpu(tmp_path):

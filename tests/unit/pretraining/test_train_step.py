@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nnunet_mim.config import PretrainConfig
+from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.pretraining.nested_crops import nested_views
 from nnunet_mim.pretraining.train_step import WARM_UP, RecordedStep
@@ -29,7 +30,7 @@ def no_gpu(monkeypatch):
             recorded[0]()
 
     @contextmanager
-    def graph(_, capture_error_mode):
+    def graph(_, stream, capture_error_mode):
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -56,7 +57,7 @@ def test_views_and_rate_of_every_replay_are_those_of_its_call(no_gpu):
 
     def step(views):
         def compute():
-            calls.append(float(optimizer.param_groups[0]["lr"] if not no_gpu else recorded.rate))
+            calls.append(float(optimizer.param_groups[0]["lr"] if not no_gpu else recorded.rates[0]))
             out.copy_(sum(view.images.sum() + view.ids_keep.sum() + view.places.sum() for view in views))
 
         if optimizer.param_groups[0].get("capturable"):
@@ -79,3 +80,22 @@ def test_views_and_rate_of_every_replay_are_those_of_its_call(no_gpu):
     for seed, found in enumerate(figures):
         wanted = sum(view.images.sum() + view.ids_keep.sum() + view.places.sum() for view in views_of(seed))
         torch.testing.assert_close(found["sum"], wanted)
+    with pytest.raises(ValueError, match="other shapes"):
+        recorded([replace(view, images=view.images[:, :, :16]) for view in views_of(0)])
+
+
+def test_a_step_that_cannot_be_recorded_says_what_to_do(no_gpu):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))], lr=0.5)
+
+    def step(_):
+        if optimizer.param_groups[0].get("capturable"):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        return {}
+
+    recorded = RecordedStep(step, optimizer)
+    views = views_of(0)
+    for _ in range(WARM_UP):
+        recorded(views)
+    with pytest.raises(MiMError, match=r"^a step could not be recorded .*\(operation .*capturing\): add --no-record$"):
+        recorded(views)
+    assert optimizer.param_groups[0]["lr"] == 0.5
