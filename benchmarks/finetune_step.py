@@ -7,7 +7,7 @@ Three networks: `mim` (HybridUNet as mim_plan plans it, AdamW), `plain` (nnU-Net
 planner gives for this patch and with SGD. All with deep supervision and nnU-Net's own loss; on a GPU as nnU-Net trains:
 float16 with a gradient scaler, cudnn.benchmark, torch.compile (`--no-compile` leaves it out). One step is forward,
 loss, backward, clipping, the optimiser. Networks take turns; figures are medians. Peak memory is that of a step above
-the process's own before the network is built, each in a process of its own.
+the process's own before the network is built; on a CPU each network is measured in a process of its own.
 """
 
 import argparse
@@ -106,14 +106,18 @@ def forward_gflop(name, options):
     return counter.get_total_flops() / 1e9
 
 
+def built_on_gpu(name, options):
+    """`build`, and the peak memory of a step, MB: of the second; kernels are chosen and compiled in the first."""
+    before = torch.cuda.memory_allocated()
+    parts = build(name, options)
+    step(*parts)
+    torch.cuda.reset_peak_memory_stats()
+    step(*parts)
+    return parts, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def measure(options):
     """In the child process: peak memory of two steps of one network (the second has the optimiser's state), MB."""
-    if options.device == "cuda":
-        parts = build(options.measure, options)
-        for _ in range(2):
-            step(*parts)
-        print(torch.cuda.max_memory_allocated() / 2**20)
-        return
     before = status_kb("VmRSS")
     parts = build(options.measure, options)
     for _ in range(2):
@@ -146,7 +150,13 @@ def main():
     if options.measure:
         measure(options)
         return
-    parts = {name: build(name, options) for name in NETWORKS}
+    parts, peaks = {}, {}
+    for name in NETWORKS:
+        print(f"building {name}", file=sys.stderr, flush=True)
+        if options.device == "cuda":
+            parts[name], peaks[name] = built_on_gpu(name, options)
+        else:
+            parts[name] = build(name, options)
     seconds = {name: [] for name in NETWORKS}
     for repeat in range(options.repeats + 1):
         for name in NETWORKS:
@@ -158,8 +168,8 @@ def main():
     print(f"median seconds a step: {', '.join(f'{name} {value:.4f}' for name, value in medians.items())}", flush=True)
     millions = {name: sum(p.numel() for p in parts[name][0].parameters()) / 1e6 for name in NETWORKS}
     del parts
-    linux = Path("/proc/self/status").exists()
-    peaks = {name: peak_mb(name) if linux or options.device == "cuda" else None for name in NETWORKS}
+    if options.device == "cpu":
+        peaks = {name: peak_mb(name) if Path("/proc/self/status").exists() else None for name in NETWORKS}
     result = {f"{name}_s": value for name, value in medians.items()}
     result |= {f"ratio_to_{name}": medians["mim"] / medians[name] for name in NETWORKS[1:]}
     result |= {f"{name}_peak_mb": value for name, value in peaks.items() if value is not None}
