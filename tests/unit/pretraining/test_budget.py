@@ -6,6 +6,7 @@ import pytest
 from lightning_fabric import Fabric
 
 from nnunet_mim.config import PretrainConfig
+from nnunet_mim.pretraining import cli
 from nnunet_mim.pretraining.budget import GIB, Trial, _duration, _largest_batch
 
 
@@ -42,3 +43,14 @@ def test_the_largest_batch_by_hand(monkeypatch):
 @pytest.mark.parametrize(("seconds", "text"), [(90, "1.5 minutes"), (7200, "2.0 hours"), (259200, "3.0 days")])
 def test_durations(seconds, text):
     assert _duration(seconds) == text
+
+
+def test_much_measuring_is_said_with_what_to_change():
+    def said(share, **settings):
+        return cli.measuring_text(share, PretrainConfig(iterations=100, **settings))
+
+    took = "measurements on held-out cases took 35.3% of the time"
+    assert said(0.353, val_every=20, probe_every=40) == f"{took}: raise --val_every (20) and --set probe_every (40)"
+    assert said(0.353, val_every=20, probe_every=0) == f"{took}: raise --val_every (20)"
+    assert said(0.353, val_every=200, probe_every=1000) == took, "of a short run nothing can be left out"
+    assert said(0.02, val_every=20, probe_every=40) == "measurements on held-out cases took 2.0% of the time"

@@ -141,17 +141,6 @@ def test_volumes_smaller_than_the_view_are_padded(write_dataset, tmp_path):
     assert all(np.isfinite(value) for value in history[-1].values())
 
 
-def test_much_measuring_is_said_with_what_to_change():
-    def said(share, **settings):
-        return cli.measuring_text(share, PretrainConfig(iterations=100, **settings))
-
-    took = "measurements on held-out cases took 35.3% of the time"
-    assert said(0.353, val_every=20, probe_every=40) == f"{took}: raise --val_every (20) and --set probe_every (40)"
-    assert said(0.353, val_every=20, probe_every=0) == f"{took}: raise --val_every (20)"
-    assert said(0.353, val_every=200, probe_every=1000) == took, "of a short run nothing can be left out"
-    assert said(0.02, val_every=20, probe_every=40) == "measurements on held-out cases took 2.0% of the time"
-
-
 def test_two_datasets_in_one_run_and_fold_only_of_the_labelled(write_dataset, tmp_path):
     write_dataset(n=5, number=900)
     write_dataset(n=3, number=950, labelled=False)
