@@ -125,7 +125,7 @@ class PretrainConfig:
     temperature: float = 0.2
     """of the InfoNCE logits"""
     level_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
-    """weight of each level's reconstruction loss"""
+    """weight of each level's reconstruction loss; innermost levels without any loss are not computed in training"""
     flat_fraction: float = 0.005
     """a token whose standard deviation is below this share of the intensity window (10 HU of 2000) is no target"""
     init_checkpoint: str = ""

@@ -307,7 +307,8 @@ def culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size: 
 def progress_text(train: dict[str, float], val: dict[str, float], speed: float) -> dict[str, str]:
     """What the progress bar shows beside speed and time left."""
     levels = [name.split("/")[1] for name in val if name.endswith("/reconstruction")]
-    text = {f"L{level[-1]}": f"{train[f'train/{level}/reconstruction']:.3f}" for level in levels}
+    trained = [level for level in levels if f"train/{level}/reconstruction" in train]
+    text = {f"L{level[-1]}": f"{train[f'train/{level}/reconstruction']:.3f}" for level in trained}
     text["val"] = "/".join(f"{val[f'val/{level}/reconstruction']:.3f}" for level in levels)
     text["crops/s"] = f"{speed:.2f}"
     return text

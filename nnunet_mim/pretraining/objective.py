@@ -24,6 +24,7 @@ def level_losses(
     views_per_pass: int | None = None,
     recompute: tuple[int, ...] = (),
     ranks: Ranks = ALONE,
+    n_computed: int | None = None,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor], LevelOutput]]:
     """Run the levels in turn, outermost first, each in one pass or in several.
 
@@ -40,6 +41,7 @@ def level_losses(
         views_per_pass: largest number of views in one pass; None: all views of a level.
         recompute: numbers (1 to 3) of the levels that keep no activations inside blocks.
         ranks: the views are this rank's part of a batch, as large on every rank.
+        n_computed: how many levels, from the outermost on; None: all. See `levels_that_count`.
 
     Yields:
         the pass's share of the weighted loss, its share of each figure (detached, by name; to be added up over passes,
@@ -47,7 +49,7 @@ def level_losses(
         each crop of this rank whose features are not finite.
     """
     parent_features = None
-    for number, view in enumerate(views):
+    for number, view in enumerate(views[:n_computed]):
         name, index = level_name(number, len(views)), level_index(number, len(views))
         is_target, shares = target_tokens(view, flat_threshold)
         n_targets = ranks.sum(is_target.sum())
@@ -79,6 +81,13 @@ def level_losses(
             yield loss, figures, output
             features.append(place_features(output.features.detach(), view.level))
         parent_features = ranks.gather(torch.cat(features))
+
+
+def levels_that_count(config: PretrainConfig, n_levels: int) -> int:
+    """How many levels have to be computed in training: those after the last one with a weight are left out."""
+    aligned = config.alignment != "none" and config.alignment_weight > 0
+    counts = [config.level_weights[level_index(n, n_levels)] > 0 or (aligned and n > 0) for n in range(n_levels)]
+    return max((number + 1 for number, does in enumerate(counts) if does), default=n_levels)
 
 
 def passes(n_views: int, views_per_pass: int | None) -> Iterator[slice]:

@@ -16,7 +16,7 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.mask_in_mask import LevelOutput
 from nnunet_mim.pretraining.nested_crops import LevelViews
-from nnunet_mim.pretraining.objective import add_figures, level_losses
+from nnunet_mim.pretraining.objective import add_figures, level_losses, levels_that_count
 from nnunet_mim.pretraining.ranks import Ranks
 from nnunet_mim.pretraining.sharding import sum_gradients, whole
 
@@ -39,11 +39,16 @@ def ordinary_step(
     recompute: tuple[int, ...] = (),
     sharded: bool = False,
 ) -> TrainStep:
-    """Forward and backward, pass by pass, clipping, the optimiser; arguments as in `level_losses` and RunOptions."""
+    """Forward and backward, pass by pass, clipping, the optimiser; arguments as in `level_losses` and RunOptions.
+
+    Levels whose loss has no weight, nor any level below, are not computed.
+    """
 
     def step(views: list[LevelViews]) -> dict[str, Tensor]:
         figures: dict[str, Tensor] = {}
-        for loss, part, _ in level_losses(forward, views, flat_threshold, config, views_per_pass, recompute, ranks):
+        n_computed = levels_that_count(config, len(views))
+        passes = level_losses(forward, views, flat_threshold, config, views_per_pass, recompute, ranks, n_computed)
+        for loss, part, _ in passes:
             loss.backward()  # pass by pass: activations of one at a time
             add_figures(figures, part)
         norm = clip_gradients(model, config.grad_clip, ranks, sharded)

@@ -23,8 +23,8 @@ class FinetuneConfig:
     val_iterations_per_epoch: int = 50
     lr: float = 1e-3
     """peak learning rate of everything outside the encoder"""
-    layer_decay: float = 0.9
-    """the encoder's layer at distance d from its end learns with lr * layer_decay ** d; 1.0 switches it off"""
+    layer_decay: float = 1.0
+    """the encoder's layer at distance d from its end learns with lr * layer_decay ** d; 1.0: all with lr"""
     weight_decay: float = 0.05
     """of AdamW; not on biases, norms and other 1-d parameters"""
     warmup_fraction: float = 0.05

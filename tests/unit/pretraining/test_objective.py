@@ -12,7 +12,7 @@ from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
 from nnunet_mim.pretraining.masking import mask_of
 from nnunet_mim.pretraining.nested_crops import nested_views
-from nnunet_mim.pretraining.objective import add_figures, level_losses, place_features, place_index
+from nnunet_mim.pretraining.objective import add_figures, level_losses, levels_that_count, place_features, place_index
 
 NETWORK = NetworkConfig((3, 4, 3, 6), (1, 1, 1, 1), 2, 2.0, ((2, 1, 1), (1, 2, 1), (1, 1, 1), (1, 1, 2)), 12, 1, 2)
 PUBLISHED = PretrainConfig(
@@ -282,6 +282,38 @@ def test_level_weights_scale_their_own_level_only():
     for number, (loss, figures) in enumerate(run((0.0, 0.0, 0.0), 0.1)):
         wanted = 0.1 * figures[f"level{number + 1}/alignment"].item() if number else 0.0
         assert loss == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "counted"),
+    [
+        (PUBLISHED, {}, 3),
+        (PUBLISHED, {"level_weights": (1.0, 0.0, 0.0)}, 3),  # the others are aligned
+        (PUBLISHED, {"level_weights": (1.0, 0.0, 0.0), "alignment_weight": 0.0}, 1),
+        (PUBLISHED, {"level_weights": (1.0, 0.0, 0.0), "alignment": "none"}, 1),
+        (PUBLISHED, {"level_weights": (0.0, 1.0, 0.0), "alignment": "none"}, 2),
+        (PUBLISHED, {"level_weights": (0.0, 0.0, 1.0), "alignment": "none"}, 3),
+        (SKIPPED, {"level_weights": (1.0, 1.0, 0.0), "alignment": "none"}, 1),  # level 2 is the outermost here
+        (SKIPPED, {"level_weights": (1.0, 0.0, 0.0), "alignment": "none"}, 2),  # nothing counts: as if all did
+    ],
+)
+def test_levels_that_are_left_out_would_have_changed_no_gradient(base, changes, counted):
+    config = replace(base, **changes)
+    views = make_views(config)
+    assert levels_that_count(config, len(views)) == counted
+
+    def run(n_computed):
+        model = make_model(config)
+        names = []
+        for loss, figures, _ in level_losses(model, views, THRESHOLD, config, n_computed=n_computed):
+            loss.backward()
+            names += [name for name in figures if name.endswith("/reconstruction")]
+        return names, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    (names, found), (_, wanted) = run(counted), run(None)
+    assert names == [f"level{number + 1 + 3 - len(views)}/reconstruction" for number in range(counted)]
+    for name, gradient in wanted.items():
+        assert torch.equal(found.get(name, torch.zeros_like(gradient)), gradient), name
 
 
 def test_skipped_levels_keep_their_names():
