@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOY = ("--preset", "tiny", "--view", "32", "--device", "cpu", "--repeats", "1", "--json")
@@ -167,3 +169,23 @@ def test_gpu_paths_without_a_gpu():
     assert {check["precision"] for check in found["checks"]} == {"float64", "float32", "bf16"}
     assert all(check["within_bounds"] for check in found["checks"])
     assert {row["convolution"] for row in found["rows"]} == {"torch", "triton"}
+
+
+def test_islands_of_a_known_case(tmp_path, monkeypatch):
+    """An organ of 8 voxels, of which 5 are found in two pieces of 4 and 1, and an island of 2 voxels elsewhere."""
+    truth, predicted = np.zeros((2, 4, 4, 8), dtype=np.uint8)
+    truth[0, 0, :8] = 1
+    predicted[0, 0, :4] = predicted[0, 0, 7] = predicted[3, 3, 6:] = 1
+    references = tmp_path / "Dataset915_Toy" / "gt_segmentations"
+    validation = tmp_path / "out/cells/Dataset915_Toy/fold_0/labels_5/seed_1/MiM/results/fold_0/validation"
+    for folder, image in ((references, truth), (validation, predicted)):
+        folder.mkdir(parents=True)
+        sitk.WriteImage(sitk.GetImageFromArray(image), folder / "a.nii.gz")
+    summary = {"metric_per_case": [{"prediction_file": "elsewhere/a.nii.gz", "metrics": {"1": {}}}], "mean": {}}
+    (validation / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    (row,) = last_line("islands.py", "-d", "915", str(tmp_path / "out"), "--json")["rows"]
+    assert (row["output"], row["labels"], row["arm"], row["seeds"]) == ("out", "5", "MiM", 1)
+    assert row["dice"] == pytest.approx([2 * 5 / (7 + 8)])
+    assert row["largest"] == pytest.approx([2 * 4 / (4 + 8)])
+    assert row["islands"] == pytest.approx([2 / 8])
