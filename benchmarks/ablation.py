@@ -75,7 +75,7 @@ def run(name, options):
         command += ["-f", options.f, "-o", f"ablation_{name}", *options.arguments]
         if (folder / LATEST).is_file():
             command.append("--c")
-        elif VARIANTS[name]:
+        if VARIANTS[name]:  # with --c too: they override what ARGUMENTS say
             command += ["--set", *VARIANTS[name]]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return {**figures(folder / "val.csv"), "crops_per_s": crops_per_second(folder / "train.csv")}

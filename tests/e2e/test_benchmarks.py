@@ -3,13 +3,16 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import yaml
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOY = ("--preset", "tiny", "--view", "32", "--device", "cpu", "--repeats", "1", "--json")
@@ -103,6 +106,31 @@ def test_an_ablation_is_run_once(toys):
         stamps.add(tuple(path.stat().st_mtime_ns for path in sorted(runs)))
     assert len(stamps) == 1
     assert len(next(iter(stamps))) == 2
+
+
+def test_an_interrupted_variant_goes_on_though_it_overrides_an_argument(toys):
+    run = ("--preset", "tiny", "--view", "32", "--scale", "1", "2", "2", "--iterations", "8", "--batch", "1")
+    run = (*run, "--children", "1", "1", "-device", "cpu", "--workers", "0", "--val_every", "8", "--save_every", "1")
+    command = [sys.executable, BENCHMARKS / "ablation.py", "-d", "915", "-f", "0", "--only", "scale_1", "--", *run]
+    folder = toys.folder / "nnUNet_results"
+    first = subprocess.Popen(command, env=toys.env, stderr=subprocess.DEVNULL, start_new_session=True)
+    until(lambda: list(folder.glob("*/MiMPretrain_ablation_scale_1__*/fold_0/checkpoint_latest.pth")), first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    done = subprocess.run(command, env=toys.env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| scale_1 |" in done.stdout
+    (final,) = folder.glob("*/MiMPretrain_ablation_scale_1__*/fold_0/checkpoint_final.pth")
+    assert yaml.safe_load((final.parent / "config.yaml").read_text())["scale"] == [1, 1, 1]
+
+
+def until(condition, process, seconds=120):
+    """Wait for it while the process runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_averages_of_weights_are_validated(toys):
