@@ -68,7 +68,8 @@ def how_to_read(outcome: Outcome) -> str:
         "of both directions, a missed organ counts as the image's diagonal; NSD: share of the surfaces within "
         f"{outcome.matrix.bench.nsd_tolerance_mm:g} mm. Dice minus {outcome.matrix.control}: with a 95 % interval for "
         "other seeds and cases (for other cases only, with one seed), and one for other cases and these trainings "
-        "(bootstrap), for which Wilcoxon's p is too; corrected for the number of comparisons in this report (Holm)."
+        "(bootstrap), for which Wilcoxon's p is too; corrected for the number of comparisons in this report (Holm). "
+        "Iterations to reach it: in the learning curves, nnU-Net's Dice on validation patches (mean of three epochs)."
     )
 
 

@@ -62,7 +62,8 @@ class Arm:
     def identity(self) -> dict[str, str | None]:
         """Hashes of the plans and of the checkpoint."""
         plans = {k: v for k, v in self.source.plans.items() if k not in (PLANS_KEY, "pretrain_info")}
-        recipe = self.source.plans.get(PLANS_KEY, {}) if self.is_mim else {}
+        # with the defaults of what the plans leave open: these may change with a new version of the package
+        recipe = FinetuneConfig().to_dict() | self.source.plans.get(PLANS_KEY, {}) if self.is_mim else {}
         text = json.dumps([plans, recipe], sort_keys=True)
         return {
             "plans_sha256": hashlib.sha256(text.encode()).hexdigest(),

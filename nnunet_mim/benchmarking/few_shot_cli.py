@@ -74,7 +74,7 @@ def build_bench(options: argparse.Namespace) -> Bench:
     output = Path(options.o).resolve() if options.o else Path(os.environ["nnUNet_results"], dataset) / (
         f"few_shot__{options.p}__{options.c}__fold_{options.fold}"
     )  # fmt: skip
-    arms = tuple(parse_arm(text, options.p) for text in options.arms)
+    arms = tuple(parse_arm(text, options.p) for text in options.arms or default_arms(dataset, options.c))
     settings = settings_by_arm(parse_settings(options.set), arms)
     return Bench(
         datasets=(DatasetSpec(dataset, (options.fold,), options.c),),
@@ -87,6 +87,15 @@ def build_bench(options: argparse.Namespace) -> Bench:
         jobs=options.jobs,
         allow_seen=options.allow_seen,
     )
+
+
+def default_arms(dataset: str, configuration: str) -> list[str]:
+    """MiM, its control, and stock nnU-Net where its plans have been preprocessed."""
+    folder = Path(os.environ["nnUNet_preprocessed"], dataset)
+    if (folder / "nnUNetPlans.json").is_file() and (folder / f"nnUNetPlans_{configuration}").is_dir():
+        return ["MiM", "Scratch", "nnUNet"]
+    print(f"no stock arm: nnUNetPlans of {dataset} have not been preprocessed (nnUNetv2_plan_and_preprocess)")
+    return ["MiM", "Scratch"]
 
 
 def parse_arm(text: str, plans: str) -> ArmSpec:
@@ -131,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--labels", nargs="+", default=["5", "10", "20", "all"], metavar="N",
         help="numbers or percentages of training cases, or all (default: 5 10 20 all)")  # fmt: skip
     add("--seeds", type=int, default=3, metavar="N", help="trainings of each (default: 3)")
-    add("--arms", nargs="+", default=["MiM", "Scratch"], metavar="ARM", help="see above (default: MiM Scratch)")
+    add("--arms", nargs="+", metavar="ARM",
+        help="see above (default: MiM Scratch, and nnUNet where nnUNetPlans have been preprocessed)")  # fmt: skip
     add("--iterations", type=int, default=25_000, metavar="N", help="of every training (default: 25000)")
     add("--iterations_per_epoch", type=int, default=250, metavar="N", help="default: 250")
     add("--val_iterations", type=int, default=25, metavar="N",

@@ -140,10 +140,10 @@ def reaching(outcome: Outcome, dataset: str, labels: str, arm: str, seeds: Seque
     for seed in seeds:
         for fold in outcome.matrix.folds(dataset):
             own, its = (outcome.results[Place(dataset, fold, labels, seed, name)]["curve"] for name in (arm, control))
-            epoch = reaches(smooth(own), smooth(its)[-1])
-            texts.append(
-                str(epoch * length.iterations) if epoch is not None else f"> {length.epochs * length.iterations}"
-            )
+            goal = smooth(its)[-1]
+            epoch = reaches(smooth(own), goal)
+            never = f"> {length.epochs * length.iterations}" if np.isfinite(goal) else "–"
+            texts.append(str(epoch * length.iterations) if epoch is not None else never)
     return texts
 
 

@@ -22,9 +22,10 @@ DESCRIPTION = """\
 Writes nnU-Net plans for pretraining and finetuning with MiM: nnUNet_preprocessed/DATASET/nnUNetMiMPlans.json.
 
 They take the dataset's own nnU-Net plans (-p) and change: the network (HybridUNet, of --preset, or of the checkpoint
-given with -pc), the patch size (multiples of the network's token, 16 voxels), the CT window (-1000…1000 HU instead of
-the foreground's percentiles; with -pc the window of pretraining), and add a block mim_finetune with every number of the
-finetuning recipe. With -pc the spacing of pretraining is used if it is within a factor of 1.5 of the dataset's own."""
+given with -pc), the patch size (multiples of the network's token, at most 16 voxels an axis), the CT window (-1000…1000
+HU instead of the foreground's percentiles; with -pc the window of pretraining), and add a block mim_finetune with every
+number of the finetuning recipe. With -pc the spacing of pretraining is used if it is within a factor of 1.5 of the
+dataset's own."""
 
 EXAMPLES = """\
 examples:
@@ -116,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
-    parser.add_argument("-pc", metavar="CHECKPOINT", help="checkpoint_final.pth of a mim_pretrain run")
+    parser.add_argument("-pc", metavar="CHECKPOINT",
+                        help="checkpoint_final.pth of a mim_pretrain run, a folder of mim_export, or the name of a "
+                        "repository on Hugging Face")  # fmt: skip
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="base plans (default: nnUNetPlans)")
     parser.add_argument("-o", "-overwrite_plans_name", dest="o", default="nnUNetMiMPlans", metavar="NAME",
                         help="name of the new plans (default: nnUNetMiMPlans)")  # fmt: skip

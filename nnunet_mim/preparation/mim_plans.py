@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_mim.config import PRESETS, Size3
+from nnunet_mim.config import PRESETS, NetworkConfig, Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.geometry import suitable_strides
@@ -104,7 +104,8 @@ def make_mim_plans(
     config["spacing"] = list(spacing)
     config["data_identifier"] = f"{plans_name}_{configuration}"
     if checkpoint is not None:
-        network = checkpoint.network
+        network, lines = network_for(checkpoint, tuple(spacing))
+        notes.extend(lines)
     else:
         network = replace(PRESETS[preset], strides=suitable_strides(tuple(spacing)))
 
@@ -139,6 +140,24 @@ def make_mim_plans(
     if not keep_network:
         plans[PLANS_KEY] = recipe.to_dict()
     return plans, notes
+
+
+def network_for(checkpoint: PretrainedCheckpoint, spacing: tuple[float, ...]) -> tuple[NetworkConfig, list[str]]:
+    """The pretrained network at a spacing (mm, array order): with strides of its own where pretraining had voxels of
+    another shape, as its tokens would be long and thin.
+
+    Returns:
+        (sizes, notes).
+    """
+    network, pretrained = checkpoint.network, checkpoint.provenance.get("spacing")
+    if not pretrained or _alike(pretrained, spacing):
+        return network, []
+    strides = suitable_strides(spacing)
+    if strides == network.strides:
+        return network, []
+    shown = [[list(stride) for stride in of] for of in (strides, network.strides)]
+    note = f"strides {shown[0]} suit this spacing (pretraining: {shown[1]}); kernels between stages are resized to them"
+    return replace(network, strides=strides), [note]
 
 
 def oriented_like(
@@ -288,9 +307,13 @@ def _choose_spacing(
     if not pretrained:
         return list(base), "base plans"
     shown = [round(float(s), 3) for s in pretrained]
-    if all(1 / MAX_SPACING_RATIO <= p / b <= MAX_SPACING_RATIO for p, b in zip(pretrained, base, strict=True)):
+    if _alike(pretrained, base):
         return [float(s) for s in pretrained], "as in pretraining"
     return list(base), f"base plans; WARNING: pretrained at {shown}, too far from this dataset's own to be taken over"
+
+
+def _alike(pretrained: Sequence[float], spacing: Sequence[float]) -> bool:
+    return all(1 / MAX_SPACING_RATIO <= p / s <= MAX_SPACING_RATIO for p, s in zip(pretrained, spacing, strict=True))
 
 
 def _choose_patch(base: Sequence[int], median: Sequence[float], token: Size3, given: Any) -> list[int]:

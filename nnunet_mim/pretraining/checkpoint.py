@@ -14,6 +14,7 @@ from torch import Tensor
 import nnunet_mim
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
+from nnunet_mim.networks.hybrid_unet import plans_architecture
 from nnunet_mim.pretraining.dataset import Cases
 from nnunet_mim.pretraining.sources import Source
 from nnunet_mim.shared import locate, read_shared
@@ -60,7 +61,7 @@ def build_checkpoint(
     return {
         "network_weights": {name: copies[value.data_ptr(), value.numel()] for name, value in weights.items()},
         "nnssl_adaptation_plan": {
-            "architecture_plans": _architecture_plans(settings),
+            "architecture_plans": _architecture_plans(config),
             "pretrain_plan": {
                 "plans_name": provenance["plans_name"],
                 "dataset_name": (provenance["datasets"] or [""])[0],
@@ -84,20 +85,14 @@ def build_checkpoint(
     }
 
 
-def _architecture_plans(settings: dict[str, Any]) -> dict[str, Any]:
-    if settings["encoder"] == "resenc":
-        block = settings["architecture"]
-        name, needs = block["network_class_name"], list(block["_kw_requires_import"])
-        return {
-            "arch_class_name": name,
-            "arch_kwargs": block["arch_kwargs"],
-            "arch_kwargs_requiring_import": needs,
-        }
-    sizes = ("embed_dims", "depths", "strides", "num_heads", "mlp_ratio")
+def _architecture_plans(config: PretrainConfig) -> dict[str, Any]:
+    """The network that finetunes, of a patch as large as a view, in the words of nnU-Net's development branch."""
+    resenc = config.encoder == "resenc"
+    block = config.architecture if resenc else plans_architecture(config.network, config.view_size)
     return {
-        "arch_class_name": "nnunet_mim.networks.hybrid_unet.HybridUNet",
-        "arch_kwargs": {name: settings["network"][name] for name in sizes},
-        "arch_kwargs_requiring_import": [],
+        "arch_class_name": block["network_class_name"],
+        "arch_kwargs": block["arch_kwargs"],
+        "arch_kwargs_requiring_import": list(block["_kw_requires_import"]),
     }
 
 

@@ -22,7 +22,7 @@ class FinetuneConfig:
     iterations_per_epoch: int = 250
     val_iterations_per_epoch: int = 50
     lr: float = 1e-3
-    """peak learning rate of everything outside the encoder"""
+    """peak learning rate"""
     layer_decay: float = 1.0
     """the encoder's layer at distance d from its end learns with lr * layer_decay ** d; 1.0: all with lr"""
     weight_decay: float = 0.05

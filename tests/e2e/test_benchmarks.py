@@ -181,13 +181,13 @@ def test_the_few_shot_experiment_of_the_gpu_without_one(toys):
         arms = {row["arm"] for row in csv.DictReader(file)}
     assert arms == {"MiM", "Scratch", "ScratchNarrow", "nnUNet", "nnUNetNoMirror", "ResEncLNoMirror"}
     folder = toys.folder / "nnUNet_preprocessed" / "Dataset915_Toys"
-    names = ("nnUNetMiMPlans", "nnUNetPlainLikeMiM", "nnUNetResEncLLikeMiM", "nnUNetMiMFewShotNarrow")
+    names = ("nnUNetMiMPlans", "nnUNetPlainLikeMiM", "nnUNetResEncLLikeMiM", "nnUNetMiMFewShotNarrow_tiny")
     plans = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
     configurations = [p["configurations"]["3d_fullres"] for p in plans.values()]
     for key in ("spacing", "patch_size", "batch_size"):
         assert all(c[key] == configurations[0][key] for c in configurations)
     window = "foreground_intensity_properties_per_channel"
-    assert plans["nnUNetMiMFewShotNarrow"][window] == plans["nnUNetPlainLikeMiM"][window]
+    assert plans["nnUNetMiMFewShotNarrow_tiny"][window] == plans["nnUNetPlainLikeMiM"][window]
     assert plans["nnUNetMiMPlans"][window] != plans["nnUNetPlainLikeMiM"][window]
 
 

@@ -36,6 +36,7 @@ def test_trained_once_reported_and_resumed(workplace):
     output = workplace.folder / "nnUNet_results" / DATASET / "few_shot__nnUNetMiMPlans__3d_fullres__fold_0"
     said = protocol(workplace)
     assert "4 trainings of 4 iterations: 0 finished, 4 to do" in said
+    assert f"no stock arm: nnUNetPlans of {DATASET} have not been preprocessed" in said
     cells = {
         (p.parts[-4].removeprefix("labels_"), p.parts[-2]): p
         for p in output.glob(f"cells/{DATASET}/fold_0/labels_*/seed_0/*/result.json")
@@ -97,6 +98,8 @@ def test_bad_arguments_before_any_training(workplace, arguments, says):
 
 def test_a_stock_arm_trains_with_the_same_length(workplace):
     workplace("nnUNetv2_preprocess", "-d", "908", "-c", "3d_fullres", "-np", "1")
+    said = protocol(workplace, "--dry-run", "-o", str(workplace.folder / "dry"))
+    assert "6 of 6 trainings to do" in said, "MiM, Scratch and nnUNet, now that its data is there"
     output = workplace.folder / "stock"
     said = protocol(workplace, "--labels", "2", "--arms", "nnUNet", "-o", str(output))
     assert "1 trainings of 4 iterations: 0 finished, 1 to do" in said

@@ -1,13 +1,17 @@
 """What stock nnU-Net can do with plans and checkpoints of this package: nnU-Net's own trainer and network."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 DATASET = "Dataset909_Stock"
+BRANCH = Path(sys.executable).with_name("nnUNetv2_train_pretrained")
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 
@@ -71,3 +75,25 @@ def test_a_pretrained_residual_encoder_is_finetuned_by_stock_nnunet(workplace):
     assert "--shard and --recompute are for --encoder hybrid" in said
     said = workplace("mim_plan", "-d", "909", "--encoder", "resenc", "-o", "Other", fails=True)
     assert "the plans name PlainConvUNet, not ResidualEncoderUNet" in said
+
+
+@pytest.mark.skipif(not BRANCH.is_file(), reason="needs nnU-Net's development branch")
+def test_nnunets_own_finetuning_of_a_pretrained_resenc(workplace):
+    """The branch's documentation, workflow A: its planning reads the checkpoint, its training loads the weights."""
+    results = workplace.folder / "nnUNet_results" / DATASET
+    (checkpoint,) = results.glob("MiMPretrain__MiMResEnc__3d_fullres/fold_0/checkpoint_final.pth")
+    workplace("nnUNetv2_plan_like_dynamic", "-d", "909", "-n", "mim", "-pc", checkpoint, "-pl", "MiMResEnc")
+    plans = "ptPlans_dynamic__mim"
+    stored = json.loads((workplace.folder / "nnUNet_preprocessed" / DATASET / f"{plans}.json").read_text())
+    assert stored["pretrain_info"]["key_to_lpe"] is None
+    command = [BRANCH, "909", "3d_fullres", "0", "-p", plans, "-tr", "DynamicPretrainedTrainer", "-device", "cpu"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    training = subprocess.Popen(command, env=workplace.env, start_new_session=True, **pipe)
+    said = ""
+    for line in training.stdout:  # an epoch of it takes hours here: it is enough that the first begins
+        said += line
+        if "Epoch 0" in line:
+            break
+    os.killpg(training.pid, signal.SIGKILL)
+    training.wait()
+    assert "Epoch 0" in said, said[-3000:]

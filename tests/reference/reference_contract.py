@@ -8,6 +8,8 @@
 - Only names that end in PlainConvUNet, ResidualEncoderUNet, PrimusS/B/M/L or ResEncL are built.
 - Weights below `key_to_encoder` and `key_to_stem` load strictly into the network's modules of the same name; those at
   `keys_to_in_proj` are the ones that are repeated for more channels. `key_to_lpe` is None where no position is learnt.
+- Its commands (`nnUNetv2_plan_like_dynamic`, `nnUNetv2_preprocess_like_nnssl`) write `pretrain_info` into plans: the
+  path, and of the adaptation plan what `pretrain_info_of` lists.
 """
 
 import torch
@@ -37,8 +39,24 @@ def load_by_contract(path, num_classes):
         network.get_submodule(key).load_state_dict(part, strict=True)
     for key in plan["keys_to_in_proj"]:
         assert weights[f"{key}.weight"].shape[1] == channels
-    assert plan["key_to_lpe"] is None or plan["key_to_lpe"] in weights
+    assert plan["key_to_lpe"] is None  # convolutional encoders learn no positions
     assert len(plan["recommended_downstream_patchsize"]) == 3
     for configuration in plan["pretrain_plan"]["configurations"].values():
         assert {"patch_size", "spacing", "normalization_schemes"} <= set(configuration)
     return network
+
+
+def pretrain_info_of(path):
+    """The block of plans that the branch's trainers read, as its commands make it from a checkpoint.
+
+    Raises:
+        KeyError: the checkpoint lacks something that the block needs.
+    """
+    plan = torch.load(path, map_location="cpu", weights_only=True)["nnssl_adaptation_plan"]
+    configurations = plan["pretrain_plan"]["configurations"].values()
+    return {
+        "checkpoint_path": str(path),
+        "pt_num_in_channels": plan["pretrain_num_input_channels"],
+        "pt_used_patchsize": next(iter(configurations))["patch_size"],
+        **{key: plan[key] for key in ("key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe")},
+    }

@@ -104,6 +104,8 @@ def test_main_table_by_hand(outcome):
     assert row[3].startswith("+15.00 [")
     assert row[4] == "[+15.00, +15.00]"
     assert row[7] == "100, > 200"
+    endless = outcome({**RESULTS, ("5", 1, "Scratch"): result(0.40, [math.nan] * 4)})
+    assert row_of(comparison_table(endless, DATASET), "5", "MiM")[7] == "100, –", "the control's end is not known"
     assert {len(line) for line in compared} == {8}
     assert row_of(label_table(outcome(), DATASET), "5", "MiM")[2:] == ["55.00 ± 7.07", "75.00 ± 7.07"]
     assert label_table(outcome(), DATASET)[0][2:] == ["Dice % of liver", "Dice % of 2"]

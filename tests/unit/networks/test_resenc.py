@@ -133,6 +133,11 @@ def test_a_checkpoint_keeps_the_contract_of_nnunets_finetuning(tmp_path, referen
     }  # fmt: skip
     save_atomically(build_checkpoint(model.state_dict(), config, provenance), tmp_path / "checkpoint_final.pth")
     network = reference.contract.load_by_contract(tmp_path / "checkpoint_final.pth", num_classes=5)
+    assert reference.contract.pretrain_info_of(tmp_path / "checkpoint_final.pth") == {
+        "checkpoint_path": str(tmp_path / "checkpoint_final.pth"), "pt_num_in_channels": 1,
+        "pt_used_patchsize": [32, 32, 32], "key_to_encoder": "encoder.stages", "key_to_stem": "encoder.stem",
+        "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"], "key_to_lpe": None,
+    }  # fmt: skip
     for name, value in model.encoder.state_dict().items():
         assert torch.equal(network.encoder.state_dict()[name], value)
     with pytest.raises(MiMError, match=r"holds nnU-Net's residual encoder U-Net.*nnUNetv2_train … -pretrained_weights"):

@@ -77,7 +77,7 @@ def make_checkpoint(tmp_path):
                 preset="tiny", network=NETWORK, in_channels=channels, view_size=(64, 64, 64)
             ).to_dict(),
             "provenance": {
-                "spacing": list(spacing), "normalization": [scheme] * channels,
+                "spacing": list(spacing or ()), "normalization": [scheme] * channels,
                 "intensity_properties": {str(c): window for c in range(channels)}, "cases": [],
             },
         }  # fmt: skip
@@ -170,6 +170,26 @@ def test_a_far_spacing_and_another_modality_are_not_taken_over(base_plans, datas
     assert plans["configurations"]["3d_fullres"]["spacing"] == [3.0, 1.0, 1.0]
     assert plans["foreground_intensity_properties_per_channel"]["0"]["percentile_00_5"] == -1000.0
     assert sum("WARNING" in note for note in notes) == 2
+
+
+def test_strides_are_those_of_the_spacing_where_it_is_not_the_pretrainings(base_plans, dataset_json, make_checkpoint):
+    def strides_and_notes(**kwargs):
+        plans, notes = plan(base_plans, dataset_json, **kwargs)
+        config = plans["configurations"]["3d_fullres"]
+        return config["architecture"]["arch_kwargs"]["strides"][1:5], config["patch_size"], notes
+
+    base_plans["configurations"]["3d_fullres"]["spacing"] = [5.0, 0.8, 0.8]
+    own, patch, _ = strides_and_notes()
+    far = read_checkpoint(make_checkpoint(spacing=(1.5, 1.5, 1.5)))
+    strides, its_patch, notes = strides_and_notes(checkpoint=far)
+    assert strides == own == [[1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
+    assert its_patch == patch
+    assert any("kernels between stages are resized" in note for note in notes)
+    same, _, notes = strides_and_notes(checkpoint=far, settings={"spacing": [1.5, 1.5, 1.5]})
+    assert same == [list(stride) for stride in far.network.strides]
+    assert not any("resized" in note for note in notes)
+    unknown = read_checkpoint(make_checkpoint(spacing=None))
+    assert strides_and_notes(checkpoint=unknown)[0] == [list(stride) for stride in unknown.network.strides]
 
 
 def test_channels_that_are_no_ct_stay_as_they_are(base_plans, dataset_json):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nnunet_mim.config import PretrainConfig
@@ -51,6 +52,13 @@ def test_a_small_run_writes_the_checkpoint_of_the_contract(write_dataset, tmp_pa
         "architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize",
         "key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe", "citations",
     }  # fmt: skip
+    block = checkpoint["nnssl_adaptation_plan"]["architecture_plans"]
+    kwargs, needs = block["arch_kwargs"], block["arch_kwargs_requiring_import"]
+    network = get_network_from_plans(block["arch_class_name"], kwargs, needs, 1, 2, deep_supervision=False)
+    weights = {n: w for n, w in checkpoint["network_weights"].items() if n.startswith("encoder.")}
+    missing, unexpected = network.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert not any(name.startswith("encoder.") for name in missing)
     assert {name.split(".")[0] for name in checkpoint["network_weights"]} == {"encoder", "decoder", "projectors"}
     config = PretrainConfig.from_dict(checkpoint["mim_config"])
     assert config.view_size == (32, 32, 32)

@@ -135,7 +135,8 @@ def test_train_steps_follow_the_schedule_and_a_resumed_run_continues_it(
 ):
     path, _ = make_checkpoint()
     monkeypatch.setenv("nnUNet_mim_checkpoint", str(path))
-    mim_plans["mim_finetune"] = {"num_epochs": 3, "iterations_per_epoch": 2, "lr": 0.01, "warmup_fraction": 0.5}
+    length = {"num_epochs": 3, "iterations_per_epoch": 2}
+    mim_plans["mim_finetune"] = {**length, "lr": 0.01, "warmup_fraction": 0.5, "layer_decay": 0.9}
     trainer = start(nnUNetTrainerMiM, mim_plans, dataset_json)
     trainer.initialize()
     seen = []
@@ -277,6 +278,26 @@ def test_folds_of_another_architecture_are_protected(
     dropping = deepcopy(mim_plans)
     dropping["mim_finetune"]["drop_path"] = 0.2  # a matter of the recipe: no other architecture
     start(nnUNetTrainerMiM, dropping, dataset_json, fold=1)
+
+
+def test_drop_path_and_the_rest_of_the_encoder_reach_the_network(
+    folders, mim_plans, dataset_json, make_checkpoint, monkeypatch
+):
+    """Stochastic depth in both arms; the encoder rests at first in the pretrained one alone."""
+    monkeypatch.setenv("nnUNet_mim_checkpoint", str(make_checkpoint()[0]))
+    mim_plans["mim_finetune"] |= {"drop_path": 0.25, "decoder_first_fraction": 0.5}
+    rates = {}
+    for kind in (nnUNetTrainerMiM, nnUNetTrainerMiMScratch):
+        trainer = start(kind, mim_plans, dataset_json)
+        trainer.initialize()
+        encoder = trainer.network.encoder
+        assert encoder.stages[0].blocks[0].drop_path.probability == 0
+        assert encoder.vit_blocks[-1].drop_path.probability == pytest.approx(0.25)
+        trainer.lr_scheduler.step(0)
+        trainer.lr_scheduler.advance()
+        rates[kind] = {group["encoder"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates[nnUNetTrainerMiM][True] == 0 < rates[nnUNetTrainerMiM][False]
+    assert rates[nnUNetTrainerMiMScratch][True] == rates[nnUNetTrainerMiMScratch][False] > 0
 
 
 def test_validation_after_the_checkpoint_is_gone(folders, mim_plans, dataset_json, make_checkpoint, monkeypatch):
