@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 from nnunet_mim.config import ENCODERS, PRESETS
 from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError, exit_code
-from nnunet_mim.preparation.mim_plans import check_can_write, make_mim_plans, write_plans
+from nnunet_mim.preparation.mim_plans import REORIENTING, check_can_write, make_mim_plans, write_plans
+from nnunet_mim.preparation.orientation import mirroring_is_unsafe
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.trainers.checkpoint import read_checkpoint
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
@@ -66,10 +68,21 @@ def run(options: argparse.Namespace) -> None:
         raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
 
     dataset_json = _load(dataset / "dataset.json", command)
+    turned = base_plans.get("image_reader_writer") in REORIENTING.values()
+    raw = Path(os.environ.get("nnUNet_raw", ""), dataset.name)
+    unsafe = not turned and "mirror_axes" not in settings and mirroring_is_unsafe(raw, dataset_json)
+    if unsafe and options.encoder == "hybrid":
+        settings["mirror_axes"] = []
+
     plans, notes = make_mim_plans(
         base_plans, fingerprint, dataset_json, options.o, options.c, options.preset or "base", checkpoint, settings,
         options.encoder,
     )  # fmt: skip
+    if unsafe:
+        notes.append(
+            "WARNING: images are not all stored in axial slices, so that mirroring could exchange left and right: none "
+            "in the recipe (mim_prepare turns images; stock nnU-Net mirrors all axes)"
+        )
     plans_file = dataset / f"{options.o}.json"
     preprocessed = check_can_write(plans, plans_file, options.overwrite)
     write_plans(plans, plans_file)

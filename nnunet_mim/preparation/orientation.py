@@ -1,0 +1,48 @@
+"""How images are stored: which axis of an array is left-right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+MOST_IMAGES = 50
+"""whose headers are read; a dataset is stored one way, as a rule"""
+
+
+def left_right_axes(images: Iterable[Path]) -> set[int]:
+    """Axes of arrays (z, y, x as nnU-Net reads them) that run from right to left in the first images.
+
+    Images stored in axial slices have it last: {2}. What SimpleITK cannot read, or is not 3-D, is passed over: nnU-Net
+    itself says what is wrong with it.
+    """
+    found = set()
+    for path in islice(images, MOST_IMAGES):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError:
+            continue
+        if reader.GetDimension() == 3:
+            to_left = np.abs(np.reshape(reader.GetDirection(), (3, 3))[0])  # of the steps along x, y, z
+            found.add(2 - int(to_left.argmax()))
+    return found
+
+
+def mirroring_is_unsafe(raw: Path, dataset_json: dict[str, Any]) -> bool:
+    """Whether the default mirroring axes, which are for images stored in axial slices, would exchange left and right.
+
+    Args:
+        raw: the dataset in nnUNet_raw; nothing is known where it is gone.
+        dataset_json: its content.
+    """
+    if not (raw / "imagesTr").is_dir() and "dataset" not in dataset_json:
+        return False
+    cases = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    return not left_right_axes(Path(case["images"][0]) for case in cases.values()) <= {2}
