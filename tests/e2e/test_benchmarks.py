@@ -217,3 +217,29 @@ def test_islands_of_a_known_case(tmp_path, monkeypatch):
     assert row["dice"] == pytest.approx([2 * 5 / (7 + 8)])
     assert row["largest"] == pytest.approx([2 * 4 / (4 + 8)])
     assert row["islands"] == pytest.approx([2 / 8])
+
+
+def test_a_slab_of_a_validation_case_is_found(tmp_path, monkeypatch):
+    """Case b is held out; another dataset has four of its slices, turned over, and a case of its own."""
+    random = np.random.default_rng(0)
+    volumes = {name: random.integers(-1000, 1000, (10, 40, 40)).astype(np.int16) for name in "abc"}
+    for dataset, cases in (("Dataset001_A", {n: volumes[n] for n in "ab"}), ("Dataset002_B", {"c": volumes["c"]})):
+        write_raw(tmp_path / "raw" / dataset, cases)
+    slab = sitk.DICOMOrient(sitk.GetImageFromArray(volumes["b"][3:7]), "RAI")
+    sitk.WriteImage(slab, tmp_path / "raw" / "Dataset002_B" / "imagesTr" / "d_0000.nii.gz")
+    (tmp_path / "pre" / "Dataset001_A").mkdir(parents=True)
+    (tmp_path / "pre" / "Dataset001_A" / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "pre"))
+    found = last_line("shared_slices.py", "-d", "1", "-f", "0", "1", "2", "--json")
+    assert (found["held_out"], found["slices"], found["compared_with"]) == (1, 10, 3)
+    assert found["shared"] == {"Dataset002_B d and b": 4}
+
+
+def write_raw(folder, cases):
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    about = {"channel_names": {"0": "CT"}, "labels": {"background": 0}, "numTraining": 1, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(about))
+    for name, voxels in cases.items():
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), folder / "imagesTr" / f"{name}_0000.nii.gz")
