@@ -68,10 +68,12 @@ def run(options: argparse.Namespace) -> None:
         raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
 
     dataset_json = _load(dataset / "dataset.json", command)
-    turned = base_plans.get("image_reader_writer") in REORIENTING.values()
+    pretrained_with = checkpoint.provenance.get("image_reader_writer") if checkpoint is not None else None
+    turned = not {base_plans.get("image_reader_writer"), pretrained_with}.isdisjoint(REORIENTING.values())
     raw = Path(os.environ.get("nnUNet_raw", ""), dataset.name)
-    unsafe = not turned and "mirror_axes" not in settings and mirroring_is_unsafe(raw, dataset_json)
-    if unsafe and options.encoder == "hybrid":
+    unsafe = options.encoder == "hybrid" and not turned and "mirror_axes" not in settings
+    unsafe = unsafe and mirroring_is_unsafe(raw, dataset_json)
+    if unsafe:
         settings["mirror_axes"] = []
 
     plans, notes = make_mim_plans(

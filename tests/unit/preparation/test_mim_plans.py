@@ -388,10 +388,12 @@ def test_tokens_follow_the_spacing(base_plans, dataset_json):
     assert strides[:3] == [[1, 1, 1], [1, 2, 2], [2, 2, 2]]  # 3 x 1 x 1 mm
 
 
-def test_images_stored_otherwise_than_in_axial_slices_are_not_mirrored(dataset, capsys, monkeypatch):
+def test_images_stored_otherwise_than_in_axial_slices_are_not_mirrored(dataset, capsys, monkeypatch, base_plans):
+    """But if they are turned on reading, or mirroring has been asked for."""
     monkeypatch.setattr("nnunet_mim.preparation.cli.mirroring_is_unsafe", lambda raw, _: raw.name == DATASET)
-    assert main(["-d", "7", "--preset", "tiny"]) == 0
-    assert "exchange left and right" in capsys.readouterr().out
-    assert json.loads((dataset / "nnUNetMiMPlans.json").read_text())["mim_finetune"]["mirror_axes"] == []
-    assert main(["-d", "7", "--preset", "tiny", "--overwrite", "--set", "mirror_axes=[0,1,2]"]) == 0, "as asked for"
-    assert json.loads((dataset / "nnUNetMiMPlans.json").read_text())["mim_finetune"]["mirror_axes"] == [0, 1, 2]
+    turned = {**base_plans, "image_reader_writer": "SimpleITKIOWithReorient"}
+    (dataset / "turned.json").write_text(json.dumps(turned))
+    for more, axes in (([], []), (["-p", "turned"], [1, 2]), (["--set", "mirror_axes=[0,1,2]"], [0, 1, 2])):
+        assert main(["-d", "7", "--preset", "tiny", "--overwrite", *more]) == 0
+        assert ("exchange left and right" in capsys.readouterr().out) == (axes == [])
+        assert json.loads((dataset / "nnUNetMiMPlans.json").read_text())["mim_finetune"]["mirror_axes"] == axes
