@@ -1,10 +1,10 @@
 """Which parts of the pretraining earn their cost: one run of mim_pretrain a variant, judged by the label probe.
 
-    python benchmarks/ablation.py -d 501 800 -f 0 [--only default native …] [--narrow PLANS] [--json] -- ARGUMENTS…
+    python benchmarks/ablation.py -d 501 800 -f 0 [--only default native …] [--narrow PLANS] [-o NAME] -- ARGUMENTS…
 
 ARGUMENTS are those of every run, such as --preset tiny --view 64 --iterations 1000 -device cpu. Finished runs are kept,
-interrupted ones continued: repeat the command. The runs are mim_pretrain -o ablation_VARIANT, and stay in
-nnUNet_results.
+interrupted ones continued: repeat the command. The runs are mim_pretrain -o NAME_VARIANT, and stay in
+nnUNet_results; with other ARGUMENTS take another NAME.
 
 The label probe (mean Dice of a linear classifier on the frozen features, on held-out labelled cases) is the mean of the
 last three that a run has measured. Held-out losses are not comparable between variants that mask or look differently.
@@ -47,6 +47,7 @@ def main():
     without_plans = [name for name in VARIANTS if name != "narrow_window"]
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=without_plans)
     parser.add_argument("--narrow", metavar="PLANS", help="with a narrow CT window, for narrow_window")
+    parser.add_argument("-o", default="ablation", metavar="NAME", help="of the runs (default: ablation)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENTS")
     options = parser.parse_args()
@@ -68,11 +69,11 @@ def run(name, options):
     """Pretrain one variant unless that is done; its figures."""
     plans = options.narrow if name == "narrow_window" else options.p
     dataset = dataset_name(options.d[0])
-    folder = Path(os.environ["nnUNet_results"], dataset, f"MiMPretrain_ablation_{name}__{plans}__{options.c}")
+    folder = Path(os.environ["nnUNet_results"], dataset, f"MiMPretrain_{options.o}_{name}__{plans}__{options.c}")
     folder = folder / f"fold_{options.f}"
     if not (folder / FINAL).is_file():
         command = [str(Path(sys.executable).with_name("mim_pretrain")), "-d", *options.d, "-p", plans, "-c", options.c]
-        command += ["-f", options.f, "-o", f"ablation_{name}", *options.arguments]
+        command += ["-f", options.f, "-o", f"{options.o}_{name}", *options.arguments]
         if (folder / LATEST).is_file():
             command.append("--c")
         if VARIANTS[name]:  # with --c too: they override what ARGUMENTS say

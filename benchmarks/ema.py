@@ -14,7 +14,7 @@ from finetune_curve import learning_curve, parser_of, trainer_of
 
 def main():
     parser = parser_of(__doc__)
-    parser.add_argument("--decays", type=float, nargs="+", default=[0.95, 0.98, 0.99, 0.995])
+    parser.add_argument("--decays", type=float, nargs="*", default=[0.95, 0.98, 0.99, 0.995])
     parser.add_argument("-o", required=True, metavar="FOLDER", help="for the predictions of every row")
     options = parser.parse_args()
 

@@ -162,19 +162,21 @@ def test_learning_curves_have_the_same_batches(toys):
     assert curves[2][0]["loss"] != curves[0][0]["loss"]
 
 
+ON_A_CPU = {
+    "DEVICE": "cpu", "PRESET": "tiny", "LABELS": "2", "SEEDS": "1", "JOBS": "2", "PROCESSES": "1",
+    "PRETRAINING": "--view 32 --iterations 1 --batch 1 --children 1 1 --workers 0",
+    "LENGTH": "--iterations 1 --iterations_per_epoch 1 --val_iterations 1",
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    "nnUNet_n_proc_DA": "1",
+}  # fmt: skip
+
+
 def test_the_few_shot_experiment_of_the_gpu_without_one(toys):
     """Every arm is planned, trained for a step and reported; stock networks have MiM's spacing, patch and batch."""
-    settings = {
-        "DEVICE": "cpu", "PRESET": "tiny", "LABELS": "2", "SEEDS": "1", "JOBS": "2", "PROCESSES": "1",
-        "PRETRAINING": "--view 32 --iterations 1 --batch 1 --children 1 1 --workers 0",
-        "LENGTH": "--iterations 1 --iterations_per_epoch 1 --val_iterations 1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "nnUNet_n_proc_DA": "1",
-    }  # fmt: skip
     out = toys.folder / "few_shot"
     command = ["bash", str(BENCHMARKS / "gpu" / "few_shot.sh"), "915", "", str(out)]
     for said in ("6 trainings of 1 iterations: 0 finished, 6 to do", "6 finished, 0 to do"):  # and once more
-        done = subprocess.run(command, env={**toys.env, **settings}, capture_output=True, encoding="utf-8")
+        done = subprocess.run(command, env={**toys.env, **ON_A_CPU}, capture_output=True, encoding="utf-8")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         assert said in done.stdout
     with (out / "table.csv").open() as file:
@@ -189,6 +191,32 @@ def test_the_few_shot_experiment_of_the_gpu_without_one(toys):
     window = "foreground_intensity_properties_per_channel"
     assert plans["nnUNetMiMFewShotNarrow_tiny"][window] == plans["nnUNetPlainLikeMiM"][window]
     assert plans["nnUNetMiMPlans"][window] != plans["nnUNetPlainLikeMiM"][window]
+
+
+def test_the_ablation_of_the_gpu_without_one(toys):
+    """Every variant is finetuned from its own checkpoint, that of the narrow window with the narrow plans."""
+    window = ("ct_window=-103,164", "patch_size=32,32,32", "batch_size=1")
+    toys("mim_plan", "-d", 915, "--preset", "tiny", "-o", "nnUNetMiMNarrow", "--set", *window)
+    toys("nnUNetv2_preprocess", "-d", 915, "-plans_name", "nnUNetMiMNarrow", "-c", "3d_fullres", "-np", "1")
+    out = toys.folder / "gpu_ablation"
+    command = ["bash", str(BENCHMARKS / "gpu" / "ablation.sh"), "915", "", str(out)]
+    settings = {**ON_A_CPU, "VARIANTS": "one_level", "NARROW": "nnUNetMiMNarrow"}
+    for said in ("3 trainings of 1 iterations: 0 finished, 3 to do", "3 finished, 0 to do"):  # and once more
+        done = subprocess.run(command, env={**toys.env, **settings}, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        assert said in done.stdout
+    variants = [line.split("|")[1].strip() for line in (out / "probe.md").read_text().splitlines()[2:]]
+    assert variants == ["one_level", "narrow_window"]
+    started_from = {}
+    for path in out.glob("cells/*/*/*/*/*/result.json"):
+        key = json.loads(path.read_text())["key"]
+        started_from[path.parent.name] = (key["plans"], Path(key["checkpoint"] or "").parent.parent.name)
+    tag = started_from["one_level"][1].split("_one_level__")[0]
+    assert started_from == {
+        "Scratch": ("nnUNetMiMFewShot_tiny", ""),
+        "one_level": ("nnUNetMiMFewShot_tiny", f"{tag}_one_level__nnUNetMiMPlans__3d_fullres"),
+        "narrow_window": ("nnUNetMiMAblationNarrow_tiny", f"{tag}_narrow_window__nnUNetMiMNarrow__3d_fullres"),
+    }
 
 
 def test_gpu_paths_without_a_gpu():
