@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The ablation of the GPU: pretrains the variants of benchmarks/ablation.py and judges each by finetuning, with the few-shot
-# protocol, against the same control from random weights. What a variant costs is in the first table (crops a second).
+# protocol, against the same control from random weights (and, for the narrow window, one with that window). What a variant
+# costs is in the first table (crops a second).
 #
 #   bash benchmarks/gpu/ablation.sh DATASET "UNLABELLED_DATASETS" [OUTPUT_FOLDER]
 #   bash benchmarks/gpu/ablation.sh 501 800
 #   VARIANTS="default one_level" LABELS="5 all" bash benchmarks/gpu/ablation.sh 501 800
 #   NARROW=nnUNetMiMCtNarrow bash benchmarks/gpu/ablation.sh 501 800
 #
-# The datasets have been prepared as for few_shot.sh. NARROW: plans of the same datasets, spacing and patch with a narrow
-# window (mim_prepare --set ct_window=-103,164 -p NARROW), for the variant narrow_window. Repeat the command after an
+# The datasets have been prepared as for few_shot.sh. NARROW: plans of the same datasets that differ in the window alone
+# (mim_prepare --set ct_window=-103,164 -p NARROW, the rest as before), for the variant narrow_window. Repeat the command after an
 # interruption. Settings are variables, all in settings.sh.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -21,28 +22,31 @@ out=${3:-$nnUNet_results/$folder/gpu_$tag}
 mkdir -p "$out"
 
 python "$here/../preset_plans.py" -d "$number" --preset "$preset" -o "nnUNetMiMFewShot_$preset"
-with_narrow=()
+arms=(Scratch) with_narrow=()
 if [ -n "$narrow" ]; then
     python "$here/../preset_plans.py" -d "$number" -p "$narrow" --preset "$preset" -o "nnUNetMiMAblationNarrow_$preset"
     variants="$variants narrow_window" with_narrow=(--narrow "$narrow")
+    arms+=("ScratchNarrow=nnUNetTrainerMiMScratch:nnUNetMiMAblationNarrow_$preset")
 fi
 
+# shellcheck disable=SC2206  # words of these variables are arguments
+protocol=(python -m nnunet_mim.benchmarking.few_shot -d "$number" -p "nnUNetMiMFewShot_$preset" --fold "$fold" --labels $labels
+    --seeds "$seeds" $length -device "$device" --jobs "$jobs" --set $recipe -o "$out")
+[ -f "$out/table.csv" ] || "${protocol[@]}" --arms "${arms[@]}" --dry-run  # what is wrong is said before the pretraining
+
 say "pretraining"
-# shellcheck disable=SC2086  # words of these variables are arguments
+# shellcheck disable=SC2086
 python "$here/../ablation.py" -d "$number" $others -f "$fold" -o "$tag" --only $variants "${with_narrow[@]}" \
     -- --preset "$preset" -device "$device" $pretraining > "$out/probe.part"
 mv "$out/probe.part" "$out/probe.md"
 cat "$out/probe.md"
 
 say "finetuning"
-arms=(Scratch)
 for variant in $variants; do
     pretrained_with=nnUNetMiMPlans plans=nnUNetMiMFewShot_$preset
     if [ "$variant" = narrow_window ]; then pretrained_with=$narrow plans=nnUNetMiMAblationNarrow_$preset; fi
     run=$nnUNet_results/$folder/MiMPretrain_${tag}_${variant}__${pretrained_with}__3d_fullres/fold_$fold
     arms+=("$variant=nnUNetTrainerMiM:$plans:$run/checkpoint_final.pth")
 done
-# shellcheck disable=SC2086
-python -m nnunet_mim.benchmarking.few_shot -d "$number" -p "nnUNetMiMFewShot_$preset" --fold "$fold" --labels $labels --seeds "$seeds" \
-    $length -device "$device" --jobs "$jobs" --set $recipe -o "$out" --arms "${arms[@]}"
+"${protocol[@]}" --arms "${arms[@]}"
 say "done: $out/probe.md and $out/report.html"

@@ -201,7 +201,11 @@ def test_the_ablation_of_the_gpu_without_one(toys):
     out = toys.folder / "gpu_ablation"
     command = ["bash", str(BENCHMARKS / "gpu" / "ablation.sh"), "915", "", str(out)]
     settings = {**ON_A_CPU, "VARIANTS": "one_level", "NARROW": "nnUNetMiMNarrow"}
-    for said in ("3 trainings of 1 iterations: 0 finished, 3 to do", "3 finished, 0 to do"):  # and once more
+    too_many = {**toys.env, **settings, "LABELS": "99"}
+    refused = subprocess.run(command, env=too_many, capture_output=True, encoding="utf-8")
+    assert refused.returncode != 0
+    assert "] pretraining" not in refused.stdout  # what the protocol refuses is refused before hours of work
+    for said in ("4 trainings of 1 iterations: 0 finished, 4 to do", "4 finished, 0 to do"):  # and once more
         done = subprocess.run(command, env={**toys.env, **settings}, capture_output=True, encoding="utf-8")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         assert said in done.stdout
@@ -214,6 +218,7 @@ def test_the_ablation_of_the_gpu_without_one(toys):
     tag = started_from["one_level"][1].split("_one_level__")[0]
     assert started_from == {
         "Scratch": ("nnUNetMiMFewShot_tiny", ""),
+        "ScratchNarrow": ("nnUNetMiMAblationNarrow_tiny", ""),
         "one_level": ("nnUNetMiMFewShot_tiny", f"{tag}_one_level__nnUNetMiMPlans__3d_fullres"),
         "narrow_window": ("nnUNetMiMAblationNarrow_tiny", f"{tag}_narrow_window__nnUNetMiMNarrow__3d_fullres"),
     }
