@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from nnunetv2.paths import nnUNet_raw
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_mim.benchmarking.bench_figures import CasePicture
 from nnunet_mim.benchmarking.cell import validation_folder
 from nnunet_mim.benchmarking.matrix import Place, case_value
 from nnunet_mim.benchmarking.tables import Outcome
+from nnunet_mim.raw_files import raw_images
 
 AXES = "LPS"
 """x to the patient's left, y to the back, z to the head"""
@@ -52,7 +51,7 @@ def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> li
         reference = reference_of(outcome, found[matrix.arms[0]], case)
         its_dice = {arm: values[case] for arm, values in dice.items()}
         try:
-            pictures.append(picture_of(title, case, images[case], predictions, reference, its_dice, labels))
+            pictures.append(picture_of(title, case, Path(images[case][0]), predictions, reference, its_dice, labels))
         except (RuntimeError, ValueError, IndexError) as error:  # a file that is gone, or grids that do not fit
             print(f"note: no picture of {case} ({' '.join(str(error).split())[-200:]})")
     return pictures
@@ -97,15 +96,6 @@ def around(mask: np.ndarray, spacing: tuple[float, float]) -> tuple[slice, slice
 def read(path: Path) -> sitk.Image:
     """An image with its axes in AXES."""
     return sitk.DICOMOrient(sitk.ReadImage(str(path)), AXES)
-
-
-def raw_images(dataset: str) -> dict[str, Path]:
-    """First channel of every training case in nnUNet_raw; empty where the dataset is not there."""
-    folder = Path(str(nnUNet_raw), dataset) if nnUNet_raw.is_set() else None
-    if folder is None or not (folder / "dataset.json").is_file():
-        return {}
-    files = get_filenames_of_train_images_and_targets(str(folder))
-    return {case: Path(entry["images"][0]) for case, entry in files.items()}
 
 
 def predicted(outcome: Outcome, place: Place, case: str) -> Path:

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
-from nnunetv2.paths import nnUNet_raw
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.matrix import Matrix
 from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
+from nnunet_mim.raw_files import raw_images
 from nnunet_mim.shared import read_shared
 from nnunet_mim.trainers.provenance import leaked_cases
 from nnunet_mim.voxel_hash import voxel_sha256
@@ -119,7 +118,7 @@ def seen_cases(provenance: Mapping[str, Any] | None, arm: Arm, val_cases: tuple[
     )
     hashes = {record["sha256"] for record in records}
     images = {record["image_sha256"] for record in records if record.get("image_sha256")}
-    files = image_files(source.dataset)
+    files = raw_images(source.dataset)
     missing = [case for case in val_cases if case not in seen and case not in files]
     reader = recursive_find_reader_writer_by_name(provenance.get("image_reader_writer") or READER)()
     for case in val_cases:
@@ -132,11 +131,3 @@ def seen_cases(provenance: Mapping[str, Any] | None, arm: Arm, val_cases: tuple[
         why = f"{len(missing)} images are not in nnUNet_raw ({missing[0]} first), their preprocessed voxels are new"
         return Findings(tuple(sorted(seen)), why)
     return Findings(tuple(sorted(seen)))
-
-
-def image_files(dataset: str) -> dict[str, list[str]]:
-    """The files of every training case in nnUNet_raw; empty where the dataset is not there."""
-    folder = Path(str(nnUNet_raw), dataset) if nnUNet_raw.is_set() else None
-    if folder is None or not (folder / "dataset.json").is_file():
-        return {}
-    return {case: found["images"] for case, found in get_filenames_of_train_images_and_targets(str(folder)).items()}

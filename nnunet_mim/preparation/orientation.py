@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunet_mim.raw_files import raw_files
 
 MOST_IMAGES = 50
 """whose headers are read; a dataset is stored one way, as a rule"""
@@ -44,5 +45,5 @@ def mirroring_is_unsafe(raw: Path, dataset_json: dict[str, Any]) -> bool:
     """
     if not (raw / "imagesTr").is_dir() and "dataset" not in dataset_json:
         return False
-    cases = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    cases = raw_files(raw, dataset_json)
     return not left_right_axes(Path(case["images"][0]) for case in cases.values()) <= {2}

@@ -8,18 +8,12 @@ import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from nnunetv2.utilities.utils import (
-    create_paths_fn,
-    get_filenames_of_train_images_and_targets,
-    get_identifiers_from_splitted_dataset_folder,
-)
 from tqdm import tqdm
 
 from nnunet_mim.config import PretrainConfig
@@ -41,6 +35,7 @@ from nnunet_mim.preparation.screening import Header, read_header
 from nnunet_mim.preparation.workers import run_jobs
 from nnunet_mim.pretraining.case_index import body_threshold, info_from_json, write_index
 from nnunet_mim.pretraining.sources import Source
+from nnunet_mim.raw_files import raw_files
 
 MADE_BY = {"made_by": "mim_prepare"}
 """in dataset.json: the dataset may be rewritten by a later call"""
@@ -199,23 +194,6 @@ def prepare_dataset(dataset: str, config: PrepareConfig) -> Prepared:
     elif not labelled:
         _write_json(base / FINGERPRINT, _final_fingerprint(work.log.prepared))
     return _indexed(prepared)
-
-
-def raw_files(raw: Path, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
-    """What nnU-Net's `get_filenames_of_train_images_and_targets` returns, without a pool of processes."""
-    if "dataset" in dataset_json:
-        return get_filenames_of_train_images_and_targets(str(raw), deepcopy(dict(dataset_json)))
-    images, ending = str(raw / "imagesTr"), dataset_json["file_ending"]
-    if not os.path.isdir(images):
-        raise MiMError(f"{images} does not exist: see nnU-Net's page on its dataset format")
-    files = sorted(name for name in os.listdir(images) if name.endswith(ending))
-    return {
-        str(case): {
-            "images": create_paths_fn(images, files, ending, str(case)),
-            "label": str(raw / "labelsTr" / f"{case}{ending}"),
-        }
-        for case in get_identifiers_from_splitted_dataset_folder(images, ending)
-    }
 
 
 def _earlier_dataset(raw: Path) -> dict[str, Any]:

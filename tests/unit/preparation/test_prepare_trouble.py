@@ -14,11 +14,12 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_mim.lock import alone
-from nnunet_mim.preparation import prepare, prepare_case
+from nnunet_mim.preparation import prepare_case
 from nnunet_mim.preparation.case_log import CaseLog
 from nnunet_mim.preparation.cli import main as mim_plan
 from nnunet_mim.pretraining.case_index import read_index
 from nnunet_mim.pretraining.sources import find_source
+from nnunet_mim.raw_files import raw_files
 
 NAME = "Dataset800_Mine"
 
@@ -79,7 +80,7 @@ def test_files_are_those_that_nnunet_finds(preparing, ct):
         print(json.dumps({{str(case): entry for case, entry in found.items()}}))"""
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, encoding="utf-8")
     expected = json.loads(done.stdout.splitlines()[-1])
-    assert prepare.raw_files(raw, json.loads((raw / "dataset.json").read_text())) == expected
+    assert raw_files(raw, json.loads((raw / "dataset.json").read_text())) == expected
     assert len(expected) == 3
 
 
