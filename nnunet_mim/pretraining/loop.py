@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -41,6 +42,8 @@ from nnunet_mim.pretraining.stopping import SkippedSteps, StoppedError, StopRequ
 from nnunet_mim.pretraining.train_step import RecordedStep, TrainStep, ordinary_step
 
 LOG_EVERY = 10
+SHOWN_EVERY_S = 10.0
+"""between two states of the progress bar in a log file, where each of them stays"""
 MOST_GRAPHS = 64
 """of torch.compile: levels, times first, whole and last passes, with and without a parent"""
 
@@ -175,7 +178,7 @@ def pretrain(
     since = time.perf_counter()
     progress = tqdm(
         total=config.iterations, initial=start, desc="pretraining", unit="it", smoothing=0.05,
-        disable=not fabric.is_global_zero,
+        disable=not fabric.is_global_zero, mininterval=0.1 if sys.stderr.isatty() else SHOWN_EVERY_S,
     )  # fmt: skip
     with StopRequests() as stop, progress, closing(batches):
         for iteration in range(start, config.iterations):

@@ -1,0 +1,11 @@
+"""The progress bar of a run."""
+
+import re
+
+
+def test_a_log_file_holds_few_states_and_the_last_one(write_dataset, small_runs, capsys):
+    write_dataset(n=2)
+    assert small_runs.here("-o", "run", "--iterations", "25", "--val_every", "25", "--set", "val_crops=1") == 0
+    states = re.findall(r"(\d+)/25 ", capsys.readouterr().err)
+    assert states[-1] == "25"
+    assert len(states) <= 6
