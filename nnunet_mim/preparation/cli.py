@@ -13,11 +13,11 @@ from typing import Any
 from nnunet_mim.config import ENCODERS, PRESETS
 from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError, exit_code
-from nnunet_mim.preparation.mim_plans import REORIENTING, check_can_write, make_mim_plans, write_plans
-from nnunet_mim.preparation.orientation import mirroring_is_unsafe
+from nnunet_mim.preparation.mim_plans import check_can_write, make_mim_plans, write_plans
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.trainers.checkpoint import read_checkpoint
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
+from nnunet_mim.trainers.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
 from nnunet_mim.trainers.resolve_plans import required_folder
 
 DESCRIPTION = """\
@@ -81,10 +81,7 @@ def run(options: argparse.Namespace) -> None:
         options.encoder,
     )  # fmt: skip
     if unsafe:
-        notes.append(
-            "WARNING: images are not all stored in axial slices, so that mirroring could exchange left and right: none "
-            "in the recipe (mim_prepare turns images; stock nnU-Net mirrors all axes)"
-        )
+        notes.append(MIRRORING_IS_OFF)
     plans_file = dataset / f"{options.o}.json"
     preprocessed = check_can_write(plans, plans_file, options.overwrite)
     write_plans(plans, plans_file)

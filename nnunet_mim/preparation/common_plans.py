@@ -18,7 +18,8 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.preparation.mim_plans import REORIENTING, WIDE_CT_WINDOW, make_mim_plans
+from nnunet_mim.preparation.mim_plans import WIDE_CT_WINDOW, make_mim_plans
+from nnunet_mim.trainers.orientation import REORIENTING
 
 CONFIGURATION = "3d_fullres"
 DATASET_JSON, FINGERPRINT = "dataset.json", "dataset_fingerprint.json"

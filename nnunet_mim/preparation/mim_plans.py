@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_mim.config import PRESETS, NetworkConfig, Size3
+from nnunet_mim.config import PRESETS, Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.geometry import suitable_strides
@@ -20,7 +20,8 @@ from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.networks.resenc import check_resenc, cumulative_strides
 from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, check_known_keys, default_mirror_axes
-from nnunet_mim.trainers.resolve_plans import configuration_of, n_channels
+from nnunet_mim.trainers.orientation import REORIENTING
+from nnunet_mim.trainers.resolve_plans import configuration_of, n_channels, network_for, spacings_alike
 
 WIDE_CT_WINDOW = {
     "percentile_00_5": -1000.0,
@@ -32,12 +33,6 @@ WIDE_CT_WINDOW = {
     "median": 0.0,
 }
 """HU. CTNormalization clips at the percentiles, subtracts the mean, divides by std; nothing reads the last three."""
-
-REORIENTING = {"SimpleITKIO": "SimpleITKIOWithReorient", "NibabelIO": "NibabelIOWithReorient"}
-"""nnU-Net's readers that turn every image to the same orientation (RAS), by those that leave it as it is"""
-
-MAX_SPACING_RATIO = 1.5
-"""a checkpoint's spacing is taken over if it is within this factor of the dataset's own on every axis"""
 
 PLAN_SETTINGS = ("patch_size", "spacing", "batch_size", "ct_window")
 DECIDES_VOXELS = (
@@ -140,24 +135,6 @@ def make_mim_plans(
     if not keep_network:
         plans[PLANS_KEY] = recipe.to_dict()
     return plans, notes
-
-
-def network_for(checkpoint: PretrainedCheckpoint, spacing: tuple[float, ...]) -> tuple[NetworkConfig, list[str]]:
-    """The pretrained network at a spacing (mm, array order): with strides of its own where pretraining had voxels of
-    another shape, as its tokens would be long and thin.
-
-    Returns:
-        (sizes, notes).
-    """
-    network, pretrained = checkpoint.network, checkpoint.provenance.get("spacing")
-    if not pretrained or _alike(pretrained, spacing):
-        return network, []
-    strides = suitable_strides(spacing)
-    if strides == network.strides:
-        return network, []
-    shown = [[list(stride) for stride in of] for of in (strides, network.strides)]
-    note = f"strides {shown[0]} suit this spacing (pretraining: {shown[1]}); kernels between stages are resized to them"
-    return replace(network, strides=strides), [note]
 
 
 def oriented_like(
@@ -307,13 +284,9 @@ def _choose_spacing(
     if not pretrained:
         return list(base), "base plans"
     shown = [round(float(s), 3) for s in pretrained]
-    if _alike(pretrained, base):
+    if spacings_alike(pretrained, base):
         return [float(s) for s in pretrained], "as in pretraining"
     return list(base), f"base plans; WARNING: pretrained at {shown}, too far from this dataset's own to be taken over"
-
-
-def _alike(pretrained: Sequence[float], spacing: Sequence[float]) -> bool:
-    return all(1 / MAX_SPACING_RATIO <= p / s <= MAX_SPACING_RATIO for p, s in zip(pretrained, spacing, strict=True))
 
 
 def _choose_patch(base: Sequence[int], median: Sequence[float], token: Size3, given: Any) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +12,18 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_mim.config import PRESETS
+from nnunet_mim.config import PRESETS, NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_strides
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
+from nnunet_mim.trainers.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
 from nnunet_mim.trainers.transfer import check_architecture, describe
 
 DEFAULT_PRESET = "base"
+MAX_SPACING_RATIO = 1.5
+"""up to which, on every axis, a checkpoint's spacing is taken as that of a dataset"""
 
 
 @dataclass
@@ -89,9 +93,16 @@ def resolve_plans(
         elif pretrained:
             raise no_checkpoint_error(plans, configuration, fold, results)
     if architecture is None:
-        architecture, note = _architecture_for_other_plans(plans, configuration, config, checkpoint, results)
+        architecture, note, more = _architecture_for_other_plans(plans, configuration, config, checkpoint, results)
         notes.append(f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {note}")
+        notes.extend(more)
         notes.extend(_deep_supervision_note(architecture, config["patch_size"]))
+
+    if finetune.mirror_axes is None and plans.get("image_reader_writer") not in REORIENTING.values():
+        raw = Path(os.environ.get("nnUNet_raw", ""), plans["dataset_name"])
+        if mirroring_is_unsafe(raw, dataset_json):
+            finetune = replace(finetune, mirror_axes=())
+            notes.append(MIRRORING_IS_OFF)
 
     architecture["arch_kwargs"]["drop_path"] = finetune.drop_path
     if checkpoint is not None and pretrained:
@@ -99,6 +110,29 @@ def resolve_plans(
     plans["configurations"][configuration]["architecture"] = architecture
     plans[PLANS_KEY] = finetune.to_dict()
     return ResolvedPlans(plans, finetune, checkpoint if pretrained else None, notes)
+
+
+def network_for(checkpoint: PretrainedCheckpoint, spacing: tuple[float, ...]) -> tuple[NetworkConfig, list[str]]:
+    """The pretrained network at a spacing (mm, array order): with strides of its own where pretraining had voxels of
+    another shape, as its tokens would be long and thin.
+
+    Returns:
+        (sizes, notes).
+    """
+    network, pretrained = checkpoint.network, checkpoint.provenance.get("spacing")
+    if not pretrained or spacings_alike(pretrained, spacing):
+        return network, []
+    strides = suitable_strides(spacing)
+    if strides == network.strides:
+        return network, []
+    shown = [[list(stride) for stride in of] for of in (strides, network.strides)]
+    note = f"strides {shown[0]} suit this spacing (pretraining: {shown[1]}); kernels between stages are resized to them"
+    return replace(network, strides=strides), [note]
+
+
+def spacings_alike(pretrained: Sequence[float], spacing: Sequence[float]) -> bool:
+    """Whether two spacings (mm, same order of axes) differ by no more than MAX_SPACING_RATIO on any axis."""
+    return all(1 / MAX_SPACING_RATIO <= p / s <= MAX_SPACING_RATIO for p, s in zip(pretrained, spacing, strict=True))
 
 
 def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
@@ -174,19 +208,21 @@ def _architecture_for_other_plans(
     config: dict[str, Any],
     checkpoint: PretrainedCheckpoint | None,
     results: str,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[dict[str, Any], str, list[str]]:
     if checkpoint is not None:
-        architecture = plans_architecture(checkpoint.network, config["patch_size"])
-        return architecture, f"the checkpoint ({checkpoint.preset}: {describe(checkpoint.network)})"
+        network, notes = network_for(checkpoint, tuple(config["spacing"]))
+        architecture = plans_architecture(network, config["patch_size"])
+        return architecture, f"the checkpoint ({checkpoint.preset}: {describe(checkpoint.network)})", notes
     sibling = Path(results, plans["dataset_name"], f"nnUNetTrainerMiM__{plans['plans_name']}__{configuration}")
     saved = saved_architecture(sibling, configuration)
     if saved is not None:
-        return saved, f"{sibling.name}, whose control this is"
+        return saved, f"{sibling.name}, whose control this is", []
     preset = replace(PRESETS[DEFAULT_PRESET], strides=suitable_strides(tuple(config["spacing"])))
     return (
         plans_architecture(preset, config["patch_size"]),
         f"the default preset {DEFAULT_PRESET} ({describe(preset)}); the control of a pretrained network needs the same "
         f"one: set nnUNet_mim_checkpoint or use plans of mim_plan",
+        [],
     )
 
 

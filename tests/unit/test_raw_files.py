@@ -6,8 +6,8 @@ import nnunetv2.utilities.utils
 import pytest
 import SimpleITK as sitk
 
-from nnunet_mim.preparation.orientation import mirroring_is_unsafe
 from nnunet_mim.raw_files import raw_files, raw_images
+from nnunet_mim.trainers.orientation import mirroring_is_unsafe
 
 DATASET_JSON = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
 

@@ -12,6 +12,14 @@ import SimpleITK as sitk
 
 from nnunet_mim.raw_files import raw_files
 
+REORIENTING = {"SimpleITKIO": "SimpleITKIOWithReorient", "NibabelIO": "NibabelIOWithReorient"}
+"""nnU-Net's readers that turn every image to the same orientation (RAS), by those that leave it as it is"""
+
+MIRRORING_IS_OFF = (
+    "WARNING: images are not all stored in axial slices, so that mirroring could exchange left and right: none in the "
+    "recipe (mim_prepare turns images; stock nnU-Net mirrors all axes)"
+)
+
 MOST_IMAGES = 50
 """whose headers are read; a dataset is stored one way, as a rule"""
 

@@ -3,7 +3,7 @@
 import pytest
 import SimpleITK as sitk
 
-from nnunet_mim.preparation.orientation import left_right_axes, mirroring_is_unsafe
+from nnunet_mim.trainers.orientation import left_right_axes, mirroring_is_unsafe
 
 DATASET_JSON = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
 
