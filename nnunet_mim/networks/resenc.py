@@ -138,6 +138,20 @@ def check_view(architecture: Mapping[str, Any], view: Size3) -> None:
         raise MiMError(f"--view {view} must be a multiple of {least}, the strides of the plans' {CLASS_NAME}")
 
 
+def fitting_view(architecture: Mapping[str, Any], view: Size3, token_size: Size3) -> Size3:
+    """The largest view, no larger than this one if possible, that the network can halve and whose tokens are even in
+    number on every axis.
+
+    Args:
+        architecture: of the plans.
+        view: voxels.
+        token_size: voxels.
+    """
+    deepest = cumulative_strides(architecture["arch_kwargs"]["strides"])[-1]
+    steps = [math.lcm(2 * p, s) for p, s in zip(token_size, deepest, strict=True)]
+    return tuple(max(v // step, 1) * step for v, step in zip(view, steps, strict=True))  # type: ignore[return-value]
+
+
 def cumulative_strides(strides: list) -> list[Size3]:
     """Voxels of the image per voxel of each stage's map."""
     return [tuple(math.prod(s[axis] for s in strides[: i + 1]) for axis in range(3)) for i in range(len(strides))]  # type: ignore[misc]

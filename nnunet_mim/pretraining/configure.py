@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -111,7 +112,8 @@ def settings_table() -> str:
         notes = field_notes(type(default))
         for field in fields(default):
             if field.name not in ("network", "architecture", "in_channels"):
-                value = yaml.safe_dump(getattr(default, field.name), default_flow_style=True).removesuffix("...\n")
+                plain = json.loads(json.dumps(getattr(default, field.name)))  # or YAML names what is there twice
+                value = yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n")
                 shown = "by preset" if field.name == "learning_rate" else f"`{value.strip()}`"
                 lines.append(f"| `{prefix}{field.name}` | {shown} | {notes.get(field.name, '')} |")
     return "\n".join(lines)

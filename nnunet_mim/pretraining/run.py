@@ -19,7 +19,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.files import write_atomically
 from nnunet_mim.geometry import levels_of, suitable_scale, suitable_strides, suitable_view, views_per_crop
 from nnunet_mim.machine import usable_cores
-from nnunet_mim.networks.resenc import check_resenc, check_view
+from nnunet_mim.networks.resenc import check_resenc, check_view, fitting_view
 from nnunet_mim.pretraining.case_index import read_index, remedy
 from nnunet_mim.pretraining.checkpoint import FINAL, LATEST, case_key, case_records, load_checkpoint
 from nnunet_mim.pretraining.configure import build_config, network_of, triple
@@ -133,9 +133,9 @@ def config_for_data(settings: Mapping[str, Any], source: Source, shapes: np.ndar
     median = tuple(np.median(shapes, axis=0))
     small = build_config(settings, source.in_channels, smallest_view(settings, strides), (2, 2, 2), strides)
     view = small.view_size if "view_size" in settings else suitable_view(median, small.network.token_size)
+    if small.encoder == "resenc" and "view_size" not in settings:
+        view = fitting_view(small.architecture, view, small.network.token_size)
     scale = small.scale if "scale" in settings else suitable_scale(small.ladder, view, median, small.network.token_size)
-    if small.encoder == "resenc":
-        check_view(small.architecture, view)
     return build_config(settings, source.in_channels, view, scale, strides)
 
 

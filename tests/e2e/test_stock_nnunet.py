@@ -47,30 +47,38 @@ def test_plans_of_mim_plan_train_with_the_stock_trainer(workplace):
     assert (workplace.folder / "predicted" / "new_1.nii.gz").is_file()
 
 
-def test_a_pretrained_residual_encoder_is_finetuned_by_stock_nnunet(workplace):
-    """Planned, pretrained and continued; then nnU-Net's own -pretrained_weights takes every weight but the heads."""
+RUN = ("-d", "909", "-p", "MiMResEnc", "-f", "0", "-device", "cpu", "--workers", "0")
+
+
+@pytest.fixture(scope="module")
+def pretrained(workplace):
+    """ResEnc-L planned, and pretrained for two steps: (checkpoint, what the command said)."""
     workplace("nnUNetv2_plan_experiment", "-d", "909", "-pl", "nnUNetPlannerResEncL", nnUNet_n_proc_DA="1")
     said = workplace("mim_plan", "-d", "909", "-p", "nnUNetResEncUNetLPlans", "--encoder", "resenc", "-o", "MiMResEnc")
     assert "nnU-Net's own, of nnUNetResEncUNetLPlans" in said
     workplace("nnUNetv2_preprocess", "-d", "909", "-plans_name", "MiMResEnc", "-c", "3d_fullres", "-np", "1")
-    run = ("-d", "909", "-p", "MiMResEnc", "-f", "0", "-device", "cpu", "--workers", "0")
     small = ("--view", "32", "--iterations", "2", "--batch", "1", "--children", "1", "1", "--encoder", "resenc")
-    said = workplace("mim_pretrain", *run, *small)
+    said = workplace("mim_pretrain", *RUN, *small)
     results = workplace.folder / "nnUNet_results" / DATASET
-    checkpoint = results / "MiMPretrain__MiMResEnc__3d_fullres" / "fold_0" / "checkpoint_final.pth"
+    return results / "MiMPretrain__MiMResEnc__3d_fullres" / "fold_0" / "checkpoint_final.pth", said
+
+
+def test_a_pretrained_residual_encoder_is_finetuned_by_stock_nnunet(workplace, pretrained):
+    """nnU-Net's own -pretrained_weights takes every weight but the heads."""
+    checkpoint, said = pretrained
     assert f"-pretrained_weights {checkpoint} -p MiMResEnc" in said
     assert (checkpoint.parent / "report.html").is_file()
     assert "residual encoder U-Net" in workplace("mim_inspect", checkpoint)
     said = train(workplace, "MiMResEnc", "-pretrained_weights", checkpoint)
     assert "Loading pretrained weights from file" in said
-    fold = results / "nnUNetTrainer__MiMResEnc__3d_fullres" / "fold_0"
+    fold = workplace.folder / "nnUNet_results" / DATASET / "nnUNetTrainer__MiMResEnc__3d_fullres" / "fold_0"
     assert (fold / "validation" / "summary.json").is_file()
     before = torch.load(checkpoint, weights_only=True)["network_weights"]
     after = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
     assert set(after) <= set(before)
     moved = [float((after[n] - before[n]).abs().max()) for n in after if "conv.weight" in n and "seg_layers" not in n]
     assert max(moved) < 0.1, "two steps from the pretrained weights, not from random ones"
-    said = workplace("mim_pretrain", *run, "--view", "32", "--encoder", "resenc", "--preset", "tiny", "-o", "x",
+    said = workplace("mim_pretrain", *RUN, "--view", "32", "--encoder", "resenc", "--preset", "tiny", "-o", "x",
                      "--recompute", "1", fails=True)  # fmt: skip
     assert "--shard and --recompute are for --encoder hybrid" in said
     said = workplace("mim_plan", "-d", "909", "--encoder", "resenc", "-o", "Other", fails=True)
@@ -78,10 +86,9 @@ def test_a_pretrained_residual_encoder_is_finetuned_by_stock_nnunet(workplace):
 
 
 @pytest.mark.skipif(not BRANCH.is_file(), reason="needs nnU-Net's development branch")
-def test_nnunets_own_finetuning_of_a_pretrained_resenc(workplace):
+def test_nnunets_own_finetuning_of_a_pretrained_resenc(workplace, pretrained):
     """The branch's documentation, workflow A: its planning reads the checkpoint, its training loads the weights."""
-    results = workplace.folder / "nnUNet_results" / DATASET
-    (checkpoint,) = results.glob("MiMPretrain__MiMResEnc__3d_fullres/fold_0/checkpoint_final.pth")
+    checkpoint, _ = pretrained
     workplace("nnUNetv2_plan_like_dynamic", "-d", "909", "-n", "mim", "-pc", checkpoint, "-pl", "MiMResEnc")
     plans = "ptPlans_dynamic__mim"
     stored = json.loads((workplace.folder / "nnUNet_preprocessed" / DATASET / f"{plans}.json").read_text())

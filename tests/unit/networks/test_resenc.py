@@ -7,7 +7,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.build import build_network
-from nnunet_mim.networks.resenc import ResEncMaskInMask, check_resenc, check_view
+from nnunet_mim.networks.resenc import ResEncMaskInMask, check_resenc, check_view, fitting_view
 from nnunet_mim.pretraining.checkpoint import build_checkpoint, save_atomically
 from nnunet_mim.trainers.checkpoint import read_checkpoint
 
@@ -115,6 +115,22 @@ def test_other_networks_and_views_are_refused():
     with pytest.raises(MiMError, match=r"--view \(96, 96, 20\) must be a multiple of \(8, 8, 8\)"):
         check_view(architecture(), (96, 96, 20))
     check_view(architecture(), (96, 96, 24))
+
+
+@pytest.mark.parametrize(
+    ("deepest", "view", "fits"),
+    [
+        ((32, 32, 32), (96, 96, 96), (96, 96, 96)),
+        ((64, 64, 64), (96, 96, 96), (64, 64, 64)),
+        ((32, 64, 64), (48, 96, 160), (32, 64, 128)),
+        ((64, 64, 64), (32, 32, 32), (64, 64, 64)),
+        ((8, 8, 8), (96, 64, 32), (96, 64, 32)),
+    ],
+)
+def test_a_view_that_is_chosen_fits(deepest, view, fits):
+    plans = architecture(strides=((1, 1, 1), deepest), features=(4, 6))
+    assert fitting_view(plans, view, (16, 16, 16)) == fits
+    check_view(plans, fits)
 
 
 def test_settings_survive_a_checkpoint():

@@ -1,5 +1,6 @@
 """A run that ends at any moment, in any way, and is continued gives what one that was never interrupted gives."""
 
+import json
 import os
 import random
 import resource
@@ -35,9 +36,29 @@ def finish(process):
     return text
 
 
-def test_an_interrupted_run_equals_an_uninterrupted_one(write_dataset, interrupted_run, small_runs):
-    write_dataset(n=4)
-    common = ("--iterations", "6", "--save_every", "2", "--val_every", "3", "--set", "val_crops=1")
+def residual_encoder():
+    """A small one of nnU-Net's plans."""
+    kwargs = {
+        "n_stages": 3, "features_per_stage": [4, 6, 8], "strides": [[1] * 3, [2] * 3, [4] * 3], "conv_bias": True,
+        "kernel_sizes": [[3] * 3] * 3, "n_blocks_per_stage": [1] * 3, "n_conv_per_stage_decoder": [1, 1],
+        "conv_op": "torch.nn.modules.conv.Conv3d", "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"affine": True}, "dropout_op": None, "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {},
+    }  # fmt: skip
+    imported = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    return {"network_class_name": name, "arch_kwargs": kwargs, "_kw_requires_import": imported}
+
+
+@pytest.mark.parametrize("encoder", ["hybrid", "resenc"])
+def test_an_interrupted_run_equals_an_uninterrupted_one(write_dataset, interrupted_run, small_runs, encoder):
+    plans_file = write_dataset(n=4).with_name("tinyPlans.json")
+    if encoder == "resenc":
+        plans = json.loads(plans_file.read_text())
+        plans["configurations"]["3d_fullres"]["architecture"] = residual_encoder()
+        plans_file.write_text(json.dumps(plans))
+    common = ("--encoder", encoder, "--iterations", "6", "--save_every", "2", "--val_every", "3")
+    common += ("--set", "val_crops=1")
     assert small_runs.here("-o", "whole", *common) == 0
     interrupted_run("-o", "broken", *common, after=5)
     assert (small_runs.folder("broken") / "checkpoint_latest.pth").is_file()
