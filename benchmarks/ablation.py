@@ -72,7 +72,7 @@ def run(name, options):
     folder = Path(os.environ["nnUNet_results"], dataset, f"MiMPretrain_{options.o}_{name}__{plans}__{options.c}")
     folder = folder / f"fold_{options.f}"
     if not (folder / FINAL).is_file():
-        command = [str(Path(sys.executable).with_name("mim_pretrain")), "-d", *options.d, "-p", plans, "-c", options.c]
+        command = [sys.executable, "-m", "nnunet_mim.pretraining.cli", "-d", *options.d, "-p", plans, "-c", options.c]
         command += ["-f", options.f, "-o", f"{options.o}_{name}", *options.arguments]
         if (folder / LATEST).is_file():
             command.append("--c")
