@@ -13,11 +13,11 @@ from nnunet_mim.benchmarking.cell import TRAIN, Length
 from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec
 from nnunet_mim.errors import MiMError
 from nnunet_mim.settings import read_yaml
+from nnunet_mim.shared import REPOSITORY
 
 DEFAULT_LENGTH = {"iterations": 250_000, "iterations_per_epoch": 250, "val_iterations": 50}
 LENGTHS = {"num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"}
 OCTAL = re.compile(r"(?<![\w.%/-])0\d+(?![\w.%/-])")
-HUGGING_FACE = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 PRETRAINED = "nnUNetv2_train_pretrained"
 
 
@@ -153,7 +153,7 @@ def _checkpoint(given: Any, folder: Path) -> str | None:
     if not given:
         return None
     path = folder / str(given)
-    elsewhere = HUGGING_FACE.fullmatch(str(given)) and path.suffix != ".pth" and not path.exists()
+    elsewhere = REPOSITORY.fullmatch(str(given)) and path.suffix != ".pth" and not path.exists()
     return str(given) if elsewhere else str(path)
 
 

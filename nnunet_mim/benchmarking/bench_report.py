@@ -21,6 +21,7 @@ from nnunet_mim.benchmarking.tables import (
     main_table,
     markdown_table,
     notes,
+    smoothed_epochs,
 )
 from nnunet_mim.files import write_atomically
 from nnunet_mim.reporting.page import Section, figure_png, write_page
@@ -69,7 +70,8 @@ def how_to_read(outcome: Outcome) -> str:
         f"{outcome.matrix.bench.nsd_tolerance_mm:g} mm. Dice minus {outcome.matrix.control}: with a 95 % interval for "
         "other seeds and cases (for other cases only, with one seed), and one for other cases and these trainings "
         "(bootstrap), for which Wilcoxon's p is too; corrected for the number of comparisons in this report (Holm). "
-        "Iterations to reach it: in the learning curves, nnU-Net's Dice on validation patches (mean of three epochs)."
+        "Iterations to reach it: in the learning curves, nnU-Net's Dice on validation patches (mean of "
+        f"{smoothed_epochs(length.epochs)} epochs)."
     )
 
 

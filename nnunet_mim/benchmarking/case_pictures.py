@@ -106,8 +106,7 @@ def predicted(outcome: Outcome, place: Place, case: str) -> Path:
 
 def reference_of(outcome: Outcome, place: Place, case: str) -> Path:
     """What nnU-Net compares a prediction with."""
-    base = outcome.matrix.cells[place].arm.source.folder.parent
-    return base / "gt_segmentations" / f"{case}{file_ending(outcome, place)}"
+    return outcome.matrix.cells[place].references / f"{case}{file_ending(outcome, place)}"
 
 
 def file_ending(outcome: Outcome, place: Place) -> str:

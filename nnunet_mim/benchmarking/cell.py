@@ -89,6 +89,11 @@ class Cell:
         """Of the preprocessed dataset."""
         return json.loads((self.arm.source.folder.parent / "dataset.json").read_text())
 
+    @property
+    def references(self) -> Path:
+        """nnU-Net's copies of the labels."""
+        return self.arm.source.folder.parent / "gt_segmentations"
+
     def key(self) -> dict[str, Any]:
         """Everything that decides the result, as plain values."""
         return {
@@ -253,11 +258,10 @@ def read_result(cell: Cell, output: Path, tolerance: float) -> dict[str, Any]:
     ending = dataset_json["file_ending"]
     manager = PlansManager(dict(cell.arm.source.plans))
     ignore, reader = manager.get_label_manager(dataset_json).ignore_label, manager.image_reader_writer_class()
-    references = cell.arm.source.folder.parent / "gt_segmentations"
     cases = {}
     for entry in summary["metric_per_case"]:
         name = Path(entry["prediction_file"]).name  # the folders may have moved since
-        files = output / "validation" / name, references / name
+        files = output / "validation" / name, cell.references / name
         cases[name.removesuffix(ending)] = case_metrics(*files, list(summary["mean"]), reader, ignore, tolerance)
     stored = torch.load(output / "checkpoint_final.pth", map_location="cpu", weights_only=False)  # our own training's
     curve = [float(value) for value in stored["logging"]["mean_fg_dice"]]

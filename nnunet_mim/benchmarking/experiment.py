@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from nnunet_mim.benchmarking.bench_report import PAGE, write_report
 from nnunet_mim.benchmarking.cell import Cell
@@ -45,7 +45,8 @@ def run_experiment(bench: Bench, retry: bool = False) -> None:
         report(matrix, seen, results, left)
     if left:
         first = describe(next(iter(left)))
-        raise MiMError(f"{len(left)} trainings failed, {first} first: see above, and repeat the command with --retry")
+        again = "" if retry else " with --retry"
+        raise MiMError(f"{len(left)} trainings failed, {first} first: see above, and repeat the command{again}")
 
 
 def report_experiment(bench: Bench) -> None:
@@ -91,10 +92,25 @@ def prepare(bench: Bench) -> tuple[Matrix, Seen, Results]:
     require_environment()
     matrix = build_matrix(bench)
     results = finished_results(matrix)
+    check_references([cell for place, cell in matrix.cells.items() if place not in results])
     seen = look_for_seen_cases(matrix)
     if not bench.allow_seen:
         refuse_seen_cases(seen)
     return matrix, seen, results
+
+
+def check_references(cells: Iterable[Cell]) -> None:
+    """MiMError where the reference of a validation case is missing, which nnU-Net notices after hours of training."""
+    wanted = {
+        cell.references / f"{case}{cell.dataset_json['file_ending']}": cell for cell in cells for case in cell.val_cases
+    }
+    for path, cell in wanted.items():
+        if not path.is_file():
+            source = cell.arm.source
+            raise MiMError(
+                f"{path}, a validation case's reference, is missing: run nnUNetv2_preprocess -d {source.dataset[7:10]} "
+                f"-plans_name {source.plans_name} -c {source.configuration}, or copy it from labelsTr"
+            )
 
 
 def check_device(bench: Bench) -> None:

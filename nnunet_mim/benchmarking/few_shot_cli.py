@@ -116,6 +116,8 @@ def settings_by_arm(given: dict[str, Any], arms: Sequence[ArmSpec]) -> dict[str,
     from nnunet_mim.benchmarking.bench_file import check_settings
 
     names = [arm.name for arm in arms if arm.trainer.startswith("nnUNetTrainerMiM")]
+    if given and not names:
+        raise MiMError(f"--set {next(iter(given))}: no arm has a MiM recipe (trainers nnUNetTrainerMiM…): leave it out")
     settings: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in sorted(given.items(), key=lambda item: "." in item[0]):
         arm, dot, own = key.partition(".")

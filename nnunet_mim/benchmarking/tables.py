@@ -147,11 +147,16 @@ def reaching(outcome: Outcome, dataset: str, labels: str, arm: str, seeds: Seque
     return texts
 
 
+def smoothed_epochs(epochs: int) -> int:
+    """Over how many epochs a learning curve is averaged: three, or a fiftieth of all where these are more."""
+    return max(3, epochs // 50)
+
+
 def smooth(curve: Sequence[float]) -> list[float]:
-    """Mean of every epoch's Dice and that of the epochs before: three in all, or a fiftieth of all epochs where these
-    are more. nnU-Net's moving average remembers its start, 0, for dozens of epochs. NaN do not count.
+    """Mean of every epoch's Dice and that of the epochs before. nnU-Net's moving average remembers its start, 0, for
+    dozens of epochs. NaN do not count.
     """
-    window = max(3, len(curve) // 50)
+    window = smoothed_epochs(len(curve))
     parts = [[v for v in curve[max(0, end - window) : end] if np.isfinite(v)] for end in range(1, len(curve) + 1)]
     return [float(np.mean(part)) if part else float("nan") for part in parts]
 

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
-from nnunet_mim.benchmarking.cell import Cell, InterruptedTrainingError, failure, finished, run_cell
+from nnunet_mim.benchmarking.cell import Cell, failure, finished, run_cell
 from nnunet_mim.benchmarking.matrix import Matrix, Place, describe, mean_dice
 from nnunet_mim.errors import MiMError
 from nnunet_mim.lock import alone
@@ -56,7 +56,7 @@ def run_matrix(
 
     def done(place: Place, outcome: dict[str, Any] | Exception) -> None:
         nonlocal trained
-        if isinstance(outcome, BusyError | InterruptedTrainingError):
+        if isinstance(outcome, BusyError):
             say(f"left: {describe(place)}: {outcome}")
             return
         if isinstance(outcome, Exception):

@@ -1,6 +1,7 @@
 """`mim_benchmark run` with nnU-Net's real commands: two datasets, two arms, two fractions."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -81,18 +82,23 @@ def test_killed_in_the_middle_continued_and_then_nothing_left_to_do(workplace):
 
 
 def test_a_failed_training_is_named_and_tried_again_on_request(workplace):
-    """References that are missing make both validations fail."""
+    """A reference that is no image makes both validations fail."""
     (workplace.folder / "broken.yaml").write_text(
         BENCH.replace("results", "broken").replace("[912, 913]", "[912]").replace("[25%, 100%]", "[100%]")
     )
-    ground_truth = workplace.folder / "nnUNet_preprocessed" / DATASETS[912] / "gt_segmentations"
-    moved = ground_truth.rename(ground_truth.with_name("moved"))
-    ground_truth.mkdir()
+    references = workplace.folder / "nnUNet_preprocessed" / DATASETS[912] / "gt_segmentations"
+    moved = references.rename(references.with_name("moved"))
+    references.mkdir()
+    said = workplace("mim_benchmark", "run", "broken.yaml", fails=True)
+    assert "a validation case's reference, is missing: run nnUNetv2_preprocess -d 912" in said
+    assert not (workplace.folder / "broken").exists(), "before any training"
+    for path in moved.iterdir():
+        (references / path.name).write_bytes(b"no image")
     said = workplace("mim_benchmark", "run", "broken.yaml", fails=True)
     assert "error: 2 trainings failed, Dataset912_One fold 0, labels 100%, seed 0, " in said
     assert "Traceback" not in said
-    ground_truth.rmdir()
-    moved.rename(ground_truth)
+    shutil.rmtree(references)
+    moved.rename(references)
     logs = {path: path.stat().st_mtime_ns for path in (workplace.folder / "broken").rglob("log.txt")}
     assert "error: 2 trainings failed" in workplace("mim_benchmark", "run", "broken.yaml", fails=True), "not on its own"
     assert {path: path.stat().st_mtime_ns for path in logs} == logs

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 DATASET = "Dataset908_Few"
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
@@ -68,6 +69,20 @@ def test_trained_once_reported_and_resumed(workplace):
     assert "4 trainings of 4 iterations: 3 finished, 1 to do" in protocol(workplace)
     changed = {place for place, path in cells.items() if path.stat().st_mtime_ns != stamps[place]}
     assert changed == {("all", "Scratch")}
+    # one that was interrupted in its second epoch trains that epoch again, and nothing else
+    place = cells["all", "Scratch"]
+    (final,) = place.parent.glob("nnUNet_results/*/*/fold_0/checkpoint_final.pth")
+    stored = torch.load(final, map_location="cpu", weights_only=False)
+    stored["current_epoch"] = 1
+    stored["logging"] = {name: values[:1] for name, values in stored["logging"].items()}
+    torch.save(stored, final.with_name("checkpoint_latest.pth"))
+    final.unlink()
+    place.unlink()
+    assert "[4/4] " in protocol(workplace)
+    log = (place.parent / "log.txt").read_text()
+    assert (log.count("Epoch 0"), log.count("Epoch 1")) == (1, 2)
+    curve = json.loads(place.read_text())["curve"]
+    assert (len(curve), curve[0]) == (2, results["all", "Scratch"]["curve"][0])
     assert protocol(workplace, "--dry-run").count("finished, about ") == 4
     assert "another experiment (length" in protocol(workplace, "--iterations", "6", fails=True)
     assert "another experiment (settings" in protocol(workplace, "--set", "lr=0.1", fails=True)
@@ -80,6 +95,7 @@ def test_trained_once_reported_and_resumed(workplace):
         (["--arms", "MiM", "Nothing"], "--arms Nothing: give MiM, Scratch, nnUNet"),
         (["--arms", "Mine=nnUNetTrainer:NoPlans"], "no plans 'NoPlans'"),
         (["--set", "no_such=1"], "unknown setting 'no_such'"),
+        (["--arms", "A=nnUNetTrainer:nnUNetMiMPlans", "--set", "lr=1"], "--set lr: no arm has a MiM recipe"),
         (["--fold", "9"], "fold 9"),
         (["--arms", "A=nnUNetTrainerMiM:nnUNetMiMPlans:/gone.pth"], "/gone.pth does not exist"),
         (["--arms", "A=nnUNetTrainer:nnUNetMiMPlans:/gone.pth"], "/gone.pth does not exist"),

@@ -51,7 +51,8 @@ allow_seen: true
 
 def test_where_checkpoints_are_looked_for(tmp_path):
     (tmp_path / "export").mkdir()
-    given = {"a": "x.pth", "b": "/y.pth", "c": "export", "d": "someone/head-neck@main", "e": "runs/export_{fold}"}
+    given = {"a": "x.pth", "b": "/y.pth", "c": "export", "d": "someone/head-neck@main"}
+    given |= {"pull": "someone/head-neck@refs/pr/1", "e": "runs/export_{fold}"}
     arms = {name: {"trainer": "nnUNetTrainerMiM", "plans": "P", "checkpoint": path} for name, path in given.items()}
     found = [arm.checkpoint for arm in bench_of({"datasets": [1], "arms": arms}, tmp_path).arms]
     assert found == [
@@ -59,6 +60,7 @@ def test_where_checkpoints_are_looked_for(tmp_path):
         "/y.pth",
         f"{tmp_path}/export",
         "someone/head-neck@main",
+        "someone/head-neck@refs/pr/1",
         f"{tmp_path}/runs/export_{{fold}}",
     ]
 

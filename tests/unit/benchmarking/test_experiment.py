@@ -9,7 +9,7 @@ from nnunet_mim.benchmarking import experiment
 from nnunet_mim.benchmarking.arms import ArmSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell, Length
 from nnunet_mim.benchmarking.estimate import measure, median_seconds, views
-from nnunet_mim.benchmarking.experiment import check_device, hours_of
+from nnunet_mim.benchmarking.experiment import check_device, check_references, hours_of, run_experiment
 from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Matrix, Place
 from nnunet_mim.errors import MiMError
 
@@ -86,6 +86,32 @@ def test_hours_come_from_finished_trainings_before_measuring(monkeypatch, tmp_pa
     monkeypatch.setattr(experiment, "measure", fails)
     assert hours_of(matrix, results) == {("D", "A"): 1.5, ("D", "B"): None}
     assert "no estimate for A (RuntimeError: no such network)" in capsys.readouterr().out
+
+
+def test_a_missing_reference_is_noticed_before_any_training(tmp_path):
+    source = SimpleNamespace(dataset="Dataset501_X", plans_name="P", configuration="3d_fullres", folder=tmp_path / "P")
+    (tmp_path / "dataset.json").write_text('{"file_ending": ".nrrd"}')
+    cell = cell_of(source=source)
+    (tmp_path / "gt_segmentations").mkdir()
+    (tmp_path / "gt_segmentations" / "v.nrrd").touch()
+    with pytest.raises(MiMError, match=r"w\.nrrd, .* missing: run nnUNetv2_preprocess -d 501 -plans_name P -c 3d_full"):
+        check_references([cell])
+    (tmp_path / "gt_segmentations" / "w.nrrd").touch()
+    check_references([cell])
+
+
+@pytest.mark.parametrize(
+    ("retry", "remedy"), [(True, "repeat the command"), (False, "repeat the command with --retry")]
+)
+def test_what_failed_and_how_to_go_on(monkeypatch, tmp_path, retry, remedy):
+    bench = Bench((DatasetSpec("D"),), (ArmSpec("A", "nnUNetTrainer", "P"),), ("1",), 1, LENGTH, tmp_path, device="cpu")
+    place = Place("D", 0, "1", 0, "A")
+    monkeypatch.setattr(experiment, "prepare", lambda _: (Matrix(bench, {place: cell_of()}, "A"), None, {}))
+    monkeypatch.setattr(experiment, "run_matrix", lambda *_: {place: "no memory"})
+    with pytest.raises(
+        MiMError, match=f"1 trainings failed, D fold 0, labels 1, seed 0, A first: see above, and {remedy}$"
+    ):
+        run_experiment(bench, retry)
 
 
 def test_gpus_that_are_not_there(monkeypatch, tmp_path):

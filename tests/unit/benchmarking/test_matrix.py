@@ -233,6 +233,17 @@ def test_ctrl_c_ends_the_trainings_and_says_how_to_go_on(bench, monkeypatch):
     assert work.failures(build_matrix(bench)) == {}
 
 
+def test_a_training_that_is_ended_from_outside_is_named(bench, monkeypatch):
+    def train(*_):
+        raise InterruptedTrainingError("interrupted, see log.txt")
+
+    monkeypatch.setattr(work, "run_cell", train)
+    place = next(iter(build_matrix(bench).cells))
+    _, results, failed, lines = run(bench, [place])
+    assert (results, failed) == ({}, {place: "interrupted, see log.txt"})
+    assert lines == [f"failed: {describe(place)}: interrupted, see log.txt"]
+
+
 def test_gpus_are_counted_among_those_that_can_be_seen(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert work.visible(("0", "1")) == ("0", "1")

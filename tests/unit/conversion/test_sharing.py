@@ -10,6 +10,8 @@ import threading
 import pytest
 import torch
 
+from nnunet_mim.benchmarking.cell import checkpoint_sha256
+from nnunet_mim.benchmarking.guard import provenance_of
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.conversion.export_cli import main
 from nnunet_mim.errors import MiMError
@@ -75,8 +77,19 @@ def test_names_are_left_out_but_seen_voxels_are_still_recognised(checkpoint, tmp
     provenance = read_checkpoint(folder).provenance
     assert leaked_cases(provenance, "Dataset001_Other", ["renamed"], lambda _: VOXELS) == ["renamed"]
     assert leaked_cases(provenance, "Dataset900_Tiny", ["other"], lambda _: VOXELS + 1) == []
+    assert provenance_of(folder) == provenance, "experiments look for seen cases in it too"
     named = export(checkpoint, tmp_path / "named", "--with_names")
     assert read_checkpoint(named).provenance["cases"][0]["case"] == "Mustermann_1950"
+
+
+def test_experiments_tell_folders_apart_by_their_weights(checkpoint, tmp_path):
+    folders = [export(checkpoint, tmp_path / name) for name in ("one", "two")]
+    stored = load_checkpoint(checkpoint)
+    stored["network_weights"]["encoder.vit_blocks.0.attn.qkv.weight"] += 1
+    save_atomically(stored, checkpoint)
+    folders.append(export(checkpoint, tmp_path / "other"))
+    hashes = [checkpoint_sha256(folder) for folder in folders]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_the_card_says_what_is_known(checkpoint, tmp_path, capsys):
