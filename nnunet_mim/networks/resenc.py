@@ -132,15 +132,19 @@ def check_resenc(architecture: Mapping[str, Any]) -> None:
 
 
 def check_view(architecture: Mapping[str, Any], view: Size3) -> None:
-    """Raise MiMError unless the network can halve a view of this size as often as it wants to."""
+    """Raise MiMError unless the network can halve a view of this size as often as it wants to, and has more than one
+    voxel then, which its norms need.
+    """
     least = cumulative_strides(architecture["arch_kwargs"]["strides"])[-1]
-    if any(v % s for v, s in zip(view, least, strict=True)):
-        raise MiMError(f"--view {view} must be a multiple of {least}, the strides of the plans' {CLASS_NAME}")
+    if any(v % s for v, s in zip(view, least, strict=True)) or view == least:
+        raise MiMError(
+            f"--view {view} must be a multiple of {least}, the strides of the plans' {CLASS_NAME}, and larger"
+        )
 
 
 def fitting_view(architecture: Mapping[str, Any], view: Size3, token_size: Size3) -> Size3:
-    """The largest view, no larger than this one if possible, that the network can halve and whose tokens are even in
-    number on every axis.
+    """The largest view, no larger than this one if possible, that suits the network (`check_view`) and whose tokens are
+    even in number on every axis.
 
     Args:
         architecture: of the plans.
@@ -149,7 +153,11 @@ def fitting_view(architecture: Mapping[str, Any], view: Size3, token_size: Size3
     """
     deepest = cumulative_strides(architecture["arch_kwargs"]["strides"])[-1]
     steps = [math.lcm(2 * p, s) for p, s in zip(token_size, deepest, strict=True)]
-    return tuple(max(v // step, 1) * step for v, step in zip(view, steps, strict=True))  # type: ignore[return-value]
+    fits = [max(v // step, 1) * step for v, step in zip(view, steps, strict=True)]
+    if tuple(fits) == deepest:
+        smallest = steps.index(min(steps))
+        fits[smallest] += steps[smallest]
+    return tuple(fits)  # type: ignore[return-value]
 
 
 def cumulative_strides(strides: list) -> list[Size3]:

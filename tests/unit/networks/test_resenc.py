@@ -1,5 +1,9 @@
 """nnU-Net's residual encoder U-Net as a pretraining network, against nnU-Net's own network and slow twins."""
 
+import math
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -9,6 +13,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.build import build_network
 from nnunet_mim.networks.resenc import ResEncMaskInMask, check_resenc, check_view, fitting_view
 from nnunet_mim.pretraining.checkpoint import build_checkpoint, save_atomically
+from nnunet_mim.pretraining.run import config_for_data
 from nnunet_mim.trainers.checkpoint import read_checkpoint
 
 TOKEN = (8, 8, 8)
@@ -115,15 +120,18 @@ def test_other_networks_and_views_are_refused():
     with pytest.raises(MiMError, match=r"--view \(96, 96, 20\) must be a multiple of \(8, 8, 8\)"):
         check_view(architecture(), (96, 96, 20))
     check_view(architecture(), (96, 96, 24))
+    with pytest.raises(MiMError, match=r"--view \(8, 8, 8\) must be a multiple of \(8, 8, 8\), .* and larger"):
+        check_view(architecture(), (8, 8, 8))
 
 
 @pytest.mark.parametrize(
     ("deepest", "view", "fits"),
     [
         ((32, 32, 32), (96, 96, 96), (96, 96, 96)),
-        ((64, 64, 64), (96, 96, 96), (64, 64, 64)),
+        ((64, 64, 64), (96, 96, 96), (128, 64, 64)),  # its norms need two voxels in the deepest stage
+        ((32, 64, 64), (48, 96, 96), (64, 64, 64)),
         ((32, 64, 64), (48, 96, 160), (32, 64, 128)),
-        ((64, 64, 64), (32, 32, 32), (64, 64, 64)),
+        ((32, 32, 32), (32, 32, 32), (64, 32, 32)),
         ((8, 8, 8), (96, 64, 32), (96, 64, 32)),
     ],
 )
@@ -131,6 +139,21 @@ def test_a_view_that_is_chosen_fits(deepest, view, fits):
     plans = architecture(strides=((1, 1, 1), deepest), features=(4, 6))
     assert fitting_view(plans, view, (16, 16, 16)) == fits
     check_view(plans, fits)
+    plans["arch_kwargs"]["features_per_stage"] = [2, 2]
+    tokens = torch.arange(math.prod(fits) // 16**3)[None]
+    keep, masked = tokens[:, 1:], tokens[:, :1]
+    assert ResEncMaskInMask(plans, (16, 16, 16))(torch.randn(1, 1, *fits), keep, masked).prediction.isfinite().all()
+
+
+def test_the_default_view_of_a_run_fits():
+    """Head-and-neck CT in voxels of 1 mm, and plans that halve six times: 96 voxels would suit the data alone."""
+    deep = architecture(strides=((1, 1, 1), *[(2, 2, 2)] * 6), features=[4] * 7)
+    source = SimpleNamespace(spacing=(1.0, 1.0, 1.0), in_channels=1)
+    shapes = np.array([(300, 300, 300)] * 3)
+    settings = {"preset": "tiny", "encoder": "resenc", "architecture": deep}
+    assert config_for_data({"preset": "tiny"}, source, shapes).view_size == (96, 96, 96)
+    assert config_for_data(settings, source, shapes).view_size == (128, 64, 64)
+    assert config_for_data({**settings, "view_size": (128, 128, 128)}, source, shapes).view_size == (128, 128, 128)
 
 
 def test_settings_survive_a_checkpoint():
