@@ -45,7 +45,8 @@ class FinetuneConfig:
     batch_size 1 nnU-Net's rounding makes 0.33 none at all)"""
     deep_supervision: bool = True
     mirror_axes: tuple[int, ...] | None = None
-    """mirrored in augmentation and prediction; axes of the preprocessed arrays; None: all but left-right"""
+    """mirrored in augmentation and prediction; axes of the preprocessed arrays; None: all but left-right (none at
+    all if images are not stored in axial slices: resolve_plans)"""
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):

@@ -51,7 +51,8 @@ def mirroring_is_unsafe(raw: Path, dataset_json: dict[str, Any]) -> bool:
         raw: the dataset in nnUNet_raw; nothing is known where it is gone.
         dataset_json: its content.
     """
-    if not (raw / "imagesTr").is_dir() and "dataset" not in dataset_json:
-        return False
-    cases = raw_files(raw, dataset_json)
-    return not left_right_axes(Path(case["images"][0]) for case in cases.values()) <= {2}
+    if "dataset" in dataset_json:
+        images = [Path(case["images"][0]) for case in raw_files(raw, dataset_json).values() if case["images"]]
+    else:
+        images = sorted((raw / "imagesTr").glob(f"*_0000{dataset_json['file_ending']}"))
+    return not left_right_axes(images) <= {2}

@@ -49,9 +49,10 @@ def resolve_plans(
 ) -> ResolvedPlans:
     """Check everything that can be wrong before nnU-Net does anything, and fill in what the plans leave open.
 
-    Plans of `mim_plan` name HybridUNet already. Other plans give patch, batch and spacing; the architecture is then,
-    first hit: that of folds trained in the same output folder, that of the pretraining checkpoint, (control) that of
-    nnUNetTrainerMiM's output folder, (control) the default preset.
+    Plans of `mim_plan` name HybridUNet already, and mirroring axes. Other plans give patch, batch and spacing; the
+    architecture is then, first hit: that of folds trained in the same output folder, (control) that of
+    nnUNetTrainerMiM's output folder, that of the pretraining checkpoint, (control) the default preset. Mirroring axes
+    are those of these folders too, and of a new training none where the raw images are not stored in axial slices.
 
     Args:
         plans: content of the plans file, with `continue_training` as nnU-Net adds it; not changed.
@@ -75,6 +76,7 @@ def resolve_plans(
         raise MiMError(f"--c: nothing to continue in {fold_folder}: start the training without --c")
 
     notes: list[str] = []
+    sibling = Path(results, plans["dataset_name"], f"nnUNetTrainerMiM__{plans['plans_name']}__{configuration}")
     planned = config["architecture"] if uses_hybrid_unet(config) else None
     saved = saved_architecture(run_folder, configuration)
     if planned and saved and not same_architecture(planned, saved):
@@ -83,6 +85,12 @@ def resolve_plans(
             f"move that folder away, or write plans under another name (mim_plan -o NAME)"
         )
     architecture = planned or saved
+    if architecture is None and not pretrained:
+        architecture = saved_architecture(sibling, configuration)
+        if architecture is not None:
+            notes.append(f"Plans {plans['plans_name']} name another network, replaced by that of {sibling.name}, whose "
+                         f"control this is")  # fmt: skip
+            notes.extend(_deep_supervision_note(architecture, config["patch_size"]))
 
     checkpoint = None
     surely_fresh = not plans.get("continue_training") and not (fold_folder / "checkpoint_final.pth").is_file()
@@ -93,16 +101,15 @@ def resolve_plans(
         elif pretrained:
             raise no_checkpoint_error(plans, configuration, fold, results)
     if architecture is None:
-        architecture, note, more = _architecture_for_other_plans(plans, configuration, config, checkpoint, results)
+        architecture, note, more = _architecture_for_other_plans(config, checkpoint)
         notes.append(f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {note}")
         notes.extend(more)
         notes.extend(_deep_supervision_note(architecture, config["patch_size"]))
 
-    if finetune.mirror_axes is None and plans.get("image_reader_writer") not in REORIENTING.values():
-        raw = Path(os.environ.get("nnUNet_raw", ""), plans["dataset_name"])
-        if mirroring_is_unsafe(raw, dataset_json):
-            finetune = replace(finetune, mirror_axes=())
-            notes.append(MIRRORING_IS_OFF)
+    if finetune.mirror_axes is None:
+        axes, more = _mirror_axes(plans, dataset_json, [run_folder] if pretrained else [run_folder, sibling])
+        finetune = replace(finetune, mirror_axes=axes)
+        notes.extend(more)
 
     architecture["arch_kwargs"]["drop_path"] = finetune.drop_path
     if checkpoint is not None and pretrained:
@@ -187,12 +194,17 @@ def uses_hybrid_unet(config: dict[str, Any]) -> bool:
     return config.get("architecture", {}).get("network_class_name", "").rsplit(".", 1)[-1] == HybridUNet.__name__
 
 
-def saved_architecture(run_folder: Path, configuration: str) -> dict[str, Any] | None:
-    """Architecture in the plans.json of an output folder in which at least one fold has a checkpoint."""
+def saved_plans(run_folder: Path) -> dict[str, Any] | None:
+    """Content of the plans.json of an output folder in which at least one fold has a checkpoint."""
     plans_file = run_folder / "plans.json"
     if not plans_file.is_file() or not any(run_folder.glob("fold_*/checkpoint_*.pth")):
         return None
-    config = json.loads(plans_file.read_text())["configurations"].get(configuration, {})
+    return json.loads(plans_file.read_text())
+
+
+def saved_architecture(run_folder: Path, configuration: str) -> dict[str, Any] | None:
+    """Architecture of `saved_plans`."""
+    config = (saved_plans(run_folder) or {"configurations": {}})["configurations"].get(configuration, {})
     return config["architecture"] if uses_hybrid_unet(config) else None
 
 
@@ -202,21 +214,31 @@ def same_architecture(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a["network_class_name"] == b["network_class_name"] and kwargs[0] == kwargs[1]
 
 
+def _mirror_axes(
+    plans: dict[str, Any], dataset_json: dict[str, Any], folders: Sequence[Path]
+) -> tuple[tuple[int, ...] | None, list[str]]:
+    """Axes where the plans name none, and notes. All trainings in these folders have the same, whatever has become of
+    the raw images since the first of them.
+    """
+    for folder in folders:
+        saved = saved_plans(folder)
+        if saved is not None:
+            axes = saved.get(PLANS_KEY, {}).get("mirror_axes")
+            return (None if axes is None else tuple(axes)), []
+    raw = Path(os.environ.get("nnUNet_raw", ""), plans["dataset_name"])
+    if plans.get("image_reader_writer") in REORIENTING.values() or not mirroring_is_unsafe(raw, dataset_json):
+        return None, []
+    return (), [MIRRORING_IS_OFF]
+
+
 def _architecture_for_other_plans(
-    plans: dict[str, Any],
-    configuration: str,
-    config: dict[str, Any],
-    checkpoint: PretrainedCheckpoint | None,
-    results: str,
+    config: dict[str, Any], checkpoint: PretrainedCheckpoint | None
 ) -> tuple[dict[str, Any], str, list[str]]:
+    """(architecture, what it is of, notes)"""
     if checkpoint is not None:
         network, notes = network_for(checkpoint, tuple(config["spacing"]))
         architecture = plans_architecture(network, config["patch_size"])
-        return architecture, f"the checkpoint ({checkpoint.preset}: {describe(checkpoint.network)})", notes
-    sibling = Path(results, plans["dataset_name"], f"nnUNetTrainerMiM__{plans['plans_name']}__{configuration}")
-    saved = saved_architecture(sibling, configuration)
-    if saved is not None:
-        return saved, f"{sibling.name}, whose control this is", []
+        return architecture, f"the checkpoint ({checkpoint.preset}: {describe(network)})", notes
     preset = replace(PRESETS[DEFAULT_PRESET], strides=suitable_strides(tuple(config["spacing"])))
     return (
         plans_architecture(preset, config["patch_size"]),

@@ -38,4 +38,6 @@ def test_one_image_stored_otherwise_is_enough(raw):
 def test_what_cannot_be_read_says_nothing(raw):
     (raw / "imagesTr" / "a_0000.nii.gz").write_bytes(b"no image")
     assert not mirroring_is_unsafe(raw, DATASET_JSON)
+    (raw / "imagesTr" / "notes.nii.gz").write_bytes(b"of no channel")
+    assert not mirroring_is_unsafe(raw, DATASET_JSON)
     assert not mirroring_is_unsafe(raw / "gone", DATASET_JSON)
