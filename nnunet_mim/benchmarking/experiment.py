@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from nnunet_mim.benchmarking.bench_report import PAGE, write_report
 from nnunet_mim.benchmarking.cell import Cell
@@ -29,6 +29,7 @@ def run_experiment(bench: Bench, retry: bool = False) -> None:
     """
     check_device(bench)
     matrix, seen, results = prepare(bench)
+    check_references(matrix, results)
     failed = failures(matrix)
     todo = [place for place in matrix.cells if place not in results and (retry or place not in failed)]
     length = bench.length
@@ -45,8 +46,10 @@ def run_experiment(bench: Bench, retry: bool = False) -> None:
         report(matrix, seen, results, left)
     if left:
         first = describe(next(iter(left)))
-        again = "" if retry else " with --retry"
-        raise MiMError(f"{len(left)} trainings failed, {first} first: see above, and repeat the command{again}")
+        broken = failures(matrix)  # what was only interrupted goes on by itself
+        again = " with --retry" if broken and not retry else ""
+        what = "failed" if broken else "were interrupted"
+        raise MiMError(f"{len(left)} trainings {what}, {first} first: see above, and repeat the command{again}")
 
 
 def report_experiment(bench: Bench) -> None:
@@ -71,6 +74,7 @@ def plan_experiment(bench: Bench) -> None:
         MiMError: as `run_experiment`, before any training.
     """
     matrix, _, results = prepare(bench)
+    check_references(matrix, results)
     failed = failures(matrix)
     hours = hours_of(matrix, results)
     for place in matrix.cells:
@@ -92,17 +96,19 @@ def prepare(bench: Bench) -> tuple[Matrix, Seen, Results]:
     require_environment()
     matrix = build_matrix(bench)
     results = finished_results(matrix)
-    check_references([cell for place, cell in matrix.cells.items() if place not in results])
     seen = look_for_seen_cases(matrix)
     if not bench.allow_seen:
         refuse_seen_cases(seen)
     return matrix, seen, results
 
 
-def check_references(cells: Iterable[Cell]) -> None:
+def check_references(matrix: Matrix, results: Collection[Place]) -> None:
     """MiMError where the reference of a validation case is missing, which nnU-Net notices after hours of training."""
     wanted = {
-        cell.references / f"{case}{cell.dataset_json['file_ending']}": cell for cell in cells for case in cell.val_cases
+        cell.references / f"{case}{cell.dataset_json['file_ending']}": cell
+        for place, cell in matrix.cells.items()
+        if place not in results
+        for case in cell.val_cases
     }
     for path, cell in wanted.items():
         if not path.is_file():

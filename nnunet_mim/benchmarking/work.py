@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
-from nnunet_mim.benchmarking.cell import Cell, failure, finished, run_cell
+from nnunet_mim.benchmarking.cell import Cell, InterruptedTrainingError, failure, finished, run_cell
 from nnunet_mim.benchmarking.matrix import Matrix, Place, describe, mean_dice
 from nnunet_mim.errors import MiMError
 from nnunet_mim.lock import alone
@@ -48,7 +48,7 @@ def run_matrix(
     """Train `todo`; adds to `results` as trainings finish.
 
     Returns:
-        Why trainings failed. One failure does not end the others.
+        Why trainings failed or were interrupted. One failure does not end the others.
     """
     bench, failed = matrix.bench, {}
     began, total = time.monotonic(), len(matrix.cells)
@@ -62,7 +62,8 @@ def run_matrix(
         if isinstance(outcome, Exception):
             kind = "" if isinstance(outcome, MiMError) else f"{type(outcome).__name__}: "
             failed[place] = f"{kind}{outcome}"
-            say(f"failed: {describe(place)}: {failed[place]}")
+            how = "not finished" if isinstance(outcome, InterruptedTrainingError) else "failed"
+            say(f"{how}: {describe(place)}: {failed[place]}")
             return
         results[place] = outcome
         trained += 1

@@ -91,26 +91,36 @@ def test_hours_come_from_finished_trainings_before_measuring(monkeypatch, tmp_pa
 def test_a_missing_reference_is_noticed_before_any_training(tmp_path):
     source = SimpleNamespace(dataset="Dataset501_X", plans_name="P", configuration="3d_fullres", folder=tmp_path / "P")
     (tmp_path / "dataset.json").write_text('{"file_ending": ".nrrd"}')
-    cell = cell_of(source=source)
+    bench = Bench((DatasetSpec("D"),), (ArmSpec("A", "nnUNetTrainer", "P"),), ("1",), 1, LENGTH, tmp_path)
+    place = Place("D", 0, "1", 0, "A")
+    matrix = Matrix(bench, {place: cell_of(source=source)}, "A")
     (tmp_path / "gt_segmentations").mkdir()
     (tmp_path / "gt_segmentations" / "v.nrrd").touch()
     with pytest.raises(MiMError, match=r"w\.nrrd, .* missing: run nnUNetv2_preprocess -d 501 -plans_name P -c 3d_full"):
-        check_references([cell])
+        check_references(matrix, {})
+    check_references(matrix, {place})  # its result is there: nothing is compared any more
     (tmp_path / "gt_segmentations" / "w.nrrd").touch()
-    check_references([cell])
+    check_references(matrix, {})
 
 
 @pytest.mark.parametrize(
-    ("retry", "remedy"), [(True, "repeat the command"), (False, "repeat the command with --retry")]
+    ("retry", "broken", "says"),
+    [
+        (True, True, "1 trainings failed, D fold 0, .*, A first: see above, and repeat the command"),
+        (False, True, "1 trainings failed, D fold 0, .*, A first: see above, and repeat the command with --retry"),
+        (False, False, "1 trainings were interrupted, D fold 0, .*, A first: see above, and repeat the command"),
+    ],
 )
-def test_what_failed_and_how_to_go_on(monkeypatch, tmp_path, retry, remedy):
+def test_what_failed_and_how_to_go_on(monkeypatch, tmp_path, retry, broken, says):
     bench = Bench((DatasetSpec("D"),), (ArmSpec("A", "nnUNetTrainer", "P"),), ("1",), 1, LENGTH, tmp_path, device="cpu")
     place = Place("D", 0, "1", 0, "A")
-    monkeypatch.setattr(experiment, "prepare", lambda _: (Matrix(bench, {place: cell_of()}, "A"), None, {}))
-    monkeypatch.setattr(experiment, "run_matrix", lambda *_: {place: "no memory"})
-    with pytest.raises(
-        MiMError, match=f"1 trainings failed, D fold 0, labels 1, seed 0, A first: see above, and {remedy}$"
-    ):
+    matrix = Matrix(bench, {place: cell_of()}, "A")
+    after = [{}, {place: "no memory"} if broken else {}]
+    monkeypatch.setattr(experiment, "prepare", lambda _: (matrix, None, {}))
+    monkeypatch.setattr(experiment, "check_references", lambda *_: None)
+    monkeypatch.setattr(experiment, "failures", lambda _: after.pop(0))
+    monkeypatch.setattr(experiment, "run_matrix", lambda *_: {place: "why"})
+    with pytest.raises(MiMError, match=f"{says}$"):
         run_experiment(bench, retry)
 
 

@@ -241,7 +241,7 @@ def test_a_training_that_is_ended_from_outside_is_named(bench, monkeypatch):
     place = next(iter(build_matrix(bench).cells))
     _, results, failed, lines = run(bench, [place])
     assert (results, failed) == ({}, {place: "interrupted, see log.txt"})
-    assert lines == [f"failed: {describe(place)}: interrupted, see log.txt"]
+    assert lines == [f"not finished: {describe(place)}: interrupted, see log.txt"]
 
 
 def test_gpus_are_counted_among_those_that_can_be_seen(monkeypatch):
