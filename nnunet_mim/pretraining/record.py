@@ -17,7 +17,7 @@ from nnunet_mim.pretraining.checkpoint import LATEST, build_checkpoint, run_prov
 from nnunet_mim.pretraining.data import RunData
 from nnunet_mim.pretraining.run_report import write_run_report
 from nnunet_mim.pretraining.sources import Source
-from nnunet_mim.pretraining.verdict import verdict
+from nnunet_mim.pretraining.verdict import verdict_on
 from nnunet_mim.reporting.curves import write_progress
 
 
@@ -70,7 +70,7 @@ class RunRecord:
 
     def verdict(self) -> str:
         """One sentence: is it working?"""
-        return verdict(self.history, self.config.warmup_fraction * self.config.iterations).sentence
+        return verdict_on(self.history, self.config).sentence
 
     def save(
         self, name: str, iteration: int, weights: dict[str, Tensor], skipped: list[dict[str, Any]],

@@ -14,7 +14,7 @@ from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.pretraining.configure import field_notes
 from nnunet_mim.pretraining.objective import level_name
 from nnunet_mim.pretraining.units import Units
-from nnunet_mim.pretraining.verdict import Verdict, levels_in, shown, verdict
+from nnunet_mim.pretraining.verdict import Verdict, levels_in, shown, verdict_on
 
 Table = list[list[str]]
 """rows of cells, the first row being the heading"""
@@ -66,7 +66,7 @@ class Facts:
 
     def verdict(self) -> Verdict:
         """What to think of the run."""
-        return verdict(self.history, self.config.warmup_fraction * self.config.iterations)
+        return verdict_on(self.history, self.config)
 
 
 def network_text(facts: Facts) -> str:

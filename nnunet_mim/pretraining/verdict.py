@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nnunet_mim.config import PretrainConfig
+
 Rows = Sequence[Mapping[str, float]]
 
 TOO_EARLY = "too early to say"
@@ -74,13 +76,14 @@ class Trend(NamedTuple):
         return -self.fall > SMALL and self.last - self.first > SURE * self.error
 
 
-def verdict(rows: Rows, warmup_iterations: float = 0) -> Verdict:
+def verdict(rows: Rows, warmup_iterations: float = 0, level_weights: Sequence[float] = (1.0, 1.0, 1.0)) -> Verdict:
     """Judge a run.
 
     Args:
         rows: measurements, oldest first: `iteration`, `val/level1/reconstruction`, `baseline/level1/infill` and the
             other columns of val.csv; those that are missing (or not a number) are not judged.
         warmup_iterations: in which the learning rate still rises.
+        level_weights: of the reconstruction losses; a level of weight 0 is not trained, and so not judged.
 
     Returns:
         `collapsed`: features, or what alignment compares, are all the same, or the loss is no number any more.
@@ -88,7 +91,12 @@ def verdict(rows: Rows, warmup_iterations: float = 0) -> Verdict:
         level still falls by more than 1 % and more than its noise over the last quarter. Otherwise `worse than
         in-filling` if a level is, else `plateaued`.
     """
-    rows = [row for row in rows if math.isfinite(row.get("iteration", math.nan))]
+    untrained = {f"val/level{n}/reconstruction" for n, weight in enumerate(level_weights, start=1) if not weight}
+    rows = [
+        {name: value for name, value in row.items() if name not in untrained}
+        for row in rows
+        if math.isfinite(row.get("iteration", math.nan))
+    ]
     if broken := _collapse(rows):
         return Verdict(COLLAPSED, f"{COLLAPSED}: {broken}")
     if len(rows) < FEWEST:
@@ -125,6 +133,11 @@ def verdict(rows: Rows, warmup_iterations: float = 0) -> Verdict:
     if worse:
         return Verdict(WORSE, f"{WORSE}: {_beside(worse)}; {said}")
     return Verdict(PLATEAUED, f"{PLATEAUED}: {said}{_compared(rows, worse)}")
+
+
+def verdict_on(history: Rows, config: PretrainConfig) -> Verdict:
+    """`verdict` on a run with these settings."""
+    return verdict(history, config.warmup_fraction * config.iterations, config.level_weights)
 
 
 def levels_in(rows: Rows) -> list[str]:

@@ -49,6 +49,18 @@ def test_learning_with_a_level_that_is_no_better_than_infilling():
     assert "level 2 and level 3 are still no better than in-filling (0.836 against 0.800 and 0.884 against" in sentence
 
 
+def test_levels_that_are_not_trained_are_not_judged():
+    rows = history(flat_after(16), infill=0.5)  # level 1 ends at 0.4, the others above in-filling
+    assert verdict(rows).kind == v.WORSE
+    kind, sentence = verdict(rows, level_weights=(1.0, 0.0, 0.0))
+    assert kind == v.PLATEAUED
+    assert "level 2" not in sentence
+    assert "level 3" not in sentence
+    falling = [{**row, "val/level3/reconstruction": 2.0 - i / 30} for i, row in enumerate(rows)]
+    assert verdict(falling).kind == v.LEARNING
+    assert verdict(falling, level_weights=(1.0, 1.0, 0.0)).kind == v.WORSE, "of level 2, though level 3 still falls"
+
+
 def test_plateau_says_since_when():
     kind, sentence = verdict(history(flat_after(16)))
     assert kind == v.PLATEAUED
