@@ -29,7 +29,6 @@ def run_experiment(bench: Bench, retry: bool = False) -> None:
     """
     check_device(bench)
     matrix, seen, results = prepare(bench)
-    check_references(matrix, results)
     failed = failures(matrix)
     todo = [place for place in matrix.cells if place not in results and (retry or place not in failed)]
     length = bench.length
@@ -61,7 +60,7 @@ def report_experiment(bench: Bench) -> None:
     nothing = MiMError(f"no training in {bench.output} is finished, so there is nothing to report")
     if not bench.output.is_dir():
         raise nothing
-    matrix, seen, results = prepare(bench)
+    matrix, seen, results = prepare(bench, only_report=True)
     if not results:
         raise nothing
     report(matrix, seen, results, failures(matrix))
@@ -74,7 +73,6 @@ def plan_experiment(bench: Bench) -> None:
         MiMError: as `run_experiment`, before any training.
     """
     matrix, _, results = prepare(bench)
-    check_references(matrix, results)
     failed = failures(matrix)
     hours = hours_of(matrix, results)
     for place in matrix.cells:
@@ -91,11 +89,13 @@ def plan_experiment(bench: Bench) -> None:
     print(f"{text}{f' ({len(unknown)} not counted)' if unknown else ''}")
 
 
-def prepare(bench: Bench) -> tuple[Matrix, Seen, Results]:
-    """Everything that can be wrong, before any training."""
+def prepare(bench: Bench, only_report: bool = False) -> tuple[Matrix, Seen, Results]:
+    """Everything that can be wrong, before any training; what is quick to see first."""
     require_environment()
     matrix = build_matrix(bench)
     results = finished_results(matrix)
+    if not only_report:
+        check_references(matrix, results)
     seen = look_for_seen_cases(matrix)
     if not bench.allow_seen:
         refuse_seen_cases(seen)

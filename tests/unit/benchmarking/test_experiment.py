@@ -9,7 +9,7 @@ from nnunet_mim.benchmarking import experiment
 from nnunet_mim.benchmarking.arms import ArmSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell, Length
 from nnunet_mim.benchmarking.estimate import measure, median_seconds, views
-from nnunet_mim.benchmarking.experiment import check_device, check_references, hours_of, run_experiment
+from nnunet_mim.benchmarking.experiment import check_device, check_references, hours_of, prepare, run_experiment
 from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Matrix, Place
 from nnunet_mim.errors import MiMError
 
@@ -103,6 +103,20 @@ def test_a_missing_reference_is_noticed_before_any_training(tmp_path):
     check_references(matrix, {})
 
 
+def test_references_are_looked_for_before_seen_cases_and_not_for_a_report(monkeypatch, tmp_path):
+    """To look for seen cases reads every validation image."""
+    looked = []
+    for name, result in (("require_environment", None), ("build_matrix", "matrix"), ("finished_results", {}),
+                         ("check_references", None), ("look_for_seen_cases", {})):  # fmt: skip
+        monkeypatch.setattr(experiment, name, lambda *_, name=name, result=result: looked.append(name) or result)
+    bench = Bench((), (), (), 1, LENGTH, tmp_path)
+    assert prepare(bench) == ("matrix", {}, {})
+    assert looked[-2:] == ["check_references", "look_for_seen_cases"]
+    looked.clear()
+    prepare(bench, only_report=True)
+    assert "check_references" not in looked
+
+
 @pytest.mark.parametrize(
     ("retry", "broken", "says"),
     [
@@ -117,7 +131,6 @@ def test_what_failed_and_how_to_go_on(monkeypatch, tmp_path, retry, broken, says
     matrix = Matrix(bench, {place: cell_of()}, "A")
     after = [{}, {place: "no memory"} if broken else {}]
     monkeypatch.setattr(experiment, "prepare", lambda _: (matrix, None, {}))
-    monkeypatch.setattr(experiment, "check_references", lambda *_: None)
     monkeypatch.setattr(experiment, "failures", lambda _: after.pop(0))
     monkeypatch.setattr(experiment, "run_matrix", lambda *_: {place: "why"})
     with pytest.raises(MiMError, match=f"{says}$"):
