@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         metavar="V",
         help="voxels per axis that the encoder sees, one number or three, multiples of 32 (default: by the size of "
-        "the cases, at most 96)",
+        "the cases, at most 96; with --encoder resenc what its strides divide)",
     )
     add(
         "--ladder",
