@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_mim.dataset_name import dataset_name
+from nnunet_mim.pretraining.sources import find_source, fold_validation_cases
+from nnunet_mim.raw_files import raw_images
 
 LEAST_VOXELS = 1000
 
@@ -26,12 +27,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", required=True, metavar="DATASET")
     parser.add_argument("-f", type=int, default=0, metavar="FOLD")
+    parser.add_argument(
+        "-p", default="nnUNetMiMPlans", metavar="PLANS", help="if no training has written the split yet"
+    )
     parser.add_argument("others", nargs="+", metavar="PRETRAINED_ON")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     dataset = dataset_name(options.d)
-    splits = json.loads(Path(os.environ["nnUNet_preprocessed"], dataset, "splits_final.json").read_text())
-    held_out = set(splits[options.f]["val"])
+    held_out = set(held_out_cases(dataset, options.p, options.f))
     owners = {}
     for case, path in images_of(dataset).items():
         if case in held_out:
@@ -53,11 +56,17 @@ def main():
     print("\n".join(f"{pair}: {count} slices" for pair, count in found.items()) or "none is shared")
 
 
+def held_out_cases(dataset, plans, fold):
+    """Of nnU-Net's split: the one that is there, or that which it would write."""
+    splits = Path(os.environ["nnUNet_preprocessed"], dataset, "splits_final.json")
+    if splits.is_file():
+        return json.loads(splits.read_text())[fold]["val"]
+    return fold_validation_cases(find_source(dataset, plans, "3d_fullres"), fold)
+
+
 def images_of(dataset):
     """Case → first channel, of nnUNet_raw."""
-    folder = Path(os.environ["nnUNet_raw"], dataset)
-    cases = get_filenames_of_train_images_and_targets(str(folder), json.loads((folder / "dataset.json").read_text()))
-    return {case: entry["images"][0] for case, entry in cases.items()}
+    return {case: files[0] for case, files in raw_images(dataset).items()}
 
 
 def slice_hashes(path):

@@ -269,6 +269,16 @@ def test_a_slab_of_a_validation_case_is_found(tmp_path, monkeypatch):
     assert found["shared"] == {"Dataset002_B d and b": 4}
 
 
+def test_slices_are_compared_before_any_training_has_written_the_split(toys, monkeypatch):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, toys.env[name])
+    split = toys.folder / "nnUNet_preprocessed" / "Dataset915_Toys" / "splits_final.json"
+    split.unlink(missing_ok=True)  # nnU-Net writes the same again
+    found = last_line("shared_slices.py", "-d", "915", "-f", "0", "915", "--json")
+    assert (found["held_out"], found["compared_with"], found["shared"]) == (1, 4, {})
+    assert found["slices"] > 0
+
+
 def write_raw(folder, cases):
     (folder / "imagesTr").mkdir(parents=True)
     (folder / "labelsTr").mkdir()
