@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from nnunet_mim.benchmarking.bench_report import PAGE, write_report
 from nnunet_mim.benchmarking.cell import Cell
@@ -79,14 +79,27 @@ def plan_experiment(bench: Bench) -> None:
         state = "finished" if place in results else "failed" if place in failed else "to do"
         known = hours[place.dataset, place.arm]
         print(f"{describe(place)}: {state}{f', about {known:.2f} h' if known is not None else ''}")
-    left = [place for place in matrix.cells if place not in results]
-    unknown = [place for place in left if hours[place.dataset, place.arm] is None]
-    total = sum(hours[place.dataset, place.arm] or 0.0 for place in left)
+    left = [hours[place.dataset, place.arm] for place in matrix.cells if place not in results]
     at_once = len(bench.gpus) or (len(left) if bench.slurm is not None else bench.jobs)
-    text = f"{len(left)} of {len(matrix.cells)} trainings to do, about {total:.1f} h of {bench.device}"
+    print(summary_of_plan(left, len(matrix.cells), bench.device, at_once))
+
+
+def summary_of_plan(left: Sequence[float | None], total: int, device: str, at_once: int) -> str:
+    """One line: how many trainings are to do, and how long they take.
+
+    Args:
+        left: hours of each training that is to do, None where nobody knows.
+        total: trainings, finished ones too.
+        device: what the hours are of.
+        at_once: trainings at a time.
+    """
+    text = f"{len(left)} of {total} trainings to do"
+    known = [hours for hours in left if hours is not None]
+    text += f", about {sum(known):.1f} h of {device}" if known else ", hours unknown" if left else ""
     if at_once > 1 and left:
         text += f"; {min(at_once, len(left))} at a time"
-    print(f"{text}{f' ({len(unknown)} not counted)' if unknown else ''}")
+    unknown = len(left) - len(known)
+    return f"{text} ({unknown} not counted)" if known and unknown else text
 
 
 def prepare(bench: Bench, only_report: bool = False) -> tuple[Matrix, Seen, Results]:

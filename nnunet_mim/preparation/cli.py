@@ -55,10 +55,9 @@ def run(options: argparse.Namespace) -> None:
     number = dataset.name[7:10]
     command = f"nnUNetv2_plan_and_preprocess -d {number} --no_pp"
     if not (dataset / f"{options.p}.json").is_file() and (dataset / "mim_prepare").is_dir():
-        raise MiMError(
-            f"{dataset.name} was prepared by mim_prepare and has no {options.p}: change its plans with mim_prepare -d "
-            f"{number} -s SPACING --set KEY=VALUE, or run `{command}` first"
-        )
+        again = f"change its plans with mim_prepare -d {number} -s SPACING --set KEY=VALUE, or "
+        remedy = f"{'' if options.pc else again}run `{command}` first"
+        raise MiMError(f"{dataset.name} was prepared by mim_prepare and has no {options.p}: {remedy}")
     base_plans = _load(dataset / f"{options.p}.json", command)
     fingerprint = _load(dataset / "dataset_fingerprint.json", command)
     if options.encoder == "resenc" and (options.pc or options.preset):

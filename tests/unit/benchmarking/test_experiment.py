@@ -9,7 +9,14 @@ from nnunet_mim.benchmarking import experiment
 from nnunet_mim.benchmarking.arms import ArmSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell, Length
 from nnunet_mim.benchmarking.estimate import measure, median_seconds, views
-from nnunet_mim.benchmarking.experiment import check_device, check_references, hours_of, prepare, run_experiment
+from nnunet_mim.benchmarking.experiment import (
+    check_device,
+    check_references,
+    hours_of,
+    prepare,
+    run_experiment,
+    summary_of_plan,
+)
 from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Matrix, Place
 from nnunet_mim.errors import MiMError
 
@@ -147,3 +154,12 @@ def test_gpus_that_are_not_there(monkeypatch, tmp_path):
         check_device(bench)
     check_device(Bench((), (), (), 1, LENGTH, tmp_path, device="cpu"))
     check_device(Bench((), (), (), 1, LENGTH, tmp_path, gpus=(), slurm={}))
+
+
+def test_the_summary_of_a_plan_gives_no_hours_that_nobody_knows():
+    assert summary_of_plan([1.0, 0.25], 4, "cuda", 1) == "2 of 4 trainings to do, about 1.2 h of cuda"
+    assert summary_of_plan([1.0, None, None], 3, "cpu", 2) == (
+        "3 of 3 trainings to do, about 1.0 h of cpu; 2 at a time (2 not counted)"
+    )
+    assert summary_of_plan([None, None], 2, "cuda", 1) == "2 of 2 trainings to do, hours unknown"
+    assert summary_of_plan([], 5, "cuda", 4) == "0 of 5 trainings to do"

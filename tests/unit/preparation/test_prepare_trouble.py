@@ -67,6 +67,10 @@ def test_mim_plan_on_a_prepared_dataset_says_how(preparing, images, here, capsys
     assert preparing.new(images) == 0
     assert mim_plan(["-d", "800"]) == 2
     assert "change its plans with mim_prepare -d 800 -s SPACING --set KEY=VALUE" in capsys.readouterr().err
+    assert mim_plan(["-d", "800", "-pc", "encoder"]) == 2
+    said = capsys.readouterr().err
+    assert "run `nnUNetv2_plan_and_preprocess -d 800 --no_pp` first" in said
+    assert "change its plans" not in said, "mim_prepare takes no checkpoint"
 
 
 def test_files_are_those_that_nnunet_finds(preparing, ct):
