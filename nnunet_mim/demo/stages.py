@@ -43,7 +43,7 @@ class DemoSettings:
 
 
 QUICK = DemoSettings(
-    quick=True, bodies=MIN_BODIES, test_bodies=1, iterations=40, val_every=10, patch=32, epochs=2, epoch_iterations=30,
+    quick=True, bodies=MIN_BODIES, test_bodies=1, iterations=40, val_every=10, patch=32, epochs=2, epoch_iterations=60,
 )  # fmt: skip
 
 
