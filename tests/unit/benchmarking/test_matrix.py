@@ -216,6 +216,15 @@ def test_what_another_command_is_at_work_on_is_left_to_it(bench, trainings):
     assert lines == [f"left: {describe(place)}: another process is at work on it"]
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts; a process that a shell has started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_trainings_and_says_how_to_go_on(bench, monkeypatch):
     seen = []
 
