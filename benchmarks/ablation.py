@@ -19,8 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nnunet_mim.dataset_name import dataset_name
-from nnunet_mim.pretraining.checkpoint import FINAL, LATEST
+from nnunet_mim.checkpoint.format import FINAL, LATEST
+from nnunet_mim.nnunet.datasets import dataset_name
 
 VARIANTS = {
     "default": [],

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import nnunet_mim.trainers as trainers
-from nnunet_mim.dataset_name import dataset_name
+from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.settings import parse_settings
 
 ITERATIONS_PER_EPOCH, VAL_ITERATIONS = 25, 8

@@ -18,7 +18,7 @@ from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 
-from nnunet_mim.dataset_name import dataset_name
+from nnunet_mim.nnunet.datasets import dataset_name
 
 
 def main():

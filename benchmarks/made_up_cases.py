@@ -6,7 +6,7 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
 from nnunet_mim.demo.phantoms import make_phantom
-from nnunet_mim.pretraining.sources import Source
+from nnunet_mim.nnunet.source import Source
 
 WINDOW = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0}
 """HU"""

@@ -53,11 +53,11 @@ def measure(workers):
     import torch
 
     from nnunet_mim.config import PretrainConfig
-    from nnunet_mim.pretraining.checkpoint import case_records
-    from nnunet_mim.pretraining.loading import training_batches, training_crops
-    from nnunet_mim.pretraining.ranks import ALONE
-    from nnunet_mim.pretraining.run import index_sources, run_data
-    from nnunet_mim.pretraining.sources import find_source
+    from nnunet_mim.nnunet.source import find_source
+    from nnunet_mim.pretraining.data.crops import case_records
+    from nnunet_mim.pretraining.data.loading import training_batches, training_crops
+    from nnunet_mim.pretraining.distributed.ranks import ALONE
+    from nnunet_mim.pretraining.setup import index_sources, run_data
 
     torch.set_num_threads(1)
     before = memory("Rss")

@@ -22,7 +22,7 @@ from made_up_cases import write_phantoms
 
 from nnunet_mim.config import DEFAULT_LEARNING_RATE, PretrainConfig
 from nnunet_mim.pretraining.loop import RunOptions, pretrain
-from nnunet_mim.pretraining.run import index_sources, run_data
+from nnunet_mim.pretraining.setup import index_sources, run_data
 
 N_CASES = 12
 WARM_UP = 2

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from nnunet_mim.config import PRESETS
-from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.geometry import suitable_strides
 from nnunet_mim.networks.hybrid_unet import plans_architecture
+from nnunet_mim.nnunet.datasets import dataset_name
 
 CONFIGURATION = "3d_fullres"
 OF_THE_DATA = (

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_mim.dataset_name import dataset_name
-from nnunet_mim.pretraining.sources import find_source, fold_validation_cases
-from nnunet_mim.raw_files import raw_images
+from nnunet_mim.nnunet.datasets import dataset_name, raw_images
+from nnunet_mim.nnunet.source import find_source
+from nnunet_mim.nnunet.splits import fold_validation_cases
 
 LEAST_VOXELS = 1000
 

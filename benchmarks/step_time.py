@@ -34,10 +34,10 @@ from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.networks.flops import crop_flops, dense_view_flops, view_flops
 from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
 from nnunet_mim.networks.token_layout import tokens_from_grid
-from nnunet_mim.pretraining.losses import reconstruction_loss
-from nnunet_mim.pretraining.masking import mask_of
-from nnunet_mim.pretraining.nested_crops import nested_views
-from nnunet_mim.pretraining.objective import level_losses
+from nnunet_mim.pretraining.objective.levels import level_losses
+from nnunet_mim.pretraining.objective.losses import reconstruction_loss
+from nnunet_mim.pretraining.objective.masks import mask_of
+from nnunet_mim.pretraining.objective.views import nested_views
 
 PATHS = ("dense", "dense_channels_last", "visible")
 

@@ -19,7 +19,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncL,
 )
 
-from nnunet_mim.dataset_name import dataset_name
+from nnunet_mim.nnunet.datasets import dataset_name
 
 PLANNERS = {"nnUNetPlainLikeMiM": ExperimentPlanner, "nnUNetResEncLLikeMiM": nnUNetPlannerResEncL}
 DATA = f"{next(iter(PLANNERS))}_3d_fullres"

@@ -7,8 +7,12 @@ next level).
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
+import textwrap
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 from nnunet_mim.errors import MiMError
@@ -243,3 +247,13 @@ def _plain(value: Any) -> Any:
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def field_notes(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass, in one line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    notes = {}
+    for entry, note in pairwise(body):
+        if isinstance(entry, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant):
+            notes[entry.target.id] = " ".join(str(note.value.value).split())  # type: ignore[union-attr]
+    return notes

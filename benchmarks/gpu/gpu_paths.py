@@ -24,11 +24,11 @@ from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.networks.flops import crop_flops
 from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.loop import build_optimizer, forward_on
-from nnunet_mim.pretraining.nested_crops import LevelViews, nested_views
-from nnunet_mim.pretraining.objective import level_losses
-from nnunet_mim.pretraining.ranks import ALONE
-from nnunet_mim.pretraining.train_step import WARM_UP, RecordedStep, ordinary_step
+from nnunet_mim.pretraining.objective.levels import level_losses
+from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
+from nnunet_mim.pretraining.step import WARM_UP, RecordedStep, ordinary_step
 
 PATHS = (("torch", "eager"), ("triton", "eager"), ("triton", "recorded"), ("triton", "compiled"))
 VIEWS_PER_PASS = 32  # mim_pretrain's default on a GPU

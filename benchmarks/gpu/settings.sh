@@ -10,4 +10,4 @@ export nnUNet_compile=${nnUNet_compile:-f} nnUNet_n_proc_DA=${nnUNet_n_proc_DA:-
 tag=${preset}_$(cksum <<< "$others $pretraining" | cut -d' ' -f1)  # another pretraining is another run
 
 say() { echo "[$(date +%H:%M:%S)] $*"; }
-folder=$(python -c "import sys; from nnunet_mim.dataset_name import dataset_name; print(dataset_name(sys.argv[1]))" "$number")
+folder=$(python -c "import sys; from nnunet_mim.nnunet.datasets import dataset_name; print(dataset_name(sys.argv[1]))" "$number")

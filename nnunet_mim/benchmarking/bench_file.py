@@ -11,9 +11,9 @@ from typing import Any
 from nnunet_mim.benchmarking.arms import KNOWN_ARMS, MIM_PLANS, ArmSpec, known_arm
 from nnunet_mim.benchmarking.cell import TRAIN, Length
 from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec
+from nnunet_mim.checkpoint.locate import REPOSITORY
 from nnunet_mim.errors import MiMError
 from nnunet_mim.settings import read_yaml
-from nnunet_mim.shared import REPOSITORY
 
 DEFAULT_LENGTH = {"iterations": 250_000, "iterations_per_epoch": 250, "val_iterations": 50}
 LENGTHS = {"num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"}

@@ -23,8 +23,8 @@ from nnunet_mim.benchmarking.tables import (
     notes,
     smoothed_epochs,
 )
-from nnunet_mim.files import write_atomically
 from nnunet_mim.reporting.page import Section, figure_png, write_page
+from nnunet_mim.system.files import write_atomically
 
 PAGE = "report.html"
 

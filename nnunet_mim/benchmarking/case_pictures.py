@@ -12,7 +12,7 @@ from nnunet_mim.benchmarking.bench_figures import CasePicture
 from nnunet_mim.benchmarking.cell import validation_folder
 from nnunet_mim.benchmarking.matrix import Place, case_value
 from nnunet_mim.benchmarking.tables import Outcome
-from nnunet_mim.raw_files import raw_images
+from nnunet_mim.nnunet.datasets import raw_images
 
 AXES = "LPS"
 """x to the patient's left, y to the back, z to the head"""

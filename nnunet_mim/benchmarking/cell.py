@@ -22,11 +22,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.metrics import case_metrics
 from nnunet_mim.benchmarking.seeded_training import Length, attempts_of
+from nnunet_mim.checkpoint.finetuning import ENV_CHECKPOINT
+from nnunet_mim.checkpoint.locate import WEIGHTS
 from nnunet_mim.errors import MiMError
-from nnunet_mim.files import write_atomically
-from nnunet_mim.pretraining.sources import Source
-from nnunet_mim.shared import WEIGHTS
-from nnunet_mim.trainers.checkpoint import ENV_CHECKPOINT
+from nnunet_mim.nnunet.source import Source
+from nnunet_mim.system.files import write_atomically
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
 
 KEY, RESULT, COST, FAILED = "key.json", "result.json", "cost.json", "failed.txt"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_mim.errors import MiMError, exit_code
-from nnunet_mim.lock import alone
-from nnunet_mim.machine import usable_cores
+from nnunet_mim.system.locks import alone
+from nnunet_mim.system.machine import usable_cores
 
 DESCRIPTION = """\
 Benchmarks on public CT.
@@ -71,7 +71,7 @@ def prepare(options: argparse.Namespace) -> None:
     from nnunet_mim.benchmarking.archives import archive_problems, find_btcv, find_msd
     from nnunet_mim.benchmarking.raw_datasets import already_there, check_space, make_dataset
     from nnunet_mim.benchmarking.splits import SPLITS_FILE, btcv_splits, check_splits, nnunet_splits, write_splits
-    from nnunet_mim.trainers.resolve_plans import required_folder
+    from nnunet_mim.nnunet.datasets import required_folder
 
     raw = Path(required_folder("nnUNet_raw"))
     preprocessed = Path(required_folder("nnUNet_preprocessed")) if options.splits else None

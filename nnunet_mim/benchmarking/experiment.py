@@ -13,7 +13,7 @@ from nnunet_mim.benchmarking.matrix import Bench, Matrix, Place, build_matrix, d
 from nnunet_mim.benchmarking.tables import Outcome
 from nnunet_mim.benchmarking.work import Results, failures, finished_results, run_matrix
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pretraining.sources import require_environment
+from nnunet_mim.nnunet.datasets import require_environment
 
 
 def run_experiment(bench: Bench, retry: bool = False) -> None:

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Check everything, then train what has not been trained yet, then report."""
     from nnunet_mim.benchmarking.experiment import plan_experiment, report_experiment, run_experiment
-    from nnunet_mim.pretraining.sources import require_environment
+    from nnunet_mim.nnunet.datasets import require_environment
 
     require_environment()
     bench = build_bench(options)
@@ -63,7 +63,7 @@ def build_bench(options: argparse.Namespace) -> Bench:
     """From the command line."""
     from nnunet_mim.benchmarking.bench_file import length_of
     from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec
-    from nnunet_mim.dataset_name import dataset_name
+    from nnunet_mim.nnunet.datasets import dataset_name
 
     counts = ("jobs", "seeds", "iterations", "iterations_per_epoch", "val_iterations")
     if bad := [name for name in counts if getattr(options, name) < 1]:

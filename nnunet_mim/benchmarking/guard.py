@@ -15,13 +15,12 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 
 from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.matrix import Matrix
+from nnunet_mim.checkpoint.identity import leaked_cases, voxel_sha256
+from nnunet_mim.checkpoint.locate import read_shared
 from nnunet_mim.errors import MiMError
-from nnunet_mim.files import write_atomically
 from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
-from nnunet_mim.raw_files import raw_images
-from nnunet_mim.shared import read_shared
-from nnunet_mim.trainers.provenance import leaked_cases
-from nnunet_mim.voxel_hash import voxel_sha256
+from nnunet_mim.nnunet.datasets import raw_images
+from nnunet_mim.system.files import write_atomically
 
 CACHE = "seen.json"
 VERSION = 2

@@ -12,9 +12,9 @@ import numpy as np
 from nnunet_mim.benchmarking.arms import ArmSpec, control_of, resolve_arm
 from nnunet_mim.benchmarking.cell import Arm, Cell, Length, nested_subset, recipe_of
 from nnunet_mim.benchmarking.splits import label_fraction
-from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pretraining.sources import split_of
+from nnunet_mim.nnunet.datasets import dataset_name
+from nnunet_mim.nnunet.splits import split_of
 
 
 class Place(NamedTuple):

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from nnunet_mim.benchmarking.archives import ENDING, Archive
 from nnunet_mim.errors import MiMError
-from nnunet_mim.files import write_atomically
 from nnunet_mim.preparation.workers import remove_abandoned
+from nnunet_mim.system.files import write_atomically
 
 CONVERT = """
-from nnunet_mim.lifetime import end_with_parent
+from nnunet_mim.system.processes import end_with_parent
 end_with_parent()
 from nnunetv2.dataset_conversion.convert_MSD_dataset import entry_point
 entry_point()

@@ -22,8 +22,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from nnunet_mim.files import write_atomically
-from nnunet_mim.lifetime import end_with_parent
+from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.processes import end_with_parent
 
 CHECKPOINTS = 4
 """how often a training is saved at least, so that an interrupted one can go on"""

@@ -11,7 +11,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_mim.benchmarking.archives import BTCV_CASES
 from nnunet_mim.benchmarking.cell import nested_subset
 from nnunet_mim.errors import MiMError
-from nnunet_mim.files import write_atomically
+from nnunet_mim.system.files import write_atomically
 
 Split = dict[str, list[str]]
 """train and val: names of cases, as an entry of nnU-Net's splits_final.json"""

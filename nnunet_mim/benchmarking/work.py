@@ -16,8 +16,8 @@ from typing import Any
 from nnunet_mim.benchmarking.cell import Cell, InterruptedTrainingError, failure, finished, run_cell
 from nnunet_mim.benchmarking.matrix import Matrix, Place, describe, mean_dice
 from nnunet_mim.errors import MiMError
-from nnunet_mim.lock import alone
-from nnunet_mim.machine import usable_cores
+from nnunet_mim.system.locks import alone
+from nnunet_mim.system.machine import usable_cores
 
 Results = dict[Place, dict[str, Any]]
 BUSY = "another process is at work on it"

@@ -13,15 +13,15 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnunet_mim.checkpoint.format import FINAL, load_checkpoint
 from nnunet_mim.demo.phantoms import LABELS
 from nnunet_mim.demo.stages import DemoSettings, Folders
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pretraining.checkpoint import FINAL, load_checkpoint
-from nnunet_mim.pretraining.pictures import load_network, reconstruct_volume, upright
-from nnunet_mim.pretraining.summary import NOTE
+from nnunet_mim.nnunet.orientation import orientation_of
+from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
+from nnunet_mim.pretraining.report.summary import NOTE
 from nnunet_mim.reporting.curves import read_columns
 from nnunet_mim.reporting.figures import LossPanel, loss_figure, segmentation_figure
-from nnunet_mim.reporting.orientation import orientation_of
 from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.reporting.views import views_figure
 

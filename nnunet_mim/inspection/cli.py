@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> None:
     """Describe the checkpoint; show it at work where there are images or a folder."""
     import torch
 
+    from nnunet_mim.checkpoint.format import load_checkpoint
     from nnunet_mim.inspection.describe import description
-    from nnunet_mim.pretraining.checkpoint import load_checkpoint
-    from nnunet_mim.pretraining.summary import Facts
+    from nnunet_mim.pretraining.report.summary import Facts
 
     if not torch.device(args.device).type == "cpu" and not getattr(torch, args.device).is_available():
         raise MiMError(f"no {args.device} device found: leave out -device")

@@ -14,7 +14,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.image_files import case_name, check_gzip
+from nnunet_mim.nnunet.image_files import case_name, check_gzip
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from nnunet_mim.pretraining.summary import Facts, Table, commands, facts_table, levels_table, losses_table
+from nnunet_mim.pretraining.report.summary import Facts, Table, commands, facts_table, levels_table, losses_table
 
 WIDTH = 110
 

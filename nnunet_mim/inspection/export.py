@@ -10,7 +10,7 @@ import SimpleITK as sitk
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import Grid
-from nnunet_mim.pretraining.pictures import LevelPicture
+from nnunet_mim.pretraining.report.pictures import LevelPicture
 
 PARTS = ("input", "masked", "reconstruction", "mask")
 

@@ -12,8 +12,8 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import RawImage, order_of_axes, preprocess, read_image
 from nnunet_mim.inspection.export import write_views
 from nnunet_mim.networks.build import PretrainingNetwork
-from nnunet_mim.pretraining.pictures import load_network, reconstruct_volume, upright
-from nnunet_mim.pretraining.run_report import (
+from nnunet_mim.nnunet.orientation import orientation_of
+from nnunet_mim.pretraining.report.page import (
     REPORT,
     facts_section,
     lead,
@@ -23,8 +23,8 @@ from nnunet_mim.pretraining.run_report import (
     settings_section,
     views_sections,
 )
-from nnunet_mim.pretraining.summary import Facts
-from nnunet_mim.reporting.orientation import orientation_of
+from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
+from nnunet_mim.pretraining.report.summary import Facts
 from nnunet_mim.reporting.page import write_page
 from nnunet_mim.reporting.views import ReconstructedView
 

@@ -10,15 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from nnunet_mim.checkpoint.finetuning import read_checkpoint
 from nnunet_mim.config import ENCODERS, PRESETS
-from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.nnunet.datasets import dataset_name, required_folder
+from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
 from nnunet_mim.preparation.mim_plans import check_can_write, make_mim_plans, write_plans
 from nnunet_mim.settings import parse_settings
-from nnunet_mim.trainers.checkpoint import read_checkpoint
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
-from nnunet_mim.trainers.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
-from nnunet_mim.trainers.resolve_plans import required_folder
 
 DESCRIPTION = """\
 Writes nnU-Net plans for pretraining and finetuning with MiM: nnUNet_preprocessed/DATASET/nnUNetMiMPlans.json.

@@ -13,7 +13,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.image_files import ENDINGS, case_name
+from nnunet_mim.nnunet.image_files import ENDINGS, case_name
 
 DICOM_ENDINGS = (".dcm", ".ima", ".dicom")
 

@@ -12,27 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_mim.checkpoint.finetuning import PretrainedCheckpoint
+from nnunet_mim.checkpoint.units import WIDE_CT_WINDOW
 from nnunet_mim.config import PRESETS, Size3
 from nnunet_mim.errors import MiMError
-from nnunet_mim.files import write_atomically
 from nnunet_mim.geometry import suitable_strides
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.networks.resenc import check_resenc, cumulative_strides
-from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint
+from nnunet_mim.nnunet.orientation import REORIENTING
+from nnunet_mim.system.files import write_atomically
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, check_known_keys, default_mirror_axes
-from nnunet_mim.trainers.orientation import REORIENTING
 from nnunet_mim.trainers.resolve_plans import configuration_of, n_channels, network_for, spacings_alike
-
-WIDE_CT_WINDOW = {
-    "percentile_00_5": -1000.0,
-    "percentile_99_5": 1000.0,
-    "mean": 0.0,
-    "std": 250.0,
-    "min": -1000.0,
-    "max": 1000.0,
-    "median": 0.0,
-}
-"""HU. CTNormalization clips at the percentiles, subtracts the mean, divides by std; nothing reads the last three."""
 
 PLAN_SETTINGS = ("patch_size", "spacing", "batch_size", "ct_window")
 DECIDES_VOXELS = (

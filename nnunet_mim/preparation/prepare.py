@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.files import write_atomically
+from nnunet_mim.nnunet.datasets import raw_files
+from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import CaseLog, Entry, input_key, known_names
 from nnunet_mim.preparation.common_plans import (
     CONFIGURATION,
@@ -33,9 +34,8 @@ from nnunet_mim.preparation.mim_plans import check_can_write, voxels_key, write_
 from nnunet_mim.preparation.prepare_case import ENDINGS, Job, file_stamps
 from nnunet_mim.preparation.screening import Header, read_header
 from nnunet_mim.preparation.workers import run_jobs
-from nnunet_mim.pretraining.case_index import body_threshold, info_from_json, write_index
-from nnunet_mim.pretraining.sources import Source
-from nnunet_mim.raw_files import raw_files
+from nnunet_mim.pretraining.data.case_index import body_threshold, info_from_json, write_index
+from nnunet_mim.system.files import write_atomically
 
 MADE_BY = {"made_by": "mim_prepare"}
 """in dataset.json: the dataset may be rewritten by a later call"""

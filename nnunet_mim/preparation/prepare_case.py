@@ -15,12 +15,12 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.errors import MiMError
 from nnunet_mim.preparation.finding import Volume
 from nnunet_mim.preparation.resampling import LeanConfiguration
 from nnunet_mim.preparation.screening import NOT_FINITE, damaged, last_line, voxel_problem
-from nnunet_mim.pretraining.case_index import BODY_HU, describe_voxels
-from nnunet_mim.voxel_hash import voxel_sha256
+from nnunet_mim.pretraining.data.case_index import BODY_HU, describe_voxels
 
 HISTOGRAM_HU = np.arange(-1050.0, 2051.0, 25.0)
 """edges of the bins; lower and higher voxels count in the first and last one"""

@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nnunet_mim.config import PRESETS
-from nnunet_mim.dataset_name import dataset_name
 from nnunet_mim.errors import MiMError, exit_code
-from nnunet_mim.lock import alone
-from nnunet_mim.machine import usable_cores
+from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.settings import parse_settings
+from nnunet_mim.system.locks import alone
+from nnunet_mim.system.machine import usable_cores
 
 DESCRIPTION = """\
 Prepare CT for mim_pretrain, with labels or without.
@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Prepare as the command line says."""
+    from nnunet_mim.nnunet.datasets import required_folder
     from nnunet_mim.preparation.prepare import PrepareConfig, prepare_dataset, prepare_folders
     from nnunet_mim.preparation.prepare_report import next_command, skipped_lines, write_report
-    from nnunet_mim.trainers.resolve_plans import required_folder
 
     for name in ("nnUNet_raw", "nnUNet_preprocessed"):
         required_folder(name)

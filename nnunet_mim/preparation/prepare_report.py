@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_mim.config import PretrainConfig
+from nnunet_mim.nnunet.orientation import direction_of, orientation_of
+from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import Entry
 from nnunet_mim.preparation.common_plans import CONFIGURATION
 from nnunet_mim.preparation.prepare import Prepared
 from nnunet_mim.preparation.prepare_case import HISTOGRAM_HU
-from nnunet_mim.pretraining.sources import Source
 from nnunet_mim.reporting.gallery import Slices, gallery_figure, histogram_figure
-from nnunet_mim.reporting.orientation import direction_of, orientation_of
 from nnunet_mim.reporting.page import Section, write_atomically, write_page
 
 SHOWN_CASES = 6

@@ -13,9 +13,9 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_mim.image_files import check_gzip
+from nnunet_mim.nnunet.image_files import check_gzip
 from nnunet_mim.preparation.finding import Volume
-from nnunet_mim.pretraining.case_index import BODY_HU
+from nnunet_mim.pretraining.data.case_index import BODY_HU
 
 HIGHEST_MINIMUM_HU = -200.0
 """every CT of a body has fat or air in it; label maps, MR and raw scanner values do not go below 0"""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.lifetime import end_with_parent
 from nnunet_mim.preparation.prepare_case import Job, partial_folder, prepare_case
+from nnunet_mim.system.processes import end_with_parent
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nnunet_mim.checkpoint.locate import locate, write_pointer
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pointer import write_pointer
 from nnunet_mim.pretraining.parser_cli import build_parser, settings_of
 from nnunet_mim.settings import parse_settings, read_yaml
-from nnunet_mim.shared import locate
 
 DEFAULT_VIEWS_PER_PASS = {"cpu": 4}
 """per device, else 32: all views of the last level of two crops"""
@@ -41,21 +40,16 @@ def run(args: argparse.Namespace) -> None:
     """Check everything, then train. Heavy imports come after the command line is read, so that --help is quick."""
     import torch
 
-    from nnunet_mim.pretraining import run as runs
-    from nnunet_mim.pretraining.budget import dry_run
-    from nnunet_mim.pretraining.checkpoint import FINAL
+    from nnunet_mim.checkpoint.format import FINAL
+    from nnunet_mim.nnunet.datasets import require_environment
+    from nnunet_mim.nnunet.source import find_source, orientation_warning, require_same_units, window_warning
+    from nnunet_mim.nnunet.splits import fold_validation_cases
+    from nnunet_mim.pretraining import setup as runs
     from nnunet_mim.pretraining.configure import merge_settings, write_config
-    from nnunet_mim.pretraining.launch import device_count, end_process_group, launched_fabric, say
-    from nnunet_mim.pretraining.loading import default_workers
+    from nnunet_mim.pretraining.data.loading import default_workers
+    from nnunet_mim.pretraining.distributed.launch import device_count, end_process_group, launched_fabric, say
+    from nnunet_mim.pretraining.dry_run import dry_run
     from nnunet_mim.pretraining.loop import RunOptions, pretrain
-    from nnunet_mim.pretraining.sources import (
-        find_source,
-        fold_validation_cases,
-        orientation_warning,
-        require_environment,
-        require_same_units,
-        window_warning,
-    )
 
     require_environment()
     fold = "all" if args.f == "all" else _fold(args.f)

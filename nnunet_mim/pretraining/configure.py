@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
-import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, NetworkConfig, PretrainConfig, Size3, network_from_dict
+from nnunet_mim.config import (
+    DEFAULT_LEARNING_RATE,
+    PRESETS,
+    NetworkConfig,
+    PretrainConfig,
+    Size3,
+    field_notes,
+    network_from_dict,
+)
 from nnunet_mim.errors import MiMError
-from nnunet_mim.files import write_atomically
+from nnunet_mim.system.files import write_atomically
 
 
 def merge_settings(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,13 +121,3 @@ def settings_table() -> str:
                 shown = "by preset" if field.name == "learning_rate" else f"`{value.strip()}`"
                 lines.append(f"| `{prefix}{field.name}` | {shown} | {notes.get(field.name, '')} |")
     return "\n".join(lines)
-
-
-def field_notes(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass, in one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    notes = {}
-    for field, note in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant):
-            notes[field.target.id] = " ".join(str(note.value.value).split())  # type: ignore[union-attr]
-    return notes

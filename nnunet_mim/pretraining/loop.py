@@ -17,19 +17,20 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nnunet_mim.checkpoint.format import BEST, FINAL, LATEST, load_checkpoint
+from nnunet_mim.checkpoint.identity import merged_records
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.build import build_network
 from nnunet_mim.networks.mask_in_mask import LevelOutput
-from nnunet_mim.pretraining.checkpoint import BEST, FINAL, LATEST, case_records, load_checkpoint, merged_records
-from nnunet_mim.pretraining.data import RunData
-from nnunet_mim.pretraining.dataset import CropDataset, UnreadCases
-from nnunet_mim.pretraining.loading import training_batches, training_crops
-from nnunet_mim.pretraining.losses import full
-from nnunet_mim.pretraining.monitor import Monitor
-from nnunet_mim.pretraining.nested_crops import nested_views
-from nnunet_mim.pretraining.ranks import Ranks, ranks_of
+from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases, case_records
+from nnunet_mim.pretraining.data.loading import training_batches, training_crops
+from nnunet_mim.pretraining.data.run_data import RunData
+from nnunet_mim.pretraining.distributed.ranks import Ranks, ranks_of
+from nnunet_mim.pretraining.monitoring.monitor import Monitor
+from nnunet_mim.pretraining.objective.losses import full
+from nnunet_mim.pretraining.objective.views import nested_views
 from nnunet_mim.pretraining.record import RunRecord
 from nnunet_mim.pretraining.schedules import learning_rates
 from nnunet_mim.pretraining.sharding import (
@@ -38,8 +39,8 @@ from nnunet_mim.pretraining.sharding import (
     shard,
     whole_weights,
 )
+from nnunet_mim.pretraining.step import RecordedStep, TrainStep, ordinary_step
 from nnunet_mim.pretraining.stopping import SkippedSteps, StoppedError, StopRequests
-from nnunet_mim.pretraining.train_step import RecordedStep, TrainStep, ordinary_step
 
 LOG_EVERY = 10
 SHOWN_EVERY_S = 10.0

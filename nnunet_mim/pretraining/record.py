@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from nnunet_mim.checkpoint.format import LATEST, build_checkpoint, run_provenance, save_atomically
 from nnunet_mim.config import PretrainConfig
-from nnunet_mim.pretraining.checkpoint import LATEST, build_checkpoint, run_provenance, save_atomically
-from nnunet_mim.pretraining.data import RunData
-from nnunet_mim.pretraining.run_report import write_run_report
-from nnunet_mim.pretraining.sources import Source
-from nnunet_mim.pretraining.verdict import verdict_on
+from nnunet_mim.nnunet.source import Source
+from nnunet_mim.pretraining.data.run_data import RunData
+from nnunet_mim.pretraining.monitoring.verdict import verdict_on
+from nnunet_mim.pretraining.report.page import write_run_report
 from nnunet_mim.reporting.curves import write_progress
 
 

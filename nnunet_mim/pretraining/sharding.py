@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.networks.mask_in_mask import MaskInMask
-from nnunet_mim.pretraining.ranks import Ranks
+from nnunet_mim.pretraining.distributed.ranks import Ranks
 
 
 def shard(model: PretrainingNetwork, ranks: Ranks, device: torch.device) -> None:

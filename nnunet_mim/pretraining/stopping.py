@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.system.processes import STOP_SIGNALS
 
 EXIT_CODE = 75
 """of a run that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)"""
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-GRACE = 30.0
-"""seconds that a process that reads crops lives on after SIGTERM; SLURM gives as much by default"""
 MOST_NAMED = 1000
 """skipped steps that a checkpoint remembers"""
 
@@ -36,7 +32,7 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         try:
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         except ValueError:  # not the main thread
             self._before = {}
         return self
@@ -51,21 +47,6 @@ class StopRequests:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-
-
-def leave_stopping_to_parent(worker: int) -> None:
-    """For processes that read crops. A signal to the whole group must not end them before the run has saved itself:
-    they ignore it, but for SIGTERM, which ends them `GRACE` seconds later.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: _end_later())
-
-
-def _end_later() -> None:
-    timer = threading.Timer(GRACE, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
 
 
 class SkippedSteps:

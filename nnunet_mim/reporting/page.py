@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from nnunet_mim.files import write_atomically
+from nnunet_mim.system.files import write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #57606a; --paper: #fff; --line: #d5dae0; --shade: #f4f6f8;

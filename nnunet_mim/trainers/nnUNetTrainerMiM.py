@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_mim.checkpoint.finetuning import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
+from nnunet_mim.checkpoint.identity import leak_warning, leaked_cases, unit_differences, units_warning
 from nnunet_mim.errors import one_line_errors
 from nnunet_mim.networks.hybrid_unet import HybridUNet
-from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
+from nnunet_mim.nnunet.datasets import required_folder
 from nnunet_mim.trainers.finetune_config import default_mirror_axes, without_rest
 from nnunet_mim.trainers.heads import start_from_prior
 from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
-from nnunet_mim.trainers.provenance import leak_warning, leaked_cases, unit_differences, units_warning
-from nnunet_mim.trainers.resolve_plans import required_folder, resolve_plans
+from nnunet_mim.trainers.resolve_plans import resolve_plans
 from nnunet_mim.trainers.transfer import TransferReport, check_architecture, transfer_encoder
 
 TRANSFER_FILE = "mim_transfer.json"

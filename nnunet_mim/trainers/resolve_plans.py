@@ -12,13 +12,14 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_mim.checkpoint.finetuning import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
 from nnunet_mim.config import PRESETS, NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_strides
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
-from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
+from nnunet_mim.nnunet.datasets import required_folder
+from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
-from nnunet_mim.trainers.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
 from nnunet_mim.trainers.transfer import check_architecture, describe
 
 DEFAULT_PRESET = "base"
@@ -175,18 +176,6 @@ def require_preprocessed(plans: dict[str, Any], configuration: str, config: dict
 def n_channels(dataset_json: dict[str, Any]) -> int:
     """Image channels of a dataset (`modality` is the old name of `channel_names`)."""
     return len(dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"])
-
-
-def required_folder(variable: str) -> str:
-    """Value of one of nnU-Net's environment variables.
-
-    Raises:
-        MiMError: not set.
-    """
-    folder = os.environ.get(variable)
-    if not folder:
-        raise MiMError(f"environment variable {variable} is not set: export {variable}=FOLDER (nnU-Net's own variable)")
-    return folder
 
 
 def uses_hybrid_unet(config: dict[str, Any]) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnunet_mim.checkpoint.finetuning import PretrainedCheckpoint
 from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import HybridUNet
-from nnunet_mim.trainers.checkpoint import PretrainedCheckpoint
 
 INPUT_LAYER = "stages.0.embed.proj.weight"
 

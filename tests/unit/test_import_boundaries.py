@@ -15,16 +15,18 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 # Modules directly in the package are layer 0 and may import each other.
 LAYERS = {
     "": 0,
-    "networks": 1,
-    "reporting": 1,
-    "pretraining": 2,
-    "trainers": 2,
-    "_nnunet_plugin": 3,
-    "preparation": 3,
-    "inspection": 3,
-    "conversion": 4,
-    "benchmarking": 4,
-    "demo": 5,
+    "system": 1,
+    "networks": 2,
+    "nnunet": 2,
+    "reporting": 2,
+    "checkpoint": 3,
+    "pretraining": 4,
+    "trainers": 4,
+    "_nnunet_plugin": 5,
+    "preparation": 5,
+    "inspection": 5,
+    "benchmarking": 6,
+    "demo": 7,
 }
 COMMAND_LINE_LIBRARIES = {"argparse", "click", "fire", "jsonargparse", "optparse", "typer", "tyro"}
 

@@ -15,8 +15,8 @@ from nnunet_mim.benchmarking import guard
 from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.guard import Findings, look_for_seen_cases, provenance_of, refuse_seen_cases, seen_cases
 from nnunet_mim.benchmarking.matrix import Place
+from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.errors import MiMError
-from nnunet_mim.voxel_hash import voxel_sha256
 
 WIDE, NARROW = (
     {"0": {"percentile_00_5": low, "percentile_99_5": high, "mean": 0.0, "std": 100.0, "min": low, "max": high,

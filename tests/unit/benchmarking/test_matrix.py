@@ -19,7 +19,7 @@ from nnunet_mim.benchmarking.arms import ArmSpec
 from nnunet_mim.benchmarking.cell import FAILED, Arm, InterruptedTrainingError, Length, nested_subset
 from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Place, build_matrix, describe, subset
 from nnunet_mim.errors import MiMError
-from nnunet_mim.lock import alone
+from nnunet_mim.system.locks import alone
 
 MIM, SCRATCH = ArmSpec("MiM", "nnUNetTrainerMiM", "P", "a.pth"), ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "P")
 TRAIN = tuple(f"case_{i:02d}" for i in range(40))

@@ -7,9 +7,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from nnunet_mim.checkpoint.format import build_checkpoint, save_atomically
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.networks.mask_in_mask import MaskInMask
-from nnunet_mim.pretraining.checkpoint import build_checkpoint, save_atomically
 
 NETWORK = NetworkConfig((6, 6, 6, 12), (1, 1, 1, 1), 2, decoder_embed_dim=12, decoder_depth=1, decoder_num_heads=2)
 WINDOW = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0}

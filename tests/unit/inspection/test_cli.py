@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_mim.checkpoint.format import load_checkpoint, save_atomically
 from nnunet_mim.inspection.cli import main
-from nnunet_mim.pretraining.checkpoint import load_checkpoint, save_atomically
 
 
 def said(capsys, *argv) -> str:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.inspection.ct import read_image
 from nnunet_mim.inspection.show import show_case
-from nnunet_mim.pretraining.checkpoint import load_checkpoint
-from nnunet_mim.pretraining.pictures import load_network
-from nnunet_mim.pretraining.summary import Facts
+from nnunet_mim.pretraining.report.pictures import load_network
+from nnunet_mim.pretraining.report.summary import Facts
 
 ANGLE = np.deg2rad(25)
 TILT = np.array([[1, 0, 0], [0, np.cos(ANGLE), -np.sin(ANGLE)], [0, np.sin(ANGLE), np.cos(ANGLE)]])

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_mim.checkpoint.published import convert_weights
 from nnunet_mim.config import PRESETS
-from nnunet_mim.conversion.published import convert_weights
 from nnunet_mim.networks.mask_in_mask import MaskInMask
-from nnunet_mim.pretraining.losses import reconstruction_loss
-from nnunet_mim.pretraining.masking import mask_of
+from nnunet_mim.pretraining.objective.losses import reconstruction_loss
+from nnunet_mim.pretraining.objective.masks import mask_of
 
 TOLERANCE = 1e-4
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from nnunet_mim.config import NetworkConfig
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.networks.token_layout import tokens_from_grid
-from nnunet_mim.pretraining.losses import infonce_loss, reconstruction_loss
-from nnunet_mim.pretraining.masking import mask_of
+from nnunet_mim.pretraining.objective.losses import infonce_loss, reconstruction_loss
+from nnunet_mim.pretraining.objective.masks import mask_of
 
 NETWORK = NetworkConfig((3, 4, 5, 6), (1, 1, 1, 1), 2, 2.0, ((2, 2, 1), (1, 2, 2), (1, 1, 1), (1, 1, 2)), 12, 1, 2)
 SIZE = (6, 8, 8)  # grid (3, 2, 2)

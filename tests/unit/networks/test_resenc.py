@@ -8,13 +8,13 @@ import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from nnunet_mim.checkpoint.finetuning import read_checkpoint
+from nnunet_mim.checkpoint.format import build_checkpoint, save_atomically
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.build import build_network
 from nnunet_mim.networks.resenc import ResEncMaskInMask, check_resenc, check_view, fitting_view
-from nnunet_mim.pretraining.checkpoint import build_checkpoint, save_atomically
-from nnunet_mim.pretraining.run import config_for_data
-from nnunet_mim.trainers.checkpoint import read_checkpoint
+from nnunet_mim.pretraining.setup import config_for_data
 
 TOKEN = (8, 8, 8)
 

@@ -10,6 +10,7 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import C
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_mim.checkpoint.finetuning import read_checkpoint
 from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
@@ -17,7 +18,6 @@ from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.preparation.cli import main
 from nnunet_mim.preparation.mim_plans import make_mim_plans, median_shape, suitable_patch
 from nnunet_mim.settings import parse_settings
-from nnunet_mim.trainers.checkpoint import read_checkpoint
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
 DATASET = "Dataset007_Toy"

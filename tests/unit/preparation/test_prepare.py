@@ -15,14 +15,13 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_mim.checkpoint.identity import merged_records, voxel_sha256
+from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.preparation import prepare_case
 from nnunet_mim.preparation.prepare_cli import main
-from nnunet_mim.pretraining import case_index
-from nnunet_mim.pretraining.case_index import read_index
-from nnunet_mim.pretraining.checkpoint import case_records, merged_records
-from nnunet_mim.pretraining.dataset import Cases
-from nnunet_mim.pretraining.sources import find_source
-from nnunet_mim.voxel_hash import voxel_sha256
+from nnunet_mim.pretraining.data import case_index
+from nnunet_mim.pretraining.data.case_index import read_index
+from nnunet_mim.pretraining.data.crops import Cases, case_records
 
 NAME = "Dataset800_Mine"
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_mim.lock import alone
+from nnunet_mim.nnunet.datasets import raw_files
+from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.preparation import prepare_case
 from nnunet_mim.preparation.case_log import CaseLog
 from nnunet_mim.preparation.cli import main as mim_plan
-from nnunet_mim.pretraining.case_index import read_index
-from nnunet_mim.pretraining.sources import find_source
-from nnunet_mim.raw_files import raw_files
+from nnunet_mim.pretraining.data.case_index import read_index
+from nnunet_mim.system.locks import alone
 
 NAME = "Dataset800_Mine"
 

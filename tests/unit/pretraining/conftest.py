@@ -14,7 +14,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nn
 
 from nnunet_mim.demo.phantoms import make_phantom
 from nnunet_mim.pretraining import cli, loop
-from nnunet_mim.pretraining.nested_crops import nested_views
+from nnunet_mim.pretraining.objective.views import nested_views
 
 PLANS = {
     "dataset_name": "Dataset900_Tiny",

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
+from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig, field_notes
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pretraining.configure import build_config, field_notes, merge_settings, settings_table, write_config
+from nnunet_mim.pretraining.configure import build_config, merge_settings, settings_table, write_config
 from nnunet_mim.settings import read_yaml
 
 VIEW, SCALE = (96, 96, 96), (2, 2, 2)

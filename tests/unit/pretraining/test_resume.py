@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from nnunet_mim.pretraining.checkpoint import load_checkpoint
+from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.pretraining.stopping import EXIT_CODE
 
 SETTINGS = ("--iterations", "24", "--save_every", "2", "--val_every", "12", "--set", "val_crops=2")
@@ -167,3 +167,12 @@ def test_other_settings_are_refused_with_the_difference(write_dataset, interrupt
     interrupted_run("-o", "run", "--iterations", "3", "--save_every", "1", "--set", "val_crops=1", after=2)
     assert small_runs.here("-o", "run", "--c", "--set", "weight_decay=0.1") == 2
     assert "weight_decay 0.05 -> 0.1" in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_refused(write_dataset, interrupted_run, small_runs, capsys):
+    write_dataset(n=2)
+    interrupted_run("--iterations", "3", "--save_every", "1", "-o", "cut", after=2)
+    latest = small_runs.folder("cut") / "checkpoint_latest.pth"
+    latest.write_bytes(latest.read_bytes()[:5000])
+    assert small_runs.here("--iterations", "3", "--save_every", "1", "-o", "cut", "--c") == 2
+    assert "checkpoint_latest.pth is no readable checkpoint" in capsys.readouterr().err

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining import loop
-from nnunet_mim.pretraining.checkpoint import load_checkpoint
+from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.loop import culprits, mean_figures
-from nnunet_mim.pretraining.ranks import ALONE
 from nnunet_mim.pretraining.stopping import SkippedSteps
 
 SETTINGS = ("--iterations", "12", "--val_every", "12", "--set", "val_crops=1")

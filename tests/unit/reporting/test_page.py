@@ -11,8 +11,8 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
-from nnunet_mim import files
 from nnunet_mim.reporting.page import Section, figure_png, write_page
+from nnunet_mim.system import files
 
 
 class Tags(HTMLParser):

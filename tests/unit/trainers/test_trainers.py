@@ -10,11 +10,11 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.trainers import nnUNetTrainerMiM, nnUNetTrainerMiMScratch
 from nnunet_mim.trainers.optim import lr_factor
-from nnunet_mim.voxel_hash import voxel_sha256
 
 CPU = torch.device("cpu")
 

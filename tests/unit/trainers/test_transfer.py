@@ -6,11 +6,11 @@ from itertools import product
 import pytest
 import torch
 
+from nnunet_mim.checkpoint.finetuning import read_checkpoint
 from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
-from nnunet_mim.trainers.checkpoint import read_checkpoint
 from nnunet_mim.trainers.transfer import check_architecture, is_patch_kernel, resize_kernel, transfer_encoder
 
 

@@ -1,0 +1,1 @@
+"""The checkpoint: the format that pretraining and finetuning share."""

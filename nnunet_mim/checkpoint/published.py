@@ -1,0 +1,231 @@
+"""From a checkpoint of the published MiM architecture (arXiv 2404.15580) to one of this package.
+
+Only names and one layer change: the published network saw intensities in [0, 1], ours sees HU / 250. The affine map
+between the two is folded into the first convolution, which is exact because that convolution has no padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunet_mim.checkpoint.format import build_checkpoint
+from nnunet_mim.checkpoint.units import WIDE_CT_WINDOW
+from nnunet_mim.config import PRESETS, PretrainConfig
+from nnunet_mim.errors import MiMError
+from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.vit_blocks import sincos_position
+
+PUBLISHED_WINDOW = (-1000.0, 1000.0)
+"""HU that the published pretraining mapped to 0 and 1"""
+LICENCE_NOTE = (
+    "The published weights carry no licence. Ask their authors before you use them for more than looking, or pass them "
+    "on; converting changes nothing about that."
+)
+
+COMPUTED = {"pos_embed": "embed_dims", "decoder_pos_embed": "decoder_embed_dim"}
+"""published tensors that are no parameters here: fixed positions, computed and compared"""
+FIRST_CONVOLUTION = "encoder.stages.0.embed.proj"
+
+_RENAMES = (
+    (r"patch_embed([123])\.", r"encoder.stages.{stage}.embed."),
+    (r"patch_embed4\.", r"encoder.token_embed."),
+    (r"patch_embed5\.", r"encoder.token_proj."),
+    (r"stage([123])_output_decode\.", r"encoder.stages.{stage}.to_token."),
+    (r"blocks([123])\.(\d+)\.attn\.", r"encoder.stages.{stage}.blocks.{block}.dwconv."),
+    (r"blocks([123])\.(\d+)\.", r"encoder.stages.{stage}.blocks.{block}."),
+    (r"blocks4\.", r"encoder.vit_blocks."),
+    (r"norm\.", r"encoder.norm."),
+    (r"mask_token$", r"decoder.mask_token"),
+    (r"decoder_embed\.", r"decoder.embed."),
+    (r"decoder_blocks\.", r"decoder.blocks."),
+    (r"decoder_norm\.", r"decoder.norm."),
+    (r"decoder_pred\.", r"decoder.head."),
+    (r"aggregate_mid\.", r"projectors.child.0."),
+    (r"aggregate_pred_up_feature\.", r"projectors.parent.0."),
+    (r"aggregate_down\.", r"projectors.child.1."),
+    (r"aggregate_pred_mid_feature\.", r"projectors.parent.1."),
+)
+
+
+def our_name(published: str) -> str | None:
+    """Name in MaskInMask of a published tensor; None for one that has no place here."""
+    for pattern, template in _RENAMES:
+        if match := re.match(pattern, published):
+            groups = match.groups()
+            stage = int(groups[0]) - 1 if groups else None
+            block = groups[1] if len(groups) > 1 else None
+            return template.format(stage=stage, block=block) + published[match.end() :]
+    return None
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """Read the state dict of a published checkpoint without executing anything in the file.
+
+    Args:
+        path: written by `torch.save`: a dict with the state dict under `model`. Beside tensors and plain containers
+            only `argparse.Namespace` is allowed (the published file keeps its options in one), and is not used.
+
+    Raises:
+        MiMError: missing, damaged, holding anything else (named), or without `model`.
+    """
+    if not path.is_file():
+        raise MiMError(f"{path} does not exist")
+    try:
+        with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = [name for name in named_in_pickle(path) if not _is_plain(name)]
+        if refused or isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            what = f"run {', '.join(refused)}" if refused else "need more than PyTorch's safe loading does"
+            raise MiMError(
+                f"{path} is refused: loading it would {what}, and only tensors, plain containers and "
+                f"argparse.Namespace are allowed; nothing was run. Get the file from its authors"
+            ) from error
+        raise MiMError(f"cannot read {path} ({type(error).__name__}: truncated or damaged): copy it again") from error
+    model = stored.get("model") if isinstance(stored, dict) else None
+    if not isinstance(model, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in model.items()
+    ):
+        raise MiMError(f"{path} is no published MiM checkpoint: it holds no state dict under 'model'")
+    for key, value in model.items():
+        usable = value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
+        if not usable or not bool(value.isfinite().all()):
+            raise MiMError(f"{path}: {key} is no dense tensor of finite numbers: get the file from its authors")
+    return model
+
+
+def named_in_pickle(path: Path) -> list[str]:
+    """Names of the classes and functions that a file of `torch.save` refers to, read without running anything.
+
+    As far as they can be read: an empty list for a file that is no pickle or ends early.
+    """
+    names: dict[str, None] = {}
+    texts: list[str] = []
+    with contextlib.suppress(Exception):  # it only names what has been refused already
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                content = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+        else:
+            content = path.read_bytes()
+        stream = io.BytesIO(content)
+        while stream.tell() < len(content):  # the older format is several pickles, one after the other
+            for operation, argument, _ in pickletools.genops(stream):
+                if operation.name in ("GLOBAL", "INST"):
+                    names[str(argument).replace(" ", ".")] = None
+                elif operation.name == "STACK_GLOBAL":
+                    names[".".join(texts[-2:])] = None
+                elif isinstance(argument, str):
+                    texts.append(argument)
+    return list(names)
+
+
+def _is_plain(name: str) -> bool:
+    return name in ("argparse.Namespace", "collections.OrderedDict") or bool(
+        re.fullmatch(r"torch\.(_utils\._rebuild_(tensor(_v2)?|parameter)|\w+Storage|\w*(float|int|bool)\w*)", name)
+    )
+
+
+def convert_weights(published: dict[str, Tensor], window: tuple[float, float] = PUBLISHED_WINDOW) -> dict[str, Tensor]:
+    """State dict of MaskInMask (preset base) that computes what the published network does, on voxels in HU / 250.
+
+    Args:
+        published: state dict of the published network.
+        window: HU that it saw as 0 and as 1.
+
+    Raises:
+        MiMError: a tensor is missing, unknown, of another shape, or a position embedding is not the fixed one.
+    """
+    if window[0] >= window[1]:
+        raise MiMError(f"--window {window[0]:g} {window[1]:g}: the lower end comes first")
+    first = published.get("patch_embed1.proj.weight")
+    in_channels = 1 if first is None or first.ndim != 5 else first.shape[1]
+    with torch.device("meta"):
+        wanted = MaskInMask(PRESETS["base"], in_channels).state_dict()
+    sources = {our_name(key): key for key in published if key not in COMPUTED}
+    unknown = [key for name, key in sources.items() if name not in wanted]
+    missing = [name for name in wanted if name not in sources] + [key for key in COMPUTED if key not in published]
+    if unknown or missing:
+        raise MiMError(
+            f"not the published base architecture: {len(unknown)} unknown tensors ({_some(unknown)}), {len(missing)} "
+            f"missing ({_some(missing)})"
+        )
+    shapes = [
+        f"{key} {tuple(published[key].shape)} instead of {tuple(wanted[name].shape)}"  # type: ignore[index]
+        for name, key in sources.items()
+        if published[key].shape != wanted[name].shape  # type: ignore[index]
+    ]
+    if shapes:
+        raise MiMError(f"not the published base architecture: {_some(shapes)}")
+    _check_positions(published)
+    weights = {name: published[key].clone() for name, key in sources.items() if name is not None}
+    return rescale_input(weights, window)
+
+
+def rescale_input(weights: dict[str, Tensor], window: tuple[float, float]) -> dict[str, Tensor]:
+    """Fold u = (std * v + mean - low) / (high - low) into the first convolution: W·u + b becomes W'·v + b'."""
+    low, high = window
+    weight, bias = (weights[f"{FIRST_CONVOLUTION}.{part}"].double() for part in ("weight", "bias"))
+    scale = WIDE_CT_WINDOW["std"] / (high - low)
+    shift = (WIDE_CT_WINDOW["mean"] - low) / (high - low)
+    dtype = weights[f"{FIRST_CONVOLUTION}.weight"].dtype
+    return {
+        **weights,
+        f"{FIRST_CONVOLUTION}.weight": (weight * scale).to(dtype),
+        f"{FIRST_CONVOLUTION}.bias": (bias + shift * weight.sum(dim=(1, 2, 3, 4))).to(dtype),
+    }
+
+
+def convert(path: Path, window: tuple[float, float] = PUBLISHED_WINDOW) -> dict[str, Any]:
+    """A published checkpoint file as a checkpoint of this package (docs/checkpoint.md), ready to be saved.
+
+    Its plans' CT window is `window`, so that `mim_plan -pc` gives finetuning the intensities of the pretraining.
+
+    Raises:
+        MiMError: as `read_published` and `convert_weights`.
+    """
+    weights = convert_weights(read_published(path), window)
+    in_channels = weights[f"{FIRST_CONVOLUTION}.weight"].shape[1]
+    clip = {"percentile_00_5": float(window[0]), "percentile_99_5": float(window[1])}
+    provenance = {
+        "datasets": [],
+        "plans_name": "",
+        "configuration": "3d_fullres",
+        "fold": "all",
+        "spacing": [],
+        "normalization": ["CTNormalization"] * in_channels,
+        "intensity_properties": {str(c): {**WIDE_CT_WINDOW, **clip} for c in range(in_channels)},
+        "iterations": 0,
+        "loss_history": [],
+        "cases": [],
+        "converted_from": path.name,
+        "note": LICENCE_NOTE,
+    }
+    return build_checkpoint(weights, PretrainConfig(preset="base", in_channels=in_channels), provenance)
+
+
+def _check_positions(published: dict[str, Tensor]) -> None:
+    """The published tables must be the fixed sine-cosine ones that this package computes."""
+    for key in COMPUTED:
+        table = published[key]
+        side = round(table.shape[1] ** (1 / 3)) if table.ndim == 3 else 0
+        valid = table.ndim == 3 and table.shape[0] == 1 and side**3 == table.shape[1] and table.shape[2] % 6 == 0
+        if not valid or not torch.allclose(
+            table[0].double(), sincos_position((side, side, side), table.shape[2], table.double()), atol=1e-4
+        ):
+            raise MiMError(f"{key} is not the fixed sine-cosine embedding of the published architecture")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown}, …" if len(names) > 3 else shown or "none"

@@ -1,1 +1,0 @@
-"""Importing weights of the published MiM architecture (`mim_convert`)."""

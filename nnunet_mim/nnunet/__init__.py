@@ -1,0 +1,1 @@
+"""What the package knows of nnU-Net's folders, files and plans."""

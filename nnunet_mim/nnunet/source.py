@@ -1,0 +1,182 @@
+"""Which preprocessed cases a run reads, and in which units they are: nnU-Net's folders, plans and splits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.datasets import dataset_name
+
+
+@dataclass(frozen=True)
+class Source:
+    """One preprocessed nnU-Net dataset in one configuration of its plans."""
+
+    dataset: str
+    """DatasetXXX_Name"""
+    plans_name: str
+    configuration: str
+    folder: Path
+    """of the preprocessed cases"""
+    dataset_class: Any
+    """nnU-Net's reader of that folder"""
+    cases: tuple[str, ...]
+    """sorted identifiers"""
+    spacing: tuple[float, ...]
+    """mm per voxel, array order"""
+    normalization: tuple[str, ...]
+    """nnU-Net's scheme per channel"""
+    intensity_properties: dict[str, dict[str, float]]
+    """per channel, from the plans: the window and scale that CTNormalization uses, HU"""
+    plans: dict[str, Any]
+
+    @property
+    def in_channels(self) -> int:
+        return len(self.normalization)
+
+    @property
+    def index_file(self) -> Path:
+        """Where the case index is cached: beside, never inside, the folder of cases (nnU-Net reads all files there)."""
+        return self.folder.parent / "mim_case_index" / f"{self.folder.name}.npz"
+
+    def case_file(self, case: str) -> Path:
+        """The file that holds the voxels of a case."""
+        for ending in (".b2nd", ".npy", ".npz"):
+            if (path := self.folder / f"{case}{ending}").is_file():
+                return path
+        return self.folder / f"{case}.b2nd"
+
+    def window(self, channel: int) -> tuple[float, float] | None:
+        """Lowest and highest normalised intensity of a CT channel; None where the scheme is not CTNormalization."""
+        if self.normalization[channel] != "CTNormalization":
+            return None
+        props = self.intensity_properties[str(channel)]
+        low, high = props["percentile_00_5"], props["percentile_99_5"]
+        return (low - props["mean"]) / props["std"], (high - props["mean"]) / props["std"]
+
+    def to_hounsfield(self, channel: int = 0) -> tuple[float, float]:
+        """(std, mean): HU = voxel * std + mean. (1, 0) where the channel is no CT."""
+        if self.normalization[channel] != "CTNormalization":
+            return 1.0, 0.0
+        props = self.intensity_properties[str(channel)]
+        return props["std"], props["mean"]
+
+
+def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
+    """Find a preprocessed dataset.
+
+    Args:
+        dataset: number (`501`) or name (`Dataset501_Name`).
+        plans_name: plans identifier.
+        configuration: a 3-D configuration of the plans.
+
+    Raises:
+        MiMError: unknown dataset, plans or configuration; 2-D; not preprocessed; nothing in the folder.
+    """
+    name = dataset_name(dataset)
+    base = Path(str(nnUNet_preprocessed)) / name
+    plans_file = base / f"{plans_name}.json"
+    number = name[len("Dataset") :].split("_")[0]
+    if not base.is_dir():
+        raise MiMError(
+            f"{name} is not preprocessed ({base} does not exist): run nnUNetv2_plan_and_preprocess -d {number}"
+        )
+    if not plans_file.is_file():
+        found = sorted(p.stem for p in base.glob("*.json") if "configurations" in read_json(p))
+        raise MiMError(f"no plans '{plans_name}' for {name}: choose one with -p ({', '.join(found) or 'none found'})")
+    plans = read_json(plans_file)
+    if configuration not in plans["configurations"]:
+        available = ", ".join(plans["configurations"])
+        raise MiMError(f"{plans_file} has no configuration '{configuration}': choose one with -c ({available})")
+    manager = PlansManager(plans).get_configuration(configuration)
+    if len(manager.patch_size) != 3:
+        raise MiMError(f"configuration '{configuration}' is 2-D; MiM pretrains on volumes: use -c 3d_fullres")
+    folder = base / manager.data_identifier
+    command = f"nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {configuration}"
+    if not folder.is_dir():
+        raise MiMError(
+            f"{name} is not preprocessed for {plans_name} {configuration} ({folder} is missing): run {command}"
+        )
+    try:
+        dataset_class = infer_dataset_class(str(folder))
+    except (AssertionError, RuntimeError) as error:
+        raise MiMError(f"{folder} does not look like nnU-Net's preprocessed cases ({error}): run {command}") from error
+    cases = tuple(sorted(dataset_class.get_identifiers(str(folder))))
+    if not cases:
+        raise MiMError(f"no preprocessed case in {folder}: run {command}")
+    return Source(
+        name, plans_name, configuration, folder, dataset_class, cases,
+        tuple(float(s) for s in manager.spacing), tuple(manager.normalization_schemes),
+        plans["foreground_intensity_properties_per_channel"], plans,
+    )  # fmt: skip
+
+
+def require_same_units(sources: Sequence[Source]) -> None:
+    """Raise MiMError unless all datasets have the first one's spacing, axes, channels, normalisation and intensity
+    window.
+    """
+    first = sources[0]
+    for other in sources[1:]:
+        same_spacing = all(abs(a - b) <= 1e-3 * a for a, b in zip(first.spacing, other.spacing, strict=True))
+        same_window = first.normalization == other.normalization and all(
+            first.window(c) == other.window(c) for c in range(first.in_channels)
+        )
+        same_axes = first.plans.get("transpose_forward") == other.plans.get("transpose_forward")
+        if not (same_spacing and same_window and same_axes):
+            spacing = " ".join(f"{s:g}" for s in first.spacing)
+            numbers = " ".join(source.dataset[7:10] for source in sources)
+            raise MiMError(
+                f"{other.dataset} has another spacing ({other.spacing} mm), order of axes, normalisation or intensity "
+                f"window than {first.dataset} ({first.spacing} mm): prepare all alike with mim_prepare -d {numbers} -s "
+                f"{spacing} -p NAME, then pretrain with -p NAME"
+            )
+
+
+def orientation_warning(sources: Sequence[Source]) -> str | None:
+    """What is wrong where some datasets were turned to one orientation by nnU-Net's reader and others were not."""
+    turned = {s.dataset: "Reorient" in s.plans.get("image_reader_writer", "") for s in sources}
+    if len(set(turned.values())) < 2:
+        return None
+    left = ", ".join(name for name, is_turned in turned.items() if not is_turned)
+    return (
+        f"{left}: images keep the orientation of their files, other datasets were turned to RAS; left and right may "
+        "be exchanged between them. mim_prepare turns all of them"
+    )
+
+
+def window_warning(source: Source) -> str | None:
+    """What a narrow CT window cuts off, or None for a window of at least -1000 to 900 HU."""
+    if source.normalization[0] != "CTNormalization":
+        return None
+    props = source.intensity_properties["0"]
+    low, high = props["percentile_00_5"], props["percentile_99_5"]
+    lost = [
+        tissue
+        for tissue, hu in (("lung", -800), ("fat", -100), ("contrast and soft tissue", 200))
+        if not low <= hu <= high
+    ]
+    if high < 900:
+        lost.append("bone")
+    if low <= -1000 and high >= 900:
+        return None
+    lost_text = ", ".join(lost) or "some tissue"
+    return (
+        f"the plans '{source.plans_name}' clip CT to {low:g} … {high:g} HU: {lost_text} cannot be told apart in "
+        f"pretraining. mim_plan -d {source.dataset} writes plans with a wide window"
+    )
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises MiMError for one that cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise MiMError(f"cannot read {path} ({error}): restore the file, or delete it and plan anew") from error

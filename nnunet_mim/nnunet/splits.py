@@ -1,0 +1,52 @@
+"""Training and validation cases of a fold, as nnU-Net's own split has them."""
+
+from __future__ import annotations
+
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.source import Source, read_json
+
+N_FOLDS = 5
+"""of nnU-Net's own split"""
+
+
+def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
+    """Validation cases of nnU-Net's own split; empty for a dataset without labels. Raises MiMError as `fold_cases`."""
+    return fold_cases(source, fold)[1]
+
+
+def fold_cases(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Training and validation cases of nnU-Net's own split that are preprocessed; both empty for a dataset without
+    labels. Raises MiMError as `split_of`.
+    """
+    known = set(source.cases)
+    train, val = (tuple(case for case in part if case in known) for part in split_of(source, fold))
+    return train, val
+
+
+def split_of(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Training and validation cases of nnU-Net's own split, preprocessed or not; both empty for a dataset without
+    labels.
+
+    Reads `splits_final.json`, or computes what nnU-Net would write there.
+
+    Raises:
+        MiMError: the split has no such fold, or there are too few cases for nnU-Net's split.
+    """
+    base = source.folder.parent
+    splits_file = base / "splits_final.json"
+    if splits_file.is_file():
+        splits = read_json(splits_file)
+    elif (base / "gt_segmentations").is_dir():
+        if len(source.cases) < N_FOLDS:
+            raise MiMError(
+                f"{source.dataset} has {len(source.cases)} cases, too few for nnU-Net's {N_FOLDS} folds: leave out -f, "
+                f"or write a split of your own into {splits_file}"
+            )
+        splits = generate_crossval_split(list(source.cases), seed=12345, n_splits=N_FOLDS)
+    else:
+        return (), ()
+    if not 0 <= fold < len(splits):
+        raise MiMError(f"fold {fold} does not exist in {splits_file} ({len(splits)} folds): choose another with -f")
+    return tuple(splits[fold]["train"]), tuple(splits[fold]["val"])

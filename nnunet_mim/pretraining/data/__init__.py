@@ -1,0 +1,1 @@
+"""Cases and crops that a pretraining reads."""

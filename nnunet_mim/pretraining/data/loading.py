@@ -1,0 +1,82 @@
+"""Batches of crops, read ahead by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nnunet_mim.config import PretrainConfig
+from nnunet_mim.errors import MiMError
+from nnunet_mim.geometry import levels_of
+from nnunet_mim.pretraining.data.crops import CropDataset
+from nnunet_mim.pretraining.data.run_data import RunData
+from nnunet_mim.pretraining.distributed.ranks import Ranks
+from nnunet_mim.system.machine import physical_memory, usable_cores
+from nnunet_mim.system.processes import leave_stopping_to_parent
+
+MOST_WORKERS = 12
+MOST_AHEAD = 4
+"""batches that a worker holds ready"""
+SHARE_AHEAD = 0.25
+"""of the machine's memory that batches held ready may take"""
+
+
+def default_workers(device: str, devices: int = 1) -> int:
+    """Worker processes for each device: one on a CPU, where computing takes the cores; beside a GPU its share of the
+    cores that this process may use but one, at most MOST_WORKERS.
+    """
+    if device == "cpu":
+        return 1
+    return max(1, min(MOST_WORKERS, usable_cores() // max(1, devices) - 1))
+
+
+def batches_ahead(workers: int, batch_bytes: int, processes: int, memory: int) -> int:
+    """Batches that each worker holds ready.
+
+    Args:
+        workers: of each process that trains.
+        batch_bytes: of a batch of one process.
+        processes: that train on this machine.
+        memory: bytes; 0: unknown.
+    """
+    if not memory:
+        return MOST_AHEAD
+    fitting = int(SHARE_AHEAD * memory / (max(1, workers) * processes * batch_bytes))
+    return max(1, min(MOST_AHEAD, fitting))
+
+
+def training_crops(data: RunData, config: PretrainConfig) -> CropDataset:
+    """All crops of the run, by number: those of iteration i are i * batch_size and the following."""
+    return CropDataset(
+        data.train, levels_of(config)[0].fov, config.body_fraction, config.mirror_axes, seed=config.seed, stream=0,
+        temperature=config.dataset_temperature,
+    )  # fmt: skip
+
+
+def training_batches(
+    dataset: CropDataset, config: PretrainConfig, start: int, workers: int, device: torch.device, ranks: Ranks
+) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
+    """This rank's part of the batches of iterations `start` to the last: crops (B, C, …) and valid boxes (B, 3, 2) on
+    the device, and cases that could not be read (B, TRIES), see CropDataset.
+    """
+    n = config.batch_size // ranks.world
+    firsts = (i * config.batch_size + ranks.rank * n for i in range(start, config.iterations))
+    here = min(ranks.world, torch.cuda.device_count()) if device.type == "cuda" else ranks.world
+    batch_bytes = 4 * n * config.in_channels * prod(int(size) for size in dataset.crop_size)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=(list(range(first, first + n)) for first in firsts),  # type: ignore[arg-type]
+        num_workers=workers,
+        prefetch_factor=batches_ahead(workers, batch_bytes, here, physical_memory()) if workers else None,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_stopping_to_parent,
+    )
+    try:
+        for crops, valid, missed in loader:
+            yield crops.to(device, non_blocking=True), valid.to(device, non_blocking=True), missed
+    except MiMError as error:  # a worker's comes with its traceback before the one line
+        raise MiMError(str(error).strip().splitlines()[-1].split("MiMError: ")[-1]) from None

@@ -1,0 +1,1 @@
+"""Measurements of a run on held-out cases, and what they say."""

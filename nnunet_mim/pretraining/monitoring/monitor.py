@@ -1,0 +1,111 @@
+"""Is it working? What is measured every `val_every` iterations."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from nnunet_mim.config import PretrainConfig
+from nnunet_mim.geometry import levels_of
+from nnunet_mim.networks.build import PretrainingNetwork, build_network
+from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases
+from nnunet_mim.pretraining.data.run_data import RunData
+from nnunet_mim.pretraining.monitoring.held_out import HeldOut
+from nnunet_mim.pretraining.monitoring.probe import LabelProbe, probe_cases
+from nnunet_mim.pretraining.sharding import whole_weights
+
+
+class Monitor:
+    """Measurements on held-out cases. Every rank does all of them, so that none waits for another.
+
+    Args:
+        data: cases.
+        config: of the run.
+        fabric: device and precision.
+        views_per_pass: most views computed at once; None: all views of a level of one crop.
+        sharded: whether the model's weights are spread over ranks.
+    """
+
+    def __init__(
+        self, data: RunData, config: PretrainConfig, fabric: Fabric, views_per_pass: int | None, sharded: bool = False
+    ) -> None:
+        self.fabric = fabric
+        self.config = config
+        crops, valid, datasets = held_out_crops(data, config, fabric.device)
+        fill, flat_threshold, width = (
+            torch.tensor(values, device=fabric.device) for values in (data.fill, data.flat_threshold, data.width)
+        )
+        self.held_out = HeldOut(
+            crops, valid, fill, flat_threshold, width, levels_of(config), config, views_per_pass, datasets
+        )
+        self.probe = label_probe(data, config, fabric.device)
+        self.whole: PretrainingNetwork | None = None
+        if sharded:
+            self.whole = build_network(config).to(fabric.device)
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        """how long every measurement has taken, by kind"""
+
+    def measure(self, model: PretrainingNetwork, iteration: int) -> dict[str, float]:
+        """Figures by name (`val/…`, `baseline/…`), see HeldOut and, where it is due, LabelProbe.
+
+        Eager: graphs without gradients are not worth compiling.
+        """
+        if self.whole is not None:
+            self.whole.load_state_dict(whole_weights(model))
+            model = self.whole
+        with self.clock("held_out"), self.fabric.autocast():
+            figures = {**self.held_out.evaluate(model), **self.held_out.constants}
+        if self.probe is not None and self.due(iteration):
+            with self.clock("probe"), self.fabric.autocast():
+                figures |= {f"val/{name}": value for name, value in self.probe.evaluate(model.feature_source).items()}
+        return figures
+
+    def due(self, iteration: int) -> bool:
+        """Whether this measurement is the first one after a multiple of `probe_every`, or the last of the run: time for
+        probe and report.
+        """
+        every = self.config.probe_every
+        return bool(every) and (iteration % every < self.config.val_every or iteration == self.config.iterations)
+
+    @contextmanager
+    def clock(self, kind: str) -> Iterator[None]:
+        """Add the time spent inside to `seconds`."""
+        since = time.perf_counter()
+        yield
+        self.seconds[kind].append(time.perf_counter() - since)
+
+
+def label_probe(data: RunData, config: PretrainConfig, device: torch.device) -> LabelProbe | None:
+    """The probe of a run; None where it is switched off or there are no labels."""
+    if not config.probe_every:
+        return None
+    n_train, n_held_out = config.probe_cases
+    cases = probe_cases(data.train, data.val, (n_train, n_held_out), config.seed)
+    return None if cases is None else LabelProbe(*cases, data.fill, seed=config.seed, device=device)
+
+
+def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
+    """Fixed crops of the held-out cases, from one dataset after the other, at least one of each: (val_crops, C, …),
+    their valid boxes, and the names of their datasets.
+    """
+    groups = [data.val.of_dataset(int(number)) for number in np.flatnonzero(data.val.counts)]
+    datasets = [
+        CropDataset(cases, levels_of(config)[0].fov, body_fraction=1.0, seed=config.seed, stream=1) for cases in groups
+    ]
+    crops, valid, names = [], [], []
+    for number in range(max(config.val_crops, len(groups))):
+        which = number % len(groups)
+        crop, box, missed = datasets[which][number // len(groups)]
+        for name in UnreadCases(groups[which]).add(missed):
+            print(f"{name} cannot be read any more: another held-out case takes its place")
+        crops.append(crop)
+        valid.append(box)
+        names.append(groups[which][0].source.dataset)
+    return torch.stack(crops).to(device), torch.stack(valid).to(device), names

@@ -1,0 +1,1 @@
+"""Views, masks and losses: what a pretraining step computes."""

@@ -1,0 +1,84 @@
+"""The model card of a pretraining that is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnunet_mim.checkpoint.format import CITATIONS
+from nnunet_mim.pretraining.report.summary import Facts, network_text
+
+
+def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
+    """Text for those who find the folder: what it is, what it was trained on, how good, how to use and to cite it.
+
+    Args:
+        facts: of the checkpoint.
+        licence: of the weights, an identifier such as cc-by-4.0; None: the card says that it is not stated.
+        data: a sentence on the images and their licence; None: the card says that it is not stated.
+    """
+    provenance = facts.provenance
+    cases, datasets = len(provenance["cases"]), len(provenance["datasets"])
+    schemes = ", ".join(map(str, provenance["normalization"])) or "unknown"
+    origin = f"{provenance['iterations']} iterations of {facts.config.batch_size} crops"
+    if "converted_from" in provenance:
+        origin = f"converted from {provenance['converted_from']}. {provenance.get('note', '')}"
+    spacing = " x ".join(f"{s:g}" for s in facts.spacing) or "unknown"
+    lines = [
+        "---",
+        "library_name: nnunet_mim",
+        *([f"license: {licence}"] if licence else []),
+        "tags: [medical, ct, nnu-net, self-supervised-learning, mask-in-mask]",
+        "---",
+        "",
+        f"# MiM-pretrained encoder ({facts.config.preset})",
+        "",
+        "Self-supervised pretraining by Mask in Mask on CT, to be finetuned with nnU-Net.",
+        "",
+        f"- Network: {network_text(facts)}",
+        f"- Data: {data or 'not stated'}; {cases} cases of {datasets} dataset(s), resampled to {spacing} mm",
+        f"- Input: {facts.config.in_channels} channel(s), {schemes}",
+        f"- Training: {origin}",
+        f"- Licence of the weights: {licence or 'not stated: ask those who made them before you use them'}",
+        "",
+        "## Measured on held-out cases",
+        "",
+        *metrics_table(facts),
+        "",
+        "## Use",
+        "",
+        "```bash",
+        "pip install 'nnunet_mim[share]'",
+        "mim_plan -d DATASET -pc THIS_FOLDER_OR_REPOSITORY",
+        "nnUNetv2_preprocess -d DATASET -plans_name nnUNetMiMPlans -c 3d_fullres",
+        "nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerMiM -p nnUNetMiMPlans",
+        "```",
+        "",
+        "`config.json` holds a hash of the voxels of every case that was trained on; `nnUNetTrainerMiM` warns if a",
+        "validation case is among them.",
+        "",
+        "## Cite",
+        "",
+        *[f"- {citation}" for citation in CITATIONS],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def metrics_table(facts: Facts) -> list[str]:
+    """Last losses beside the trivial predictors, and the label probe, as Markdown."""
+    last: Mapping[str, Any] = facts.history[-1] if facts.history else {}
+    names = [name for name in last if name.startswith("val/level") and name.endswith("/reconstruction")]
+    levels = sorted(name.split("/")[1] for name in names)
+    if not levels:
+        return ["nothing is known"]
+    lines = ["| | token mean | in-filling | network |", "|---|---|---|---|"]
+    for level in levels:
+        row = [last.get(f"baseline/{level}/{name}") for name in ("token_mean", "infill")]
+        numbers = [*row, last[f"val/{level}/reconstruction"]]
+        shown = " | ".join("" if number is None else f"{number:.3f}" for number in numbers)
+        lines.append(f"| reconstruction loss, {level} | {shown} |")
+    probes = [row["val/probe/dice"] for row in facts.history if "val/probe/dice" in row]
+    if probes:
+        probe = "Label probe (ridge regression from frozen features): Dice"
+        lines += ["", f"{probe} {probes[0]:.3f} before training, {probes[-1]:.3f} now."]
+    return lines

@@ -1,0 +1,269 @@
+"""What a checkpoint of `mim_pretrain` is, in words and tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from nnunet_mim.checkpoint.units import Units
+from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, NetworkConfig, PretrainConfig, field_notes
+from nnunet_mim.geometry import levels_of, views_per_crop
+from nnunet_mim.pretraining.monitoring.verdict import Verdict, levels_in, shown, verdict_on
+from nnunet_mim.pretraining.objective.levels import level_name
+
+Table = list[list[str]]
+"""rows of cells, the first row being the heading"""
+
+BY_DATA = "by data"
+NOTE = """\
+The network predicts the pattern inside each masked token, normalised to mean 0 and standard deviation 1; that is all
+that the loss asks for. To show it as an image, the true mean and standard deviation of each token are put back. So the
+overall brightness and contrast of a token are given, only the pattern in it is the network's work."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A checkpoint, read for its reader.
+
+    Attributes:
+        checkpoint: as `load_checkpoint` returns it.
+        config: its settings.
+        units: of its voxels.
+    """
+
+    checkpoint: Mapping[str, Any]
+    config: PretrainConfig
+    units: Units
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any]) -> Facts:
+        """Raises MiMError for settings of another version."""
+        config = PretrainConfig.from_dict(checkpoint["mim_config"])
+        return cls(checkpoint, config, Units.of(checkpoint["provenance"]))
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self.checkpoint["provenance"]
+
+    @property
+    def history(self) -> Sequence[Mapping[str, float]]:
+        """Measurements, oldest first."""
+        return self.provenance["loss_history"]
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """mm between voxels, array order; empty for converted weights, which do not say."""
+        return tuple(self.provenance["spacing"])
+
+    @property
+    def token_size(self) -> tuple[int, int, int]:
+        return self.config.network.token_size
+
+    def verdict(self) -> Verdict:
+        """What to think of the run."""
+        return verdict_on(self.history, self.config)
+
+
+def network_text(facts: Facts) -> str:
+    """`tiny: encoder …, decoder …, 5.0 million parameters (…)`."""
+    network, counts = facts.config.network, {"encoder": 0, "decoder": 0, "projectors": 0}
+    for name, weight in facts.checkpoint["network_weights"].items():
+        counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + weight.numel()
+    if facts.config.encoder == "resenc":
+        weights = facts.checkpoint["network_weights"].values()  # some are there under two names
+        millions = sum({weight.data_ptr(): weight.numel() for weight in weights}.values()) / 1e6
+        stages = join(facts.config.architecture["arch_kwargs"]["features_per_stage"], "-")
+        return f"nnU-Net's residual encoder U-Net, features {stages}; {millions:.2f} million parameters"
+    encoder = f"encoder {join(network.embed_dims, '-')} with {join(network.depths, '-')} blocks"
+    decoder = f"decoder of width {network.decoder_embed_dim} with {network.decoder_depth} blocks"
+    parts = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in counts.items() if count)
+    preset = facts.config.preset if PRESETS.get(facts.config.preset) == network else f"{facts.config.preset}, changed"
+    return f"{preset}: {encoder}, {decoder}; {sum(counts.values()) / 1e6:.2f} million parameters ({parts})"
+
+
+def facts_table(facts: Facts, held_out: Mapping[str, int] | None = None) -> Table:
+    """What a reader wants to know first: two columns, a heading and a text.
+
+    Args:
+        facts: of the checkpoint.
+        held_out: held-out cases by dataset, where known.
+    """
+    provenance, config = facts.provenance, facts.config
+    done = provenance["iterations"]
+    fold = "no fold left out" if provenance["fold"] == "all" else f"fold {provenance['fold']} left out"
+    rows = [["network", network_text(facts)], ["data", cases_text(facts, held_out)]]
+    if provenance["plans_name"]:
+        rows.append(["plans", f"{provenance['plans_name']}, {provenance['configuration']}, {fold}"])
+    mm = join([f"{s:.3g}" for s in facts.spacing])
+    spacing = f"{mm} mm, in the order of the plans" if mm else "unknown"
+    rows += [["spacing", spacing], ["intensities", intensity_text(facts)]]
+    if "converted_from" in provenance:
+        rows.append(["training", f"converted from {provenance['converted_from']}"])
+    else:
+        rows.append(["training", f"{done} of {config.iterations} iterations of {config.batch_size} crops"])
+    if skipped := len(provenance.get("skipped_steps", ())):
+        rows[-1][1] += f", {skipped} skipped for want of a finite gradient"
+    if config.init_checkpoint:
+        rows.append(["started from", config.init_checkpoint])
+    if learnt := features_text(facts):
+        rows.append(["features", learnt])
+    rows.append(["written by", f"nnunet_mim {facts.checkpoint.get('mim_version', 'of an unknown version')}"])
+    return rows
+
+
+def cases_text(facts: Facts, held_out: Mapping[str, int] | None = None) -> str:
+    """`Dataset501_HeadNeckOAR: 52 cases trained on, 14 held out`."""
+    trained = Counter(case["dataset"] for case in facts.provenance["cases"])
+    texts = []
+    for dataset in dict.fromkeys([*trained, *(held_out or {})]):
+        beside = "" if held_out is None else f", {held_out.get(dataset, 0)} held out"
+        texts.append(f"{dataset}: {trained[dataset]} cases trained on{beside}")
+    return "; ".join(texts) or "unknown cases"
+
+
+def intensity_text(facts: Facts) -> str:
+    """How voxels were normalised, channel by channel."""
+    texts = []
+    for channel, scheme in enumerate(facts.units.normalization):
+        window = facts.units.hounsfield_window(channel)
+        if window is None:
+            texts.append(scheme)
+        else:
+            std, mean = facts.units.scale(channel)
+            minus = f", minus {mean:g}" if mean else ""
+            texts.append(f"{scheme}, {window[0]:g} to {window[1]:g} HU{minus}, divided by {std:g}")
+    groups = [(text, len(list(group))) for text, group in groupby(texts)]
+    return "; ".join(text if count == 1 else f"{count} channels: {text}" for text, count in groups)
+
+
+def levels_table(facts: Facts) -> Table:
+    """Geometry of the levels: sizes in array order."""
+    levels = levels_of(facts.config)
+    table = [["level", "field of view, voxels", "mm", "seen as", "tokens masked", "views a crop"]]
+    for number, (level, count) in enumerate(zip(levels, views_per_crop(levels), strict=True)):
+        mm = join([f"{n * s:.0f}" for n, s in zip(level.fov, facts.spacing, strict=True)]) if facts.spacing else "?"
+        masked = f"{level.n_tokens - level.n_visible_tokens} of {level.n_tokens}"
+        name = shown(level_name(number, len(levels)))
+        table.append([name, join(level.fov), mm, join(level.view_size), masked, str(count)])
+    return table
+
+
+def losses_table(facts: Facts) -> Table:
+    """Last held-out losses beside trivial predictors; only the heading where nothing has been measured."""
+    table = [["level", "guess: token's mean", "guess: nearest voxels", "network", "at the start", "PSNR (nearest)"]]
+    for level in levels_in(facts.history):
+        first, last = facts.history[0], facts.history[-1]
+        name = f"val/{level}/reconstruction"
+        psnr = f"{number(last, f'val/{level}/psnr', 1)} ({number(last, f'baseline/{level}/infill_psnr', 1)}) dB"
+        guesses = [number(last, f"baseline/{level}/{kind}") for kind in ("token_mean", "infill")]
+        table.append([shown(level), *guesses, number(last, name), number(first, name), psnr])
+    if not any(f"val/{level}/psnr" in facts.history[-1] for level in levels_in(facts.history)):
+        table = [row[:-1] for row in table]
+    return table
+
+
+def datasets_table(facts: Facts) -> Table:
+    """Cases, crops and last held-out losses of each dataset; losses only where there are several."""
+    levels, last = levels_in(facts.history), facts.history[-1] if facts.history else {}
+    table = [["dataset", "cases", "crops", *(shown(level) for level in levels)]]
+    trained = Counter(case["dataset"] for case in facts.provenance["cases"])
+    for dataset, crops in facts.provenance.get("crops_seen", {}).items():
+        losses = [number(last, f"val/{dataset}/{level}") for level in levels]
+        table.append([dataset, str(trained[dataset]), str(crops), *losses])
+    return table
+
+
+def features_text(facts: Facts) -> str:
+    """Last alignment, spread of features and label probe, as far as they were measured."""
+    last = facts.history[-1] if facts.history else {}
+    parts = []
+    for level in levels_in(facts.history):
+        if f"val/{level}/alignment_top1" in last:
+            chance = last.get(f"val/{level}/alignment_chance")
+            beside = "" if chance is None else f" (chance {chance:.1%})"
+            parts.append(
+                f"{shown(level)} finds its place in {last[f'val/{level}/alignment_top1']:.0%} of views{beside}"
+            )
+    if "val/features/rank" in last:
+        of_width = f" of {facts.config.network.embed_dims[-1]}" if facts.config.encoder == "hybrid" else ""
+        parts.append(f"effective rank of the encoder's features {last['val/features/rank']:.0f}{of_width}")
+    probed = [row for row in facts.history if "val/probe/dice" in row]
+    if probed:
+        start = f" ({probed[0]['val/probe/dice']:.2f} at the start)" if len(probed) > 1 else ""
+        parts.append(f"label probe Dice {probed[-1]['val/probe/dice']:.2f}{start}")
+    return "; ".join(parts)
+
+
+def settings_table(facts: Facts) -> tuple[Table, list[int]]:
+    """Every setting with its default and meaning.
+
+    Returns:
+        the table, and the numbers of the rows (1 is the first below the heading) that are not the default's.
+    """
+    config = facts.config
+    defaults = PretrainConfig(preset=config.preset if config.preset in PRESETS else "base")
+    table, marked = [["setting", "value", "default", "meaning"]], []
+    for prefix, now, usual in (("", config, defaults), ("network.", config.network, defaults.network)):
+        notes = field_notes(NetworkConfig if prefix else PretrainConfig)
+        for field in fields(now):
+            if field.name in ("network", "architecture"):
+                continue
+            value, default = getattr(now, field.name), getattr(usual, field.name)
+            if field.name == "learning_rate":
+                default = DEFAULT_LEARNING_RATE[defaults.preset]
+            elif field.name == "preset":
+                default = PretrainConfig().preset
+            by_data = field.name in ("view_size", "scale", "in_channels")
+            if value != default and not by_data:
+                marked.append(len(table))
+            name, text = prefix + field.name, BY_DATA if by_data else plain(default)
+            table.append([name, plain(value), text, notes.get(field.name, "")])
+    return table, marked
+
+
+def commands(facts: Facts, path: Path) -> list[str]:
+    """How to finetune from a checkpoint: lines for a shell.
+
+    Args:
+        facts: of the checkpoint.
+        path: where it lies.
+    """
+    provenance = facts.provenance
+    configuration, fold = provenance["configuration"], 0 if provenance["fold"] == "all" else provenance["fold"]
+    if facts.config.encoder == "resenc":
+        plans, dataset = provenance["plans_name"], (provenance["datasets"] or ["DATASET"])[0]
+        return [f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -pretrained_weights {path}"]
+    train = "nnUNetv2_train {} {} {} -tr nnUNetTrainerMiM -p {}"
+    lines = []
+    if provenance["datasets"]:
+        own = provenance["datasets"][0][7:].split("_")[0]
+        command = train.format(own, configuration, fold, provenance["plans_name"])
+        lines += ["# its own dataset", command, "# another one"]
+    return [
+        *lines,
+        f"mim_plan -d DATASET -pc {path}",
+        f"nnUNetv2_preprocess -d DATASET -plans_name nnUNetMiMPlans -c {configuration}",
+        train.format("DATASET", configuration, 0, "nnUNetMiMPlans"),
+    ]
+
+
+def number(row: Mapping[str, float], name: str, digits: int = 3) -> str:
+    """A figure, or a dash."""
+    return f"{row[name]:.{digits}f}" if name in row else "–"
+
+
+def join(values: Sequence[Any], by: str = " × ") -> str:
+    return by.join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def plain(value: Any) -> str:
+    """A setting as a word: 64, 64, 64."""
+    if isinstance(value, tuple):
+        return ", ".join(f"({plain(v)})" if isinstance(v, tuple) else plain(v) for v in value) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) or "none"

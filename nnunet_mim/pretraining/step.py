@@ -1,0 +1,145 @@
+"""One optimiser step of pretraining, started operation by operation or, on a GPU, as one recorded CUDA graph.
+
+A step is thousands of small operations, however many crops there are: starting them takes the host about 0.2 s, most of
+which an H100 idles (benchmarks/results/2026-11-26_h100.md). Recorded once, they are started by a single call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_mim.config import PretrainConfig
+from nnunet_mim.errors import MiMError
+from nnunet_mim.networks.mask_in_mask import LevelOutput
+from nnunet_mim.pretraining.distributed.ranks import Ranks
+from nnunet_mim.pretraining.objective.levels import add_figures, level_losses, levels_that_count
+from nnunet_mim.pretraining.objective.views import LevelViews
+from nnunet_mim.pretraining.sharding import sum_gradients, whole
+
+WARM_UP = 2
+"""ordinary steps before one is recorded: kernels are compiled and chosen in them, and the optimiser makes its state"""
+
+TrainStep = Callable[[list[LevelViews]], dict[str, Tensor]]
+"""Views of all levels → figures of the step, on the device: those of `level_losses` summed over passes, `grad_norm`,
+and `skipped`, 1 where the gradient was not finite and the weights stayed as they were."""
+
+
+def ordinary_step(
+    forward: Callable[..., LevelOutput],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    flat_threshold: Tensor,
+    config: PretrainConfig,
+    ranks: Ranks,
+    views_per_pass: int | None = None,
+    recompute: tuple[int, ...] = (),
+    sharded: bool = False,
+) -> TrainStep:
+    """Forward and backward, pass by pass, clipping, the optimiser; arguments as in `level_losses` and RunOptions.
+
+    Levels whose loss has no weight, nor any level below, are not computed.
+    """
+
+    def step(views: list[LevelViews]) -> dict[str, Tensor]:
+        figures: dict[str, Tensor] = {}
+        n_computed = levels_that_count(config, len(views))
+        passes = level_losses(forward, views, flat_threshold, config, views_per_pass, recompute, ranks, n_computed)
+        for loss, part, _ in passes:
+            loss.backward()  # pass by pass: activations of one at a time
+            add_figures(figures, part)
+        norm = clip_gradients(model, config.grad_clip, ranks, sharded)
+        figures |= {"grad_norm": norm, "skipped": (~torch.isfinite(norm)).float()}
+        optimizer.found_inf = figures["skipped"]  # type: ignore[attr-defined]  # the step does nothing where it is 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return figures
+
+    return step
+
+
+def clip_gradients(model: nn.Module, largest: float, ranks: Ranks, sharded: bool) -> Tensor:
+    """Sum the gradients over ranks and clip their norm, which is returned."""
+    sum_gradients(model, ranks, sharded)
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).detach()
+
+
+class RecordedStep:
+    """The same step as a CUDA graph: the first WARM_UP calls are ordinary ones, the next records, all others replay.
+
+    Memory of a step stays reserved from then on. The optimiser must be a fused one: its state is on the device.
+    """
+
+    def __init__(self, step: TrainStep, optimizer: torch.optim.Optimizer) -> None:
+        self.step, self.optimizer = step, optimizer
+        self.done = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
+        self.inputs: list[Tensor] = []
+        self.rates: list[Tensor] = []
+        self.figures: dict[str, Tensor] = {}
+
+    def __call__(self, views: list[LevelViews]) -> dict[str, Tensor]:
+        """Do one step, with the learning rates that the optimiser's groups have now.
+
+        Returns:
+            the figures, the caller's own.
+
+        Raises:
+            MiMError: the step cannot be recorded.
+            ValueError: the views have other shapes than those that were recorded.
+        """
+        if self.done < WARM_UP:
+            self.done += 1
+            return self._warm_up(views)
+        new = _tensors(views)
+        if self.graph is None:
+            self.graph = self._record(views)
+            self.inputs = new
+        else:
+            kinds = [[(t.shape, t.dtype) for t in tensors] for tensors in (new, self.inputs)]
+            if kinds[0] != kinds[1]:
+                raise ValueError("views of other shapes than those that were recorded")
+            torch._foreach_copy_(self.inputs, new)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.figures.items()}
+
+    def _warm_up(self, views: list[LevelViews]) -> dict[str, Tensor]:
+        """On a stream of its own, as CUDA wants it before it records."""
+        self.stream = self.stream or torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            figures = self.step(views)
+        current.wait_stream(self.stream)
+        return figures
+
+    def _record(self, views: list[LevelViews]) -> torch.cuda.CUDAGraph:
+        """Record a step on these views, whose tensors are the graph's inputs from then on; nothing is computed yet."""
+        groups = self.optimizer.param_groups
+        self.rates = [torch.zeros((), device=views[0].images.device) for _ in groups]
+        kept = [{key: group.get(key) for key in ("lr", "capturable")} for group in groups]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group |= {"lr": rate, "capturable": True}
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the thread that pins batches goes on meanwhile
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.figures = self.step(views)
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise MiMError(f"a step could not be recorded as a CUDA graph ({reason}): add --no-record") from error
+        finally:
+            for group, values in zip(groups, kept, strict=True):
+                group.update(values)  # the loop sets a plain rate, which `__call__` reads
+        return graph
+
+
+def _tensors(views: list[LevelViews]) -> list[Tensor]:
+    values = [getattr(view, field.name) for view in views for field in fields(view)]
+    return [value for value in values if torch.is_tensor(value)]

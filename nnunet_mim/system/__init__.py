@@ -1,0 +1,1 @@
+"""What this machine gives: files, locks, processes, cores and memory."""

@@ -1,0 +1,52 @@
+"""How many processes read crops, and how far ahead."""
+
+import os
+
+import pytest
+
+from nnunet_mim.pretraining.data import loading
+from nnunet_mim.pretraining.data.loading import batches_ahead, default_workers
+from nnunet_mim.system import machine
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "workers"), [(16, 1, 12), (8, 1, 7), (16, 2, 7), (16, 8, 1), (2, 4, 1), (128, 8, 12)]
+)
+def test_workers_share_the_cores_beside_gpus(monkeypatch, cores, devices, workers):
+    monkeypatch.setattr(loading, "usable_cores", lambda: cores)
+    assert default_workers("cuda", devices) == workers
+    assert default_workers("cpu", devices) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_cores_are_those_of_this_process():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert machine.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert machine.usable_cores() == len(before)
+
+
+def test_limits_of_a_container(monkeypatch, tmp_path):
+    """As docker -m 4g --cpus 1.5 sets them; without limits nothing changes."""
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    cores, memory = machine.usable_cores(), machine.physical_memory()
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (machine.usable_cores(), machine.physical_memory()) == (cores, memory)
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "memory.max").write_text(f"{4 * GB}\n")
+    assert (machine.usable_cores(), machine.physical_memory()) == (1, 4 * GB)
+
+
+def test_batches_ahead_take_a_quarter_of_the_memory():
+    """12 workers with 100 MB a batch: 4 each are 4.8 GB, of 64 GB a quarter is more, of 12 GB it is enough for 2."""
+    assert batches_ahead(12, GB // 10, 1, 64 * GB) == 4
+    assert batches_ahead(12, GB // 10, 1, 12 * GB) == 2
+    assert batches_ahead(12, GB // 10, 2, 12 * GB) == 1
+    assert batches_ahead(12, GB, 8, 12 * GB) == 1
+    assert batches_ahead(12, GB, 8, 0) == 4

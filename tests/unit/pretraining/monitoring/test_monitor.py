@@ -1,0 +1,157 @@
+"""Means by hand, the CSV file over an interruption, and what the progress bar says."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from nnunet_mim.config import NetworkConfig, PretrainConfig
+from nnunet_mim.geometry import levels_of
+from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.nnunet.source import find_source
+from nnunet_mim.pretraining.loop import progress_text
+from nnunet_mim.pretraining.monitoring.held_out import HeldOut, WeightedMean, decibel, feature_spread
+from nnunet_mim.pretraining.monitoring.monitor import held_out_crops
+from nnunet_mim.pretraining.record import MetricsFile
+from nnunet_mim.pretraining.setup import index_sources, run_data
+
+
+def test_weighted_mean_by_hand():
+    mean = WeightedMean()
+    mean.add("a", 1.0, 3)
+    mean.add("a", 5.0, 1)
+    mean.add("a", 1000.0, 0)  # a crop without a target says nothing
+    mean.add("b", 7.0, 0)
+    assert mean.result() == {"a": pytest.approx(2.0), "b": 0.0}
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return [(int(row["iteration"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+def test_metrics_file_of_a_continued_run_drops_what_came_after_the_checkpoint(tmp_path):
+    path = tmp_path / "train.csv"
+    first = MetricsFile(path, start=0)
+    for iteration in (10, 20, 30):
+        first.append(iteration, {"loss": 1 / iteration})
+    second = MetricsFile(path, start=20)
+    assert [iteration for iteration, _ in rows_of(path)] == [10, 20]
+    second.append(30, {"loss": 0.5})
+    assert rows_of(path) == [(10, pytest.approx(0.1)), (20, pytest.approx(0.05)), (30, 0.5)]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("iteration,loss\n10,1\n")
+    MetricsFile(path, start=0).append(1, {"loss": 2.0})
+    assert rows_of(path) == [(1, 2.0)]
+
+
+def test_no_figure_is_an_empty_cell_and_keeps_its_column(tmp_path):
+    file = MetricsFile(tmp_path / "train.csv", start=0)
+    file.append(10, {"loss": float("nan"), "skipped": 10.0})
+    file.append(20, {"loss": 0.5, "skipped": 0.0})
+    assert file.path.read_text().splitlines() == ["iteration,loss,skipped", "10,,10", "20,0.5,0"]
+
+
+def test_progress_names_levels_and_speed():
+    train = {f"train/level{n}/reconstruction": n / 10 for n in (2, 3)}
+    val = {f"val/level{n}/reconstruction": n / 2 for n in (2, 3)} | {"val/loss": 9.0}
+    assert progress_text(train, val, 1.5) == {"L2": "0.200", "L3": "0.300", "val": "1.000/1.500", "crops/s": "1.50"}
+
+
+def test_a_row_that_was_cut_short_is_dropped(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("iteration,loss\n10,1.5\n20,0.25\n3")  # 30 was being written when the power went
+    MetricsFile(path, start=30).append(30, {"loss": 0.125})
+    assert rows_of(path) == [(10, 1.5), (20, 0.25), (30, 0.125)]
+
+
+def test_spread_of_features_by_hand():
+    """Two directions of equal strength: rank 2. All tokens the same: rank 1, no deviation. Random: rank near D, 1."""
+    cross = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
+    rank, std = feature_spread(cross)
+    assert rank == pytest.approx(2)
+    assert std == pytest.approx(2 * (2 / 3) ** 0.5 / 3 * 3**0.5)  # two axes deviate by sqrt(2/3), the third not at all
+    rank, std = feature_spread(torch.ones(50, 8) + 1e-9 * torch.randn(50, 8))
+    assert std < 1e-6
+    torch.manual_seed(0)
+    rank, std = feature_spread(torch.randn(2000, 16))
+    assert 15.5 < rank <= 16
+    assert std == pytest.approx(1, abs=0.05)
+    rank, _ = feature_spread(torch.randn(2000, 1) * torch.randn(1, 16) + 0.01 * torch.randn(2000, 16))
+    assert rank < 2.5
+
+
+def toy():
+    """A small network, and three crops of noise with everything else that HeldOut takes."""
+    network = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
+    config = PretrainConfig(network=network, view_size=(32, 32, 32), n_children=(2, 2))
+    levels = levels_of(config)
+    torch.manual_seed(0)
+    model = MaskInMask(network)
+    crops = torch.randn(3, 1, *levels[0].fov)
+    valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 3)
+    return model, crops, valid, torch.zeros(1), torch.tensor([0.04]), torch.tensor([8.0]), levels, config
+
+
+def test_losses_by_dataset_make_up_the_whole():
+    """Each crop's dataset by itself; weighted by their targets they give the loss of all."""
+    model, crops, *arguments = toy()
+    figures = HeldOut(crops, *arguments, datasets=["A", "B", "A"]).evaluate(model)
+    assert {name for name in figures if name.startswith(("val/A", "val/B"))} == {
+        f"val/{dataset}/level{n}" for dataset in "AB" for n in (1, 2, 3)
+    }
+    for n in (1, 2, 3):  # crops of noise: every masked token is a target, so all crops weigh the same
+        both = (2 * figures[f"val/A/level{n}"] + figures[f"val/B/level{n}"]) / 3
+        assert figures[f"val/level{n}/reconstruction"] == pytest.approx(both, rel=1e-5)
+    assert figures["val/A/level3"] != figures["val/B/level3"]
+    alone = HeldOut(crops, *arguments, datasets=["A", "A", "A"]).evaluate(model)
+    assert not any(name.startswith("val/A") for name in alone)
+
+
+def test_held_out_crops_come_from_every_dataset(write_dataset):
+    for number, n in ((900, 12), (920, 3), (930, 1)):
+        write_dataset(n=n, number=number)
+    sources = [find_source(str(number), "tinyPlans", "3d_fullres") for number in (900, 920, 930)]
+    config = PretrainConfig(preset="tiny", view_size=(32, 32, 32), val_crops=5)
+    data = run_data(index_sources(sources)[0], "all", config)
+    assert data.val.counts.tolist() == [1, 1, 0]  # a tenth, at least one, but not the only one
+    assert data.train.counts.tolist() == [11, 2, 1]
+    crops, valid, names = held_out_crops(data, config, torch.device("cpu"))
+    assert names == ["Dataset900_Tiny", "Dataset920_Tiny", "Dataset900_Tiny", "Dataset920_Tiny", "Dataset900_Tiny"]
+    assert len(crops) == len(valid) == 5
+
+
+def test_decibel_by_hand():
+    assert decibel(0.01) == pytest.approx(20)
+    assert decibel(1.0) == 0
+
+
+def test_held_out_figures_match_another_way_to_get_them():
+    """PSNR from predictions made view by view; whatever the number of views in a pass."""
+    model, *arguments = toy()
+    width = arguments[4]
+    held_out = HeldOut(*arguments)
+    figures = held_out.evaluate(model)
+    assert HeldOut(*arguments, views_per_pass=1).evaluate(model) == pytest.approx(figures, rel=1e-4)
+    squares, count = 0.0, 0
+    for views in held_out.batches:
+        view = views[2]
+        for n in range(view.images.shape[0]):
+            with torch.no_grad():
+                made = model(view.images[n : n + 1], view.ids_keep[n : n + 1], view.ids_masked[n : n + 1]).prediction[0]
+            for prediction, voxels in zip(made, view.masked_tokens()[n], strict=True):
+                if voxels.std() >= 0.04:
+                    error = prediction * (voxels.var() + 1e-6).sqrt() + voxels.mean() - voxels
+                    squares, count = squares + float((error / width).square().mean()), count + 1
+    assert count > 0
+    assert figures["val/level3/psnr"] == pytest.approx(-10 * math.log10(squares / count), rel=1e-4)
+    constants = held_out.constants
+    assert constants["val/level2/alignment_chance"] == 1 / 8  # octants of one parent
+    assert constants["val/level3/alignment_chance"] == 1 / (2 * 8)  # tokens of two parents
+    assert constants["baseline/level3/token_mean"] == pytest.approx(1, abs=0.01)
+    assert constants["baseline/level3/token_mean_psnr"] > 0
+    assert 1 <= figures["val/features/rank"] <= 12

@@ -1,0 +1,101 @@
+"""A recorded step: what is recorded, copied and put back. That it computes the same is shown on a GPU (test_cli.py)."""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nnunet_mim.config import PretrainConfig
+from nnunet_mim.errors import MiMError
+from nnunet_mim.geometry import levels_of
+from nnunet_mim.pretraining.objective.views import nested_views
+from nnunet_mim.pretraining.step import WARM_UP, RecordedStep
+
+
+class Stream:
+    """Of no device."""
+
+    def wait_stream(self, other):
+        """All of one stream here."""
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Where there is no GPU: what is recorded is also run, and a replay runs the recorded function again."""
+    recorded = []
+
+    class Graph:
+        def replay(self):
+            recorded[0]()
+
+    @contextmanager
+    def graph(_, stream, capture_error_mode):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    return recorded
+
+
+def views_of(seed):
+    config = replace(PretrainConfig(), view_size=(32, 32, 32), n_children=(2, 1), scale=(2, 2, 2))
+    levels = levels_of(config)
+    generator = torch.Generator().manual_seed(seed)
+    crops = torch.randn(1, 1, *levels[0].fov, generator=generator)
+    valid = torch.tensor([[[0, n] for n in levels[0].fov]])
+    return nested_views(crops, valid, torch.zeros(1), levels, generator)
+
+
+def test_views_and_rate_of_every_replay_are_those_of_its_call(no_gpu):
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.AdamW([{"params": [parameter]}], lr=0.5)
+    calls, out = [], torch.zeros(())
+
+    def step(views):
+        def compute():
+            calls.append(float(optimizer.param_groups[0]["lr"] if not no_gpu else recorded.rates[0]))
+            out.copy_(sum(view.images.sum() + view.ids_keep.sum() + view.places.sum() for view in views))
+
+        if optimizer.param_groups[0].get("capturable"):
+            no_gpu.append(compute)
+        else:
+            compute()
+        return {"sum": out}
+
+    recorded = RecordedStep(step, optimizer)
+    figures = []
+    for seed in range(WARM_UP + 3):
+        optimizer.param_groups[0]["lr"] = float(seed)
+        figures.append(recorded(views_of(seed)))
+        if seed < WARM_UP:
+            figures[-1] = {"sum": out.clone()}
+        assert optimizer.param_groups[0]["lr"] == float(seed), "checkpoints keep a plain number"
+        assert not optimizer.param_groups[0]["capturable"]
+    assert len(no_gpu) == 1, "recorded once"
+    assert calls == [float(seed) for seed in range(WARM_UP + 3)]
+    for seed, found in enumerate(figures):
+        wanted = sum(view.images.sum() + view.ids_keep.sum() + view.places.sum() for view in views_of(seed))
+        torch.testing.assert_close(found["sum"], wanted)
+    with pytest.raises(ValueError, match="other shapes"):
+        recorded([replace(view, images=view.images[:, :, :16]) for view in views_of(0)])
+
+
+def test_a_step_that_cannot_be_recorded_says_what_to_do(no_gpu):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))], lr=0.5)
+
+    def step(_):
+        if optimizer.param_groups[0].get("capturable"):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        return {}
+
+    recorded = RecordedStep(step, optimizer)
+    views = views_of(0)
+    for _ in range(WARM_UP):
+        recorded(views)
+    with pytest.raises(MiMError, match=r"^a step could not be recorded .*\(operation .*capturing\): add --no-record$"):
+        recorded(views)
+    assert optimizer.param_groups[0]["lr"] == 0.5
