@@ -11,10 +11,10 @@ from nnunet_mim.networks.depthwise import DepthwiseConv3d, conv_on_tokens, depth
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.ranks import ALONE
-from nnunet_mim.pretraining.loop import build_optimizer, forward_on
 from nnunet_mim.pretraining.objective.masks import random_masks
 from nnunet_mim.pretraining.objective.views import nested_views
-from nnunet_mim.pretraining.step import RecordedStep, ordinary_step
+from nnunet_mim.pretraining.state import build_optimizer
+from nnunet_mim.pretraining.step import RecordedStep, forward_on, ordinary_step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import levels_of
-from nnunet_mim.networks.build import PretrainingNetwork, build_network
+from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases
 from nnunet_mim.pretraining.data.run_data import RunData
 from nnunet_mim.pretraining.monitoring.held_out import HeldOut
 from nnunet_mim.pretraining.monitoring.probe import LabelProbe, probe_cases
-from nnunet_mim.pretraining.sharding import whole_weights
 
 
 class Monitor:
@@ -30,12 +29,9 @@ class Monitor:
         config: of the run.
         fabric: device and precision.
         views_per_pass: most views computed at once; None: all views of a level of one crop.
-        sharded: whether the model's weights are spread over ranks.
     """
 
-    def __init__(
-        self, data: RunData, config: PretrainConfig, fabric: Fabric, views_per_pass: int | None, sharded: bool = False
-    ) -> None:
+    def __init__(self, data: RunData, config: PretrainConfig, fabric: Fabric, views_per_pass: int | None) -> None:
         self.fabric = fabric
         self.config = config
         crops, valid, datasets = held_out_crops(data, config, fabric.device)
@@ -46,9 +42,6 @@ class Monitor:
             crops, valid, fill, flat_threshold, width, levels_of(config), config, views_per_pass, datasets
         )
         self.probe = label_probe(data, config, fabric.device)
-        self.whole: PretrainingNetwork | None = None
-        if sharded:
-            self.whole = build_network(config).to(fabric.device)
         self.seconds: dict[str, list[float]] = defaultdict(list)
         """how long every measurement has taken, by kind"""
 
@@ -57,9 +50,6 @@ class Monitor:
 
         Eager: graphs without gradients are not worth compiling.
         """
-        if self.whole is not None:
-            self.whole.load_state_dict(whole_weights(model))
-            model = self.whole
         with self.clock("held_out"), self.fabric.autocast():
             figures = {**self.held_out.evaluate(model), **self.held_out.constants}
         if self.probe is not None and self.due(iteration):

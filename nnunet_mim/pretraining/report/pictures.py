@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunet_mim.checkpoint.units import Units
-from nnunet_mim.config import PretrainConfig
+from nnunet_mim.config import FLAT_FRACTION, PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import Level, levels_of
 from nnunet_mim.networks.build import PretrainingNetwork, build_network
@@ -119,7 +119,7 @@ def reconstruct_crop(
     inside = crop[body]
     windows = np.array([units.window(channel, inside[channel]) for channel in range(config.in_channels)], np.float32)
     fill = torch.from_numpy(windows[:, 0]).to(device)
-    flat = config.flat_fraction * torch.from_numpy(windows[:, 1] - windows[:, 0]).to(device)
+    flat = FLAT_FRACTION * torch.from_numpy(windows[:, 1] - windows[:, 0]).to(device)
     views = nested_views(
         torch.from_numpy(crop)[None].to(device), torch.from_numpy(valid)[None].to(device), fill,
         levels_of(replace(config, n_children=CANDIDATES)), torch.Generator(device).manual_seed(seed), flat,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_mim.checkpoint.units import Units
-from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, NetworkConfig, PretrainConfig, field_notes
+from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.pretraining.monitoring.verdict import Verdict, levels_in, shown, verdict_on
 from nnunet_mim.pretraining.objective.levels import level_name
@@ -208,7 +208,6 @@ def settings_table(facts: Facts) -> tuple[Table, list[int]]:
     defaults = PretrainConfig(preset=config.preset if config.preset in PRESETS else "base")
     table, marked = [["setting", "value", "default", "meaning"]], []
     for prefix, now, usual in (("", config, defaults), ("network.", config.network, defaults.network)):
-        notes = field_notes(NetworkConfig if prefix else PretrainConfig)
         for field in fields(now):
             if field.name in ("network", "architecture"):
                 continue
@@ -221,7 +220,7 @@ def settings_table(facts: Facts) -> tuple[Table, list[int]]:
             if value != default and not by_data:
                 marked.append(len(table))
             name, text = prefix + field.name, BY_DATA if by_data else plain(default)
-            table.append([name, plain(value), text, notes.get(field.name, "")])
+            table.append([name, plain(value), text, field.metadata.get("meaning", "")])
     return table, marked
 
 

@@ -14,7 +14,7 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.build import build_network
 from nnunet_mim.networks.resenc import ResEncMaskInMask, check_resenc, check_view, fitting_view
-from nnunet_mim.pretraining.setup import config_for_data
+from nnunet_mim.pretraining.configure import config_for_data
 
 TOKEN = (8, 8, 8)
 

@@ -1,6 +1,7 @@
 """Steps without a finite gradient change nothing, are counted and named, and end the run where they are too many."""
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining import loop
 from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.loop import culprits, mean_figures
+from nnunet_mim.pretraining.state import TrainingState
 from nnunet_mim.pretraining.stopping import SkippedSteps
 
 SETTINGS = ("--iterations", "12", "--val_every", "12", "--set", "val_crops=1")
@@ -51,9 +53,10 @@ def test_a_case_with_nan_is_skipped_and_named(poisoned, small_runs, capsys):
 def test_a_skipped_step_leaves_no_trace(poisoned, small_runs, monkeypatch):
     """Weights, moments and step counters after it are those before it: checkpoints on both sides are equal."""
     saved = {}
-    monkeypatch.setattr(loop.RunRecord, "save", lambda self, name, iteration, weights, skipped, state=None: (
-        saved.update({iteration: ({k: v.clone() for k, v in weights.items()}, state, len(skipped))})
-        if name == loop.LATEST else None
+    monkeypatch.setattr(TrainingState, "save", lambda self, run, file, resumable=False: (
+        saved.update({self.iteration: deepcopy((
+            dict(self.model.state_dict()), self.checkpoint(run, True)["resume_state"], len(self.skipped.steps)
+        ))}) if resumable else None
     ))  # fmt: skip
     assert small_runs.here("-o", "run", *SETTINGS, "--save_every", "1", "--set", "max_skipped=12") == 0
     unchanged = [i for i in saved if i - 1 in saved and saved[i][2] > saved[i - 1][2]]
@@ -80,14 +83,14 @@ def test_too_many_end_the_run_and_keep_the_checkpoint(write_dataset, small_runs,
 
 
 def test_the_limit_by_hand():
-    skips = SkippedSteps([], most=2, window=10)
+    skips = SkippedSteps([], maximum=2, window=10)
     for iteration in (1, 5, 12, 15):
         skips.add(iteration, ["a"])
         skips.check(iteration, "folder")  # 1 5 | 5 12 | 12 15 lie in windows of ten
     skips.add(21, ["b, crop 4"])
     with pytest.raises(MiMError, match=r"3 of the last 10 steps .* on b, crop 4"):
         skips.check(21, "folder")
-    SkippedSteps(skips.steps, most=2, window=10).check(25, "folder")  # 12 and 15 are forgotten
+    SkippedSteps(skips.steps, maximum=2, window=10).check(25, "folder")  # 12 and 15 are forgotten
 
 
 def step(loss, targets, skipped=0.0, bad=(0.0, 0.0)):

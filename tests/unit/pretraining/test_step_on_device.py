@@ -11,9 +11,9 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks import depthwise
 from nnunet_mim.networks.mask_in_mask import MaskInMask
-from nnunet_mim.pretraining.loop import RunOptions
 from nnunet_mim.pretraining.objective.levels import add_figures, level_losses
 from nnunet_mim.pretraining.objective.views import nested_views
+from nnunet_mim.pretraining.options import RunOptions
 
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
 CONFIG = PretrainConfig(network=NETWORK, view_size=(32, 32, 32), n_children=(2, 2))

@@ -10,11 +10,11 @@ from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.nnunet.source import find_source
+from nnunet_mim.pretraining.data.run_data import index_sources, run_data
 from nnunet_mim.pretraining.loop import progress_text
 from nnunet_mim.pretraining.monitoring.held_out import HeldOut, WeightedMean, decibel, feature_spread
 from nnunet_mim.pretraining.monitoring.monitor import held_out_crops
 from nnunet_mim.pretraining.record import MetricsFile
-from nnunet_mim.pretraining.setup import index_sources, run_data
 
 
 def test_weighted_mean_by_hand():
