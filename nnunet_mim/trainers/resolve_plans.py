@@ -12,7 +12,8 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_mim.checkpoint.finetuning import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint
+from nnunet_mim.checkpoint.locate import FINAL, find_checkpoint, no_checkpoint_error
 from nnunet_mim.config import PRESETS, NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_strides
@@ -94,11 +95,11 @@ def resolve_plans(
             notes.extend(_deep_supervision_note(architecture, config["patch_size"]))
 
     checkpoint = None
-    surely_fresh = not plans.get("continue_training") and not (fold_folder / "checkpoint_final.pth").is_file()
+    surely_fresh = not plans.get("continue_training") and not (fold_folder / FINAL).is_file()
     if surely_fresh and (pretrained or architecture is None):
         path = find_checkpoint(plans, configuration, fold, results)
         if path is not None:
-            checkpoint = read_checkpoint(path)
+            checkpoint = PretrainedCheckpoint.load(path)
         elif pretrained:
             raise no_checkpoint_error(plans, configuration, fold, results)
     if architecture is None:
