@@ -22,6 +22,7 @@ from torch import Tensor
 from nnunet_mim.checkpoint.format import build_checkpoint, is_state_dict
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.errors import MiMError
+from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.networks.vit_blocks import sincos_position
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW
@@ -35,7 +36,7 @@ LICENCE_NOTE = (
 
 COMPUTED = {"pos_embed": "embed_dims", "decoder_pos_embed": "decoder_embed_dim"}
 """published tensors that are no parameters here: fixed positions, computed and compared"""
-FIRST_CONVOLUTION = "encoder.stages.0.embed.proj"
+FIRST_CONVOLUTION = HybridUNet.keys_to_in_proj[0]
 
 _RENAMES = (
     (r"patch_embed([123])\.", r"encoder.stages.{stage}.embed."),

@@ -13,7 +13,7 @@ from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 
-INPUT_LAYER = "stages.0.embed.proj.weight"
+INPUT_LAYER = f"{HybridUNet.keys_to_in_proj[0]}.weight".removeprefix(ENCODER_PREFIX)
 
 
 @dataclass
