@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from nnunet_mim.pretraining.distributed.launch import device_count, end_process_group, launched_fabric, say
     from nnunet_mim.pretraining.dry_run import dry_run
     from nnunet_mim.pretraining.loop import RunOptions, pretrain
+    from nnunet_mim.pretraining.report.summary import losses_text
 
     require_environment()
     fold = "all" if args.f == "all" else _fold(args.f)
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     result = pretrain(config, data, folder, fabric, args.resume, options)
     if fabric.is_global_zero:
         point_to(folder / FINAL)
-    say(summary(result.figures))
+    say(losses_text(result.figures))
     say(result.verdict)
     say(measuring_text(result.measuring_share, config))
     say(f"wrote {folder / FINAL}")
@@ -137,16 +138,6 @@ def measuring_text(share: float, config: PretrainConfig) -> str:
     rarer = [f"--val_every ({config.val_every})"] if config.val_every < config.iterations else []
     rarer += [f"--set probe_every ({config.probe_every})"] if 0 < config.probe_every < config.iterations else []
     return f"{text}: raise {' and '.join(rarer)}" if rarer and share > MUCH_MEASURING else text
-
-
-def summary(figures: dict[str, float]) -> str:
-    """Held-out reconstruction beside the trivial predictors, one line per level."""
-    lines = ["held-out reconstruction loss   token mean   in-filling   network"]
-    for name in sorted(n for n in figures if n.startswith("val/") and n.endswith("/reconstruction")):
-        level = name.split("/")[1]
-        mean, infill = figures[f"baseline/{level}/token_mean"], figures[f"baseline/{level}/infill"]
-        lines.append(f"  {level:28} {mean:10.3f}   {infill:10.3f}   {figures[name]:7.3f}")
-    return "\n".join(lines)
 
 
 def _fold(text: str) -> int:

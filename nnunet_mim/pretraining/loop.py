@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,13 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.build import build_network
 from nnunet_mim.networks.mask_in_mask import LevelOutput
-from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases, case_records
+from nnunet_mim.pretraining.data.crops import UnreadCases, case_records
 from nnunet_mim.pretraining.data.loading import training_batches, training_crops
 from nnunet_mim.pretraining.data.run_data import RunData
-from nnunet_mim.pretraining.distributed.ranks import Ranks, ranks_of
+from nnunet_mim.pretraining.distributed.ranks import ranks_of
+from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
 from nnunet_mim.pretraining.monitoring.monitor import Monitor
+from nnunet_mim.pretraining.monitoring.progress import culprits, mean_figures, progress_text
 from nnunet_mim.pretraining.objective.losses import full
 from nnunet_mim.pretraining.objective.views import nested_views
 from nnunet_mim.pretraining.record import RunRecord
@@ -81,7 +82,7 @@ class RunOptions:
 class RunResult:
     """Of a finished run."""
 
-    figures: dict[str, float]
+    figures: Measurement[float]
     """last measurement on held-out cases"""
     verdict: str
     """one sentence: is it working?"""
@@ -146,7 +147,7 @@ def pretrain(
     forward = forward_on(fabric, compiled(model) if run.compile else model)
     schedule = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
     skips = SkippedSteps(skipped, config.max_skipped, config.skip_window)
-    record = RunRecord(folder, config, data.sources, seen, data.fold, start, history, crops_seen, fabric.is_global_zero)
+    record = RunRecord(folder, config, data, seen, start, history, crops_seen, fabric.is_global_zero)
     unread = UnreadCases(data.train)
 
     fill, flat_threshold = (torch.tensor(v, device=fabric.device) for v in (data.fill, data.flat_threshold))
@@ -171,11 +172,11 @@ def pretrain(
 
     began = time.perf_counter()
     if resume:
-        val = history[-1]
+        val = Measurement.from_row(history[-1])
     else:
         val = monitor.measure(model, 0)
-        record.measured(0, val, {})
-    recent: list[dict[str, Tensor]] = []  # figures of the steps since the last log, still on the device
+        record.measured(0, val)
+    recent: list[TrainingFigures[Tensor]] = []  # figures of the steps since the last log, still on the device
     since = time.perf_counter()
     progress = tqdm(
         total=config.iterations, initial=start, desc="pretraining", unit="it", smoothing=0.05,
@@ -213,10 +214,11 @@ def pretrain(
                 crops_seen.update(
                     dataset.counts(range((done - len(recent)) * config.batch_size, done * config.batch_size))
                 )
-                counts = {f"train/crops/{name}": float(n) for name, n in crops_seen.items()}
+                counts = {name: float(n) for name, n in crops_seen.items()}
                 failed = float(ranks.sum(torch.tensor(float(unread.failed), device=fabric.device)))
-                more = {"lr": float(schedule[iteration]), "crops_per_s": speed, "train/unread": failed}
-                record.log("train", done, {**means, **more, **counts})
+                rate = float(schedule[iteration])
+                logged = replace(means, learning_rate=rate, crops_per_s=speed, unread=failed, crops=counts)
+                record.log(done, logged)
                 progress.set_postfix(progress_text(means, val, speed), refresh=False)
                 recent.clear()
                 skips.check(done, folder)
@@ -229,7 +231,7 @@ def pretrain(
                     save(BEST, done)
                 if monitor.due(done) or last:
                     with monitor.clock("report"):
-                        record.report(done, whole_weights(model), skips.steps, data, fabric.device.type)
+                        record.report(done, whole_weights(model), skips.steps, fabric.device.type)
                     say(f"iteration {done}: {record.verdict()}")
                 since = time.perf_counter()
             if due:
@@ -268,51 +270,3 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Ada
         (no_decay if vector else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-
-
-def mean_figures(steps: list[dict[str, Tensor]], ranks: Ranks) -> tuple[dict[str, float], dict[int, list[bool]]]:
-    """Mean over steps and ranks, read from the device in one go, plus the sum of the levels as `train/loss`.
-
-    Reconstruction losses are weighted by their number of target tokens, as in HeldOut. Skipped steps count in
-    `train/skipped` alone, which is their number; where all were skipped, the other means are NaN.
-
-    Returns:
-        means by name; and for each skipped step its number in `steps` and whether each crop of its batch had features
-        that were not finite.
-    """
-    names = [name for name in steps[0] if name != "nonfinite"]
-    local = torch.stack([torch.stack([step[name].float() for name in names]) for step in steps])
-    same_everywhere = torch.tensor([name in ("grad_norm", "skipped") for name in names], device=local.device)
-    values = ranks.sum(torch.where(same_everywhere, local / ranks.world, local)).cpu()
-    columns = {name: values[:, i] for i, name in enumerate(names)}
-    used = columns["skipped"] == 0
-    means = {}
-    for name, column in columns.items():
-        level, _, kind = name.partition("/")
-        weight = columns[f"{level}/targets"][used] if kind == "reconstruction" else torch.ones(int(used.sum()))
-        mean = (column[used] * weight).sum() / weight.sum().clamp(min=1) if used.any() else math.nan
-        means[f"train/{name}"] = float(mean)
-    means["train/skipped"] = float((~used).sum())
-    means["train/loss"] = sum(value for name, value in means.items() if name.endswith("/loss"))
-    crops = ranks.gather(torch.stack([step["nonfinite"] for step in steps]).T.contiguous()).T.cpu()  # (steps, batch)
-    return means, {i: (crops[i] > 0).tolist() for i in (~used).nonzero().flatten().tolist()}
-
-
-def culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size: int) -> list[str]:
-    """Names of the cases of a skipped step: those whose features were not finite, or all if none or all were."""
-    numbers = range(iteration * batch_size, (iteration + 1) * batch_size)
-    chosen = [number for number, is_bad in zip(numbers, bad, strict=True) if is_bad] or numbers
-    cases = [dataset.case_of(number) for number in chosen]
-    return [
-        f"{case.source.dataset} {case.info.case}, crop {number}" for case, number in zip(cases, chosen, strict=True)
-    ]
-
-
-def progress_text(train: dict[str, float], val: dict[str, float], speed: float) -> dict[str, str]:
-    """What the progress bar shows beside speed and time left."""
-    levels = [name.split("/")[1] for name in val if name.endswith("/reconstruction")]
-    trained = [level for level in levels if f"train/{level}/reconstruction" in train]
-    text = {f"L{level[-1]}": f"{train[f'train/{level}/reconstruction']:.3f}" for level in trained}
-    text["val"] = "/".join(f"{val[f'val/{level}/reconstruction']:.3f}" for level in levels)
-    text["crops/s"] = f"{speed:.2f}"
-    return text
