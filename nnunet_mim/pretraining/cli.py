@@ -105,6 +105,7 @@ def run(typed: argparse.Namespace) -> None:
     from nnunet_mim.pretraining.distributed.launch import device_count, end_process_group, launched_fabric, say
     from nnunet_mim.pretraining.dry_run import dry_run
     from nnunet_mim.pretraining.loop import pretrain
+    from nnunet_mim.pretraining.report.summary import losses_text
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise MiMError("no CUDA device found: add -device cpu (slow; try --preset tiny --view 64)")
@@ -132,7 +133,7 @@ def run(typed: argparse.Namespace) -> None:
     result = pretrain(job, fabric)
     if fabric.is_global_zero:
         setup.point_to(folder, sources, where)
-    say(summary(result.figures))
+    say(losses_text(result.figures))
     say(result.verdict)
     say(measuring_text(result.measuring_share, job.config))
     say(f"wrote {folder / FINAL}")
@@ -148,16 +149,6 @@ def measuring_text(share: float, config: PretrainConfig) -> str:
     rarer = [f"--val_every ({config.val_every})"] if config.val_every < config.iterations else []
     rarer += [f"--set probe_every ({config.probe_every})"] if 0 < config.probe_every < config.iterations else []
     return f"{text}: raise {' and '.join(rarer)}" if rarer and share > FREQUENT_MEASURING else text
-
-
-def summary(figures: dict[str, float]) -> str:
-    """Held-out reconstruction beside the trivial predictors, one line per level."""
-    lines = ["held-out reconstruction loss   token mean   in-filling   network"]
-    for name in sorted(n for n in figures if n.startswith("val/") and n.endswith("/reconstruction")):
-        level = name.split("/")[1]
-        mean, infill = figures[f"baseline/{level}/token_mean"], figures[f"baseline/{level}/infill"]
-        lines.append(f"  {level:28} {mean:10.3f}   {infill:10.3f}   {figures[name]:7.3f}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

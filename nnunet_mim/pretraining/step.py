@@ -7,7 +7,7 @@ which an H100 idles (benchmarks/results/2026-11-26_h100.md). Recorded once, they
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.mask_in_mask import LevelOutput
 from nnunet_mim.pretraining.distributed.ranks import Ranks, ranks_of
-from nnunet_mim.pretraining.objective.levels import add_figures, level_losses, levels_that_count
+from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigures, mapped
+from nnunet_mim.pretraining.objective.levels import add_pass, level_losses, levels_that_count
 from nnunet_mim.pretraining.objective.losses import full
 from nnunet_mim.pretraining.objective.views import LevelViews
 from nnunet_mim.pretraining.setup import Run
@@ -31,8 +32,8 @@ WARM_UP = 2
 MAX_GRAPHS = 64
 """of torch.compile: one for each level, first and later passes, full and last passes, with and without a parent"""
 
-TrainStep = Callable[[list[LevelViews]], dict[str, Tensor]]
-"""Views of all levels → figures of the step, on the device: those of `level_losses` summed over passes, `grad_norm`,
+TrainStep = Callable[[list[LevelViews]], TrainingFigures[Tensor]]
+"""Views of all levels → figures of the step, on the device: those of `level_losses` added up over passes, `grad_norm`,
 and `skipped`, 1 where the gradient was not finite and the weights stayed as they were."""
 
 
@@ -78,20 +79,20 @@ def ordinary_step(
     Levels whose loss has no weight, nor any level below, are not computed.
     """
 
-    def step(views: list[LevelViews]) -> dict[str, Tensor]:
-        figures: dict[str, Tensor] = {}
+    def step(views: list[LevelViews]) -> TrainingFigures[Tensor]:
+        levels: list[LevelFigures[Tensor]] = []
         n_computed = levels_that_count(config, len(views))
         passes = level_losses(forward, views, flat_threshold, config, views_per_pass, recompute, ranks, n_computed)
         for loss, part, _ in passes:
             loss.backward()  # pass by pass: activations of one at a time
-            add_figures(figures, part)
+            add_pass(levels, part)
         ranks.sum_all([p.grad for p in model.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).detach()
-        figures |= {"grad_norm": norm, "skipped": (~torch.isfinite(norm)).float()}
-        optimizer.found_inf = figures["skipped"]  # type: ignore[attr-defined]  # the step does nothing where it is 1
+        skipped = (~torch.isfinite(norm)).float()
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the step does nothing where it is 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return figures
+        return TrainingFigures(levels=tuple(levels), grad_norm=norm, skipped=skipped)
 
     return step
 
@@ -126,9 +127,9 @@ class RecordedStep:
         self.stream: torch.cuda.Stream | None = None
         self.inputs: list[Tensor] = []
         self.rates: list[Tensor] = []
-        self.figures: dict[str, Tensor] = {}
+        self.figures: TrainingFigures[Tensor] = TrainingFigures()
 
-    def __call__(self, views: list[LevelViews]) -> dict[str, Tensor]:
+    def __call__(self, views: list[LevelViews]) -> TrainingFigures[Tensor]:
         """Do one step, with the learning rates that the optimiser's groups have now.
 
         Returns:
@@ -153,9 +154,10 @@ class RecordedStep:
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self.graph.replay()
-        return {name: value.clone() for name, value in self.figures.items()}
+        levels = tuple(mapped(torch.clone, level) for level in self.figures.levels)
+        return replace(mapped(torch.clone, self.figures), levels=levels)
 
-    def _warm_up(self, views: list[LevelViews]) -> dict[str, Tensor]:
+    def _warm_up(self, views: list[LevelViews]) -> TrainingFigures[Tensor]:
         """On a stream of its own, as CUDA wants it before it records."""
         self.stream = self.stream or torch.cuda.Stream()
         current = torch.cuda.current_stream()

@@ -18,7 +18,7 @@ from nnunet_mim.networks.build import PretrainingNetwork, build_network
 from nnunet_mim.networks.token_layout import grid_from_tokens, tokens_from_grid
 from nnunet_mim.nnunet.orientation import Orientation
 from nnunet_mim.pretraining.monitoring.baselines import infill_tokens
-from nnunet_mim.pretraining.objective.levels import level_name
+from nnunet_mim.pretraining.objective.levels import level_number
 from nnunet_mim.pretraining.objective.losses import VARIANCE_EPS, normalize_tokens
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 from nnunet_mim.reporting.views import ReconstructedView, interest
@@ -33,8 +33,8 @@ TISSUE = 0.1
 class LevelPicture:
     """One view of one level, first channel: arrays of the view's size in the order of preprocessed cases, HU for CT."""
 
-    name: str
-    """`level1`, …"""
+    number: int
+    """of the level, 1 to 3"""
     level: Level
     input: np.ndarray
     mask: np.ndarray
@@ -51,6 +51,11 @@ class LevelPicture:
     """first voxel of the field of view in the preprocessed volume; may be negative"""
     child_box: tuple[slice, slice, slice] | None
     """masked voxels that the next level's view was cut from"""
+
+    @property
+    def name(self) -> str:
+        """`level1`, …"""
+        return f"level{self.number}"
 
     @property
     def step(self) -> tuple[float, float, float]:
@@ -138,8 +143,8 @@ def reconstruct_crop(
             chosen = int(np.argmax([interest(np.clip((c - black) / (white - black), 0, 1)) for c in children]))
             box = place_in_view(view.level, int(view.places[number, chosen]))
             number = number * n + chosen
-        name = level_name(i, len(views))
-        pictures.append(LevelPicture(name, view.level, image, mask, made, given, infill, first, box))  # type: ignore[arg-type]
+        level = level_number(i, len(views))
+        pictures.append(LevelPicture(level, view.level, image, mask, made, given, infill, first, box))  # type: ignore[arg-type]
     return pictures
 
 
@@ -228,7 +233,7 @@ def upright(
     for picture in pictures:
         mm = orientation.triple([s * t for s, t in zip(spacing, picture.step, strict=True)])
         width = orientation.triple([f * s for f, s in zip(picture.level.fov, spacing, strict=True)])
-        title = f"{picture.name.replace('level', 'level ')}\n{size_text(width)}"
+        title = f"level {picture.number}\n{size_text(width)}"
         box = picture.child_box
         view = ReconstructedView(
             title=title,

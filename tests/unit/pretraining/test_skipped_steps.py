@@ -11,7 +11,8 @@ from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining import loop
 from nnunet_mim.pretraining.distributed.ranks import ALONE
-from nnunet_mim.pretraining.loop import culprits, mean_figures
+from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigures
+from nnunet_mim.pretraining.monitoring.progress import culprits, mean_figures
 from nnunet_mim.pretraining.state import TrainingState
 from nnunet_mim.pretraining.stopping import SkippedSteps
 
@@ -94,22 +95,26 @@ def test_the_limit_by_hand():
 
 
 def step(loss, targets, skipped=0.0, bad=(0.0, 0.0)):
-    figures = {"level3/reconstruction": loss, "level3/targets": targets, "level3/loss": loss, "skipped": skipped}
-    return {**{k: torch.tensor(v) for k, v in figures.items()}, "nonfinite": torch.tensor(bad)}
+    loss, targets, skipped, bad = (torch.tensor(value) for value in (loss, targets, skipped, bad))
+    level = LevelFigures(3, reconstruction=loss, targets=targets, loss=loss, nonfinite=bad)
+    return TrainingFigures(levels=(level,), grad_norm=loss, skipped=skipped)
 
 
 def test_means_leave_skipped_steps_out():
     steps = [step(1.0, 10.0), step(float("nan"), 7.0, 1.0, (0.0, 3.0)), step(4.0, 20.0)]
-    means, bad = mean_figures(steps, ALONE)
+    figures, bad = mean_figures(steps, ALONE)
+    means = figures.row()
     assert means["train/level3/reconstruction"] == pytest.approx((1 * 10 + 4 * 20) / 30)
     assert means["train/level3/targets"] == 15
     assert means["train/loss"] == 2.5
+    assert means["train/grad_norm"] == 2.5
     assert means["train/skipped"] == 1
     assert bad == {1: [False, True]}
 
 
 def test_nothing_but_skipped_steps_give_no_figure():
-    means, bad = mean_figures([step(float("nan"), 7.0, 1.0)], ALONE)
+    figures, bad = mean_figures([step(float("nan"), 7.0, 1.0)], ALONE)
+    means = figures.row()
     assert means.pop("train/skipped") == 1
     assert bad == {0: [False, False]}
     assert {"train/level3/reconstruction", "train/loss"} <= set(means)

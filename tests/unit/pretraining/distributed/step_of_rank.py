@@ -11,7 +11,8 @@ from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.launch import end_process_group
 from nnunet_mim.pretraining.distributed.ranks import Ranks
-from nnunet_mim.pretraining.objective.levels import add_figures, level_losses
+from nnunet_mim.pretraining.monitoring.figures import TrainingFigures
+from nnunet_mim.pretraining.objective.levels import add_pass, level_losses
 from nnunet_mim.pretraining.objective.views import nested_views
 
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
@@ -34,13 +35,14 @@ def step(ranks, alignment):
     flat = torch.tensor([0.05], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     views = nested_views(crops[mine], valid[mine], torch.zeros(1), levels, generator, flat, ranks)
-    figures = {}
+    figures = []
     for loss, part, _ in level_losses(model, views, flat, config, views_per_pass=3, ranks=ranks):
         loss.backward()
-        add_figures(figures, part)
+        add_pass(figures, part)
     ranks.sum_all([p.grad for p in model.parameters() if p.grad is not None])
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: ranks.sum(value) for name, value in figures.items() if name != "nonfinite"}, gradients
+    row = TrainingFigures(levels=tuple(figures)).row()
+    return {name: ranks.sum(value) for name, value in row.items()}, gradients
 
 
 def main(out, rank, world, port, alignment):

@@ -49,7 +49,7 @@ def test_two_processes_have_the_gradients_of_one(step_of, alignment):
     figures, gradients = step_of(1, alignment)
     their_figures, theirs = step_of(2, alignment)
     assert set(theirs) == set(gradients)
-    assert float(figures["level2/targets"]) > 0
+    assert float(figures["train/level2/targets"]) > 0
     for name, value in figures.items():
         torch.testing.assert_close(their_figures[name], value, rtol=1e-9, atol=1e-12, msg=name)
     largest = max(float(g.abs().max()) for g in gradients.values())

@@ -128,6 +128,7 @@ def test_commands() -> None:
 def test_verdict_knows_the_warmup(n, kind) -> None:
     facts = make_facts([row(250 * i, 1 - i / 20) for i in range(n)], iterations=5000)
     assert facts.verdict().kind == kind
-    assert make_facts(facts.history, iterations=100_000).verdict().kind == "too early to say"
-    untrained = make_facts(facts.history, level_weights=(0.0, 1.0, 1.0), iterations=5000).verdict().sentence
+    history = facts.provenance["loss_history"]
+    assert make_facts(history, iterations=100_000).verdict().kind == "too early to say"
+    untrained = make_facts(history, level_weights=(0.0, 1.0, 1.0), iterations=5000).verdict().sentence
     assert "level 1" not in untrained
