@@ -1,4 +1,4 @@
-"""One training of an experiment: nnU-Net's own commands in folders of its own, and what came out of it."""
+"""One training of an experiment: nnU-Net's own commands in separate folders, and the result."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import IO, Any
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, load_summary_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_mim.benchmarking.bench_file import TRAIN
 from nnunet_mim.benchmarking.metrics import case_metrics
 from nnunet_mim.benchmarking.seeded_training import Length, attempts_of
 from nnunet_mim.checkpoint.finetuning import ENV_CHECKPOINT
@@ -29,11 +30,8 @@ from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
 
-KEY, RESULT, COST, FAILED = "key.json", "result.json", "cost.json", "failed.txt"
-LOG = "log.txt"
-LOOK_EVERY = 0.5
-"""seconds between looks at a training"""
-TRAIN = "nnUNetv2_train"
+KEY, RESULT, COST, FAILED, LOG = "key.json", "result.json", "cost.json", "failed.txt", "log.txt"
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,10 @@ class Arm:
     """the dataset as preprocessed for the plans"""
     checkpoint: str | None = None
     command: str = TRAIN
-    """that trains; others with the same arguments take their checkpoint from the plans"""
 
     @property
     def is_mim(self) -> bool:
-        """Whether the plans' recipe decides about the training."""
+        """Whether the trainer follows the recipe in the plans."""
         return self.trainer.startswith("nnUNetTrainerMiM")
 
     @property
@@ -73,7 +70,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training."""
+    """One training of the experiment."""
 
     arm: Arm
     fold: int
@@ -82,17 +79,22 @@ class Cell:
     seed: int
     length: Length
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """of the recipe, for MiM trainers"""
+    """settings of the recipe, for MiM trainers"""
 
     @cached_property
     def dataset_json(self) -> dict[str, Any]:
-        """Of the preprocessed dataset."""
+        """nnU-Net's dataset.json of the preprocessed dataset."""
         return json.loads((self.arm.source.folder.parent / "dataset.json").read_text())
 
-    @property
-    def references(self) -> Path:
-        """nnU-Net's copies of the labels."""
-        return self.arm.source.folder.parent / "gt_segmentations"
+    def reference(self, case: str) -> Path:
+        """nnU-Net's copy of a case's label image."""
+        return self.arm.source.folder.parent / "gt_segmentations" / f"{case}{self.dataset_json['file_ending']}"
+
+    def output(self, folder: Path) -> Path:
+        """nnU-Net's output folder, where `folder` is that of the cell."""
+        source = self.arm.source
+        name = f"{self.arm.trainer}__{source.plans_name}__{source.configuration}"
+        return folder / "nnUNet_results" / source.dataset / name / f"fold_{self.fold}"
 
     def key(self) -> dict[str, Any]:
         """Everything that decides the result, as plain values."""
@@ -113,18 +115,22 @@ class Cell:
         }
 
 
+class InterruptedTrainingError(MiMError):
+    """A training was ended from outside; it continues when the command is repeated."""
+
+
 def finished(cell: Cell, folder: Path, tolerance: float) -> dict[str, Any] | None:
-    """The result of a cell that has been run. Where it was measured with another tolerance (mm), its predictions are
+    """The result of a finished cell, or None. If it was measured with another tolerance (mm), its predictions are
     measured again.
 
     Raises:
-        MiMError: the folder holds another one, finished or not.
+        MiMError: the folder holds another experiment, finished or not.
     """
     if not (folder / KEY).is_file():
         return None
     stored, now = json.loads((folder / KEY).read_text()), json.loads(json.dumps(cell.key()))
-    decides = [name for name in now if name != "checkpoint"]  # its content does, and may have moved
-    changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in decides if stored.get(name) != now[name]]
+    decisive = [name for name in now if name != "checkpoint"]  # the file may have moved: its hash decides
+    changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in decisive if stored.get(name) != now[name]]
     if changed:
         raise MiMError(
             f"{folder} holds another experiment ({'; '.join(changed)[:300]}): give another output folder, or delete it"
@@ -133,13 +139,17 @@ def finished(cell: Cell, folder: Path, tolerance: float) -> dict[str, Any] | Non
         return None
     result = json.loads((folder / RESULT).read_text())
     if result["tolerance"] != tolerance:
-        result = {**result, **read_result(cell, _output(cell, folder), tolerance)}
+        result = {**result, **read_result(cell, cell.output(folder), tolerance)}
         write_atomically(folder / RESULT, json.dumps(result).encode())
     return result
 
 
-class InterruptedTrainingError(MiMError):
-    """A training was ended from outside; it goes on where it was when the command is repeated."""
+def failure(folder: Path) -> str | None:
+    """Why the last attempt at a cell ended; None where it did not fail."""
+    try:
+        return (folder / FAILED).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
 
 
 def run_cell(
@@ -151,26 +161,39 @@ def run_cell(
     gpu: str | None = None,
     stop: Event | None = None,
 ) -> dict[str, Any]:
-    """Train and validate, going on where an earlier attempt was interrupted; keeps and returns the result, or why there
-    is none.
+    """Train and validate, continuing an interrupted attempt. Writes and returns the result; writes why it failed.
 
     Args:
-        cell: what.
-        folder: of this cell alone.
+        cell: the training.
+        folder: of this cell only.
         device: as for nnUNetv2_train.
-        threads: of PyTorch; 0: as nnU-Net sets them.
+        threads: number of PyTorch's threads; 0: as nnU-Net sets it.
         tolerance: of the normalised surface Dice, mm.
-        gpu: the only one that it sees (CUDA_VISIBLE_DEVICES); None: as this process.
+        gpu: the GPU of the training (CUDA_VISIBLE_DEVICES); None: as this process.
         stop: ends the training when it is set.
 
     Raises:
         MiMError: the training failed; names its log.
-        InterruptedTrainingError: it was ended from outside; that is no failure.
+        InterruptedTrainingError: it was ended from outside, which is no failure.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
     try:
-        return _run_cell(cell, folder, device, threads, tolerance, gpu, stop)
+        write_atomically(folder / KEY, json.dumps(cell.key()).encode())
+        environment = _write_folders(cell, folder)
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        with (folder / LOG).open("a") as log:
+            exit_code = _run(_command(cell, folder, device, threads), log, environment, stop)
+        if exit_code in (-signal.SIGTERM, -signal.SIGINT):
+            raise InterruptedTrainingError(f"interrupted, see {folder / LOG}")
+        if exit_code or not (cell.output(folder) / "validation" / "summary.json").is_file():
+            last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+            raise MiMError(f"training failed, see {folder / LOG} ({last[0][:200]})")
+        measured = read_result(cell, cell.output(folder), tolerance)
+        result = {"key": cell.key(), **measured, "cost": total_cost(folder / COST)}
+        write_atomically(folder / RESULT, json.dumps(result).encode())
+        return result
     except InterruptedTrainingError:
         raise
     except (MiMError, OSError, ValueError, KeyError) as error:
@@ -179,57 +202,30 @@ def run_cell(
         raise
 
 
-def failure(folder: Path) -> str | None:
-    """Why the last attempt at a cell ended; None where it did not fail."""
-    try:
-        return (folder / FAILED).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-
-
-def _run_cell(
-    cell: Cell, folder: Path, device: str, threads: int, tolerance: float, gpu: str | None, stop: Event | None
-) -> dict[str, Any]:
-    write_atomically(folder / KEY, json.dumps(cell.key()).encode())
-    environment = _write_folders(cell, folder)
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    output = _output(cell, folder)
-    source, length = cell.arm.source, cell.length
-    command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training"]
-    command += [
-        str(n) for n in (os.getpid(), cell.seed, length.epochs, length.iterations, length.val_iterations, threads)
-    ]
-    command += [str(folder / COST), cell.arm.command]
-    command += [source.dataset, source.configuration, str(cell.fold), "-tr", cell.arm.trainer, "-p", source.plans_name]
-    command += ["-device", device]
+def _command(cell: Cell, folder: Path, device: str, threads: int) -> list[str]:
+    source, length, output = cell.arm.source, cell.length, cell.output(folder)
+    numbers = (os.getpid(), cell.seed, length.epochs, length.iterations, length.val_iterations, threads)
+    command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training", *map(str, numbers)]
+    command += [str(folder / COST), cell.arm.command, source.dataset, source.configuration, str(cell.fold)]
+    command += ["-tr", cell.arm.trainer, "-p", source.plans_name, "-device", device]
     if (output / "checkpoint_final.pth").is_file():
-        command.append("--val")
-    elif (output / "checkpoint_latest.pth").is_file():
-        command.append("--c")
-    elif cell.arm.checkpoint and not cell.arm.is_mim and cell.arm.command == TRAIN:
-        command += ["-pretrained_weights", cell.arm.checkpoint]
-    with (folder / LOG).open("a") as log:
-        returned = _run(command, log, environment, stop)
-    if returned in (-signal.SIGTERM, -signal.SIGINT):
-        raise InterruptedTrainingError(f"interrupted, see {folder / LOG}")
-    if returned or not (output / "validation" / "summary.json").is_file():
-        last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-        raise MiMError(f"training failed, see {folder / LOG} ({last[0][:200]})")
-    result = {"key": cell.key(), **read_result(cell, output, tolerance), "cost": total_cost(folder / COST)}
-    write_atomically(folder / RESULT, json.dumps(result).encode())
-    return result
+        return [*command, "--val"]
+    if (output / "checkpoint_latest.pth").is_file():
+        return [*command, "--c"]
+    if cell.arm.checkpoint and not cell.arm.is_mim and cell.arm.command == TRAIN:
+        return [*command, "-pretrained_weights", cell.arm.checkpoint]
+    return command
 
 
 def _run(command: Sequence[str], log: IO[str], environment: Mapping[str, str], stop: Event | None) -> int:
-    """Run a command to its end, or end it; Ctrl-C in the terminal does not reach it. Returns its exit code."""
+    """Run a command until it ends or `stop` is set; Ctrl-C in the terminal does not reach it. Returns its exit code."""
     process = subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )  # fmt: skip
     try:
         while stop is None or not stop.is_set():
             with suppress(subprocess.TimeoutExpired):
-                return process.wait(LOOK_EVERY)
+                return process.wait(POLL_SECONDS)
         os.killpg(process.pid, signal.SIGTERM)  # with the processes that read and augment
         return process.wait()
     except BaseException:
@@ -237,65 +233,14 @@ def _run(command: Sequence[str], log: IO[str], environment: Mapping[str, str], s
         raise
 
 
-def total_cost(file: Path) -> dict[str, Any]:
-    """Of all attempts at a cell: seconds in all, highest memory in bytes, parameters, device. Empty if unknown."""
-    attempts = attempts_of(file)
-    if not attempts:
-        return {}
-    return {
-        **attempts[-1],
-        "seconds": sum(attempt["seconds"] for attempt in attempts),
-        "peak_bytes": max(attempt["peak_bytes"] for attempt in attempts),
-    }
-
-
-def read_result(cell: Cell, output: Path, tolerance: float) -> dict[str, Any]:
-    """Metrics per case and label, learning curve, and names of the labels, of a finished training."""
-    import torch
-
-    summary = load_summary_json(str(output / "validation" / "summary.json"))
-    dataset_json = cell.dataset_json
-    ending = dataset_json["file_ending"]
-    manager = PlansManager(dict(cell.arm.source.plans))
-    ignore, reader = manager.get_label_manager(dataset_json).ignore_label, manager.image_reader_writer_class()
-    cases = {}
-    for entry in summary["metric_per_case"]:
-        name = Path(entry["prediction_file"]).name  # the folders may have moved since
-        files = output / "validation" / name, cell.references / name
-        cases[name.removesuffix(ending)] = case_metrics(*files, list(summary["mean"]), reader, ignore, tolerance)
-    stored = torch.load(output / "checkpoint_final.pth", map_location="cpu", weights_only=False)  # our own training's
-    curve = [float(value) for value in stored["logging"]["mean_fg_dice"]]
-    if len(curve) != cell.length.epochs:
-        raise MiMError(
-            f"{output} was trained for {len(curve)} epochs, not {cell.length.epochs}: another trainer's length?"
-        )
-    names = {
-        label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
-        for name, value in dataset_json["labels"].items()
-    }
-    return {"cases": cases, "curve": curve, "names": names, "tolerance": tolerance}
-
-
-def validation_folder(cell: Cell, folder: Path) -> Path:
-    """Where a finished cell's predictions of its validation cases are."""
-    return _output(cell, folder) / "validation"
-
-
-def _output(cell: Cell, folder: Path) -> Path:
-    source = cell.arm.source
-    name = f"{cell.arm.trainer}__{source.plans_name}__{source.configuration}"
-    return folder / "nnUNet_results" / source.dataset / name / f"fold_{cell.fold}"
-
-
 def _write_folders(cell: Cell, folder: Path) -> dict[str, str]:
-    """nnU-Net's folders of this cell: links to the preprocessed dataset, with a split and plans of its own. Returns the
+    """Write nnU-Net's folders of this cell: links to the preprocessed dataset, its own split and plans. Returns the
     environment of its commands.
     """
     source = cell.arm.source
     base, real = folder / "nnUNet_preprocessed" / source.dataset, source.folder.parent
     shutil.rmtree(folder / "nnUNet_preprocessed", ignore_errors=True)
     base.mkdir(parents=True)
-    plans_file = f"{source.plans_name}.json"
     folders = [path.name for path in real.iterdir() if path.is_dir()]  # of other configurations too: nnU-Net may look
     for name in ("dataset.json", "dataset_fingerprint.json", *folders):
         if (real / name).exists():
@@ -310,7 +255,7 @@ def _write_folders(cell: Cell, folder: Path) -> dict[str, str]:
     plans = dict(source.plans)
     if cell.arm.is_mim:
         plans[PLANS_KEY] = recipe_of(cell.arm, cell.length, cell.settings).to_dict()
-    (base / plans_file).write_text(json.dumps(plans))
+    (base / f"{source.plans_name}.json").write_text(json.dumps(plans))
     environment = dict(os.environ)
     environment |= {f"nnUNet_{name}": str(folder / f"nnUNet_{name}") for name in ("preprocessed", "results")}
     environment.setdefault("nnUNet_raw", str(folder))
@@ -330,14 +275,46 @@ def recipe_of(arm: Arm, length: Length, settings: Mapping[str, Any]) -> Finetune
     return FinetuneConfig.from_plans({PLANS_KEY: {**arm.source.plans.get(PLANS_KEY, {}), **settings, **own}})
 
 
+def total_cost(file: Path) -> dict[str, Any]:
+    """Cost of all attempts at a cell: seconds in all, maximum memory in bytes, parameters, device. Empty if unknown."""
+    attempts = attempts_of(file)
+    if not attempts:
+        return {}
+    return {
+        **attempts[-1],
+        "seconds": sum(attempt["seconds"] for attempt in attempts),
+        "peak_bytes": max(attempt["peak_bytes"] for attempt in attempts),
+    }
+
+
+def read_result(cell: Cell, output: Path, tolerance: float) -> dict[str, Any]:
+    """Metrics per case and label, learning curve, and names of the labels, of a finished training."""
+    import torch
+
+    summary = load_summary_json(str(output / "validation" / "summary.json"))
+    ending = cell.dataset_json["file_ending"]
+    manager = PlansManager(dict(cell.arm.source.plans))
+    ignore, reader = manager.get_label_manager(cell.dataset_json).ignore_label, manager.image_reader_writer_class()
+    cases = {}
+    for entry in summary["metric_per_case"]:
+        prediction = output / "validation" / Path(entry["prediction_file"]).name  # the folders may have moved since
+        case = prediction.name.removesuffix(ending)
+        cases[case] = case_metrics(
+            prediction, cell.reference(case), list(summary["mean"]), reader, ignore, tolerance
+        )  # fmt: skip
+    stored = torch.load(output / "checkpoint_final.pth", map_location="cpu", weights_only=False)  # our own training's
+    curve = [float(value) for value in stored["logging"]["mean_fg_dice"]]
+    if len(curve) != cell.length.epochs:
+        raise MiMError(
+            f"{output} was trained for {len(curve)} epochs, not {cell.length.epochs}: another trainer's length?"
+        )
+    names = {
+        label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
+        for name, value in cell.dataset_json["labels"].items()
+    }
+    return {"cases": cases, "curve": curve, "names": names, "tolerance": tolerance}
+
+
 def checkpoint_sha256(path: Path) -> str:
-    """Of a file, or of the weights in a folder of `mim_export`."""
+    """SHA-256 of a checkpoint file, or of the weights in a folder of `mim_export`."""
     return hashlib.sha256((path / WEIGHTS if path.is_dir() else path).read_bytes()).hexdigest()
-
-
-def nested_subset(cases: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
-    """`count` of some cases, by chance; of one seed each larger subset holds the smaller ones."""
-    import numpy as np
-
-    order = np.random.default_rng(seed).permutation(len(cases))
-    return tuple(sorted(cases[i] for i in order[:count]))

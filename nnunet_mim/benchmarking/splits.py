@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_mim.benchmarking.archives import BTCV_CASES
-from nnunet_mim.benchmarking.cell import nested_subset
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
 
@@ -53,6 +53,12 @@ def btcv_splits(cases: Sequence[str] = BTCV_CASES) -> list[Split]:
     if strange := sorted({*cases} - {*BTCV_CASES}):
         raise MiMError(f"{strange[0]} is in none of BTCV's published splits: take it out, or leave out --splits")
     return [_held_out(BTCV_CASES, {f"img{number:04d}" for number in block}) for block in (*BTCV_BLOCKS, BTCV_TEST)]
+
+
+def nested_subset(cases: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
+    """`count` random cases, sorted. With the same seed a larger subset contains the smaller ones."""
+    order = np.random.default_rng(seed).permutation(len(cases))
+    return tuple(sorted(cases[i] for i in order[:count]))
 
 
 def label_fraction(cases: Sequence[str], percent: int, seed: int) -> tuple[str, ...]:

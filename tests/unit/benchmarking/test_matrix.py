@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from nnunet_mim.benchmarking import matrix as matrix_module
 from nnunet_mim.benchmarking import work
-from nnunet_mim.benchmarking.arms import ArmSpec
-from nnunet_mim.benchmarking.cell import FAILED, Arm, InterruptedTrainingError, Length, nested_subset
-from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Place, build_matrix, describe, subset
+from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
+from nnunet_mim.benchmarking.cell import FAILED, Arm, InterruptedTrainingError
+from nnunet_mim.benchmarking.matrix import Place, build_matrix, subset
+from nnunet_mim.benchmarking.splits import nested_subset
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.locks import alone
 
@@ -76,8 +77,8 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix_module, "resolve_arm", resolve)
     monkeypatch.setattr(matrix_module, "dataset_name", lambda given: f"Dataset{given}_X")
     monkeypatch.setattr(matrix_module, "split_of", lambda source, fold: (TRAIN, (f"v{fold}",)))
-    return Bench((DatasetSpec("501", (0, 1)), DatasetSpec("502")), (MIM, SCRATCH), ("1", "10%"), 2, Length(1, 1, 1),
-                 tmp_path / "out", device="cpu")  # fmt: skip
+    return Bench((DatasetSpec("501", (0, 1)), DatasetSpec("502")), (MIM, SCRATCH), ("1", "10%"), 2, 1, 1, 1,
+                 output=tmp_path / "out", device="cpu")  # fmt: skip
 
 
 def test_all_combinations_with_the_same_cases_for_all_arms(bench):
@@ -189,7 +190,7 @@ def test_one_failure_does_not_end_the_others_and_finished_ones_are_kept(bench, t
 
 
 def test_one_training_a_gpu_at_a_time(bench, trainings):
-    run(replace(bench, gpus=("0", "3")))
+    run(replace(bench, device="cuda", gpus=("0", "3")))
     assert (trainings.most, trainings.gpus) == (2, {"0", "3"})
 
 
@@ -213,7 +214,7 @@ def test_what_another_command_is_at_work_on_is_left_to_it(bench, trainings):
     with alone(matrix.folder(place) / ".lock", "busy"):
         _, results, failed, lines = run(bench, [place])
     assert (results, failed, trainings.done) == ({}, {}, [])
-    assert lines == [f"left: {describe(place)}: another process is at work on it"]
+    assert lines == [f"left: {place}: another process is at work on it"]
 
 
 @pytest.fixture
@@ -250,7 +251,7 @@ def test_a_training_that_is_ended_from_outside_is_named(bench, monkeypatch):
     place = next(iter(build_matrix(bench).cells))
     _, results, failed, lines = run(bench, [place])
     assert (results, failed) == ({}, {place: "interrupted, see log.txt"})
-    assert lines == [f"not finished: {describe(place)}: interrupted, see log.txt"]
+    assert lines == [f"not finished: {place}: interrupted, see log.txt"]
 
 
 def test_gpus_are_counted_among_those_that_can_be_seen(monkeypatch):
@@ -272,7 +273,7 @@ SLURM = {"cluster": "local", "gpus_per_node": 0, "timeout_min": 2}
 @pytest.mark.long
 def test_through_submitit_in_processes_of_their_own(bench, monkeypatch):
     """The jobs fail for want of data, each with its own error, and nothing hangs."""
-    monkeypatch.setattr(work, "POLL", 0.1)
+    monkeypatch.setattr(work, "SLURM_POLL_SECONDS", 0.1)
     small = replace(bench, slurm=SLURM, seeds=1, labels=("1",), datasets=(DatasetSpec("502"),))
     _, results, failed, _ = run(small)
     assert results == {}
