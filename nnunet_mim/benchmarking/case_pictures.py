@@ -45,19 +45,15 @@ def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> li
         return []
     pictures = []
     for title, case in (("worst", cases[0]), ("median", cases[len(cases) // 2]), ("best", cases[-1])):
-        predictions = {arm: _prediction(outcome, place, case) for arm, place in by_arm.items()}
         reference = matrix.cells[by_arm[matrix.arms[0]]].reference(case)
+        outputs = {arm: matrix.training(place).output for arm, place in by_arm.items()}
+        predictions = {arm: output / "validation" / reference.name for arm, output in outputs.items()}
         of_case = {arm: values[case] for arm, values in dice.items()}
         try:
             pictures.append(picture_of(title, case, Path(images[case][0]), predictions, reference, of_case, labels))
         except (RuntimeError, ValueError, IndexError) as error:  # a file that is gone, or grids that do not fit
             print(f"note: no picture of {case} ({' '.join(str(error).split())[-200:]})")
     return pictures
-
-
-def _prediction(outcome: Outcome, place: Place, case: str) -> Path:
-    cell = outcome.matrix.cells[place]
-    return cell.output(outcome.matrix.folder(place)) / "validation" / f"{case}{cell.dataset_json['file_ending']}"
 
 
 def picture_of(

@@ -1,37 +1,20 @@
-"""One training of an experiment: nnU-Net's own commands in separate folders, and the result."""
+"""What one training of an experiment is: an arm, its cases, seed and length."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from threading import Event
-from typing import IO, Any
-
-from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, load_summary_json
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from typing import Any
 
 from nnunet_mim.benchmarking.bench_file import TRAIN
-from nnunet_mim.benchmarking.metrics import case_metrics
-from nnunet_mim.benchmarking.seeded_training import Length, attempts_of
-from nnunet_mim.checkpoint.finetuning import ENV_CHECKPOINT
+from nnunet_mim.benchmarking.seeded_training import Length
 from nnunet_mim.checkpoint.locate import WEIGHTS
-from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.system.files import write_atomically
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
-
-KEY, RESULT, COST, FAILED, LOG = "key.json", "result.json", "cost.json", "failed.txt", "log.txt"
-POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -90,11 +73,15 @@ class Cell:
         """nnU-Net's copy of a case's label image."""
         return self.arm.source.folder.parent / "gt_segmentations" / f"{case}{self.dataset_json['file_ending']}"
 
-    def output(self, folder: Path) -> Path:
-        """nnU-Net's output folder, where `folder` is that of the cell."""
-        source = self.arm.source
-        name = f"{self.arm.trainer}__{source.plans_name}__{source.configuration}"
-        return folder / "nnUNet_results" / source.dataset / name / f"fold_{self.fold}"
+    def recipe(self) -> FinetuneConfig:
+        """The plans' recipe with the length and settings of the experiment. MiMError where a setting is bad."""
+        length = {
+            "num_epochs": self.length.epochs,
+            "iterations_per_epoch": self.length.iterations,
+            "val_iterations_per_epoch": self.length.val_iterations,
+        }
+        of_plans = self.arm.source.plans.get(PLANS_KEY, {})
+        return FinetuneConfig.from_plans({PLANS_KEY: {**of_plans, **self.settings, **length}})
 
     def key(self) -> dict[str, Any]:
         """Everything that decides the result, as plain values."""
@@ -113,206 +100,6 @@ class Cell:
             "settings": dict(self.settings),
             **self.arm.identity,
         }
-
-
-class InterruptedTrainingError(MiMError):
-    """A training was ended from outside; it continues when the command is repeated."""
-
-
-def finished(cell: Cell, folder: Path, tolerance: float) -> dict[str, Any] | None:
-    """The result of a finished cell, or None. If it was measured with another tolerance (mm), its predictions are
-    measured again.
-
-    Raises:
-        MiMError: the folder holds another experiment, finished or not.
-    """
-    if not (folder / KEY).is_file():
-        return None
-    stored, now = json.loads((folder / KEY).read_text()), json.loads(json.dumps(cell.key()))
-    decisive = [name for name in now if name != "checkpoint"]  # the file may have moved: its hash decides
-    changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in decisive if stored.get(name) != now[name]]
-    if changed:
-        raise MiMError(
-            f"{folder} holds another experiment ({'; '.join(changed)[:300]}): give another output folder, or delete it"
-        )
-    if not (folder / RESULT).is_file():
-        return None
-    result = json.loads((folder / RESULT).read_text())
-    if result["tolerance"] != tolerance:
-        result = {**result, **read_result(cell, cell.output(folder), tolerance)}
-        write_atomically(folder / RESULT, json.dumps(result).encode())
-    return result
-
-
-def failure(folder: Path) -> str | None:
-    """Why the last attempt at a cell ended; None where it did not fail."""
-    try:
-        return (folder / FAILED).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-
-
-def run_cell(
-    cell: Cell,
-    folder: Path,
-    device: str,
-    threads: int,
-    tolerance: float,
-    gpu: str | None = None,
-    stop: Event | None = None,
-) -> dict[str, Any]:
-    """Train and validate, continuing an interrupted attempt. Writes and returns the result; writes why it failed.
-
-    Args:
-        cell: the training.
-        folder: of this cell only.
-        device: as for nnUNetv2_train.
-        threads: number of PyTorch's threads; 0: as nnU-Net sets it.
-        tolerance: of the normalised surface Dice, mm.
-        gpu: the GPU of the training (CUDA_VISIBLE_DEVICES); None: as this process.
-        stop: ends the training when it is set.
-
-    Raises:
-        MiMError: the training failed; names its log.
-        InterruptedTrainingError: it was ended from outside, which is no failure.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FAILED).unlink(missing_ok=True)
-    try:
-        write_atomically(folder / KEY, json.dumps(cell.key()).encode())
-        environment = _write_folders(cell, folder)
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        with (folder / LOG).open("a") as log:
-            exit_code = _run(_command(cell, folder, device, threads), log, environment, stop)
-        if exit_code in (-signal.SIGTERM, -signal.SIGINT):
-            raise InterruptedTrainingError(f"interrupted, see {folder / LOG}")
-        if exit_code or not (cell.output(folder) / "validation" / "summary.json").is_file():
-            last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-            raise MiMError(f"training failed, see {folder / LOG} ({last[0][:200]})")
-        measured = read_result(cell, cell.output(folder), tolerance)
-        result = {"key": cell.key(), **measured, "cost": total_cost(folder / COST)}
-        write_atomically(folder / RESULT, json.dumps(result).encode())
-        return result
-    except InterruptedTrainingError:
-        raise
-    except (MiMError, OSError, ValueError, KeyError) as error:
-        kind = "" if isinstance(error, MiMError) else f"{type(error).__name__}: "
-        write_atomically(folder / FAILED, f"{kind}{error}".encode())
-        raise
-
-
-def _command(cell: Cell, folder: Path, device: str, threads: int) -> list[str]:
-    source, length, output = cell.arm.source, cell.length, cell.output(folder)
-    numbers = (os.getpid(), cell.seed, length.epochs, length.iterations, length.val_iterations, threads)
-    command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training", *map(str, numbers)]
-    command += [str(folder / COST), cell.arm.command, source.dataset, source.configuration, str(cell.fold)]
-    command += ["-tr", cell.arm.trainer, "-p", source.plans_name, "-device", device]
-    if (output / "checkpoint_final.pth").is_file():
-        return [*command, "--val"]
-    if (output / "checkpoint_latest.pth").is_file():
-        return [*command, "--c"]
-    if cell.arm.checkpoint and not cell.arm.is_mim and cell.arm.command == TRAIN:
-        return [*command, "-pretrained_weights", cell.arm.checkpoint]
-    return command
-
-
-def _run(command: Sequence[str], log: IO[str], environment: Mapping[str, str], stop: Event | None) -> int:
-    """Run a command until it ends or `stop` is set; Ctrl-C in the terminal does not reach it. Returns its exit code."""
-    process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-    )  # fmt: skip
-    try:
-        while stop is None or not stop.is_set():
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(POLL_SECONDS)
-        os.killpg(process.pid, signal.SIGTERM)  # with the processes that read and augment
-        return process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-
-
-def _write_folders(cell: Cell, folder: Path) -> dict[str, str]:
-    """Write nnU-Net's folders of this cell: links to the preprocessed dataset, its own split and plans. Returns the
-    environment of its commands.
-    """
-    source = cell.arm.source
-    base, real = folder / "nnUNet_preprocessed" / source.dataset, source.folder.parent
-    shutil.rmtree(folder / "nnUNet_preprocessed", ignore_errors=True)
-    base.mkdir(parents=True)
-    folders = [path.name for path in real.iterdir() if path.is_dir()]  # of other configurations too: nnU-Net may look
-    for name in ("dataset.json", "dataset_fingerprint.json", *folders):
-        if (real / name).exists():
-            try:
-                os.symlink((real / name).resolve(), base / name)
-            except OSError as error:
-                raise MiMError(
-                    f"cannot link {base / name} ({error.strerror}): allow links, or take another output folder"
-                ) from error
-    split = {"train": list(cell.train_cases), "val": list(cell.val_cases)}
-    (base / "splits_final.json").write_text(json.dumps([split] * (cell.fold + 1)))
-    plans = dict(source.plans)
-    if cell.arm.is_mim:
-        plans[PLANS_KEY] = recipe_of(cell.arm, cell.length, cell.settings).to_dict()
-    (base / f"{source.plans_name}.json").write_text(json.dumps(plans))
-    environment = dict(os.environ)
-    environment |= {f"nnUNet_{name}": str(folder / f"nnUNet_{name}") for name in ("preprocessed", "results")}
-    environment.setdefault("nnUNet_raw", str(folder))
-    environment.pop(ENV_CHECKPOINT, None)
-    if cell.arm.checkpoint and cell.arm.is_mim:
-        environment[ENV_CHECKPOINT] = cell.arm.checkpoint
-    return environment
-
-
-def recipe_of(arm: Arm, length: Length, settings: Mapping[str, Any]) -> FinetuneConfig:
-    """The plans' recipe with another length and other settings. MiMError where a setting is bad."""
-    own = {
-        "num_epochs": length.epochs,
-        "iterations_per_epoch": length.iterations,
-        "val_iterations_per_epoch": length.val_iterations,
-    }
-    return FinetuneConfig.from_plans({PLANS_KEY: {**arm.source.plans.get(PLANS_KEY, {}), **settings, **own}})
-
-
-def total_cost(file: Path) -> dict[str, Any]:
-    """Cost of all attempts at a cell: seconds in all, maximum memory in bytes, parameters, device. Empty if unknown."""
-    attempts = attempts_of(file)
-    if not attempts:
-        return {}
-    return {
-        **attempts[-1],
-        "seconds": sum(attempt["seconds"] for attempt in attempts),
-        "peak_bytes": max(attempt["peak_bytes"] for attempt in attempts),
-    }
-
-
-def read_result(cell: Cell, output: Path, tolerance: float) -> dict[str, Any]:
-    """Metrics per case and label, learning curve, and names of the labels, of a finished training."""
-    import torch
-
-    summary = load_summary_json(str(output / "validation" / "summary.json"))
-    ending = cell.dataset_json["file_ending"]
-    manager = PlansManager(dict(cell.arm.source.plans))
-    ignore, reader = manager.get_label_manager(cell.dataset_json).ignore_label, manager.image_reader_writer_class()
-    cases = {}
-    for entry in summary["metric_per_case"]:
-        prediction = output / "validation" / Path(entry["prediction_file"]).name  # the folders may have moved since
-        case = prediction.name.removesuffix(ending)
-        cases[case] = case_metrics(
-            prediction, cell.reference(case), list(summary["mean"]), reader, ignore, tolerance
-        )  # fmt: skip
-    stored = torch.load(output / "checkpoint_final.pth", map_location="cpu", weights_only=False)  # our own training's
-    curve = [float(value) for value in stored["logging"]["mean_fg_dice"]]
-    if len(curve) != cell.length.epochs:
-        raise MiMError(
-            f"{output} was trained for {len(curve)} epochs, not {cell.length.epochs}: another trainer's length?"
-        )
-    names = {
-        label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
-        for name, value in cell.dataset_json["labels"].items()
-    }
-    return {"cases": cases, "curve": curve, "names": names, "tolerance": tolerance}
 
 
 def checkpoint_sha256(path: Path) -> str:

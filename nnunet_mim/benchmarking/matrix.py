@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nnunet_mim.benchmarking.arms import control_of, resolve_arm
 from nnunet_mim.benchmarking.bench_file import Bench
-from nnunet_mim.benchmarking.cell import Arm, Cell, recipe_of
+from nnunet_mim.benchmarking.cell import Arm, Cell
 from nnunet_mim.benchmarking.splits import label_fraction, nested_subset
+from nnunet_mim.benchmarking.training import Training
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.nnunet.splits import split_of
@@ -67,11 +67,12 @@ class Matrix:
         """The folds of a dataset."""
         return list(dict.fromkeys(place.fold for place in self.cells if place.dataset == dataset))
 
-    def folder(self, place: Place) -> Path:
-        """The folder of a training."""
+    def training(self, place: Place, threads: int = 0) -> Training:
+        """The training of a cell, in its folder."""
         labels = place.labels.replace("%", "pct")
         folders = place.dataset, f"fold_{place.fold}", f"labels_{labels}", f"seed_{place.seed}", place.arm
-        return self.bench.output.joinpath("cells", *folders)
+        folder = self.bench.output.joinpath("cells", *folders)
+        return Training(self.cells[place], folder, self.bench.device, self.bench.nsd_tolerance_mm, threads)
 
 
 def build_matrix(bench: Bench) -> Matrix:
@@ -109,7 +110,7 @@ def build_matrix(bench: Bench) -> Matrix:
             }
     for cell in cells.values():
         if cell.arm.is_mim:
-            recipe_of(cell.arm, cell.length, cell.settings)
+            cell.recipe()
     ordered = sorted(cells, key=lambda place: place.seed)  # stable: every arm and dataset has a result early
     return Matrix(bench, {place: cells[place] for place in ordered}, control, counts)
 

@@ -9,20 +9,15 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
-from nnunet_mim.benchmarking.cell import Cell, InterruptedTrainingError, failure, finished, run_cell
 from nnunet_mim.benchmarking.matrix import Matrix, Place, Results, mean_dice
+from nnunet_mim.benchmarking.training import BUSY, BusyError, InterruptedTrainingError
 from nnunet_mim.errors import MiMError
-from nnunet_mim.system.locks import alone
 from nnunet_mim.system.machine import usable_cores
 
-BUSY = "another process is at work on it"
 SLURM_POLL_SECONDS = 5.0
 Report = Callable[[Place, "dict[str, Any] | Exception"], None]
 """is told the result of a training, or why there is none"""
@@ -34,14 +29,13 @@ def finished_results(matrix: Matrix) -> Results:
     Raises:
         MiMError: a folder holds another experiment.
     """
-    tolerance = matrix.bench.nsd_tolerance_mm
-    found = {place: finished(cell, matrix.folder(place), tolerance) for place, cell in matrix.cells.items()}
+    found = {place: matrix.training(place).finished() for place in matrix.cells}
     return {place: result for place, result in found.items() if result is not None}
 
 
 def failures(matrix: Matrix) -> dict[Place, str]:
     """Why the last attempt failed, for trainings where it did."""
-    found = {place: failure(matrix.folder(place)) for place in matrix.cells}
+    found = {place: matrix.training(place).failure() for place in matrix.cells}
     return {place: reason for place, reason in found.items() if reason is not None}
 
 
@@ -79,49 +73,6 @@ def run_matrix(
     return failed
 
 
-class BusyError(MiMError):
-    """Another process is at work on a training."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One training, as a job of SLURM or on this machine."""
-
-    cell: Cell
-    folder: Path
-    device: str
-    threads: int
-    tolerance: float
-
-    def __call__(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
-        """Train unless another process has done so meanwhile.
-
-        Raises:
-            BusyError: another process is at work on it.
-            MiMError: the training failed.
-        """
-        with ExitStack() as lock:
-            try:
-                lock.enter_context(alone(self.folder / ".lock", BUSY))
-            except MiMError as error:
-                raise BusyError(str(error)) if str(error) == BUSY else error from None
-            result = finished(self.cell, self.folder, self.tolerance)
-            return result or run_cell(
-                self.cell, self.folder, self.device, self.threads, self.tolerance, gpu, stop
-            )  # fmt: skip
-
-    def checkpoint(self, *_: Any) -> Any:
-        """The job that submitit puts into the queue when this one's time is over: the same, which continues."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
-
-def _task(matrix: Matrix, place: Place, threads: int) -> Task:
-    bench = matrix.bench
-    return Task(matrix.cells[place], matrix.folder(place), bench.device, threads, bench.nsd_tolerance_mm)
-
-
 def _run_here(matrix: Matrix, todo: list[Place], report: Report) -> None:
     """One training at a time for each of `gpus`, or `jobs` trainings at a time."""
     bench = matrix.bench
@@ -135,7 +86,7 @@ def _run_here(matrix: Matrix, todo: list[Place], report: Report) -> None:
     def train(place: Place) -> dict[str, Any] | Exception:
         gpu = slots.get()
         try:
-            return _task(matrix, place, threads)(gpu, stop)
+            return matrix.training(place, threads)(gpu, stop)
         except Exception as error:  # one training must not end the others
             return error
         finally:
@@ -161,7 +112,7 @@ def visible(gpus: Sequence[str]) -> tuple[str, ...]:
 def _run_on_slurm(matrix: Matrix, todo: list[Place], report: Report) -> None:
     """One job a training. Jobs continue when this command ends, and repeating it takes what they have finished."""
     executor = _slurm_executor(matrix)
-    waiting = {place: executor.submit(_task(matrix, place, 0)) for place in todo}
+    waiting = {place: executor.submit(matrix.training(place)) for place in todo}
     print(f"{len(waiting)} jobs submitted; they go on when this command ends, and repeating it takes their results")
     while waiting:
         for place, job in [(place, job) for place, job in waiting.items() if job.done()]:
@@ -172,7 +123,7 @@ def _run_on_slurm(matrix: Matrix, todo: list[Place], report: Report) -> None:
                 if BUSY in str(error):
                     report(place, BusyError(BUSY))
                 else:
-                    reason = failure(matrix.folder(place)) or _cause(error)
+                    reason = matrix.training(place).failure() or _cause(error)
                     report(place, MiMError(f"job {job.job_id}: {reason}: see {job.paths.stderr}"))
         if waiting:
             time.sleep(SLURM_POLL_SECONDS)

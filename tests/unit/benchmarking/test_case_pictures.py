@@ -50,8 +50,8 @@ def outcome(tmp_path, monkeypatch):
         write(raw / "imagesTr" / f"{case}_0000.nii.gz", ct, turned)
         write(raw / "labelsTr" / f"{case}.nii.gz", label, turned)
         write(base / "gt_segmentations" / f"{case}.nii.gz", label, turned)
-        for place, cell in cells.items():
-            predicted = cell.output(matrix.folder(place)) / "validation" / f"{case}.nii.gz"
+        for place in cells:
+            predicted = matrix.training(place).output / "validation" / f"{case}.nii.gz"
             write(predicted, label * (place.arm == "A"), turned)
     content = {
         "labels": {"background": 0, "x": 1},
@@ -94,8 +94,8 @@ def test_no_pictures_without_images_or_results(outcome, monkeypatch, tmp_path):
 
 
 def test_a_prediction_that_is_gone_costs_its_picture_only(outcome, capsys):
-    place, cell = next(iter(outcome.matrix.cells.items()))
-    (cell.output(outcome.matrix.folder(place)) / "validation" / "c1.nii.gz").unlink()
+    place = next(iter(outcome.matrix.cells))
+    (outcome.matrix.training(place).output / "validation" / "c1.nii.gz").unlink()
     assert [p.name for p in case_pictures(outcome, DATASET, {1})] == ["c4", "c0"]
     assert "note: no picture of c1" in capsys.readouterr().out
 
