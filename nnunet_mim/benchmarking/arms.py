@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
 from functools import cache
 from io import StringIO
 
@@ -39,15 +38,14 @@ def resolve_arm(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> A
 def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
     source = find_source(dataset, spec.plans, configuration)
     check_trainable(source, spec.trainer)
-    arm = Arm(spec.name, spec.trainer, source, command=spec.command)
     given = filled_in(spec.checkpoint, fold, source.dataset) if spec.checkpoint else None
-    if not arm.is_mim:
-        return replace(arm, checkpoint=_stock_checkpoint(arm, given))
-    check_network(arm)
-    if arm.is_control:
+    if not spec.is_mim:
+        return Arm(spec, source, _stock_checkpoint(spec, source, given))
+    check_network(spec, source)
+    if spec.is_control:
         if given:
             raise MiMError(f"{spec.trainer} starts from random weights: leave the checkpoint out")
-        return arm
+        return Arm(spec, source)
     if given is None:
         where = (source.plans, source.configuration, fold, os.environ["nnUNet_results"])
         found = find_checkpoint(*where)
@@ -57,20 +55,20 @@ def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
     stored = read_checkpoint(given)
     architecture = configuration_of(source.plans, source.configuration)["architecture"]
     check_architecture(stored, architecture["arch_kwargs"], source.in_channels)
-    return replace(arm, checkpoint=stored.path)
+    return Arm(spec, source, stored.path)
 
 
-def _stock_checkpoint(arm: Arm, given: str | None) -> str | None:
+def _stock_checkpoint(spec: ArmSpec, source: Source, given: str | None) -> str | None:
     """The checkpoint of a trainer that is not this package's: the given one; for nnUNetv2_train_pretrained that of the
     plans.
     """
-    if arm.command != TRAIN:
-        if installed_command(arm.command) is None:
-            raise MiMError(f"{arm.command} is not installed: install an nnU-Net that has it (see nnU-Net's page)")
-        given = (arm.source.plans.get("pretrain_info") or {}).get("checkpoint_path")
+    if spec.command != TRAIN:
+        if installed_command(spec.command) is None:
+            raise MiMError(f"{spec.command} is not installed: install an nnU-Net that has it (see nnU-Net's page)")
+        given = (source.plans.get("pretrain_info") or {}).get("checkpoint_path")
     path = locate(given) if given else None
     if path is not None and path.is_dir():
-        raise MiMError(f"{arm.trainer} takes a .pth file, not the folder {path}")
+        raise MiMError(f"{spec.trainer} takes a .pth file, not the folder {path}")
     return str(path) if path else None
 
 
@@ -104,14 +102,13 @@ def is_trainer(name: str) -> bool:
     return True
 
 
-def check_network(arm: Arm) -> None:
+def check_network(spec: ArmSpec, source: Source) -> None:
     """MiMError unless the plans name the network, which would follow from the checkpoint otherwise, so that the control
     had another one.
     """
-    source = arm.source
     if not uses_hybrid_unet(configuration_of(source.plans, source.configuration)):
         raise MiMError(
-            f"plans {source.plans_name} name another network than that of {arm.trainer}: write plans with mim_plan -d "
+            f"plans {source.plans_name} name another network than that of {spec.trainer}: write plans with mim_plan -d "
             f"{source.dataset[7:10]} -pc CHECKPOINT, and give their name"
         )
 
@@ -128,6 +125,6 @@ def control_of(specs: Sequence[ArmSpec], given: str | None = None) -> str:
         if given not in names:
             raise MiMError(f"control {given} is none of the arms: {', '.join(names)}")
         return given
-    controls = [spec.name for spec in specs if spec.trainer.startswith("nnUNetTrainerMiMScratch")]
+    controls = [spec.name for spec in specs if spec.is_control]
     stock = [spec.name for spec in specs if not (spec.checkpoint or spec.nnssl_plans or spec.is_mim)]
     return (controls + stock + names[-1:])[0]

@@ -60,8 +60,13 @@ class ArmSpec:
 
     @property
     def is_mim(self) -> bool:
-        """Whether the trainer is one of this package."""
+        """Whether the trainer is one of this package, which follows the recipe in the plans."""
         return self.trainer.startswith("nnUNetTrainerMiM")
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is the control of this package, which starts from random weights."""
+        return self.trainer.startswith("nnUNetTrainerMiMScratch")
 
     @property
     def command(self) -> str:
@@ -143,15 +148,8 @@ def bench_of(content: Mapping[str, Any], folder: Path) -> Bench:
 
 
 def complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
-    """An arm with the trainer and plans that its name stands for.
-
-    Args:
-        arm: as the file has it.
-        mim_plans: plans of the MiM arms.
-        folder: the path of its checkpoint is relative to it.
-
-    Raises:
-        MiMError: names the arm.
+    """An arm with the trainer and plans that its name stands for. The path of its checkpoint is relative to `folder`.
+    MiMError names the arm where it is not complete.
     """
     where = f"arms: {arm.name}"
     if arm.nnssl_plans:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nnunet_mim.benchmarking.bench_file import TRAIN
+from nnunet_mim.benchmarking.bench_file import ArmSpec
 from nnunet_mim.benchmarking.seeded_training import Length
 from nnunet_mim.checkpoint.locate import WEIGHTS
 from nnunet_mim.nnunet.source import Source
@@ -19,31 +18,19 @@ from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: a trainer with plans and, for MiM, a pretraining."""
+    """An arm on one dataset and fold, with its data and its checkpoint."""
 
-    name: str
-    trainer: str
+    spec: ArmSpec
     source: Source = field(repr=False)
     """the dataset as preprocessed for the plans"""
     checkpoint: str | None = None
-    command: str = TRAIN
-
-    @property
-    def is_mim(self) -> bool:
-        """Whether the trainer follows the recipe in the plans."""
-        return self.trainer.startswith("nnUNetTrainerMiM")
-
-    @property
-    def is_control(self) -> bool:
-        """Whether it is the control of this package, which starts from random weights."""
-        return self.trainer.startswith("nnUNetTrainerMiMScratch")
 
     @cached_property
     def identity(self) -> dict[str, str | None]:
         """Hashes of the plans and of the checkpoint."""
         plans = {k: v for k, v in self.source.plans.items() if k not in (PLANS_KEY, "pretrain_info")}
         # with the defaults of what the plans leave open: these may change with a new version of the package
-        recipe = FinetuneConfig().to_dict() | self.source.plans.get(PLANS_KEY, {}) if self.is_mim else {}
+        recipe = FinetuneConfig().to_dict() | self.source.plans.get(PLANS_KEY, {}) if self.spec.is_mim else {}
         text = json.dumps([plans, recipe], sort_keys=True)
         return {
             "plans_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -61,8 +48,6 @@ class Cell:
     val_cases: tuple[str, ...]
     seed: int
     length: Length
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """settings of the recipe, for MiM trainers"""
 
     @cached_property
     def dataset_json(self) -> dict[str, Any]:
@@ -81,7 +66,7 @@ class Cell:
             "val_iterations_per_epoch": self.length.val_iterations,
         }
         of_plans = self.arm.source.plans.get(PLANS_KEY, {})
-        return FinetuneConfig.from_plans({PLANS_KEY: {**of_plans, **self.settings, **length}})
+        return FinetuneConfig.from_plans({PLANS_KEY: {**of_plans, **self.arm.spec.settings, **length}})
 
     def key(self) -> dict[str, Any]:
         """Everything that decides the result, as plain values."""
@@ -89,15 +74,15 @@ class Cell:
             "dataset": self.arm.source.dataset,
             "plans": self.arm.source.plans_name,
             "configuration": self.arm.source.configuration,
-            "trainer": self.arm.trainer,
-            "command": self.arm.command,
+            "trainer": self.arm.spec.trainer,
+            "command": self.arm.spec.command,
             "checkpoint": self.arm.checkpoint,
             "fold": self.fold,
             "train_cases": list(self.train_cases),
             "val_cases": list(self.val_cases),
             "seed": self.seed,
             "length": asdict(self.length),
-            "settings": dict(self.settings),
+            "settings": dict(self.arm.spec.settings),
             **self.arm.identity,
         }
 

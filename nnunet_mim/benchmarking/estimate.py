@@ -51,9 +51,9 @@ def measure(cell: Cell, dataset_json: dict[str, Any], device: str) -> float:
 
 def views(cell: Cell) -> int:
     """Number of mirrored predictions of a patch."""
-    if not cell.arm.is_mim:
+    if not cell.arm.spec.is_mim:
         return STOCK_VIEWS
-    axes = {**cell.arm.source.plans.get(PLANS_KEY, {}), **cell.settings}.get("mirror_axes")
+    axes = {**cell.arm.source.plans.get(PLANS_KEY, {}), **cell.arm.spec.settings}.get("mirror_axes")
     return 2 ** (2 if axes is None else len(axes))
 
 

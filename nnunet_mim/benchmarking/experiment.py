@@ -93,13 +93,8 @@ def plan_experiment(bench: Bench) -> None:
 
 
 def summary_of_plan(todo: Sequence[float | None], total: int, device: str, at_a_time: int) -> str:
-    """One line: how many trainings are to do, and how long they take.
-
-    Args:
-        todo: hours of each training that is to do, None where they are unknown.
-        total: number of trainings, finished ones included.
-        device: the hours are those of this device.
-        at_a_time: number of trainings at a time.
+    """One line: how many of `total` trainings are to do, and how long they take on the device; `todo` has the hours of
+    each, None where they are unknown.
     """
     text = f"{len(todo)} of {total} trainings to do"
     known = [hours for hours in todo if hours is not None]
@@ -165,7 +160,7 @@ def hours_of(matrix: Matrix, results: Results) -> dict[tuple[str, str], float | 
         if done := [cost["seconds"] / 3600 for cost in costs if cost]:
             hours[here] = statistics.median(done)
             continue
-        network = (cell.arm.identity["plans_sha256"], place.dataset, str(dict(cell.settings)))
+        network = (cell.arm.identity["plans_sha256"], place.dataset, str(dict(cell.arm.spec.settings)))
         if network not in measured:
             measured[network] = measured_hours(cell, matrix.bench.device)
         hours[here] = measured[network]
@@ -177,5 +172,6 @@ def measured_hours(cell: Cell, device: str) -> float | None:
     try:
         return measure(cell, cell.dataset_json, device) / 3600
     except Exception as error:  # networks are anybody's; a plan without one estimate is still a plan
-        print(f"note: no estimate for {cell.arm.name} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(f"note: no estimate for {cell.arm.spec.name} ({reason})")
         return None

@@ -101,15 +101,15 @@ def build_matrix(bench: Bench) -> Matrix:
             fold_of |= dict.fromkeys(val, fold)
             counts |= {(dataset, fold, labels): len(subset(train, labels, 0)) for labels in bench.labels}
             cells |= {
-                Place(dataset, fold, labels, seed, arm.name): Cell(
-                    arm, fold, subset(train, labels, seed), val, seed, bench.length, arm_spec.settings
+                Place(dataset, fold, labels, seed, arm.spec.name): Cell(
+                    arm, fold, subset(train, labels, seed), val, seed, bench.length
                 )
                 for seed in range(bench.seeds)
                 for labels in bench.labels
-                for arm, arm_spec in zip(arms, bench.arms, strict=True)
+                for arm in arms
             }
     for cell in cells.values():
-        if cell.arm.is_mim:
+        if cell.arm.spec.is_mim:
             cell.recipe()
     ordered = sorted(cells, key=lambda place: place.seed)  # stable: every arm and dataset has a result early
     return Matrix(bench, {place: cells[place] for place in ordered}, control, counts)

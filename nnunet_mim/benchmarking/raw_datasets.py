@@ -70,11 +70,6 @@ def make_dataset(archive: Archive, raw: Path, processes: int) -> None:
     MSD goes through nnU-Net's own converter, in a folder of its own beside the dataset; images of BTCV are linked (hard
     links), or copied where that is impossible.
 
-    Args:
-        archive: without problems; the dataset is not there yet.
-        raw: nnUNet_raw.
-        processes: number of the converter's processes.
-
     Raises:
         MiMError: it failed; nothing is left of it.
     """

@@ -58,8 +58,8 @@ class Training:
     @property
     def output(self) -> Path:
         """nnU-Net's output folder."""
-        arm, source = self.cell.arm, self.cell.arm.source
-        name = f"{arm.trainer}__{source.plans_name}__{source.configuration}"
+        source = self.cell.arm.source
+        name = f"{self.cell.arm.spec.trainer}__{source.plans_name}__{source.configuration}"
         return self.folder / "nnUNet_results" / source.dataset / name / f"fold_{self.cell.fold}"
 
     def finished(self) -> dict[str, Any] | None:
@@ -150,17 +150,17 @@ class Training:
 
     def command(self) -> list[str]:
         """The command that begins or continues the training."""
-        arm, source, length = self.cell.arm, self.cell.arm.source, self.cell.length
+        spec, source, length = self.cell.arm.spec, self.cell.arm.source, self.cell.length
         numbers = os.getpid(), self.cell.seed, length.epochs, length.iterations, length.val_iterations, self.threads
         command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training", *map(str, numbers)]
-        command += [str(self.folder / COST), arm.command, source.dataset, source.configuration, str(self.cell.fold)]
-        command += ["-tr", arm.trainer, "-p", source.plans_name, "-device", self.device]
+        command += [str(self.folder / COST), spec.command, source.dataset, source.configuration, str(self.cell.fold)]
+        command += ["-tr", spec.trainer, "-p", source.plans_name, "-device", self.device]
         if (self.output / "checkpoint_final.pth").is_file():
             return [*command, "--val"]
         if (self.output / "checkpoint_latest.pth").is_file():
             return [*command, "--c"]
-        if arm.checkpoint and not arm.is_mim and arm.command == TRAIN:
-            return [*command, "-pretrained_weights", arm.checkpoint]
+        if self.cell.arm.checkpoint and not spec.is_mim and spec.command == TRAIN:
+            return [*command, "-pretrained_weights", self.cell.arm.checkpoint]
         return command
 
     def environment(self, gpu: str | None) -> dict[str, str]:
@@ -168,7 +168,7 @@ class Training:
         environment = {"nnUNet_raw": str(self.folder), **os.environ}
         environment |= {name: str(self.folder / name) for name in ("nnUNet_preprocessed", "nnUNet_results")}
         environment.pop(ENV_CHECKPOINT, None)
-        if self.cell.arm.checkpoint and self.cell.arm.is_mim:
+        if self.cell.arm.checkpoint and self.cell.arm.spec.is_mim:
             environment[ENV_CHECKPOINT] = self.cell.arm.checkpoint
         return environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
 
@@ -189,7 +189,7 @@ class Training:
                     ) from error
         split = {"train": list(cell.train_cases), "val": list(cell.val_cases)}
         (base / "splits_final.json").write_text(json.dumps([split] * (cell.fold + 1)))
-        plans = {**source.plans, PLANS_KEY: cell.recipe().to_dict()} if cell.arm.is_mim else dict(source.plans)
+        plans = {**source.plans, PLANS_KEY: cell.recipe().to_dict()} if cell.arm.spec.is_mim else dict(source.plans)
         (base / f"{source.plans_name}.json").write_text(json.dumps(plans))
 
     def measured(self) -> dict[str, Any]:

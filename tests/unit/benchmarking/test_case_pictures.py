@@ -40,7 +40,7 @@ def outcome(tmp_path, monkeypatch):
     source = SimpleNamespace(dataset=DATASET, plans_name="P", configuration="3d", folder=base / "P_3d")
     cells = {
         Place(DATASET, 0, "all", 0, spec.name): Cell(
-            Arm(spec.name, spec.trainer, source), 0, ("t",), tuple(DICE), 0, bench.length
+            Arm(spec, source), 0, ("t",), tuple(DICE), 0, bench.length
         )
         for spec in SPECS
     }  # fmt: skip

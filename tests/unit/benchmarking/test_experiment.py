@@ -43,7 +43,8 @@ def source_of(patch=(16, 16, 16), recipe=None):
 
 
 def cell_of(trainer="nnUNetTrainer", settings=None, source=None):
-    return Cell(Arm("A", trainer, source or source_of()), 0, ("t",), ("v", "w"), 0, LENGTH, settings or {})
+    spec = ArmSpec("A", trainer, settings=settings or {})
+    return Cell(Arm(spec, source or source_of()), 0, ("t",), ("v", "w"), 0, LENGTH)
 
 
 def test_an_estimate_counts_steps_patches_and_mirrored_views(monkeypatch):

@@ -73,7 +73,7 @@ def bench(tmp_path, monkeypatch):
             dataset=dataset, plans_name=spec.plans, configuration=configuration, cases=(*TRAIN, "v0", "v1"), plans={},
             folder=tmp_path / dataset / "P",
         )  # fmt: skip
-        return Arm(spec.name, spec.trainer, source, str(tmp_path / spec.checkpoint) if spec.checkpoint else None)
+        return Arm(spec, source, str(tmp_path / spec.checkpoint) if spec.checkpoint else None)
 
     monkeypatch.setattr(matrix_module, "resolve_arm", resolve)
     monkeypatch.setattr(matrix_module, "dataset_name", lambda given: f"Dataset{given}_X")
@@ -154,7 +154,7 @@ class Trainings:
         time.sleep(0.02)
         with self.lock:
             self.running -= 1
-        if cell.arm.name in self.fails:
+        if cell.arm.spec.name in self.fails:
             (folder / FAILED).write_text("no")
             raise MiMError("no")
         self.done.append(folder)

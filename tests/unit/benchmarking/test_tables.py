@@ -72,7 +72,7 @@ def outcome(tmp_path):
         source = SimpleNamespace(folder=tmp_path / dataset / "P_3d")
         cells = {
             Place(dataset, fold, labels, seed, spec.name): Cell(
-                Arm(spec.name, spec.trainer, source, spec.checkpoint), fold, ("a",), ("x", "y"), seed, bench.length
+                Arm(spec, source, spec.checkpoint), fold, ("a",), ("x", "y"), seed, bench.length
             )
             for fold in folds for seed in range(2) for labels in bench.labels for spec in SPECS
         }  # fmt: skip

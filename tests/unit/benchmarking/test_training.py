@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from nnunet_mim.benchmarking import training as module
+from nnunet_mim.benchmarking.bench_file import ArmSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell
 from nnunet_mim.benchmarking.seeded_training import Length, installed_command, record_cost, save_whole, set_length
 from nnunet_mim.benchmarking.training import KEY, RESULT, InterruptedTrainingError, Training, total_cost
@@ -34,8 +34,9 @@ def source(tmp_path):
 def make_cell(source, tmp_path):
     (tmp_path / "a.pth").write_bytes(b"weights")
 
-    def make(trainer="nnUNetTrainerMiM", checkpoint="a.pth", **changes):
-        arm = Arm("A", trainer, source, str(tmp_path / checkpoint) if checkpoint else None)
+    def make(trainer="nnUNetTrainerMiM", checkpoint="a.pth", settings=None, nnssl_plans=None, **changes):
+        spec = ArmSpec("A", trainer, settings=settings or {}, nnssl_plans=nnssl_plans)
+        arm = Arm(spec, source, str(tmp_path / checkpoint) if checkpoint else None)
         values = {"fold": 1, "train_cases": ("a", "b"), "val_cases": ("c",), "seed": 7, "length": Length(3, 4, 5)}
         return Cell(arm, **{**values, **changes})
 
@@ -221,9 +222,7 @@ def test_one_gpu_a_training(make_cell, commands, tmp_path):
 
 
 def test_another_command_takes_its_checkpoint_from_the_plans(make_cell, commands, tmp_path):
-    cell = make_cell("PretrainedTrainer")
-    cell = replace(cell, arm=replace(cell.arm, command="nnUNetv2_train_pretrained"))
-    attempt(cell, tmp_path / "cell")
+    attempt(make_cell("PretrainedTrainer", nnssl_plans="P"), tmp_path / "cell")
     command = commands.commands[0]
     assert command[9:11] == [str(tmp_path / "cell" / "cost.json"), "nnUNetv2_train_pretrained"]
     assert "-pretrained_weights" not in command
