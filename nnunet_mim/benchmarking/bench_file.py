@@ -228,7 +228,9 @@ def _value(value: Any, kind: Any, where: str) -> Any:
         raise MiMError(f"{where} {value}: give true or false")
     if origin is Mapping and not isinstance(value, Mapping):
         raise MiMError(f"{where}: give {details[0]}")
-    return origin(str(value) if origin is Path else value) if origin in (str, Path, float) else value
+    if origin is Path:
+        return Path(str(value))
+    return origin(value) if origin in (str, float) else value
 
 
 def _named_entries(cls: Any, content: Any, where: str) -> tuple[Any, ...]:
