@@ -30,7 +30,7 @@ if [ -n "$narrow" ]; then
 fi
 
 # shellcheck disable=SC2206  # words of these variables are arguments
-protocol=(python -m nnunet_mim.benchmarking.few_shot -d "$number" -p "nnUNetMiMFewShot_$preset" --fold "$fold" --labels $labels
+protocol=(mim_benchmark few_shot -d "$number" -p "nnUNetMiMFewShot_$preset" -f "$fold" --labels $labels
     --seeds "$seeds" $length -device "$device" --jobs "$jobs" --set $recipe -o "$out")
 [ -f "$out/table.csv" ] || "${protocol[@]}" --arms "${arms[@]}" --dry-run  # what is wrong is said before the pretraining
 

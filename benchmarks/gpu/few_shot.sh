@@ -28,7 +28,7 @@ if ! cmp -s "$plans/nnUNetPlainLikeMiM.json" "$stamp"; then
 fi
 
 # shellcheck disable=SC2206,SC2054  # words of these variables are arguments
-protocol=(python -m nnunet_mim.benchmarking.few_shot -d "$number" -p "nnUNetMiMFewShot_$preset" --fold "$fold" --labels $labels
+protocol=(mim_benchmark few_shot -d "$number" -p "nnUNetMiMFewShot_$preset" -f "$fold" --labels $labels
     --seeds "$seeds" $length -device "$device" --jobs "$jobs" --set $recipe -o "$out" --arms Scratch
     "ScratchNarrow=nnUNetTrainerMiMScratch:nnUNetMiMFewShotNarrow_$preset"
     nnUNet=nnUNetTrainer:nnUNetPlainLikeMiM nnUNetNoMirror=nnUNetTrainerNoMirroring:nnUNetPlainLikeMiM

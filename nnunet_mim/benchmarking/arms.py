@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
 from functools import cache
 from io import StringIO
-from typing import Any
 
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunet_mim.benchmarking.cell import TRAIN, Arm
+from nnunet_mim.benchmarking.bench_file import TRAIN, ArmSpec
+from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.seeded_training import installed_command
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.checkpoint.locate import find_checkpoint, locate, no_checkpoint_error
@@ -22,43 +21,13 @@ from nnunet_mim.nnunet.source import Source, find_source
 from nnunet_mim.trainers.resolve_plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.trainers.transfer import check_architecture
 
-MIM_PLANS = "nnUNetMiMPlans"
-
-
-@dataclass(frozen=True)
-class ArmSpec:
-    """An arm as the user names it, for any dataset and fold."""
-
-    name: str
-    trainer: str
-    plans: str
-    checkpoint: str | None = None
-    """a file, folder or Hugging Face name; {fold} and {dataset} in it are filled in"""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """of the recipe, for MiM trainers"""
-    command: str = TRAIN
-
-
-def known_arm(name: str, mim_plans: str = MIM_PLANS) -> ArmSpec | None:
-    """An arm that a name is enough for."""
-    known = {
-        "MiM": ("nnUNetTrainerMiM", mim_plans),
-        "Scratch": ("nnUNetTrainerMiMScratch", mim_plans),
-        "nnUNet": ("nnUNetTrainer", "nnUNetPlans"),
-        "ResEncL": ("nnUNetTrainer", "nnUNetResEncUNetLPlans"),
-    }
-    return ArmSpec(name, *known[name]) if name in known else None
-
-
-KNOWN_ARMS = ("MiM", "Scratch", "nnUNet", "ResEncL")
-
 
 def resolve_arm(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
     """Find an arm's data and checkpoint for one dataset and fold.
 
     Raises:
-        MiMError: names the arm: not preprocessed, no checkpoint or one that does not fit, or a network that would
-            follow from the checkpoint.
+        MiMError: names the arm; it is not preprocessed, has no checkpoint or one that does not fit, or its network
+            would follow from the checkpoint.
     """
     try:
         return _resolve(spec, dataset, configuration, fold)
@@ -69,16 +38,14 @@ def resolve_arm(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> A
 def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
     source = find_source(dataset, spec.plans, configuration)
     check_trainable(source, spec.trainer)
-    arm = Arm(spec.name, spec.trainer, source, command=spec.command)
     given = filled_in(spec.checkpoint, fold, source.dataset) if spec.checkpoint else None
-    if arm.is_mim:
-        check_network(arm)
-    if arm.is_control and given:
-        raise MiMError(f"{spec.trainer} starts from random weights: leave the checkpoint out")
-    if not arm.is_mim:
-        return Arm(spec.name, spec.trainer, source, _other_checkpoint(arm, given), spec.command)
-    if arm.is_control:
-        return arm
+    if not spec.is_mim:
+        return Arm(spec, source, _stock_checkpoint(spec, source, given))
+    check_network(spec, source)
+    if spec.is_control:
+        if given:
+            raise MiMError(f"{spec.trainer} starts from random weights: leave the checkpoint out")
+        return Arm(spec, source)
     if given is None:
         where = (source.plans, source.configuration, fold, os.environ["nnUNet_results"])
         found = find_checkpoint(*where)
@@ -88,20 +55,20 @@ def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
     stored = PretrainedCheckpoint.load(given)
     architecture = configuration_of(source.plans, source.configuration)["architecture"]
     check_architecture(stored, architecture["arch_kwargs"], source.in_channels)
-    return Arm(spec.name, spec.trainer, source, stored.path, spec.command)
+    return Arm(spec, source, stored.path)
 
 
-def _other_checkpoint(arm: Arm, given: str | None) -> str | None:
-    """Of a trainer that is not this package's. Other commands than nnUNetv2_train take it from the plans."""
-    if arm.command != TRAIN:
-        if installed_command(arm.command) is None:
-            raise MiMError(f"{arm.command} is not installed: install an nnU-Net that has it (see nnU-Net's page)")
-        if given:
-            raise MiMError(f"{arm.command} takes the checkpoint from the plans: leave it out")
-        given = (arm.source.plans.get("pretrain_info") or {}).get("checkpoint_path")
+def _stock_checkpoint(spec: ArmSpec, source: Source, given: str | None) -> str | None:
+    """The checkpoint of a trainer that is not this package's: the given one; for nnUNetv2_train_pretrained that of the
+    plans.
+    """
+    if spec.command != TRAIN:
+        if installed_command(spec.command) is None:
+            raise MiMError(f"{spec.command} is not installed: install an nnU-Net that has it (see nnU-Net's page)")
+        given = (source.plans.get("pretrain_info") or {}).get("checkpoint_path")
     path = locate(given) if given else None
     if path is not None and path.is_dir():
-        raise MiMError(f"{arm.trainer} takes a .pth file, not the folder {path}")
+        raise MiMError(f"{spec.trainer} takes a .pth file, not the folder {path}")
     return str(path) if path else None
 
 
@@ -135,21 +102,20 @@ def is_trainer(name: str) -> bool:
     return True
 
 
-def check_network(arm: Arm) -> None:
-    """Raise MiMError unless the plans name the network: otherwise it would follow from the checkpoint, and the control
-    have another one.
+def check_network(spec: ArmSpec, source: Source) -> None:
+    """MiMError unless the plans name the network, which would follow from the checkpoint otherwise, so that the control
+    had another one.
     """
-    source = arm.source
     if not uses_hybrid_unet(configuration_of(source.plans, source.configuration)):
         raise MiMError(
-            f"plans {source.plans_name} name another network than that of {arm.trainer}: write plans with mim_plan -d "
+            f"plans {source.plans_name} name another network than that of {spec.trainer}: write plans with mim_plan -d "
             f"{source.dataset[7:10]} -pc CHECKPOINT, and give their name"
         )
 
 
 def control_of(specs: Sequence[ArmSpec], given: str | None = None) -> str:
-    """The arm that others are compared with: the one given, else the first control of this package, else the first
-    without a checkpoint.
+    """Name of the arm that others are compared with: the given one, else the first control of this package, else the
+    first arm without a checkpoint, else the last one.
 
     Raises:
         MiMError: no arm has the given name.
@@ -159,10 +125,6 @@ def control_of(specs: Sequence[ArmSpec], given: str | None = None) -> str:
         if given not in names:
             raise MiMError(f"control {given} is none of the arms: {', '.join(names)}")
         return given
-    own = [spec.name for spec in specs if spec.trainer.startswith("nnUNetTrainerMiMScratch")]
-    without = [
-        spec.name
-        for spec in specs
-        if spec.checkpoint is None and spec.command == TRAIN and not spec.trainer.startswith("nnUNetTrainerMiM")
-    ]
-    return (own + without + names[-1:])[0]
+    controls = [spec.name for spec in specs if spec.is_control]
+    stock = [spec.name for spec in specs if not (spec.checkpoint or spec.nnssl_plans or spec.is_mim)]
+    return (controls + stock + names[-1:])[0]

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from nnunet_mim.benchmarking.tables import Outcome, label_names, smooth
+from nnunet_mim.benchmarking.outcome import Outcome
+from nnunet_mim.benchmarking.tables import smooth
 from nnunet_mim.reporting.figures import COLOURS, bare
 from nnunet_mim.reporting.views import CT_WINDOW
 
@@ -22,22 +23,22 @@ class CasePicture:
     """One axial slice of a case; arrays (Y, X), y to the back, x to the patient's left."""
 
     title: str
-    """of the row"""
+    """title of the row"""
     name: str
     ct: np.ndarray
     """HU"""
     reference: np.ndarray
-    """labels"""
+    """label image"""
     predictions: Mapping[str, np.ndarray]
-    """labels, by arm"""
+    """label images, by arm"""
     dice: Mapping[str, float]
-    """of the case, by arm"""
+    """Dice of the case, by arm"""
     spacing: tuple[float, float]
     """mm along y, x"""
 
 
 def curves_figure(outcome: Outcome, dataset: str) -> Figure:
-    """Dice by number of labels, and the learning curves with the most of them."""
+    """Dice by number of labels, and the learning curves with the largest number of labels."""
     matrix = outcome.matrix
     figure = Figure(figsize=(10.8, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -47,29 +48,23 @@ def curves_figure(outcome: Outcome, dataset: str) -> Figure:
     }
     texts = []
     for arm, colour in zip(matrix.arms, _colours(len(matrix.arms)), strict=True):
-        means = {
+        seed_means = {
             labels: np.nanmean(outcome.values(dataset, labels, seeds, arm, "dice"), axis=1) * 100
             for labels in sorted(counts, key=counts.__getitem__)
             if (seeds := outcome.seeds(dataset, labels, arm))
         }
-        for labels, values in means.items():
-            left.scatter([counts[labels]] * len(values), values, color=colour, s=14, alpha=0.5)
-        if not means:
+        if not seed_means:
             continue
-        centres = [float(values.mean()) for values in means.values()]
-        left.plot(
-            [counts[labels] for labels in means], centres, color=colour, marker="o", label=outcome.name(dataset, arm)
-        )
-        texts.append(f"{arm} {', '.join(f'{m:.1f} with {t}' for m, t in zip(centres, means, strict=True))}")
+        for labels, values in seed_means.items():
+            left.scatter([counts[labels]] * len(values), values, color=colour, s=14, alpha=0.5)
+        means = {labels: float(values.mean()) for labels, values in seed_means.items()}
+        numbers = [counts[labels] for labels in means]
+        left.plot(numbers, list(means.values()), color=colour, marker="o", label=outcome.name(dataset, arm))
+        texts.append(f"{arm} {', '.join(f'{mean:.1f} with {labels}' for labels, mean in means.items())}")
         for number, result in enumerate(outcome.trainings(dataset, list(means)[-1], arm)):
-            steps = matrix.bench.length.iterations * np.arange(1, len(result["curve"]) + 1)
-            right.plot(
-                steps,
-                np.array(smooth(result["curve"])) * 100,
-                color=colour,
-                alpha=0.75,
-                label=arm if not number else None,
-            )
+            iterations = matrix.bench.iterations_per_epoch * np.arange(1, len(result["curve"]) + 1)
+            curve = np.array(smooth(result["curve"])) * 100
+            right.plot(iterations, curve, color=colour, alpha=0.75, label=None if number else arm)
     left.set(xlabel="labelled cases", ylabel="Dice on the validation cases, %", xscale="log")
     left.set_xticks(list(counts.values()), [f"{count:g}" for count in counts.values()])
     left.minorticks_off()
@@ -84,46 +79,37 @@ def curves_figure(outcome: Outcome, dataset: str) -> Figure:
 
 
 def bars_figure(outcome: Outcome, dataset: str) -> Figure | None:
-    """Dice of every label with the most labelled cases that every arm has finished; None where there are none."""
-    matrix, names = outcome.matrix, label_names(outcome, dataset)
-    most = [labels for labels in matrix.labels if all(outcome.seeds(dataset, labels, a) for a in matrix.arms)]
-    if not most:
+    """Dice of every label with the largest number of labels that every arm has finished; None where there is none."""
+    arms, names = outcome.matrix.arms, outcome.label_names(dataset)
+    finished = [labels for labels in outcome.matrix.labels if all(outcome.seeds(dataset, labels, arm) for arm in arms)]
+    if not finished:
         return None
-    figure = Figure(figsize=(max(5.0, min(14.0, 1.5 + 0.32 * len(names) * (len(matrix.arms) + 1))), 3.6))
-    figure.set_layout_engine("constrained")
+    labels = finished[-1]
+    figure = Figure(figsize=(max(5.0, min(14.0, 1.5 + 0.32 * len(names) * (len(arms) + 1))), 3.6), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(matrix.arms)
-    for number, (arm, colour) in enumerate(zip(matrix.arms, _colours(len(matrix.arms)), strict=True)):
-        seeds = outcome.seeds(dataset, most[-1], arm)
-        means = [np.nanmean(outcome.values(dataset, most[-1], seeds, arm, "dice", key), axis=1) for key in names]
-        places = np.arange(len(names)) + (number - (len(matrix.arms) - 1) / 2) * width
-        spread = [m.std(ddof=1) * 100 if len(m) > 1 else 0.0 for m in means]
-        heights = [m.mean() * 100 for m in means]
-        axes.bar(
-            places,
-            heights,
-            width * 0.92,
-            yerr=spread,
-            color=colour,
-            label=outcome.name(dataset, arm),
-            ecolor="#444444",
-            capsize=2,
-        )
+    width = 0.8 / len(arms)
+    for number, (arm, colour) in enumerate(zip(arms, _colours(len(arms)), strict=True)):
+        seeds = outcome.seeds(dataset, labels, arm)
+        means = [np.nanmean(outcome.values(dataset, labels, seeds, arm, "dice", key), axis=1) for key in names]
+        places = np.arange(len(names)) + (number - (len(arms) - 1) / 2) * width
+        sds = [m.std(ddof=1) * 100 if len(m) > 1 else 0.0 for m in means]
+        heights, label = [m.mean() * 100 for m in means], outcome.name(dataset, arm)
+        axes.bar(places, heights, width * 0.92, yerr=sds, color=colour, label=label, ecolor="#444444", capsize=2)
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names.values()], rotation=20, ha="right")
     axes.set_ylabel("Dice, %")
     axes.set_ylim(0, 100)
     _plain(axes)
-    axes.legend(frameon=False, ncols=len(matrix.arms), loc="lower right", bbox_to_anchor=(1, 1))
-    figure.set_label(f"Dice of every label, {dataset}, labels {most[-1]}; bars: standard deviation over seeds.")
+    axes.legend(frameon=False, ncols=len(arms), loc="lower right", bbox_to_anchor=(1, 1))
+    figure.set_label(f"Dice of every label, {dataset}, labels {labels}; bars: standard deviation over seeds.")
     return figure
 
 
 def cases_figure(pictures: Sequence[CasePicture], names: Mapping[int, str]) -> Figure:
-    """A row a case, a column an arm: the CT, the reference's contours dashed, the prediction's solid.
+    """The CT with contours, dashed for the reference and solid for the prediction; a row per case, a column per arm.
 
     Args:
         pictures: of cases that all have the same arms.
-        names: of the labels.
+        names: names of the labels.
     """
     arms = list(pictures[0].predictions)
     column = min(3.1, 12 / len(arms))
@@ -138,10 +124,8 @@ def cases_figure(pictures: Sequence[CasePicture], names: Mapping[int, str]) -> F
                 for number, label in enumerate(names):
                     inside = labels == label
                     if inside.any() and not inside.all():
-                        column.contour(
-                            inside, levels=[0.5], colors=COLOURS[number % len(COLOURS)], linewidths=1.1,
-                            linestyles=style,
-                        )  # fmt: skip
+                        colour = COLOURS[number % len(COLOURS)]
+                        column.contour(inside, levels=[0.5], colors=colour, linewidths=1.1, linestyles=style)
             column.set_title(f"{arm}: {picture.dice[arm] * 100:.1f} %", fontsize=9)
             bare(column)
         row[0].set_ylabel(f"{picture.title}\n{picture.name}", fontsize=9)

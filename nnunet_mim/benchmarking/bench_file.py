@@ -1,28 +1,122 @@
-"""`bench.yaml`: an experiment as a file."""
+"""`bench.yaml`: an experiment as a file. Its entries are the fields of the dataclasses in this module."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from nnunet_mim.benchmarking.arms import KNOWN_ARMS, MIM_PLANS, ArmSpec, known_arm
-from nnunet_mim.benchmarking.cell import TRAIN, Length
-from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec
+from nnunet_mim.benchmarking.seeded_training import Length
 from nnunet_mim.checkpoint.locate import REPOSITORY
 from nnunet_mim.errors import MiMError
 from nnunet_mim.settings import read_yaml
 
-DEFAULT_LENGTH = {"iterations": 250_000, "iterations_per_epoch": 250, "val_iterations": 50}
-LENGTHS = {"num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"}
+MIM_PLANS = "nnUNetMiMPlans"
+KNOWN_ARMS = {
+    "MiM": ("nnUNetTrainerMiM", MIM_PLANS),
+    "Scratch": ("nnUNetTrainerMiMScratch", MIM_PLANS),
+    "nnUNet": ("nnUNetTrainer", "nnUNetPlans"),
+    "ResEncL": ("nnUNetTrainer", "nnUNetResEncUNetLPlans"),
+}
+"""Trainer and plans of the arms that need only a name."""
+TRAIN, PRETRAINED = "nnUNetv2_train", "nnUNetv2_train_pretrained"
+LENGTH_SETTINGS = {"num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"}
 OCTAL = re.compile(r"(?<![\w.%/-])0\d+(?![\w.%/-])")
-PRETRAINED = "nnUNetv2_train_pretrained"
+Count = Annotated[int, 1]
+"""A whole number; the second argument is the smallest one allowed."""
+Entries = TypeVar("Entries")
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A dataset of the experiment."""
+
+    dataset: str
+    """number or name"""
+    folds: tuple[Annotated[int, 0], ...] = (0,)
+    configuration: str = "3d_fullres"
+
+    def __post_init__(self) -> None:
+        if not self.folds or len(set(self.folds)) < len(self.folds):
+            raise MiMError(f"datasets: {self.dataset}: folds {list(self.folds)}: give different numbers from 0")
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """An arm as the user names it, for any dataset and fold."""
+
+    name: str
+    trainer: str = ""
+    plans: str = ""
+    checkpoint: str | None = None
+    """a file, folder or Hugging Face name; {fold} and {dataset} in it are filled in"""
+    settings: Annotated[Mapping[str, Any], "names and values"] = field(default_factory=dict)
+    """settings of the recipe, for MiM trainers"""
+    nnssl_plans: str | None = None
+    """plans of nnUNetv2_preprocess_like_nnssl: the training command is nnUNetv2_train_pretrained"""
+
+    @property
+    def is_mim(self) -> bool:
+        """Whether the trainer is one of this package, which follows the recipe in the plans."""
+        return self.trainer.startswith("nnUNetTrainerMiM")
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is the control of this package, which starts from random weights."""
+        return self.trainer.startswith("nnUNetTrainerMiMScratch")
+
+    @property
+    def command(self) -> str:
+        """The command that trains."""
+        return PRETRAINED if self.nnssl_plans else TRAIN
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An experiment as the user describes it."""
+
+    datasets: tuple[DatasetSpec, ...]
+    arms: tuple[ArmSpec, ...]
+    labels: tuple[str, ...] = ("all",)
+    seeds: Count = 1
+    iterations: Count = 250_000
+    iterations_per_epoch: Count = 250
+    val_iterations: Count = 50
+    control: str | None = None
+    """name of the arm that the others are compared with"""
+    device: Literal["cuda", "cpu", "mps"] = "cuda"
+    gpus: tuple[str, ...] = ()
+    """one training on each at a time; none: as this process sees them"""
+    jobs: Count = 1
+    """number of trainings at a time, without `gpus`"""
+    slurm: Annotated[
+        Mapping[str, Any], "parameters of submitit, such as {slurm_partition: gpu, timeout_min: 1440}"
+    ] | None = None  # fmt: skip
+    """None: this machine"""
+    nsd_tolerance_mm: Annotated[float, 0] = 1.0
+    output: Path = Path("bench")
+    allow_seen: bool = False
+
+    def __post_init__(self) -> None:
+        if self.iterations % self.iterations_per_epoch:
+            raise MiMError(
+                f"iterations ({self.iterations}) must be a multiple of iterations_per_epoch "
+                f"({self.iterations_per_epoch})"
+            )
+        if self.gpus and (self.device != "cuda" or self.slurm is not None):
+            raise MiMError("'gpus' are for device cuda on this machine: leave them out")
+
+    @property
+    def length(self) -> Length:
+        """The length of every training."""
+        return Length(self.iterations // self.iterations_per_epoch, self.iterations_per_epoch, self.val_iterations)
 
 
 def read_bench(path: Path) -> Bench:
-    """Read and check a file; nothing of nnU-Net's folders is looked at.
+    """Read and check a file; nnU-Net's folders are not looked at.
 
     Raises:
         MiMError: names the file and the entry.
@@ -37,140 +131,120 @@ def read_bench(path: Path) -> Bench:
 
 
 def bench_of(content: Mapping[str, Any], folder: Path) -> Bench:
-    """The experiment that a file's content stands for.
+    """The experiment that a file describes.
 
     Args:
-        content: see docs/benchmark.md.
-        folder: that `output` and the paths of checkpoints count from.
+        content: the entries of the file, see docs/benchmark.md.
+        folder: `output` and the paths of checkpoints are relative to it.
 
     Raises:
         MiMError: names the entry.
     """
-    known = {f.name for f in fields(Bench)} - {"length"} | set(DEFAULT_LENGTH)
-    _only(content, known, "")
-    values = {key: value for key, value in content.items() if value is not None}
-    for name in ("datasets", "arms"):
-        if not values.get(name):
-            raise MiMError(f"'{name}' is missing")
-    lengths = {name: _count(values, name, default) for name, default in DEFAULT_LENGTH.items()}
-    labels = values.get("labels", ["all"])
-    slurm = values.get("slurm")
-    if slurm is not None and not isinstance(slurm, dict):
-        raise MiMError("'slurm' holds parameters of submitit, such as {slurm_partition: gpu, timeout_min: 1440}")
-    tolerance = values.get("nsd_tolerance_mm", 1.0)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
-        raise MiMError(f"nsd_tolerance_mm {tolerance}: give millimetres")
-    device = str(values.get("device", "cuda"))
-    if device not in ("cuda", "cpu", "mps"):
-        raise MiMError(f"device {device}: give cuda, cpu or mps")
-    gpus = tuple(str(gpu) for gpu in _list(values.get("gpus", [])))
-    if gpus and (device != "cuda" or slurm is not None):
-        raise MiMError("'gpus' are for device cuda on this machine: leave them out")
-    return Bench(
-        datasets=_datasets(values["datasets"]),
-        arms=_arms(values["arms"], folder),
-        labels=tuple(str(entry) for entry in _list(labels)),
-        seeds=_count(values, "seeds", 1),
-        length=length_of(**lengths),
-        output=folder / str(values.get("output", "bench")),
-        control=str(values["control"]) if "control" in values else None,
-        device=device,
-        gpus=gpus,
-        jobs=_count(values, "jobs", 1),
-        slurm=slurm,
-        nsd_tolerance_mm=float(tolerance),
-        allow_seen=values.get("allow_seen", False) is True,
+    bench = read_entries(Bench, content)
+    plans = {arm.plans for arm in bench.arms if arm.plans and _with_trainer(arm).is_mim}
+    mim_plans = plans.pop() if len(plans) == 1 else MIM_PLANS  # the control's too
+    arms = tuple(complete_arm(arm, mim_plans, folder) for arm in bench.arms)
+    return replace(bench, arms=arms, output=folder / bench.output)
+
+
+def complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
+    """An arm with the trainer and plans that its name stands for. The path of its checkpoint is relative to `folder`.
+    MiMError names the arm where it is not complete.
+    """
+    where = f"arms: {arm.name}"
+    if arm.nnssl_plans:
+        if arm.plans or arm.checkpoint or arm.settings:
+            raise MiMError(f"{where}: beside nnssl_plans only a trainer may be given")
+        return replace(arm, trainer=arm.trainer or "PretrainedTrainer", plans=arm.nnssl_plans)
+    known_trainer, known_plans = KNOWN_ARMS.get(arm.name, ("", ""))
+    plans = arm.plans or (mim_plans if known_plans == MIM_PLANS else known_plans)
+    arm = replace(arm, trainer=arm.trainer or known_trainer, plans=plans)
+    if not arm.trainer or not arm.plans:
+        raise MiMError(f"{where}: give trainer and plans (only {', '.join(KNOWN_ARMS)} need none)")
+    if arm.settings and not arm.is_mim:
+        raise MiMError(f"{where}: settings are for the MiM trainers, not for {arm.trainer}")
+    if bad := sorted(LENGTH_SETTINGS & set(arm.settings)):
+        raise MiMError(f"{where}: settings: {bad[0]} is the same for all arms: give iterations, iterations_per_epoch, "
+                       "val_iterations")  # fmt: skip
+    return replace(arm, checkpoint=_checkpoint(arm.checkpoint, folder))
+
+
+def _with_trainer(arm: ArmSpec) -> ArmSpec:
+    return replace(arm, trainer=arm.trainer or KNOWN_ARMS.get(arm.name, ("", ""))[0])
+
+
+def _checkpoint(given: str | None, folder: Path) -> str | None:
+    """The path of a checkpoint. ORGANISATION/NAME is one on Hugging Face unless it exists in the folder."""
+    if not given:
+        return None
+    path = folder / given
+    is_repository = REPOSITORY.fullmatch(given) and path.suffix != ".pth" and not path.exists()
+    return given if is_repository else str(path)
+
+
+def read_entries(cls: type[Entries], content: Any, where: str = "", **given: Any) -> Entries:
+    """A dataclass from a mapping of its fields' names to values, which are checked against the fields' types.
+
+    Args:
+        cls: the dataclass.
+        content: the mapping; None stands for a field's default.
+        where: the place of the mapping in the file, for messages.
+        given: values of fields that are no entries of the file.
+
+    Raises:
+        MiMError: names the entry.
+    """
+    prefix = f"{where}: " if where else ""
+    entries = {f.name: f for f in fields(cls) if f.name not in given}  # type: ignore[arg-type]
+    if not isinstance(content, Mapping):
+        raise MiMError(f"{prefix}give names and values ({', '.join(sorted(entries))})")
+    if unknown := sorted(set(map(str, content)) - set(entries)):
+        raise MiMError(f"{prefix}unknown entry '{unknown[0]}': there are {', '.join(sorted(entries))}")
+    required = [name for name, f in entries.items() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if not content.get(name)]:
+        raise MiMError(f"{prefix}'{missing[0]}' is missing")
+    types = get_type_hints(cls, include_extras=True)
+    values = {k: _value(value, types[k], prefix + k) for k, value in content.items() if value is not None}
+    return cls(**given, **values)
+
+
+def _value(value: Any, kind: Any, where: str) -> Any:
+    """A value of the file as a field's type has it. MiMError where it is no such value."""
+    if NoneType in get_args(kind):
+        kind = next(option for option in get_args(kind) if option is not NoneType)
+    kind, *details = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin is tuple and is_dataclass(arguments[0]):
+        return _named_entries(arguments[0], value, where)
+    if origin is tuple:
+        return tuple(_value(item, arguments[0], where) for item in _list(value))
+    if origin is Literal and value not in arguments:
+        raise MiMError(f"{where} {value}: give {', '.join(arguments[:-1])} or {arguments[-1]}")
+    if origin in (int, float):
+        numbers = (int,) if origin is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, numbers) or not value >= details[0]:
+            raise MiMError(f"{where} {value}: give a {'whole ' * (origin is int)}number from {details[0]}")
+    if origin is bool and not isinstance(value, bool):
+        raise MiMError(f"{where} {value}: give true or false")
+    if origin is Mapping and not isinstance(value, Mapping):
+        raise MiMError(f"{where}: give {details[0]}")
+    if origin is Path:
+        return Path(str(value))
+    return origin(value) if origin in (str, float) else value
+
+
+def _named_entries(cls: Any, content: Any, where: str) -> tuple[Any, ...]:
+    """Dataclasses from their names alone, or from a mapping of names to entries. The name is the first field."""
+    if not isinstance(content, Mapping):
+        names = [str(name) for name in _list(content)]
+        if len(set(names)) < len(names):
+            raise MiMError(f"{where}: {max(names, key=names.count)} is there twice")
+        content = dict.fromkeys(names)
+    first = fields(cls)[0].name
+    return tuple(
+        read_entries(cls, entries or {}, f"{where}: {name}", **{first: str(name)}) for name, entries in content.items()
     )
 
 
-def length_of(iterations: int, iterations_per_epoch: int, val_iterations: int) -> Length:
-    """MiMError unless the iterations are whole epochs."""
-    if iterations % iterations_per_epoch:
-        raise MiMError(f"iterations ({iterations}) must be a multiple of iterations_per_epoch ({iterations_per_epoch})")
-    return Length(iterations // iterations_per_epoch, iterations_per_epoch, val_iterations)
-
-
-def check_settings(settings: Mapping[str, Any], arm: str) -> None:
-    """MiMError where an arm's recipe holds the length, which is the experiment's."""
-    if bad := sorted(LENGTHS & set(settings)):
-        raise MiMError(
-            f"{arm}: {bad[0]} is the same for all arms: give iterations, iterations_per_epoch, val_iterations"
-        )
-
-
-def _datasets(content: Any) -> tuple[DatasetSpec, ...]:
-    if not isinstance(content, dict):
-        return tuple(DatasetSpec(str(name)) for name in _list(content))
-    specs = []
-    for name, own in content.items():
-        own = own or {}
-        _only(own, {"folds", "configuration"}, f"datasets: {name}")
-        folds = _list(own.get("folds", [0]))
-        if not folds or not all(isinstance(fold, int) and fold >= 0 for fold in folds) or len({*folds}) < len(folds):
-            raise MiMError(f"datasets: {name}: folds {folds}: give different numbers from 0")
-        specs.append(DatasetSpec(str(name), tuple(folds), str(own.get("configuration", "3d_fullres"))))
-    return tuple(specs)
-
-
-def _arms(content: Any, folder: Path) -> tuple[ArmSpec, ...]:
-    if not isinstance(content, dict):
-        names = [str(name) for name in _list(content)]
-        if len(set(names)) < len(names):
-            raise MiMError(f"arms: {max(names, key=names.count)} is there twice")
-        content = dict.fromkeys(names)
-    said = {name: own for name, own in content.items() if isinstance(own, dict) and own.get("plans")}
-    given = {own["plans"] for name, own in said.items() if _is_mim(name, own)}
-    mim_plans = str(given.pop()) if len(given) == 1 else MIM_PLANS  # the control's too
-    return tuple(_arm(str(name), own or {}, folder, mim_plans) for name, own in content.items())
-
-
-def _is_mim(name: Any, own: Mapping[str, Any]) -> bool:
-    known = known_arm(str(name))
-    return str(own.get("trainer") or (known.trainer if known else "")).startswith("nnUNetTrainerMiM")
-
-
-def _arm(name: str, own: Any, folder: Path, mim_plans: str) -> ArmSpec:
-    _only(own, {"trainer", "plans", "checkpoint", "settings", "nnssl_plans"}, f"arms: {name}")
-    if "nnssl_plans" in own:
-        if set(own) - {"nnssl_plans", "trainer"}:
-            raise MiMError(f"arms: {name}: beside nnssl_plans only a trainer may be given")
-        return ArmSpec(name, str(own.get("trainer", "PretrainedTrainer")), str(own["nnssl_plans"]), command=PRETRAINED)
-    known = known_arm(name, mim_plans)
-    trainer, plans = own.get("trainer", known and known.trainer), own.get("plans", known and known.plans)
-    if not trainer or not plans:
-        raise MiMError(f"arms: {name}: give trainer and plans (only {', '.join(KNOWN_ARMS)} need none)")
-    settings = own.get("settings") or {}
-    if not isinstance(settings, dict):
-        raise MiMError(f"arms: {name}: settings: give names and values")
-    if settings and not str(trainer).startswith("nnUNetTrainerMiM"):
-        raise MiMError(f"arms: {name}: settings are for the MiM trainers, not for {trainer}")
-    check_settings(settings, f"arms: {name}: settings")
-    return ArmSpec(name, str(trainer), str(plans), _checkpoint(own.get("checkpoint"), folder), settings, TRAIN)
-
-
-def _checkpoint(given: Any, folder: Path) -> str | None:
-    """Paths count from the folder of the file; ORGANISATION/NAME is one on Hugging Face unless it is there."""
-    if not given:
-        return None
-    path = folder / str(given)
-    elsewhere = REPOSITORY.fullmatch(str(given)) and path.suffix != ".pth" and not path.exists()
-    return str(given) if elsewhere else str(path)
-
-
-def _only(content: Any, known: set[str], where: str) -> None:
-    prefix = f"{where}: " if where else ""
-    if not isinstance(content, dict | Mapping):
-        raise MiMError(f"{prefix}give names and values ({', '.join(sorted(known))})")
-    if strange := sorted(set(map(str, content)) - known):
-        raise MiMError(f"{prefix}unknown entry '{strange[0]}': there are {', '.join(sorted(known))}")
-
-
-def _list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _count(values: Mapping[str, Any], name: str, default: int) -> int:
-    value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MiMError(f"{name} {value}: give a whole number from 1")
-    return value
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]

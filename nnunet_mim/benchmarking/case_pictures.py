@@ -9,20 +9,19 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_mim.benchmarking.bench_figures import CasePicture
-from nnunet_mim.benchmarking.cell import validation_folder
 from nnunet_mim.benchmarking.matrix import Place, case_value
-from nnunet_mim.benchmarking.tables import Outcome
+from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.nnunet.datasets import raw_images
 
 AXES = "LPS"
 """x to the patient's left, y to the back, z to the head"""
 MARGIN_MM = 30.0
-"""around what is labelled"""
+"""around the labels"""
 
 
 def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> list[CasePicture]:
-    """Worst, median and best case of the first arm with the most labels that every arm has finished, first seed and
-    fold; empty where nothing is finished or the images are not in nnUNet_raw.
+    """Worst, median and best case of the first arm with the largest number of labels that every arm has finished, first
+    seed and fold. Empty where nothing is finished or the images are not in nnUNet_raw.
 
     Args:
         outcome: of the experiment.
@@ -32,26 +31,26 @@ def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> li
     matrix = outcome.matrix
     fold = matrix.folds(dataset)[0]
     places = [{arm: Place(dataset, fold, count, 0, arm) for arm in matrix.arms} for count in reversed(matrix.labels)]
-    found = next((by_arm for by_arm in places if all(place in outcome.results for place in by_arm.values())), None)
+    by_arm = next((found for found in places if all(place in outcome.results for place in found.values())), None)
     images = raw_images(dataset)
-    if found is None or not images:
+    if by_arm is None or not images:
         return []
     dice = {
         arm: {case: case_value(metrics, "dice") for case, metrics in outcome.results[place]["cases"].items()}
-        for arm, place in found.items()
+        for arm, place in by_arm.items()
     }
     first = dice[matrix.arms[0]]
-    known = sorted((case for case in first if np.isfinite(first[case]) and case in images), key=first.__getitem__)
-    if not known:
+    cases = sorted((case for case in first if np.isfinite(first[case]) and case in images), key=first.__getitem__)
+    if not cases:
         return []
-    chosen = dict(zip(("worst", "median", "best"), (known[0], known[len(known) // 2], known[-1]), strict=True))
     pictures = []
-    for title, case in chosen.items():
-        predictions = {arm: predicted(outcome, place, case) for arm, place in found.items()}
-        reference = reference_of(outcome, found[matrix.arms[0]], case)
-        its_dice = {arm: values[case] for arm, values in dice.items()}
+    for title, case in (("worst", cases[0]), ("median", cases[len(cases) // 2]), ("best", cases[-1])):
+        reference = matrix.cells[by_arm[matrix.arms[0]]].reference(case)
+        outputs = {arm: matrix.training(place).output for arm, place in by_arm.items()}
+        predictions = {arm: output / "validation" / reference.name for arm, output in outputs.items()}
+        of_case = {arm: values[case] for arm, values in dice.items()}
         try:
-            pictures.append(picture_of(title, case, Path(images[case][0]), predictions, reference, its_dice, labels))
+            pictures.append(picture_of(title, case, Path(images[case][0]), predictions, reference, of_case, labels))
         except (RuntimeError, ValueError, IndexError) as error:  # a file that is gone, or grids that do not fit
             print(f"note: no picture of {case} ({' '.join(str(error).split())[-200:]})")
     return pictures
@@ -66,49 +65,33 @@ def picture_of(
     dice: Mapping[str, float],
     shown: Collection[int],
 ) -> CasePicture:
-    """The axial slice with most of the reference (of the predictions, where it is empty), around what is labelled."""
-    ct, truth = read(image), read(reference)
-    labels = {arm: sitk.GetArrayFromImage(read(path)) for arm, path in predictions.items()}
-    voxels, true = sitk.GetArrayFromImage(ct), sitk.GetArrayFromImage(truth)
-    if any(array.shape != voxels.shape for array in (true, *labels.values())):
+    """The axial slice with the largest part of the reference (of the predictions, where it is empty), cut to what is
+    labelled. ValueError where the images have different sizes.
+    """
+    ct = read(image)
+    voxels, truth = sitk.GetArrayFromImage(ct), sitk.GetArrayFromImage(read(reference))
+    predicted = {arm: sitk.GetArrayFromImage(read(path)) for arm, path in predictions.items()}
+    if any(array.shape != voxels.shape for array in (truth, *predicted.values())):
         raise ValueError(f"image, reference and predictions of {case} have different sizes")
-    masks = [np.isin(array, list(shown)) for array in (true, *labels.values())]
+    masks = [np.isin(array, list(shown)) for array in (truth, *predicted.values())]
     labelled = masks[0] if masks[0].any() else np.any(masks, axis=0)
-    z = int(labelled.sum(axis=(1, 2)).argmax()) if labelled.any() else len(true) // 2
+    z = int(labelled.sum(axis=(1, 2)).argmax()) if labelled.any() else len(truth) // 2
     x_mm, y_mm, _ = ct.GetSpacing()
     window = around(np.any(masks, axis=0)[z], (y_mm, x_mm))
-    return CasePicture(
-        title, case, voxels[z][window], true[z][window], {arm: found[z][window] for arm, found in labels.items()},
-        dice, (y_mm, x_mm),
-    )  # fmt: skip
+    slices = {arm: array[z][window] for arm, array in predicted.items()}
+    return CasePicture(title, case, voxels[z][window], truth[z][window], slices, dice, (y_mm, x_mm))
 
 
 def around(mask: np.ndarray, spacing: tuple[float, float]) -> tuple[slice, slice]:
-    """A window of a slice (Y, X) with some margin around a mask; the whole slice where the mask is empty."""
-    places = np.argwhere(mask)
-    if not len(places):
+    """A window of a slice (Y, X) with a margin around a mask; the whole slice where the mask is empty."""
+    voxels = np.argwhere(mask)
+    if not len(voxels):
         return slice(None), slice(None)
     margin = [round(MARGIN_MM / step) for step in spacing]
-    low, high = places.min(axis=0) - margin, places.max(axis=0) + margin + 1
+    low, high = voxels.min(axis=0) - margin, voxels.max(axis=0) + margin + 1
     return slice(max(0, int(low[0])), int(high[0])), slice(max(0, int(low[1])), int(high[1]))
 
 
 def read(path: Path) -> sitk.Image:
-    """An image with its axes in AXES."""
+    """An image with its axes in the order AXES."""
     return sitk.DICOMOrient(sitk.ReadImage(str(path)), AXES)
-
-
-def predicted(outcome: Outcome, place: Place, case: str) -> Path:
-    """A training's prediction of a validation case."""
-    cell = outcome.matrix.cells[place]
-    return validation_folder(cell, outcome.matrix.folder(place)) / f"{case}{file_ending(outcome, place)}"
-
-
-def reference_of(outcome: Outcome, place: Place, case: str) -> Path:
-    """What nnU-Net compares a prediction with."""
-    return outcome.matrix.cells[place].references / f"{case}{file_ending(outcome, place)}"
-
-
-def file_ending(outcome: Outcome, place: Place) -> str:
-    """Of the dataset's images."""
-    return outcome.matrix.cells[place].dataset_json["file_ending"]

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.system.locks import alone
 from nnunet_mim.system.machine import usable_cores
+
+if TYPE_CHECKING:
+    from nnunet_mim.benchmarking.bench_file import Bench
 
 DESCRIPTION = """\
 Benchmarks on public CT.
 
   mim_benchmark prepare --msd Task03_Liver Task06_Lung --btcv RawData
   mim_benchmark run bench.yaml --dry-run
-  mim_benchmark run bench.yaml"""
+  mim_benchmark run bench.yaml
+  mim_benchmark few_shot -d 501 -p nnUNetMiMPlans"""
 
 RUN = """\
 Train every arm of an experiment on every dataset, fold, number of labels and seed, and compare.
@@ -41,6 +48,28 @@ RUN_EPILOG = """\
 Output, in the folder of `output` (relative to bench.yaml): report.html, table.md, table.tex, table.csv (every case,
 label and metric), and cells/ with every training, its log.txt and its predictions."""
 
+FEW_SHOT = """\
+Train on few and on all labels, with pretraining and without, and compare.
+
+  mim_benchmark few_shot -d 501 -p nnUNetMiMPlans --labels 5 10 20 all --seeds 3
+
+Every training is nnUNetv2_train on the training cases of one fold of nnU-Net's own split, or a subset of them, and is
+validated on all validation cases of the fold. Subsets are nested, and the same for all arms; of a seed, so are the
+initial weights where two arms have the same network. Repeating the command goes on where it was interrupted; more
+labels, seeds or arms may be added later; what failed is tried again. The same command may run several times at once, on
+one device each (CUDA_VISIBLE_DEVICES): each takes what no other one is at work on.
+
+Arms: MiM, Scratch (the same network, plans and recipe from random weights), nnUNet, ResEncL (stock trainer with plans
+nnUNetPlans, nnUNetResEncUNetLPlans), or NAME=TRAINER:PLANS[:CHECKPOINT]; trainers of nnU-Net take the checkpoint with
+-pretrained_weights. The control is the first nnUNetTrainerMiMScratch, else the first arm without a checkpoint.
+
+The experiment is written to bench.yaml in the output folder, anew every time. For several datasets, folds or GPUs, or
+for SLURM, copy and edit that file and give it to mim_benchmark run."""
+
+FEW_SHOT_EPILOG = """\
+Output: bench.yaml, report.html, table.md, table.tex, table.csv (every case, label and metric) and a figure in the
+folder of -o, by default nnUNet_results/DatasetXXX_Name/few_shot__PLANS__CONFIGURATION__fold_FOLD."""
+
 PREPARE = """\
 Make nnU-Net datasets of the folders that come out of the archives of the Medical Segmentation Decathlon (its CT tasks:
 Task03_Liver, Task06_Lung, Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon) and of BTCV
@@ -58,6 +87,8 @@ nnUNet_preprocessed/DatasetXXX_Name: nnU-Net's five folds for MSD; for BTCV the 
 and the split of 18 and 12 as fold 5."""
 
 SHOWN_PROBLEMS = 20
+FEW_SHOT_ENTRIES = ("seeds", "iterations", "iterations_per_epoch", "val_iterations", "device", "jobs", "allow_seen")
+"""Entries of bench.yaml that are options of `few_shot` too."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,20 +142,46 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plan, report, or train and report."""
-    from dataclasses import replace
-
+    """Plan, report, or train and report an experiment of a file."""
     from nnunet_mim.benchmarking.bench_file import read_bench
+
+    _execute(read_bench(Path(options.bench)), options, options.retry)
+
+
+def few_shot(options: argparse.Namespace) -> None:
+    """Plan, report, or train and report the few-shot protocol."""
+    import yaml
+
+    from nnunet_mim.benchmarking.bench_file import bench_of
+    from nnunet_mim.benchmarking.few_shot_file import arm_entries, default_arms
+    from nnunet_mim.nnunet.datasets import dataset_name, require_environment
+    from nnunet_mim.settings import parse_settings
+
+    require_environment()
+    dataset = dataset_name(options.d)
+    folder = f"few_shot__{options.p}__{options.c}__fold_{options.fold}"
+    output = Path(options.o).resolve() if options.o else Path(os.environ["nnUNet_results"], dataset, folder)
+    content = {
+        "output": ".",
+        "datasets": {dataset: {"folds": [options.fold], "configuration": options.c}},
+        "arms": arm_entries(options.arms or default_arms(dataset, options.c), options.p, parse_settings(options.set)),
+        "labels": list(dict.fromkeys(options.labels)),
+        **{name: getattr(options, name) for name in FEW_SHOT_ENTRIES},
+    }
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+    _execute(bench_of(content, output), options, retry=True, bench_yaml=text)
+
+
+def _execute(bench: Bench, options: argparse.Namespace, retry: bool, bench_yaml: str = "") -> None:
     from nnunet_mim.benchmarking.experiment import plan_experiment, report_experiment, run_experiment
 
-    bench = read_bench(Path(options.bench))
     bench = replace(bench, allow_seen=bench.allow_seen or options.allow_seen)
     if options.dry_run:
         plan_experiment(bench)
     elif options.report:
         report_experiment(bench)
     else:
-        run_experiment(bench, options.retry)
+        run_experiment(bench, retry, bench_yaml)
 
 
 def _refuse(problems: list[str]) -> None:
@@ -139,16 +196,46 @@ def _refuse(problems: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw_text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "mim_benchmark", description=DESCRIPTION, allow_abbrev=False, formatter_class=raw_text
+        "mim_benchmark", description=DESCRIPTION, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_prepare(commands)
+    command = _add_command(commands, run, "train and compare the arms of an experiment", RUN, RUN_EPILOG)
+    command.add_argument("bench", metavar="bench.yaml", help="the experiment")
+    _add_modes(command).add_argument("--retry", action="store_true", help="try again what failed")
+    _add_few_shot(commands)
+    return parser
+
+
+def _add_command(commands: Any, function: Callable[..., None], summary: str, description: str, epilog: str) -> Any:
     command = commands.add_parser(
-        "prepare", help="nnU-Net datasets of the archives of MSD and BTCV", description=PREPARE, epilog=PREPARE_EPILOG,
-        allow_abbrev=False, formatter_class=raw_text,
+        function.__name__, help=summary, description=description, epilog=epilog, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    command.set_defaults(run=prepare)
+    command.set_defaults(run=function)
+    return command
+
+
+def _add_modes(command: Any) -> Any:
+    """What to do instead of training. Returns the group of these options, of which one may be given."""
+    command.add_argument(
+        "--allow-seen", dest="allow_seen", action="store_true",
+        help="validate on cases that a pretraining has seen; they are marked in every table",
+    )  # fmt: skip
+    modes = command.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--dry-run", dest="dry_run", action="store_true", help="list the trainings and their hours, train nothing"
+    )
+    modes.add_argument("--report", action="store_true", help="report what is finished, train nothing")
+    return modes
+
+
+def _add_prepare(commands: Any) -> None:
+    command = _add_command(
+        commands, prepare, "nnU-Net datasets of the archives of MSD and BTCV", PREPARE, PREPARE_EPILOG
+    )  # fmt: skip
     add = command.add_argument
     add("--msd", nargs="+", action="extend", default=[], metavar="FOLDER", help="extracted, such as Task03_Liver")
     add("--btcv", metavar="FOLDER", help="extracted RawData, with Training/img and Training/label")
@@ -160,26 +247,32 @@ def _parser() -> argparse.ArgumentParser:
     cores = min(8, usable_cores())
     add("-np", type=int, default=cores, metavar="N",
         help=f"files read or converted at once (default: 8, or the cores it may use; here {cores})")  # fmt: skip
-    _add_run(commands)
-    return parser
 
 
-def _add_run(commands: Any) -> None:
-    command = commands.add_parser(
-        "run", help="train and compare the arms of an experiment", description=RUN, epilog=RUN_EPILOG,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    command.set_defaults(run=run)
-    add = command.add_argument
-    add("bench", metavar="bench.yaml", help="the experiment")
-    what = command.add_mutually_exclusive_group()
-    what.add_argument(
-        "--dry-run", dest="dry_run", action="store_true", help="list the trainings and their hours, train nothing"
+def _add_few_shot(commands: Any) -> None:
+    command = _add_command(
+        commands, few_shot, "what pretraining is worth with few labels and with all", FEW_SHOT, FEW_SHOT_EPILOG
     )
-    what.add_argument("--report", action="store_true", help="report what is finished, train nothing")
-    what.add_argument("--retry", action="store_true", help="try again what failed")
-    add("--allow-seen", dest="allow_seen", action="store_true",
-        help="validate on cases that a pretraining has seen; they are marked in every table")  # fmt: skip
+    add = command.add_argument
+    add("-d", required=True, metavar="DATASET", help="number or name")
+    add("-p", default="nnUNetMiMPlans", metavar="PLANS", help="plans of the MiM arms (default: nnUNetMiMPlans)")
+    add("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres")
+    add("-f", "--fold", type=int, default=0, metavar="FOLD", help="of nnU-Net's split (default: 0)")
+    add("--labels", nargs="+", default=["5", "10", "20", "all"], metavar="N",
+        help="numbers or percentages of training cases, or all (default: 5 10 20 all)")  # fmt: skip
+    add("--seeds", type=int, default=3, metavar="N", help="trainings of each (default: 3)")
+    add("--arms", nargs="+", metavar="ARM",
+        help="see above (default: MiM Scratch, and nnUNet where nnUNetPlans have been preprocessed)")  # fmt: skip
+    add("--iterations", type=int, default=25_000, metavar="N", help="of every training (default: 25000)")
+    add("--iterations_per_epoch", type=int, default=250, metavar="N", help="default: 250")
+    add("--val_iterations", type=int, default=25, metavar="N",
+        help="patches for the learning curve after every epoch (default: 25)")  # fmt: skip
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="the recipe of the MiM arms, as for mim_plan; ARM.KEY=VALUE for one arm")  # fmt: skip
+    add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: cuda")
+    add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default: 1)")
+    add("-o", metavar="FOLDER", help="output folder")
+    _add_modes(command)
 
 
 if __name__ == "__main__":

@@ -23,43 +23,42 @@ STOCK_VIEWS = 8
 
 
 def measure(cell: Cell, dataset_json: dict[str, Any], device: str) -> float:
-    """Seconds of a training with its validation, from the median of three steps on made-up patches; reading and
-    augmenting patches, which runs beside it, is not in it.
+    """Seconds of a training with its validation, from the median of three steps on made-up patches. Reading and
+    augmenting patches, which runs at the same time, is not included.
 
     Args:
         cell: a training.
         dataset_json: nnU-Net's.
         device: cuda, cpu or mps.
     """
-    manager = PlansManager(dict(cell.arm.source.plans))
-    configuration = manager.get_configuration(cell.arm.source.configuration)
+    source, length = cell.arm.source, cell.length
+    manager = PlansManager(dict(source.plans))
+    configuration = manager.get_configuration(source.configuration)
     network = get_network_from_plans(
         configuration.network_arch_class_name, configuration.network_arch_init_kwargs,
-        configuration.network_arch_init_kwargs_req_import, cell.arm.source.in_channels,
+        configuration.network_arch_init_kwargs_req_import, source.in_channels,
         manager.get_label_manager(dataset_json).num_segmentation_heads, deep_supervision=True,
     ).to(device)  # fmt: skip
     patch = tuple(configuration.patch_size)
-    training = median_seconds(network, (configuration.batch_size, cell.arm.source.in_channels, *patch), device, True)
+    training = median_seconds(network, (configuration.batch_size, source.in_channels, *patch), device, True)
     network.eval()
-    forward = median_seconds(network, (1, cell.arm.source.in_channels, *patch), device, False)
-    length = cell.length
+    forward = median_seconds(network, (1, source.in_channels, *patch), device, False)
     steps = length.epochs * (length.iterations * training + length.val_iterations * forward * configuration.batch_size)
     shape = [max(a, round(b)) for a, b in zip(patch, configuration.median_image_size_in_voxels, strict=True)]
-    patches = math.prod(len(places) for places in compute_steps_for_sliding_window(shape, patch, 0.5))
+    patches = math.prod(len(positions) for positions in compute_steps_for_sliding_window(shape, patch, 0.5))
     return steps + len(cell.val_cases) * patches * views(cell) * forward
 
 
 def views(cell: Cell) -> int:
-    """Mirrored predictions of a patch."""
-    if not cell.arm.is_mim:
+    """Number of mirrored predictions of a patch."""
+    if not cell.arm.spec.is_mim:
         return STOCK_VIEWS
-    recipe = {**cell.arm.source.plans.get(PLANS_KEY, {}), **cell.settings}
-    axes = recipe.get("mirror_axes")
+    axes = {**cell.arm.source.plans.get(PLANS_KEY, {}), **cell.arm.spec.settings}.get("mirror_axes")
     return 2 ** (2 if axes is None else len(axes))
 
 
 def median_seconds(network: torch.nn.Module, shape: Iterable[int], device: str, train: bool) -> float:
-    """Of a forward pass, or of a forward and a backward pass; the first one does not count."""
+    """Median seconds of a forward pass, or of a forward and a backward pass, after one that does not count."""
     patch = torch.randn(*shape, device=device)
     precision = torch.autocast("cuda") if device == "cuda" else nullcontext()
     seconds = []

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnunet_mim.benchmarking.arms import ArmSpec, control_of, resolve_arm
-from nnunet_mim.benchmarking.cell import Arm, Cell, Length, nested_subset, recipe_of
-from nnunet_mim.benchmarking.splits import label_fraction
+from nnunet_mim.benchmarking.arms import control_of, resolve_arm
+from nnunet_mim.benchmarking.bench_file import Bench
+from nnunet_mim.benchmarking.cell import Arm, Cell
+from nnunet_mim.benchmarking.splits import label_fraction, nested_subset
+from nnunet_mim.benchmarking.training import Training
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.nnunet.splits import split_of
 
 
 class Place(NamedTuple):
-    """Which training."""
+    """The position of one training in the matrix."""
 
     dataset: str
     """DatasetXXX_Name"""
@@ -28,37 +29,11 @@ class Place(NamedTuple):
     seed: int
     arm: str
 
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """A dataset of the experiment."""
-
-    dataset: str
-    """number or name"""
-    folds: tuple[int, ...] = (0,)
-    configuration: str = "3d_fullres"
+    def __str__(self) -> str:
+        return f"{self.dataset} fold {self.fold}, labels {self.labels}, seed {self.seed}, {self.arm}"
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What is to be run, as the user says it."""
-
-    datasets: tuple[DatasetSpec, ...]
-    arms: tuple[ArmSpec, ...]
-    labels: tuple[str, ...]
-    seeds: int
-    length: Length
-    output: Path
-    control: str | None = None
-    device: str = "cuda"
-    gpus: tuple[str, ...] = ()
-    """one training on each at a time; none: as this process sees them"""
-    jobs: int = 1
-    """trainings at a time, without `gpus`"""
-    slurm: Mapping[str, Any] | None = None
-    """parameters of submitit; None: this machine"""
-    nsd_tolerance_mm: float = 1.0
-    allow_seen: bool = False
+Results = dict[Place, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +44,7 @@ class Matrix:
     cells: dict[Place, Cell]
     control: str
     train_counts: dict[tuple[str, int, str], int] = field(default_factory=dict)
-    """training cases by (dataset, fold, labels)"""
+    """number of training cases by (dataset, fold, labels)"""
 
     @property
     def datasets(self) -> list[str]:
@@ -78,7 +53,7 @@ class Matrix:
 
     @property
     def labels(self) -> list[str]:
-        """Numbers of labels as the user wrote them, fewest first."""
+        """Numbers of labels as the user wrote them, in ascending order."""
         dataset = self.datasets[0]
         fold = self.folds(dataset)[0]
         return sorted(self.bench.labels, key=lambda labels: self.train_counts[dataset, fold, labels])
@@ -89,16 +64,15 @@ class Matrix:
         return [spec.name for spec in self.bench.arms]
 
     def folds(self, dataset: str) -> list[int]:
-        """Of a dataset."""
+        """The folds of a dataset."""
         return list(dict.fromkeys(place.fold for place in self.cells if place.dataset == dataset))
 
-    def folder(self, place: Place) -> Path:
-        """Where a training lies."""
+    def training(self, place: Place, threads: int = 0) -> Training:
+        """The training of a cell, in its folder."""
         labels = place.labels.replace("%", "pct")
-        return (
-            self.bench.output / "cells" / place.dataset / f"fold_{place.fold}" / f"labels_{labels}"
-            / f"seed_{place.seed}" / place.arm
-        )  # fmt: skip
+        folders = place.dataset, f"fold_{place.fold}", f"labels_{labels}", f"seed_{place.seed}", place.arm
+        folder = self.bench.output.joinpath("cells", *folders)
+        return Training(self.cells[place], folder, self.bench.device, self.bench.nsd_tolerance_mm, threads)
 
 
 def build_matrix(bench: Bench) -> Matrix:
@@ -107,6 +81,41 @@ def build_matrix(bench: Bench) -> Matrix:
     Raises:
         MiMError: names what is wrong.
     """
+    _check_names(bench)
+    control = control_of(bench.arms, bench.control)
+    cells: dict[Place, Cell] = {}
+    counts: dict[tuple[str, int, str], int] = {}
+    for spec in bench.datasets:
+        dataset = dataset_name(spec.dataset)
+        if any(place.dataset == dataset for place in cells):
+            raise MiMError(f"{dataset} is there twice: give it once, with all its folds")
+        fold_of: dict[str, int] = {}
+        for fold in spec.folds:
+            arms = [resolve_arm(arm, dataset, spec.configuration, fold) for arm in bench.arms]
+            train, val = _cases(arms, dataset, fold)
+            if twice := sorted(set(val) & set(fold_of)):
+                raise MiMError(
+                    f"{dataset}: folds {fold_of[twice[0]]} and {fold} both validate {twice[0]}, which would count "
+                    "twice: give them in two experiments"
+                )
+            fold_of |= dict.fromkeys(val, fold)
+            counts |= {(dataset, fold, labels): len(subset(train, labels, 0)) for labels in bench.labels}
+            cells |= {
+                Place(dataset, fold, labels, seed, arm.spec.name): Cell(
+                    arm, fold, subset(train, labels, seed), val, seed, bench.length
+                )
+                for seed in range(bench.seeds)
+                for labels in bench.labels
+                for arm in arms
+            }
+    for cell in cells.values():
+        if cell.arm.spec.is_mim:
+            cell.recipe()
+    ordered = sorted(cells, key=lambda place: place.seed)  # stable: every arm and dataset has a result early
+    return Matrix(bench, {place: cells[place] for place in ordered}, control, counts)
+
+
+def _check_names(bench: Bench) -> None:
     names = [spec.name for spec in bench.arms]
     if len(set(names)) < len(names):
         raise MiMError(f"arm {max(names, key=names.count)} is there twice: every arm needs a name of its own")
@@ -116,44 +125,12 @@ def build_matrix(bench: Bench) -> Matrix:
         raise MiMError("labels are there twice: give each number once")
     if not bench.labels:
         raise MiMError("labels: give numbers, percentages or all")
-    control = control_of(bench.arms, bench.control)
-    cells: dict[Place, Cell] = {}
-    counts = {}
-    for spec in bench.datasets:
-        dataset = dataset_name(spec.dataset)
-        if any(place.dataset == dataset for place in cells):
-            raise MiMError(f"{dataset} is there twice: give it once, with all its folds")
-        validated: dict[str, int] = {}
-        for fold in spec.folds:
-            arms = [resolve_arm(arm, dataset, spec.configuration, fold) for arm in bench.arms]
-            train, val = _cases(arms, dataset, fold)
-            if twice := sorted(set(val) & set(validated)):
-                raise MiMError(
-                    f"{dataset}: folds {validated[twice[0]]} and {fold} both validate {twice[0]}, which would count "
-                    "twice: give them in two experiments"
-                )
-            validated |= dict.fromkeys(val, fold)
-            for labels in bench.labels:
-                counts[dataset, fold, labels] = len(subset(train, labels, 0))
-            cells |= {
-                Place(dataset, fold, labels, seed, arm.name): Cell(
-                    arm, fold, subset(train, labels, seed), val, seed, bench.length, arm_spec.settings
-                )
-                for seed in range(bench.seeds)
-                for labels in bench.labels
-                for arm, arm_spec in zip(arms, bench.arms, strict=True)
-            }
-    for cell in cells.values():
-        if cell.arm.is_mim:
-            recipe_of(cell.arm, cell.length, cell.settings)
-    ordered = sorted(cells, key=lambda place: place.seed)  # stable: every arm and dataset has a result early
-    return Matrix(bench, {place: cells[place] for place in ordered}, control, counts)
 
 
 def _cases(arms: list[Arm], dataset: str, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Training and validation cases of a fold, which every arm must have."""
-    everything = replace(arms[0].source, cases=tuple(sorted({case for arm in arms for case in arm.source.cases})))
-    train, val = split_of(everything, fold)
+    all_cases = sorted({case for arm in arms for case in arm.source.cases})
+    train, val = split_of(replace(arms[0].source, cases=tuple(all_cases)), fold)
     if not val or not train:
         raise MiMError(f"{dataset} has no labels, or fold {fold} of its split has no cases on one side")
     for arm in arms:
@@ -163,16 +140,21 @@ def _cases(arms: list[Arm], dataset: str, fold: int) -> tuple[tuple[str, ...], t
 
 
 def subset(train: tuple[str, ...], labels: str, seed: int) -> tuple[str, ...]:
-    """The labelled cases of one training: a number of them, a percentage (10%), or all.
+    """The labelled cases of one training.
+
+    Args:
+        train: training cases of the fold, sorted.
+        labels: their number, a percentage (10%), or all.
+        seed: see `nested_subset`.
 
     Raises:
-        MiMError: neither of these, or more than there are.
+        MiMError: `labels` is none of these, or more than there are.
     """
     if labels == "all":
         return train
     number = labels.removesuffix("%")
-    most = 100 if labels.endswith("%") else len(train)
-    if not (number.isascii() and number.isdigit()) or not 1 <= int(number) <= most:
+    maximum = 100 if labels.endswith("%") else len(train)
+    if not (number.isascii() and number.isdigit()) or not 1 <= int(number) <= maximum:
         raise MiMError(
             f"labels {labels}: give numbers from 1 to {len(train)} (the training cases of the fold), percentages from "
             "1% to 100%, or all"
@@ -180,13 +162,8 @@ def subset(train: tuple[str, ...], labels: str, seed: int) -> tuple[str, ...]:
     return label_fraction(train, int(number), seed) if labels.endswith("%") else nested_subset(train, int(number), seed)
 
 
-def describe(place: Place) -> str:
-    """A training in words."""
-    return f"{place.dataset} fold {place.fold}, labels {place.labels}, seed {place.seed}, {place.arm}"
-
-
 def mean_dice(result: Mapping[str, Any]) -> float:
-    """Over the labels of a case, then over cases."""
+    """Mean over the labels of a case, then over cases."""
     return float(np.nanmean([case_value(labels, "dice") for labels in result["cases"].values()]))
 
 
@@ -196,15 +173,15 @@ def case_value(labels: Mapping[str, Mapping[str, float]], metric: str, label: st
     As in nnU-Net, a label that neither the reference nor the prediction has is left out, and one that is found where
     the reference has none has a Dice of 0.
     """
-    there = [
+    values = [
         found[metric] for name, found in labels.items() if label in (None, name) and (found["n_ref"] or found["n_pred"])
     ]
-    return float(np.mean(there)) if there else float("nan")
+    return float(np.mean(values)) if values else float("nan")
 
 
 def false_alarms(result: Mapping[str, Any]) -> tuple[int, int]:
-    """Of all labels of all cases that the reference does not have: how many were found all the same, and how many there
-    are.
+    """(number of labels that were predicted though the reference does not have them, number of labels that the
+    reference does not have), over all cases.
     """
     absent = [found for labels in result["cases"].values() for found in labels.values() if not found["n_ref"]]
     return sum(bool(found["n_pred"]) for found in absent), len(absent)

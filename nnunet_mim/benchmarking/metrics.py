@@ -32,9 +32,9 @@ def surface_distances(
     Returns:
         (from prediction to reference, from reference to prediction), mm.
     """
-    box = _bounding_box(prediction | reference)
-    surfaces = [np.pad(mask[box], 1) for mask in (prediction, reference)]
-    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in surfaces]
+    (box,) = ndimage.find_objects((prediction | reference).astype(np.uint8))
+    masks = [np.pad(mask[box], 1) for mask in (prediction, reference)]
+    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in masks]
     to_prediction, to_reference = (ndimage.distance_transform_edt(~s, sampling=spacing) for s in surfaces)
     return to_reference[surfaces[0]], to_prediction[surfaces[1]]
 
@@ -42,18 +42,17 @@ def surface_distances(
 def surface_metrics(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float]:
-    """How far the surfaces of two masks are apart.
+    """95th percentile of the Hausdorff distance, and normalised surface Dice.
 
     Args:
         prediction, reference: (X, Y, Z) bool.
         spacing: mm per voxel and axis.
-        tolerance: mm; surface voxels up to so far from the other surface agree with it.
+        tolerance: maximum distance at which a surface voxel agrees with the other surface, mm.
 
     Returns:
-        (hd95, nsd). hd95: 95th percentile of the Hausdorff distance, the larger one of the 95th percentiles of both
-        directions, mm. nsd: normalised surface Dice, the share of the surface voxels of both masks that agree.
-        Both are NaN where both masks are empty; where one is, hd95 is the diagonal of the image, so that a missed organ
-        counts as a large error, and nsd is 0.
+        (hd95, nsd). hd95: the larger one of the 95th percentiles of both directions, mm. nsd: share of the surface
+        voxels of both masks that agree. Both are NaN where both masks are empty; where one is, hd95 is the diagonal of
+        the image, so that a missed organ counts as a large error, and nsd is 0.
     """
     if not prediction.any() or not reference.any():
         if prediction.any() == reference.any():
@@ -72,39 +71,28 @@ def case_metrics(
     ignore: int | None = None,
     tolerance: float = 1.0,
 ) -> dict[str, dict[str, float]]:
-    """Dice, hd95 (mm), nsd and numbers of voxels (n_ref, n_pred) of every label of one case, by its name in nnU-Net's
-    summary.json.
+    """Metrics of every label of one case, by the label's key in nnU-Net's summary.json: Dice, hd95 (mm), nsd, and
+    numbers of voxels (n_ref, n_pred).
 
     Args:
         prediction, reference: label images on the same grid.
         labels: labels without the background, or regions (several labels).
-        reader: of nnU-Net, which also knows the voxels' size, mm.
-        ignore: label of voxels that nothing is said about: they count on neither side.
+        reader: nnU-Net's reader of images.
+        ignore: label of voxels that are left out.
         tolerance: of the normalised surface Dice, mm.
 
     Raises:
         ValueError: the images are of different size.
     """
-    truth, properties = reader.read_seg(str(reference))
-    found = reader.read_seg(str(prediction))[0]
-    truth, found = truth[0], found[0]
-    if truth.shape != found.shape:
-        raise ValueError(f"{prediction} has {found.shape} voxels, {reference} {truth.shape}")
-    spacing = properties["spacing"]
-    known = np.ones(truth.shape, bool) if ignore is None else truth != ignore
-    figures = {}
+    references, properties = reader.read_seg(str(reference))  # (1, X, Y, Z)
+    truth, predicted = references[0], reader.read_seg(str(prediction))[0][0]
+    if truth.shape != predicted.shape:
+        raise ValueError(f"{prediction} has {predicted.shape} voxels, {reference} {truth.shape}")
+    counted = np.ones(truth.shape, bool) if ignore is None else truth != ignore
+    metrics = {}
     for label in labels:
-        a, b = (region_or_label_to_mask(image, label) & known for image in (found, truth))
-        hd95, nsd = surface_metrics(a, b, spacing, tolerance)
-        figures[label_or_region_to_key(label)] = {
-            "dice": dice(a, b),
-            "hd95": hd95,
-            "nsd": nsd,
-            "n_ref": int(b.sum()),
-            "n_pred": int(a.sum()),
-        }
-    return figures
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    return ndimage.find_objects(mask.astype(np.uint8))[0]
+        a, b = (region_or_label_to_mask(image, label) & counted for image in (predicted, truth))
+        hd95, nsd = surface_metrics(a, b, properties["spacing"], tolerance)
+        numbers = {"n_ref": int(b.sum()), "n_pred": int(a.sum())}
+        metrics[label_or_region_to_key(label)] = {"dice": dice(a, b), "hd95": hd95, "nsd": nsd, **numbers}
+    return metrics

@@ -1,4 +1,4 @@
-"""From a checked archive to a dataset in nnUNet_raw, which appears whole or not at all."""
+"""From a checked archive to a dataset in nnUNet_raw, which is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ end_with_parent()
 from nnunetv2.dataset_conversion.convert_MSD_dataset import entry_point
 entry_point()
 """
-"""nnUNetv2_convert_MSD_dataset in a process of its own: it starts a pool, and takes its folder from the environment"""
+"""nnUNetv2_convert_MSD_dataset in a separate process: it starts a pool, and takes its folder from the environment"""
 LOG = "log.txt"
-WATCH_EVERY = 0.5
-"""seconds"""
+POLL_SECONDS = 0.5
 
 
 def already_there(archive: Archive, raw: Path) -> bool:
@@ -39,8 +38,7 @@ def already_there(archive: Archive, raw: Path) -> bool:
         MiMError: it has other cases, or another dataset has its number.
     """
     number = archive.dataset[7:10]
-    others = [str(name) for name in find_candidate_datasets(int(number)) if name != archive.dataset]
-    if others:
+    if others := [str(name) for name in find_candidate_datasets(int(number)) if name != archive.dataset]:
         remedy = "give another number with --btcv_id" if archive.is_btcv else "move it away"
         raise MiMError(f"dataset number {number} is taken by {others[0]}, {archive.dataset} cannot be made: {remedy}")
     folder = raw / archive.dataset
@@ -66,19 +64,11 @@ def check_space(archives: Sequence[Archive], raw: Path) -> None:
         raise MiMError(f"{raw} has {sizes}: make space, or convert fewer at once")
 
 
-def make_dataset(archive: Archive, raw: Path, processes: int) -> Path:
+def make_dataset(archive: Archive, raw: Path, processes: int) -> None:
     """Make nnUNet_raw/DatasetXXX_Name of a checked archive; only one process at a time may make the same one.
 
     MSD goes through nnU-Net's own converter, in a folder of its own beside the dataset; images of BTCV are linked (hard
     links), or copied where that is impossible.
-
-    Args:
-        archive: without problems; the dataset is not there yet.
-        raw: nnUNet_raw.
-        processes: of the converter.
-
-    Returns:
-        The folder of the dataset.
 
     Raises:
         MiMError: it failed; nothing is left of it.
@@ -99,11 +89,10 @@ def make_dataset(archive: Archive, raw: Path, processes: int) -> Path:
         raise MiMError(f"cannot write {where} ({error.strerror}): make it writable, or make space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return raw / archive.dataset
 
 
 def _convert_msd(archive: Archive, partial: Path, processes: int) -> None:
-    """nnU-Net's converter, with a progress bar; afterwards only the complete cases are kept, and counted."""
+    """Run nnU-Net's converter, with a progress bar; afterwards only the complete cases are kept, and counted."""
     environment = {**os.environ, "nnUNet_raw": str(partial)}
     for name in ("nnUNet_preprocessed", "nnUNet_results"):  # the converter asks them whether the number is free
         environment.pop(name, None)
@@ -111,34 +100,39 @@ def _convert_msd(archive: Archive, partial: Path, processes: int) -> None:
     made = partial / archive.dataset
     with (
         (partial / LOG).open("w") as log,
-        tqdm(total=len(list(archive.files())), desc=f"converting {archive.shown}", unit="file") as progress,
+        tqdm(total=len(list(archive.files())), desc=f"converting {archive.folder.name}", unit="file") as progress,
         subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as converter,
     ):
         try:
             while converter.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
-                    converter.wait(WATCH_EVERY)
+                    converter.wait(POLL_SECONDS)
                 progress.update(min(progress.total, len(list(made.glob(f"*/*{ENDING}")))) - progress.n)
         finally:
             converter.kill()
     if converter.returncode:
         last = (partial / LOG).read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
         raise MiMError(f"nnU-Net's converter failed at {archive.folder} ({last[0][:300]}): repeat the command")
-    known = {case.name for case in archive.cases}
+    complete = {case.name for case in archive.cases}
     for path in [*(made / "imagesTr").iterdir(), *(made / "labelsTr").iterdir()]:
-        if path.name.removesuffix(ENDING).removesuffix("_0000") not in known:
+        if path.name.removesuffix(ENDING).removesuffix("_0000") not in complete:
             path.unlink()
     description = json.loads((made / "dataset.json").read_text())
     description |= {"numTraining": len(archive.cases), "numTest": len(archive.unlabelled)}
     write_atomically(made / "dataset.json", json.dumps(description, indent=4).encode())
 
 
+def _pairs(archive: Archive, made: Path) -> list[tuple[Path, Path]]:
+    """(file of the archive, file of the dataset) for every image and label of the training cases."""
+    images = [(case.image, made / "imagesTr" / f"{case.name}_0000{ENDING}") for case in archive.cases]
+    return images + [(case.label, made / "labelsTr" / f"{case.name}{ENDING}") for case in archive.cases]
+
+
 def _link_btcv(archive: Archive, made: Path) -> None:
     for name in ("imagesTr", "labelsTr"):
         (made / name).mkdir(parents=True)
-    for case in tqdm(archive.cases, desc=f"converting {archive.shown}", unit="case"):
-        _link_or_copy(case.image, made / "imagesTr" / f"{case.name}_0000{ENDING}")
-        _link_or_copy(case.label, made / "labelsTr" / f"{case.name}{ENDING}")
+    for source, target in tqdm(_pairs(archive, made), desc=f"converting {archive.folder.name}", unit="file"):
+        _link_or_copy(source, target)
     generate_dataset_json(
         str(made), {"0": "CT"}, dict(archive.labels), len(archive.cases), ENDING, dataset_name="BTCV",
         reference="https://www.synapse.org/Synapse:syn3193805", license="see the reference",
@@ -155,11 +149,9 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def _check_made(archive: Archive, made: Path) -> None:
     """MiMError unless every case has arrived with all of its bytes."""
-    for case in archive.cases:
-        image, label = made / "imagesTr" / f"{case.name}_0000{ENDING}", made / "labelsTr" / f"{case.name}{ENDING}"
-        for source, target in ((case.image, image), (case.label, label)):
-            if not target.is_file() or target.stat().st_size != source.stat().st_size:
-                raise MiMError(f"{source} did not arrive whole in nnUNet_raw: make space, and repeat the command")
+    for source, target in _pairs(archive, made):
+        if not target.is_file() or target.stat().st_size != source.stat().st_size:
+            raise MiMError(f"{source} did not arrive whole in nnUNet_raw: make space, and repeat the command")
 
 
 def _linkable(archive: Archive, raw: Path) -> bool:

@@ -2,9 +2,9 @@
 
     seeded_training PARENT SEED EPOCHS ITERATIONS VAL_ITERATIONS THREADS COST COMMAND ARGUMENTS…
 
-PARENT is the process without which it must not go on; ITERATIONS are those of an epoch; COST is a file; COMMAND is
-nnUNetv2_train, or another installed command with its ARGUMENTS. The seed decides the initial weights; the order of the
-patches stays random, since nnU-Net's augmentation draws in processes of its own.
+The training ends with the process PARENT; ITERATIONS are those of an epoch; COST is a file; COMMAND is nnUNetv2_train,
+or another installed command with its ARGUMENTS. The seed decides the initial weights; the order of the patches stays
+random, since nnU-Net's augmentation draws in separate processes.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from filelock import FileLock
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.processes import end_with_parent
 
-CHECKPOINTS = 4
-"""how often a training is saved at least, so that an interrupted one can go on"""
+MINIMUM_CHECKPOINTS = 4
+"""minimum number of times that a training is saved, so that an interrupted one can continue"""
 LOCK, PATIENCE = ".training.lock", 60
 """file, and seconds that a training waits for it"""
 
 
 @dataclass(frozen=True)
 class Length:
-    """Of a training."""
+    """The length of a training."""
 
     epochs: int
     iterations: int
     """per epoch"""
     val_iterations: int
+    """per epoch"""
 
 
 def main(argv: list[str]) -> None:
-    """Train. The first words of `argv` are those above; 0 threads leaves them to nnU-Net."""
+    """Train with the arguments of the module's docstring; 0 threads: as nnU-Net sets them."""
     parent, seed, epochs, iterations, val_iterations, threads = map(int, argv[:6])
     cost, command = Path(argv[6]), argv[7]
     end_with_parent(parent)
@@ -73,15 +74,15 @@ def train(seed: int, length: Length, threads: int, cost: Path, command: str, arg
 
 
 def installed_command(name: str) -> EntryPoint | None:
-    """Where an installed command begins; None where there is no such command."""
+    """The entry point of an installed command; None where there is no such command."""
     return next((entry for entry in entry_points(group="console_scripts") if entry.name == name), None)
 
 
-def save_whole(trainer: type) -> None:
-    """Have a trainer class, and those derived from it, write checkpoints that are there whole or not at all: nnU-Net
-    cannot go on from half a one.
+def save_whole(trainer: Any) -> None:
+    """Make a trainer class, and those derived from it, write checkpoints completely or not at all: nnU-Net cannot
+    continue from half a checkpoint.
     """
-    original = trainer.save_checkpoint  # type: ignore[attr-defined]
+    original = trainer.save_checkpoint
 
     def save_checkpoint(self: Any, filename: str) -> None:
         partial = f"{filename}.partial"
@@ -89,69 +90,65 @@ def save_whole(trainer: type) -> None:
         if os.path.isfile(partial):  # not where checkpoints are switched off
             os.replace(partial, filename)
 
-    trainer.save_checkpoint = save_checkpoint  # type: ignore[attr-defined]
+    trainer.save_checkpoint = save_checkpoint
 
 
-def set_length(trainer: type, length: Length) -> None:
+def set_length(trainer: Any, length: Length) -> None:
     """Give a trainer class, and those derived from it, another length."""
-    original = trainer.initialize  # type: ignore[attr-defined]
+    original = trainer.initialize
 
     def initialize(self: Any) -> None:  # after every __init__, before the learning rate is scheduled
         self.num_epochs = length.epochs
         self.num_iterations_per_epoch = length.iterations
         self.num_val_iterations_per_epoch = length.val_iterations
-        self.save_every = max(1, min(self.save_every, length.epochs // CHECKPOINTS))
+        self.save_every = max(1, min(self.save_every, length.epochs // MINIMUM_CHECKPOINTS))
         original(self)
 
-    trainer.initialize = initialize  # type: ignore[attr-defined]
+    trainer.initialize = initialize
 
 
-def record_cost(trainer: type, file: Path, began: float) -> None:
-    """Have a trainer class, and those derived from it, keep the cost of every attempt in a file: when it began, seconds
-    until its last epoch or the end of its validation, highest memory of the device (of the process on a CPU), bytes,
-    and the network's parameters.
+def record_cost(trainer: Any, file: Path, began: float) -> None:
+    """Make a trainer class, and those derived from it, write the cost of every attempt to a file: its begin, seconds
+    until its last epoch or the end of its validation, maximum memory of the device (of the process on a CPU) in bytes,
+    and the number of the network's parameters.
     """
-    methods = ("on_epoch_end", "perform_actual_validation")
-    attempts = [a for a in attempts_of(file) if a["began"] != began]
+    former = [attempt for attempt in attempts_of(file) if attempt["began"] != began]
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def method(self: Any, *arguments: Any, **options: Any) -> Any:
             result = original(self, *arguments, **options)
+            peak_bytes, device = _memory(self.device)
             attempt = {
                 "began": began,
                 "seconds": time.time() - began,
-                "peak_bytes": _peak_bytes(self.device),
+                "peak_bytes": peak_bytes,
                 "parameters": sum(p.numel() for p in self.network.parameters()),
-                "device": _device_name(self.device),
+                "device": device,
             }
-            write_atomically(file, json.dumps([*attempts, attempt]).encode())
+            write_atomically(file, json.dumps([*former, attempt]).encode())
             return result
 
         return method
 
-    for name in methods:
+    for name in ("on_epoch_end", "perform_actual_validation"):
         setattr(trainer, name, recording(getattr(trainer, name)))
 
 
 def attempts_of(file: Path) -> list[dict[str, Any]]:
-    """What `record_cost` kept; nothing where there is no such file yet."""
+    """What `record_cost` has written; nothing where there is no such file yet."""
     return json.loads(file.read_text()) if file.is_file() else []
 
 
-def _peak_bytes(device: Any) -> int:
+def _memory(device: Any) -> tuple[int, str]:
+    """(maximum memory in bytes, name of the device)."""
     import resource
 
     import torch
 
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+        return int(torch.cuda.max_memory_allocated(device)), torch.cuda.get_device_name(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, str(device.type)
 
 
 if __name__ == "__main__":

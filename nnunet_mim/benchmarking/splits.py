@@ -6,18 +6,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_mim.benchmarking.archives import BTCV_CASES
-from nnunet_mim.benchmarking.cell import nested_subset
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.splits import N_FOLDS
 from nnunet_mim.system.files import write_atomically
 
 Split = dict[str, list[str]]
 """train and val: names of cases, as an entry of nnU-Net's splits_final.json"""
 
 SPLITS_FILE = "splits_final.json"
-FOLDS = 5
 BTCV_BLOCKS = (
     tuple(range(35, 41)),
     tuple(range(29, 35)),
@@ -25,40 +25,43 @@ BTCV_BLOCKS = (
     (7, 8, 9, 10, 21, 22),
     tuple(range(1, 7)),
 )
-"""validation cases of the published five folds of 24 and 6, by number; the first one alone is the usual 24/6 split"""
+"""validation cases of the published five folds of 24 and 6, by number; the first one is the usual 24/6 split"""
 BTCV_TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
 """test cases of the 18/12 split"""
 
 
 def nnunet_splits(cases: Sequence[str]) -> list[Split]:
-    """The five folds that nnU-Net itself makes of these cases.
-
-    Raises:
-        MiMError: fewer cases than folds.
-    """
-    if len(cases) < FOLDS:
-        raise MiMError(f"{len(cases)} cases cannot be split into {FOLDS} folds: take more, or leave out --splits")
-    splits = generate_crossval_split(sorted(cases), seed=12345, n_splits=FOLDS)
+    """The five folds that nnU-Net itself makes of these cases. MiMError where there are fewer cases than folds."""
+    if len(cases) < N_FOLDS:
+        raise MiMError(f"{len(cases)} cases cannot be split into {N_FOLDS} folds: take more, or leave out --splits")
+    splits = generate_crossval_split(sorted(cases), seed=12345, n_splits=N_FOLDS)
     return [{part: [str(case) for case in names] for part, names in split.items()} for split in splits]
 
 
 def btcv_splits(cases: Sequence[str] = BTCV_CASES) -> list[Split]:
-    """The published splits of BTCV's 30 training cases: folds 0 to 4 (24/6), and as fold 5 the 18/12 one.
-
-    Raises:
-        MiMError: other cases than those.
+    """The published splits of BTCV's 30 training cases: folds 0 to 4 (24/6), and as fold 5 the 18/12 one. MiMError for
+    other cases.
     """
     if missing := sorted({*BTCV_CASES} - {*cases}):
         raise MiMError(f"BTCV's published splits need all 30 cases, {missing[0]} is missing: leave out --splits")
-    if strange := sorted({*cases} - {*BTCV_CASES}):
-        raise MiMError(f"{strange[0]} is in none of BTCV's published splits: take it out, or leave out --splits")
-    return [_held_out(BTCV_CASES, {f"img{number:04d}" for number in block}) for block in (*BTCV_BLOCKS, BTCV_TEST)]
+    if others := sorted({*cases} - {*BTCV_CASES}):
+        raise MiMError(f"{others[0]} is in none of BTCV's published splits: take it out, or leave out --splits")
+    splits = []
+    for block in (*BTCV_BLOCKS, BTCV_TEST):
+        val = [f"img{number:04d}" for number in sorted(block)]
+        splits.append({"train": [case for case in BTCV_CASES if case not in val], "val": val})
+    return splits
+
+
+def nested_subset(cases: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
+    """`count` random cases, sorted. With the same seed a larger subset contains the smaller ones."""
+    order = np.random.default_rng(seed).permutation(len(cases))
+    return tuple(sorted(cases[i] for i in order[:count]))
 
 
 def label_fraction(cases: Sequence[str], percent: int, seed: int) -> tuple[str, ...]:
-    """Some percent of the training cases, rounded up, at least one; sorted.
-
-    Of one seed each larger fraction holds the smaller ones; the order of `cases` does not matter.
+    """A percentage of the training cases, rounded up, at least one; see `nested_subset`. The order of `cases` does not
+    matter.
 
     Raises:
         MiMError: no cases, or a percentage that is not 1 to 100.
@@ -71,18 +74,10 @@ def label_fraction(cases: Sequence[str], percent: int, seed: int) -> tuple[str, 
 
 
 def write_splits(preprocessed: Path, dataset: str, splits: Sequence[Split]) -> Path:
-    """Write splits_final.json, which nnU-Net then uses. The same one may be there already.
-
-    Args:
-        preprocessed: nnUNet_preprocessed; the folder of the dataset in it is made if it is missing.
-        dataset: DatasetXXX_Name.
-        splits: one entry a fold.
-
-    Returns:
-        The file.
+    """Write splits_final.json, which nnU-Net then uses, into nnUNet_preprocessed/DATASET. Returns the file.
 
     Raises:
-        MiMError: another one is there (it is kept), or it cannot be read or written.
+        MiMError: one with other splits exists (it is kept), or it cannot be read or written.
     """
     path = preprocessed / dataset / SPLITS_FILE
     check_splits(path, splits)
@@ -96,7 +91,7 @@ def write_splits(preprocessed: Path, dataset: str, splits: Sequence[Split]) -> P
 
 
 def check_splits(path: Path, splits: Sequence[Split]) -> None:
-    """MiMError if a file of splits is there that holds others."""
+    """MiMError if a file with other splits exists."""
     if not path.exists():
         return
     try:
@@ -105,7 +100,3 @@ def check_splits(path: Path, splits: Sequence[Split]) -> None:
         raise MiMError(f"cannot read {path} ({error}): restore it, or move it away") from error
     if stored != list(splits):
         raise MiMError(f"{path} holds other splits, which trainings may have used: move it away, or leave out --splits")
-
-
-def _held_out(cases: Sequence[str], val: set[str]) -> Split:
-    return {"train": [case for case in cases if case not in val], "val": [case for case in cases if case in val]}

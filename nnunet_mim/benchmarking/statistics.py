@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 10_000
+NO_INTERVAL = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Comparison:
     bootstrap: tuple[float, float]
     """95 %, for other cases and these trainings"""
     p: float
-    """Wilcoxon signed-rank test over cases, each the mean over seeds: of these trainings"""
+    """Wilcoxon signed-rank test over cases, each the mean over seeds: for these trainings"""
 
 
 def compare(arm: np.ndarray, control: np.ndarray, seed: int = 0) -> Comparison:
@@ -35,9 +36,8 @@ def compare(arm: np.ndarray, control: np.ndarray, seed: int = 0) -> Comparison:
     """
     differences = arm - control
     differences = differences[:, np.isfinite(differences).all(axis=0)]
-    nothing = (math.nan, math.nan)
     if not differences.size:
-        return Comparison(math.nan, nothing, nothing, math.nan)
+        return Comparison(math.nan, NO_INTERVAL, NO_INTERVAL, math.nan)
     by_case = differences.mean(axis=0)
     draws = np.random.default_rng(seed).integers(len(by_case), size=(RESAMPLES, len(by_case)))
     low, high = np.percentile(by_case[draws].mean(axis=1), [2.5, 97.5])
@@ -60,15 +60,15 @@ def t_interval(differences: np.ndarray) -> tuple[float, float]:
     """
     seeds, cases = differences.shape
     mean = differences.mean()
-    rows, columns = differences.mean(axis=1), differences.mean(axis=0)
+    by_seed, by_case = differences.mean(axis=1), differences.mean(axis=0)
     if cases < 2 and seeds < 2:
-        return math.nan, math.nan
+        return NO_INTERVAL
     if seeds < 2 or cases < 2:
-        values = columns if seeds < 2 else rows
+        values = by_case if seeds < 2 else by_seed
         variance, freedom = values.var(ddof=1) / len(values), len(values) - 1.0
     else:
-        squares = cases * rows.var(ddof=1), seeds * columns.var(ddof=1)
-        rest = differences - rows[:, None] - columns + mean
+        squares = cases * by_seed.var(ddof=1), seeds * by_case.var(ddof=1)
+        rest = differences - by_seed[:, None] - by_case + mean
         noise = (rest**2).sum() / ((seeds - 1) * (cases - 1))
         variance = max(squares[0] + squares[1] - noise, *squares, noise) / (seeds * cases)
         spread = squares[0] ** 2 / (seeds - 1) + squares[1] ** 2 / (cases - 1)
@@ -79,25 +79,21 @@ def t_interval(differences: np.ndarray) -> tuple[float, float]:
 
 
 def wilcoxon(by_case: np.ndarray) -> float:
-    """p of the two-sided signed-rank test.
-
-    Args:
-        by_case: (cases,) differences.
-    """
+    """p of the two-sided signed-rank test of (cases,) differences."""
     if len(by_case) < 2 or not by_case.any():
         return math.nan
     return float(stats.wilcoxon(by_case).pvalue)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values corrected for their number (Holm 1979): the chance of even one false finding stays below 5 % where those
-    below 0.05 are called findings. NaN stay NaN and do not count.
+    """p values corrected for their number (Holm 1979). The probability of even one false finding stays below 5 % if
+    values below 0.05 are called findings. NaN stay NaN and do not count.
     """
-    known = sorted((p, place) for place, p in enumerate(ps) if math.isfinite(p))
-    corrected, highest = [math.nan] * len(ps), 0.0
-    for rank, (p, place) in enumerate(known):
-        highest = max(highest, min(1.0, p * (len(known) - rank)))
-        corrected[place] = highest
+    finite = sorted((p, index) for index, p in enumerate(ps) if math.isfinite(p))
+    corrected, maximum = [math.nan] * len(ps), 0.0
+    for rank, (p, index) in enumerate(finite):
+        maximum = max(maximum, min(1.0, p * (len(finite) - rank)))
+        corrected[index] = maximum
     return corrected
 
 
@@ -105,9 +101,9 @@ def mean_sd(values: np.ndarray) -> tuple[float, float]:
     """Mean over seeds of the means over cases, and their standard deviation (NaN with one seed).
 
     Args:
-        values: (seeds, cases); NaN where there is none, which counts on neither side.
+        values: (seeds, cases); NaN are left out.
     """
     means = np.array([row[np.isfinite(row)].mean() for row in values if np.isfinite(row).any()])
     if not means.size:
-        return math.nan, math.nan
+        return NO_INTERVAL
     return float(means.mean()), float(means.std(ddof=1)) if len(means) > 1 else math.nan

@@ -3,7 +3,6 @@
 import csv
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ def workplace(workplace_of):
 
 
 def protocol(work, *arguments, fails=False):
-    command = [sys.executable, "-m", "nnunet_mim.benchmarking.few_shot", "-d", "908", "--labels", "2", "all"]
+    command = [*work.command("mim_benchmark"), "few_shot", "-d", "908", "--labels", "2", "all"]
     command += ["--seeds", "1", "--iterations", "4", "--iterations_per_epoch", "2", "--val_iterations", "1"]
     done = subprocess.run([*command, "-device", "cpu", *arguments], env=work.env, capture_output=True, encoding="utf-8")
     assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
@@ -58,7 +57,7 @@ def test_trained_once_reported_and_resumed(workplace):
         assert result["cost"]["seconds"] > 0
         assert 1e6 < result["cost"]["parameters"] < 100e6
     assert set(results["2", "MiM"]["key"]["train_cases"]) < set(results["all", "MiM"]["key"]["train_cases"]), "nested"
-    for name in ("table.md", "table.csv", "table.tex", f"figure_{DATASET}.png", "report.html"):
+    for name in ("bench.yaml", "table.md", "table.csv", "table.tex", f"figure_{DATASET}.png", "report.html"):
         assert (output / name).stat().st_size > 100
     assert (output / "table.md").read_text() in said
     rows = list(csv.DictReader((output / "table.csv").open()))
@@ -84,8 +83,12 @@ def test_trained_once_reported_and_resumed(workplace):
     curve = json.loads(place.read_text())["curve"]
     assert (len(curve), curve[0]) == (2, results["all", "Scratch"]["curve"][0])
     assert protocol(workplace, "--dry-run").count("finished, about ") == 4
+    said = workplace("mim_benchmark", "run", output / "bench.yaml")
+    assert "4 trainings of 4 iterations: 4 finished, 0 to do" in said
+    kept = (output / "bench.yaml").read_text()
     assert "another experiment (length" in protocol(workplace, "--iterations", "6", fails=True)
     assert "another experiment (settings" in protocol(workplace, "--set", "lr=0.1", fails=True)
+    assert (output / "bench.yaml").read_text() == kept, "what was refused is not kept"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def test_trained_once_reported_and_resumed(workplace):
         (["--arms", "A=nnUNetTrainer:nnUNetMiMPlans:/gone.pth"], "/gone.pth does not exist"),
         (["--arms", "A=nnUNetTrainerMiMScratch:nnUNetMiMPlans:x.pth"], "starts from random weights"),
         (["--iterations", "3"], "iterations (3) must be a multiple of iterations_per_epoch (2)"),
-        (["--iterations_per_epoch", "0"], "--iterations_per_epoch must be at least 1"),
+        (["--iterations_per_epoch", "0"], "iterations_per_epoch 0: give a whole number from 1"),
         (["--report", "-o", "nowhere"], "nowhere is finished, so there is nothing to report"),
     ],
 )

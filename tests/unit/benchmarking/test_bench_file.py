@@ -1,15 +1,15 @@
-"""bench.yaml and the command line: the experiments that they stand for. Nothing of nnU-Net's folders is looked at."""
+"""bench.yaml: the experiments that files stand for. nnU-Net's folders are not looked at."""
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
-from nnunet_mim.benchmarking.arms import ArmSpec, control_of
-from nnunet_mim.benchmarking.bench_file import bench_of, read_bench
-from nnunet_mim.benchmarking.cell import Length
-from nnunet_mim.benchmarking.few_shot_cli import parse_arm, settings_by_arm
-from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec
+from nnunet_mim.benchmarking.arms import control_of
+from nnunet_mim.benchmarking.bench_file import KNOWN_ARMS, ArmSpec, Bench, DatasetSpec, bench_of, read_bench
+from nnunet_mim.benchmarking.seeded_training import Length
 from nnunet_mim.errors import MiMError
 
 MIM, SCRATCH = ArmSpec("MiM", "nnUNetTrainerMiM", "P", "a.pth"), ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "P")
@@ -42,9 +42,10 @@ allow_seen: true
             ArmSpec("MiM", "nnUNetTrainerMiM", "MyPlans", runs, {"lr": 0.001}),
             ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "MyPlans"),
             ArmSpec("Stock", "nnUNetTrainer", "nnUNetPlans"),
-            ArmSpec("MAE", "PretrainedTrainer", "ptPlans", command="nnUNetv2_train_pretrained"),
+            ArmSpec("MAE", "PretrainedTrainer", "ptPlans", nnssl_plans="ptPlans"),
         ),
-        labels=("1%", "20", "all"), seeds=3, length=Length(10, 100, 7), output=tmp_path / "results", control="Stock",
+        labels=("1%", "20", "all"), seeds=3, iterations=1000, iterations_per_epoch=100, val_iterations=7,
+        output=tmp_path / "results", control="Stock",
         device="cuda", gpus=("0", "2"), nsd_tolerance_mm=2.0, allow_seen=True,
     )  # fmt: skip
 
@@ -81,6 +82,7 @@ def test_lists_are_enough_where_nothing_else_is_said():
         ({"arms": []}, "'arms' is missing"),
         ({"gpu": 1}, "unknown entry 'gpu': there are allow_seen, arms"),
         ({"arms": ["MiM", "MiM"]}, "arms: MiM is there twice"),
+        ({"datasets": [501, 501]}, "datasets: 501 is there twice"),
         ({"arms": ["Mine"]}, "arms: Mine: give trainer and plans"),
         ({"arms": {"MiM": {"plan": "P"}}}, "arms: MiM: unknown entry 'plan'"),
         ({"arms": {"MiM": "P"}}, "arms: MiM: give names and values"),
@@ -88,14 +90,17 @@ def test_lists_are_enough_where_nothing_else_is_said():
         ({"arms": {"nnUNet": {"settings": {"lr": 3}}}}, "settings are for the MiM trainers"),
         ({"arms": {"A": {"nnssl_plans": "P", "plans": "Q"}}}, "only a trainer may be given"),
         ({"datasets": {"501": {"folds": [0, 0]}}}, "datasets: 501: folds .0, 0.: give different numbers"),
-        ({"datasets": {"501": {"folds": ["all"]}}}, "give different numbers from 0"),
+        ({"datasets": {"501": {"folds": ["all"]}}}, "folds all: give a whole number from 0"),
         ({"seeds": 0}, "seeds 0: give a whole number from 1"),
         ({"seeds": True}, "seeds True: give a whole number"),
         ({"iterations": 1001}, "must be a multiple of iterations_per_epoch"),
         ({"device": "gpu"}, "device gpu: give cuda, cpu or mps"),
         ({"device": "cpu", "gpus": [0]}, "'gpus' are for device cuda"),
-        ({"slurm": "gpu"}, "'slurm' holds parameters of submitit"),
-        ({"nsd_tolerance_mm": -1}, "give millimetres"),
+        ({"slurm": "gpu"}, "slurm: give parameters of submitit, such as {slurm_partition: gpu"),
+        ({"nsd_tolerance_mm": -1}, "nsd_tolerance_mm -1: give a number from 0"),
+        ({"nsd_tolerance_mm": "1 mm"}, "nsd_tolerance_mm 1 mm: give a number from 0"),
+        ({"allow_seen": "no"}, "allow_seen no: give true or false"),
+        ({"arms": {"MiM": {"settings": [1]}}}, "arms: MiM: settings: give names and values"),
     ],
 )
 def test_bad_entries_are_named(changes, says):
@@ -128,22 +133,30 @@ def test_the_control():
         control_of([MIM, SCRATCH], "Gone")
 
 
-def test_arms_of_the_command_line():
-    assert parse_arm("MiM", "Q") == ArmSpec("MiM", "nnUNetTrainerMiM", "Q")
-    assert parse_arm("A=nnUNetTrainer", "Q") == ArmSpec("A", "nnUNetTrainer", "Q")
-    assert parse_arm("A=T:P:/x/y.pth", "Q") == ArmSpec("A", "T", "P", "/x/y.pth")
-    for text in ("Nothing", "=T", "A="):
-        with pytest.raises(MiMError, match=f"--arms {text}: give MiM"):
-            parse_arm(text, "Q")
+DOCS = (Path(__file__).parents[3] / "docs" / "benchmark.md").read_text()
 
 
-def test_settings_for_all_mim_arms_and_for_one():
-    arms = (MIM, SCRATCH, ArmSpec("Stock", "nnUNetTrainer", "P"))
-    assert settings_by_arm({"Scratch.lr": 2, "lr": 1, "drop_path": 0.1}, arms) == {
-        "MiM": {"lr": 1, "drop_path": 0.1},
-        "Scratch": {"lr": 2, "drop_path": 0.1},
-    }
-    with pytest.raises(MiMError, match=r"--set Stock\.lr: no MiM arm Stock \(there are MiM, Scratch\)"):
-        settings_by_arm({"Stock.lr": 1}, arms)
-    with pytest.raises(MiMError, match="--set: num_epochs is the same for all arms"):
-        settings_by_arm({"Scratch.num_epochs": 1}, arms)
+def test_the_table_of_the_documentation_has_every_entry_with_its_default():
+    table = DOCS.split("| entry | default | |\n|---|---|---|\n")[1].split("\n\n")[0]
+    documented = {}
+    for row in table.splitlines():
+        names, defaults = (re.sub("`", "", cell).strip() for cell in row.split(" | ")[:2])
+        several = names.strip("| ").split(", ")
+        documented |= dict(zip(several, defaults.split(", ") if len(several) > 1 else [defaults], strict=True))
+    defaults = {f.name: f.default for f in fields(Bench)}
+    assert set(documented) == set(defaults)
+    for name, default in defaults.items():
+        if isinstance(default, bool | int | float | str | Path) or name == "labels":
+            written = yaml.safe_load(documented[name])
+            assert written == (list(default) if name == "labels" else type(written)(default)), name
+    assert all(f"`{f.name}`" in DOCS for f in fields(DatasetSpec)[1:])
+
+
+def test_the_examples_of_the_documentation_are_read(tmp_path):
+    first, arms = (text for text in re.findall("```yaml\n(.*?)```", DOCS, re.DOTALL))
+    bench = bench_of(yaml.safe_load(first), tmp_path)
+    assert [arm.name for arm in bench.arms] == list(KNOWN_ARMS)
+    arms = yaml.safe_load(arms)["arms"]
+    used = {entry for entries in arms.values() if entries for entry in entries}
+    assert used == {f.name for f in fields(ArmSpec)[1:]}, "an example of every entry"
+    assert len(bench_of({"datasets": [9], "arms": arms}, tmp_path).arms) == len(arms)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_mim.benchmarking.arms import ArmSpec
 from nnunet_mim.benchmarking.bench_figures import cases_figure
+from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
 from nnunet_mim.benchmarking.case_pictures import around, case_pictures
-from nnunet_mim.benchmarking.cell import Arm, Cell, Length, validation_folder
-from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Matrix, Place
-from nnunet_mim.benchmarking.tables import Outcome
+from nnunet_mim.benchmarking.cell import Arm, Cell
+from nnunet_mim.benchmarking.matrix import Matrix, Place
+from nnunet_mim.benchmarking.outcome import Outcome
 
 DATASET = "Dataset001_X"
 SPECS = (ArmSpec("A", "nnUNetTrainer", "P"), ArmSpec("B", "nnUNetTrainer", "Q"))
@@ -36,11 +36,11 @@ def outcome(tmp_path, monkeypatch):
     z, y, x = np.meshgrid(*map(np.arange, (6, 40, 50)), indexing="ij")
     ct = (z * 100 + y * 2 + x).astype(np.int16)
     label = ((z == 4) & (y < 10) & (x < 8) | (z == 2) & (y < 3) & (x < 3)).astype(np.uint8)
-    bench = Bench((DatasetSpec(DATASET),), SPECS, ("all",), 1, Length(1, 1, 1), tmp_path / "out")
+    bench = Bench((DatasetSpec(DATASET),), SPECS, output=tmp_path / "out")
     source = SimpleNamespace(dataset=DATASET, plans_name="P", configuration="3d", folder=base / "P_3d")
     cells = {
         Place(DATASET, 0, "all", 0, spec.name): Cell(
-            Arm(spec.name, spec.trainer, source), 0, ("t",), tuple(DICE), 0, bench.length
+            Arm(spec, source), 0, ("t",), tuple(DICE), 0, bench.length
         )
         for spec in SPECS
     }  # fmt: skip
@@ -50,8 +50,9 @@ def outcome(tmp_path, monkeypatch):
         write(raw / "imagesTr" / f"{case}_0000.nii.gz", ct, turned)
         write(raw / "labelsTr" / f"{case}.nii.gz", label, turned)
         write(base / "gt_segmentations" / f"{case}.nii.gz", label, turned)
-        for place, cell in cells.items():
-            write(validation_folder(cell, matrix.folder(place)) / f"{case}.nii.gz", label * (place.arm == "A"), turned)
+        for place in cells:
+            predicted = matrix.training(place).output / "validation" / f"{case}.nii.gz"
+            write(predicted, label * (place.arm == "A"), turned)
     content = {
         "labels": {"background": 0, "x": 1},
         "channel_names": {"0": "CT"},
@@ -93,8 +94,8 @@ def test_no_pictures_without_images_or_results(outcome, monkeypatch, tmp_path):
 
 
 def test_a_prediction_that_is_gone_costs_its_picture_only(outcome, capsys):
-    place, cell = next(iter(outcome.matrix.cells.items()))
-    (validation_folder(cell, outcome.matrix.folder(place)) / "c1.nii.gz").unlink()
+    place = next(iter(outcome.matrix.cells))
+    (outcome.matrix.training(place).output / "validation" / "c1.nii.gz").unlink()
     assert [p.name for p in case_pictures(outcome, DATASET, {1})] == ["c4", "c0"]
     assert "note: no picture of c1" in capsys.readouterr().out
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnunet_mim.benchmarking import experiment
-from nnunet_mim.benchmarking.arms import ArmSpec
+from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell, Length
 from nnunet_mim.benchmarking.estimate import measure, median_seconds, views
 from nnunet_mim.benchmarking.experiment import (
@@ -17,7 +17,7 @@ from nnunet_mim.benchmarking.experiment import (
     run_experiment,
     summary_of_plan,
 )
-from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Matrix, Place
+from nnunet_mim.benchmarking.matrix import Matrix, Place
 from nnunet_mim.errors import MiMError
 
 LENGTH = Length(10, 20, 3)
@@ -43,7 +43,8 @@ def source_of(patch=(16, 16, 16), recipe=None):
 
 
 def cell_of(trainer="nnUNetTrainer", settings=None, source=None):
-    return Cell(Arm("A", trainer, source or source_of()), 0, ("t",), ("v", "w"), 0, LENGTH, settings or {})
+    spec = ArmSpec("A", trainer, settings=settings or {})
+    return Cell(Arm(spec, source or source_of()), 0, ("t",), ("v", "w"), 0, LENGTH)
 
 
 def test_an_estimate_counts_steps_patches_and_mirrored_views(monkeypatch):
@@ -76,7 +77,7 @@ def test_real_steps_take_time():
 
 def test_hours_come_from_finished_trainings_before_measuring(monkeypatch, tmp_path, capsys):
     specs = (ArmSpec("A", "nnUNetTrainer", "P"), ArmSpec("B", "nnUNetTrainer", "Q"))
-    bench = Bench((DatasetSpec("D"),), specs, ("1", "2"), 2, LENGTH, tmp_path)
+    bench = Bench((DatasetSpec("D"),), specs, ("1", "2"), 2, output=tmp_path)
     cells = {Place("D", 0, n, s, spec.name): cell_of() for spec in specs for n in bench.labels for s in (0, 1)}
     results = {
         Place("D", 0, labels, 0, "A"): {"cost": {"seconds": seconds}} for labels, seconds in (("1", 3600), ("2", 7200))
@@ -98,7 +99,7 @@ def test_hours_come_from_finished_trainings_before_measuring(monkeypatch, tmp_pa
 def test_a_missing_reference_is_noticed_before_any_training(tmp_path):
     source = SimpleNamespace(dataset="Dataset501_X", plans_name="P", configuration="3d_fullres", folder=tmp_path / "P")
     (tmp_path / "dataset.json").write_text('{"file_ending": ".nrrd"}')
-    bench = Bench((DatasetSpec("D"),), (ArmSpec("A", "nnUNetTrainer", "P"),), ("1",), 1, LENGTH, tmp_path)
+    bench = Bench((DatasetSpec("D"),), (ArmSpec("A", "nnUNetTrainer", "P"),), ("1",), output=tmp_path)
     place = Place("D", 0, "1", 0, "A")
     matrix = Matrix(bench, {place: cell_of(source=source)}, "A")
     (tmp_path / "gt_segmentations").mkdir()
@@ -116,7 +117,7 @@ def test_references_are_looked_for_before_seen_cases_and_not_for_a_report(monkey
     for name, result in (("require_environment", None), ("build_matrix", "matrix"), ("finished_results", {}),
                          ("check_references", None), ("look_for_seen_cases", {})):  # fmt: skip
         monkeypatch.setattr(experiment, name, lambda *_, name=name, result=result: looked.append(name) or result)
-    bench = Bench((), (), (), 1, LENGTH, tmp_path)
+    bench = Bench((), ())
     assert prepare(bench) == ("matrix", {}, {})
     assert looked[-2:] == ["check_references", "look_for_seen_cases"]
     looked.clear()
@@ -133,7 +134,7 @@ def test_references_are_looked_for_before_seen_cases_and_not_for_a_report(monkey
     ],
 )
 def test_what_failed_and_how_to_go_on(monkeypatch, tmp_path, retry, broken, says):
-    bench = Bench((DatasetSpec("D"),), (ArmSpec("A", "nnUNetTrainer", "P"),), ("1",), 1, LENGTH, tmp_path, device="cpu")
+    bench = Bench((DatasetSpec("D"),), (ArmSpec("A", "nnUNetTrainer", "P"),), ("1",), device="cpu", output=tmp_path)
     place = Place("D", 0, "1", 0, "A")
     matrix = Matrix(bench, {place: cell_of()}, "A")
     after = [{}, {place: "no memory"} if broken else {}]
@@ -145,15 +146,15 @@ def test_what_failed_and_how_to_go_on(monkeypatch, tmp_path, retry, broken, says
 
 
 def test_gpus_that_are_not_there(monkeypatch, tmp_path):
-    bench = Bench((), (), (), 1, LENGTH, tmp_path, gpus=("0", "3"))
+    bench = Bench((), (), gpus=("0", "3"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(MiMError, match="no GPU was found: give device cpu"):
         check_device(bench)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(MiMError, match="gpus: 3: 2 can be seen here, numbered from 0"):
         check_device(bench)
-    check_device(Bench((), (), (), 1, LENGTH, tmp_path, device="cpu"))
-    check_device(Bench((), (), (), 1, LENGTH, tmp_path, gpus=(), slurm={}))
+    check_device(Bench((), (), device="cpu"))
+    check_device(Bench((), (), gpus=(), slurm={}))
 
 
 def test_the_summary_of_a_plan_gives_no_hours_that_nobody_knows():

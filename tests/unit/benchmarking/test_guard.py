@@ -12,6 +12,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking import guard
+from nnunet_mim.benchmarking.bench_file import ArmSpec
 from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.guard import Findings, look_for_seen_cases, provenance_of, refuse_seen_cases, seen_cases
 from nnunet_mim.benchmarking.matrix import Place
@@ -86,7 +87,7 @@ def arm(raw, tmp_path):
             dataset_class=nnUNetDatasetBlosc2,
             intensity_properties=plans["foreground_intensity_properties_per_channel"],
         )  # fmt: skip
-        return Arm("MiM", "nnUNetTrainerMiM", source, str(tmp_path / "a.pth"))
+        return Arm(ArmSpec("MiM", "nnUNetTrainerMiM"), source, str(tmp_path / "a.pth"))
 
     return make
 

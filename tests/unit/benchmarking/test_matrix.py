@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from nnunet_mim.benchmarking import matrix as matrix_module
 from nnunet_mim.benchmarking import work
-from nnunet_mim.benchmarking.arms import ArmSpec
-from nnunet_mim.benchmarking.cell import FAILED, Arm, InterruptedTrainingError, Length, nested_subset
-from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Place, build_matrix, describe, subset
+from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
+from nnunet_mim.benchmarking.cell import Arm
+from nnunet_mim.benchmarking.matrix import Place, build_matrix, subset
+from nnunet_mim.benchmarking.splits import nested_subset
+from nnunet_mim.benchmarking.training import FAILED, InterruptedTrainingError, Training
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.locks import alone
 
@@ -71,13 +73,13 @@ def bench(tmp_path, monkeypatch):
             dataset=dataset, plans_name=spec.plans, configuration=configuration, cases=(*TRAIN, "v0", "v1"), plans={},
             folder=tmp_path / dataset / "P",
         )  # fmt: skip
-        return Arm(spec.name, spec.trainer, source, str(tmp_path / spec.checkpoint) if spec.checkpoint else None)
+        return Arm(spec, source, str(tmp_path / spec.checkpoint) if spec.checkpoint else None)
 
     monkeypatch.setattr(matrix_module, "resolve_arm", resolve)
     monkeypatch.setattr(matrix_module, "dataset_name", lambda given: f"Dataset{given}_X")
     monkeypatch.setattr(matrix_module, "split_of", lambda source, fold: (TRAIN, (f"v{fold}",)))
-    return Bench((DatasetSpec("501", (0, 1)), DatasetSpec("502")), (MIM, SCRATCH), ("1", "10%"), 2, Length(1, 1, 1),
-                 tmp_path / "out", device="cpu")  # fmt: skip
+    return Bench((DatasetSpec("501", (0, 1)), DatasetSpec("502")), (MIM, SCRATCH), ("1", "10%"), 2, 1, 1, 1,
+                 output=tmp_path / "out", device="cpu")  # fmt: skip
 
 
 def test_all_combinations_with_the_same_cases_for_all_arms(bench):
@@ -87,7 +89,7 @@ def test_all_combinations_with_the_same_cases_for_all_arms(bench):
     for place, cell in matrix.cells.items():
         assert cell.train_cases == matrix.cells[place._replace(arm="Scratch")].train_cases
         assert len(cell.train_cases) == (1 if place.labels == "1" else 4)
-    assert len({matrix.folder(place) for place in matrix.cells}) == 24
+    assert len({matrix.training(place).folder for place in matrix.cells}) == 24
     assert matrix.datasets == ["Dataset501_X", "Dataset502_X"]
     assert matrix.folds("Dataset501_X") == [0, 1]
     assert matrix.train_counts["Dataset501_X", 1, "10%"] == 4
@@ -141,9 +143,10 @@ class Trainings:
     def __init__(self, monkeypatch):
         self.done, self.running, self.most, self.gpus, self.fails = [], 0, 0, set(), ()
         self.lock = threading.Lock()
-        monkeypatch.setattr(work, "run_cell", self.run)
+        monkeypatch.setattr(Training, "train", lambda training, gpu, stop: self.run(training, gpu))
 
-    def run(self, cell, folder, device, threads, tolerance, gpu, stop):
+    def run(self, training, gpu):
+        cell, folder = training.cell, training.folder
         with self.lock:
             self.running += 1
             self.most = max(self.most, self.running)
@@ -151,11 +154,11 @@ class Trainings:
         time.sleep(0.02)
         with self.lock:
             self.running -= 1
-        if cell.arm.name in self.fails:
+        if cell.arm.spec.name in self.fails:
             (folder / FAILED).write_text("no")
             raise MiMError("no")
         self.done.append(folder)
-        result = {"cases": {"v": {"1": {"dice": 0.5, "n_ref": 1, "n_pred": 1}}}, "tolerance": tolerance}
+        result = {"cases": {"v": {"1": {"dice": 0.5, "n_ref": 1, "n_pred": 1}}}, "tolerance": training.tolerance}
         (folder / "key.json").write_text(json.dumps(cell.key()))
         (folder / "result.json").write_text(json.dumps(result))
         return result
@@ -189,7 +192,7 @@ def test_one_failure_does_not_end_the_others_and_finished_ones_are_kept(bench, t
 
 
 def test_one_training_a_gpu_at_a_time(bench, trainings):
-    run(replace(bench, gpus=("0", "3")))
+    run(replace(bench, device="cuda", gpus=("0", "3")))
     assert (trainings.most, trainings.gpus) == (2, {"0", "3"})
 
 
@@ -210,10 +213,10 @@ def test_a_training_that_another_command_has_finished_meanwhile_is_taken(bench, 
 def test_what_another_command_is_at_work_on_is_left_to_it(bench, trainings):
     matrix = build_matrix(bench)
     place = next(iter(matrix.cells))
-    with alone(matrix.folder(place) / ".lock", "busy"):
+    with alone(matrix.training(place).folder / ".lock", "busy"):
         _, results, failed, lines = run(bench, [place])
     assert (results, failed, trainings.done) == ({}, {}, [])
-    assert lines == [f"left: {describe(place)}: another process is at work on it"]
+    assert lines == [f"left: {place}: another process is at work on it"]
 
 
 @pytest.fixture
@@ -228,14 +231,14 @@ def ctrl_c():
 def test_ctrl_c_ends_the_trainings_and_says_how_to_go_on(bench, monkeypatch):
     seen = []
 
-    def train(cell, folder, device, threads, tolerance, gpu, stop):
+    def train(training, gpu, stop):
         if not seen:
             seen.append(stop)
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.wait(20)
         raise InterruptedTrainingError("interrupted")
 
-    monkeypatch.setattr(work, "run_cell", train)
+    monkeypatch.setattr(Training, "train", train)
     with pytest.raises(MiMError, match="interrupted: repeat the command to go on"):
         run(replace(bench, jobs=2))
     assert seen[0].is_set()
@@ -246,11 +249,11 @@ def test_a_training_that_is_ended_from_outside_is_named(bench, monkeypatch):
     def train(*_):
         raise InterruptedTrainingError("interrupted, see log.txt")
 
-    monkeypatch.setattr(work, "run_cell", train)
+    monkeypatch.setattr(Training, "train", train)
     place = next(iter(build_matrix(bench).cells))
     _, results, failed, lines = run(bench, [place])
     assert (results, failed) == ({}, {place: "interrupted, see log.txt"})
-    assert lines == [f"not finished: {describe(place)}: interrupted, see log.txt"]
+    assert lines == [f"not finished: {place}: interrupted, see log.txt"]
 
 
 def test_gpus_are_counted_among_those_that_can_be_seen(monkeypatch):
@@ -261,8 +264,9 @@ def test_gpus_are_counted_among_those_that_can_be_seen(monkeypatch):
 
 
 def test_a_job_whose_time_is_over_is_put_into_the_queue_again(bench):
-    task = work.Task(next(iter(build_matrix(bench).cells.values())), bench.output, "cuda", 0, 1.0)
-    assert task.checkpoint().function is task
+    matrix = build_matrix(bench)
+    training = matrix.training(next(iter(matrix.cells)))
+    assert training.checkpoint().function is training
 
 
 SLURM = {"cluster": "local", "gpus_per_node": 0, "timeout_min": 2}
@@ -272,7 +276,7 @@ SLURM = {"cluster": "local", "gpus_per_node": 0, "timeout_min": 2}
 @pytest.mark.long
 def test_through_submitit_in_processes_of_their_own(bench, monkeypatch):
     """The jobs fail for want of data, each with its own error, and nothing hangs."""
-    monkeypatch.setattr(work, "POLL", 0.1)
+    monkeypatch.setattr(work, "SLURM_POLL_SECONDS", 0.1)
     small = replace(bench, slurm=SLURM, seeds=1, labels=("1",), datasets=(DatasetSpec("502"),))
     _, results, failed, _ = run(small)
     assert results == {}

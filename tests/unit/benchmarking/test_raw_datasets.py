@@ -25,7 +25,7 @@ def test_both_kinds_become_datasets_that_nnunet_accepts(folders, msd, btcv, caps
     command = ["prepare", "--msd", str(msd), "--btcv", str(btcv), "--splits", "-np", "1", "--partial"]
     (msd / "labelsTr" / "spleen_4.nii.gz").rename(msd / "later")  # --partial leaves out the image too
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nnunet_mim.benchmarking.splits.FOLDS", 2)
+        patch.setattr("nnunet_mim.benchmarking.splits.N_FOLDS", 2)
         assert main(command) == 0, capsys.readouterr().err
         printed = capsys.readouterr().out
         assert "Dataset009_Spleen: 2 of 3 published training cases, made" in printed

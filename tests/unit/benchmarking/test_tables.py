@@ -9,26 +9,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nnunet_mim.benchmarking.arms import ArmSpec
 from nnunet_mim.benchmarking.bench_figures import bars_figure, curves_figure
-from nnunet_mim.benchmarking.bench_report import write_report
-from nnunet_mim.benchmarking.cell import Arm, Cell, Length
+from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
+from nnunet_mim.benchmarking.bench_report import write_bench_report
+from nnunet_mim.benchmarking.cell import Arm, Cell
 from nnunet_mim.benchmarking.guard import Findings
-from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Matrix, Place
+from nnunet_mim.benchmarking.matrix import Matrix, Place
+from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.published_numbers import numbers_for
 from nnunet_mim.benchmarking.statistics import holm
 from nnunet_mim.benchmarking.tables import (
-    Outcome,
     comparison_table,
-    corrected_ps,
     cost_table,
     every_value,
+    first_epoch_at,
     label_table,
     latex_text,
     main_table,
     markdown_table,
     notes,
-    reaches,
     smooth,
     with_sd,
 )
@@ -69,11 +68,11 @@ def outcome(tmp_path):
     """outcome(results, folds=…, seen=…): of the arms above; results by (labels, seed, arm), or with a fold in front."""
 
     def make(results=RESULTS, folds=(0,), seen=(), dataset=DATASET):
-        bench = Bench((DatasetSpec(dataset, folds),), SPECS, ("5", "20%"), 2, Length(4, 50, 5), tmp_path / "out")
+        bench = Bench((DatasetSpec(dataset, folds),), SPECS, ("5", "20%"), 2, 200, 50, 5, output=tmp_path / "out")
         source = SimpleNamespace(folder=tmp_path / dataset / "P_3d")
         cells = {
             Place(dataset, fold, labels, seed, spec.name): Cell(
-                Arm(spec.name, spec.trainer, source, spec.checkpoint), fold, ("a",), ("x", "y"), seed, bench.length
+                Arm(spec, source, spec.checkpoint), fold, ("a",), ("x", "y"), seed, bench.length
             )
             for fold in folds for seed in range(2) for labels in bench.labels for spec in SPECS
         }  # fmt: skip
@@ -137,7 +136,7 @@ def test_seen_cases_are_marked_in_every_table_and_named(outcome):
         ("MiM", "x")
     }
     write_dataset_json(marked)
-    text = write_report(marked, {})
+    text = write_bench_report(marked, {})
     for name in ("report.html", "table.tex", "table.md"):
         assert "WARNING: its pretraining has seen 1" in (marked.matrix.bench.output / name).read_text()
     assert not [line for line in text.splitlines() if "| MiM |" in line]
@@ -185,7 +184,7 @@ def test_corrected_ps_count_every_comparison_of_the_report(outcome):
     found = outcome(results)
     plain = [found.comparison(DATASET, labels, "MiM")[0].p for labels in ("5", "20%")]
     assert plain == [pytest.approx(2 / 2**8)] * 2, "all eight differences are positive"
-    assert list(corrected_ps(found).values()) == [pytest.approx(4 / 2**8)] * 2
+    assert list(found.corrected_ps().values()) == [pytest.approx(4 / 2**8)] * 2
 
 
 def test_every_value_is_in_the_csv(outcome):
@@ -219,7 +218,7 @@ def test_all_files_are_written_and_the_page_needs_no_other(outcome):
     made = outcome()
     write_dataset_json(made)
     left = Place(DATASET, 0, "20%", 0, "MiM")
-    text = write_report(made, {left: "out of <memory>"})
+    text = write_bench_report(made, {left: "out of <memory>"})
     output = made.matrix.bench.output
     assert {p.name for p in output.iterdir()} == {
         "table.md", "table.csv", "table.tex", f"figure_{DATASET}.png", "report.html"
@@ -242,7 +241,7 @@ def test_published_numbers_stand_apart_with_their_source(outcome):
     assert numbers_for(DATASET) == []
     btcv = outcome(dataset="Dataset220_BTCV")
     write_dataset_json(btcv)
-    text = write_report(btcv, {})
+    text = write_bench_report(btcv, {})
     assert text.index("### Published elsewhere") > text.index("| labels | arm |")
     assert "| nnU-Net | 83.08 | five folds of nnU-Net, from random weights | nnU-Net, documentation" in text
     assert all(number.source and number.protocol for number in numbers_for("Dataset220_BTCV"))
@@ -258,8 +257,8 @@ def test_a_smooth_curve_by_hand():
 
 
 def test_first_epoch_that_reaches_a_goal():
-    assert reaches([0.1, 0.3, 0.2, 0.5], 0.3) == 2
-    assert reaches([0.1, 0.3], 0.31) is None
+    assert first_epoch_at([0.1, 0.3, 0.2, 0.5], 0.3) == 2
+    assert first_epoch_at([0.1, 0.3], 0.31) is None
 
 
 def test_figures_say_their_numbers(outcome):

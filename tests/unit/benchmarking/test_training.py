@@ -1,31 +1,21 @@
-"""Cells without any training: what decides that one is finished, and the commands that are run."""
+"""Trainings without any training: what decides that one is finished, and the commands that are run."""
 
 import json
 import os
 import signal
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nnunet_mim.benchmarking import cell as module
-from nnunet_mim.benchmarking.cell import (
-    KEY,
-    RESULT,
-    Arm,
-    Cell,
-    InterruptedTrainingError,
-    Length,
-    failure,
-    finished,
-    run_cell,
-    total_cost,
-)
-from nnunet_mim.benchmarking.seeded_training import installed_command, record_cost, save_whole, set_length
+from nnunet_mim.benchmarking import training as module
+from nnunet_mim.benchmarking.bench_file import ArmSpec
+from nnunet_mim.benchmarking.cell import Arm, Cell
+from nnunet_mim.benchmarking.seeded_training import Length, installed_command, record_cost, save_whole, set_length
+from nnunet_mim.benchmarking.training import KEY, RESULT, InterruptedTrainingError, Training, total_cost
 from nnunet_mim.errors import MiMError
 
 
@@ -44,8 +34,9 @@ def source(tmp_path):
 def make_cell(source, tmp_path):
     (tmp_path / "a.pth").write_bytes(b"weights")
 
-    def make(trainer="nnUNetTrainerMiM", checkpoint="a.pth", **changes):
-        arm = Arm("A", trainer, source, str(tmp_path / checkpoint) if checkpoint else None)
+    def make(trainer="nnUNetTrainerMiM", checkpoint="a.pth", settings=None, nnssl_plans=None, **changes):
+        spec = ArmSpec("A", trainer, settings=settings or {}, nnssl_plans=nnssl_plans)
+        arm = Arm(spec, source, str(tmp_path / checkpoint) if checkpoint else None)
         values = {"fold": 1, "train_cases": ("a", "b"), "val_cases": ("c",), "seed": 7, "length": Length(3, 4, 5)}
         return Cell(arm, **{**values, **changes})
 
@@ -75,7 +66,11 @@ def commands(monkeypatch):
 def attempt(cell, folder, says="an error of nnU-Net"):
     folder.mkdir(exist_ok=True)
     with pytest.raises(MiMError, match=says):
-        run_cell(cell, folder, "cpu", 1, 1.0)
+        training(cell, folder).train()
+
+
+def training(cell, folder, tolerance=1.0):
+    return Training(cell, folder, "cpu", tolerance, threads=1)
 
 
 def test_the_command_and_its_folders(make_cell, commands, tmp_path):
@@ -112,17 +107,17 @@ def test_a_checkpoint_for_a_trainer_of_nnunet(make_cell, commands, tmp_path):
 def test_an_interrupted_cell_is_not_continued_as_another_one(make_cell, commands, tmp_path):
     folder = tmp_path / "cell"
     attempt(make_cell(), folder)
-    assert finished(make_cell(), folder, 1.0) is None
+    assert training(make_cell(), folder).finished() is None
     for changes, says in (
         ({"length": Length(9, 4, 5)}, "length"),
         ({"settings": {"lr": 0.1}}, "settings"),
         ({"train_cases": ("a",)}, "train_cases"),
     ):
         with pytest.raises(MiMError, match=f"holds another experiment .{says}"):
-            finished(make_cell(**changes), folder, 1.0)
+            training(make_cell(**changes), folder).finished()
     (tmp_path / "a.pth").write_bytes(b"other weights under the same name")
     with pytest.raises(MiMError, match=r"holds another experiment \(checkpoint_sha256"):
-        finished(make_cell(), folder, 1.0)
+        training(make_cell(), folder).finished()
 
 
 def test_plans_of_the_same_name_but_other_content(make_cell, source, commands, tmp_path):
@@ -130,16 +125,16 @@ def test_plans_of_the_same_name_but_other_content(make_cell, source, commands, t
     attempt(make_cell(), folder)
     source.plans = {"x": 2}
     with pytest.raises(MiMError, match=r"holds another experiment \(plans_sha256"):
-        finished(make_cell(), folder, 1.0)
+        training(make_cell(), folder).finished()
 
 
 def test_a_finished_cell(make_cell, tmp_path):
     folder = tmp_path / "cell"
     folder.mkdir()
-    assert finished(make_cell(), folder, 1.0) is None
+    assert training(make_cell(), folder).finished() is None
     (folder / KEY).write_text(json.dumps(make_cell().key()))
     (folder / RESULT).write_text('{"curve": [1], "tolerance": 1.0}')
-    assert finished(make_cell(), folder, 1.0) == {"curve": [1], "tolerance": 1.0}
+    assert training(make_cell(), folder).finished() == {"curve": [1], "tolerance": 1.0}
 
 
 def test_another_tolerance_measures_the_predictions_again(make_cell, tmp_path, monkeypatch):
@@ -147,28 +142,29 @@ def test_another_tolerance_measures_the_predictions_again(make_cell, tmp_path, m
     folder.mkdir()
     (folder / KEY).write_text(json.dumps(make_cell().key()))
     (folder / RESULT).write_text('{"cases": 1, "cost": {"seconds": 5}, "tolerance": 1.0}')
-    monkeypatch.setattr(module, "read_result", lambda cell, output, tolerance: {"cases": 2, "tolerance": tolerance})
+    monkeypatch.setattr(Training, "measured", lambda self: {"cases": 2, "tolerance": self.tolerance})
     expected = {"cases": 2, "cost": {"seconds": 5}, "tolerance": 3.0}
-    assert finished(make_cell(), folder, 3.0) == expected
+    assert training(make_cell(), folder, 3.0).finished() == expected
     assert json.loads((folder / RESULT).read_text()) == expected
 
 
 def test_a_failure_is_remembered_until_the_next_attempt(make_cell, commands, tmp_path, monkeypatch):
     folder = tmp_path / "cell"
-    assert failure(folder) is None
+    again = training(make_cell(), folder)
+    assert again.failure() is None
     attempt(make_cell(), folder)
-    assert failure(folder).startswith("training failed, see")
-    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail(failure(folder) or "forgotten"))
+    assert again.failure().startswith("training failed, see")
+    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail(again.failure() or "forgotten"))
     with pytest.raises(pytest.fail.Exception, match="forgotten"):
-        run_cell(make_cell(), folder, "cpu", 1, 1.0)
+        again.train()
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGINT])
 def test_what_was_ended_from_outside_has_not_failed(make_cell, commands, tmp_path, ended_by):
     commands.returns = -ended_by
     with pytest.raises(InterruptedTrainingError):
-        run_cell(make_cell(), tmp_path / "cell", "cpu", 1, 1.0)
-    assert failure(tmp_path / "cell") is None
+        training(make_cell(), tmp_path / "cell").train()
+    assert training(make_cell(), tmp_path / "cell").failure() is None
 
 
 def test_a_training_is_ended_with_all_its_processes(tmp_path):
@@ -197,7 +193,7 @@ def _runs(process):
 def test_a_checkpoint_that_has_moved_is_the_same(make_cell, commands, tmp_path):
     attempt(make_cell(), tmp_path / "cell")
     (tmp_path / "a.pth").rename(tmp_path / "b.pth")
-    assert finished(make_cell(checkpoint="b.pth"), tmp_path / "cell", 1.0) is None
+    assert training(make_cell(checkpoint="b.pth"), tmp_path / "cell").finished() is None
 
 
 def test_checkpoints_are_written_whole_or_not_at_all(tmp_path):
@@ -221,14 +217,12 @@ def test_checkpoints_are_written_whole_or_not_at_all(tmp_path):
 
 def test_one_gpu_a_training(make_cell, commands, tmp_path):
     with pytest.raises(MiMError):
-        run_cell(make_cell(), tmp_path / "cell", "cuda", 0, 1.0, gpu="3")
+        Training(make_cell(), tmp_path / "cell", "cuda", 1.0).train(gpu="3")
     assert commands.environments[0]["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_another_command_takes_its_checkpoint_from_the_plans(make_cell, commands, tmp_path):
-    cell = make_cell("PretrainedTrainer")
-    cell = replace(cell, arm=replace(cell.arm, command="nnUNetv2_train_pretrained"))
-    attempt(cell, tmp_path / "cell")
+    attempt(make_cell("PretrainedTrainer", nnssl_plans="P"), tmp_path / "cell")
     command = commands.commands[0]
     assert command[9:11] == [str(tmp_path / "cell" / "cost.json"), "nnUNetv2_train_pretrained"]
     assert "-pretrained_weights" not in command

@@ -1,0 +1,98 @@
+"""What an experiment has found: metrics of its finished trainings, and comparisons with the control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nnunet_mim.benchmarking.guard import Seen
+from nnunet_mim.benchmarking.matrix import Matrix, Place, case_value
+from nnunet_mim.benchmarking.statistics import Comparison, compare, holm
+
+MARK = " *"
+"""stands behind an arm whose pretraining has seen validation cases"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is reported: an experiment, its finished trainings, and what the arms' pretrainings have seen."""
+
+    matrix: Matrix
+    results: Mapping[Place, Mapping[str, Any]]
+    seen: Seen
+    _compared: dict[tuple[str, str, str], tuple[Comparison, list[int]] | None] = field(default_factory=dict, repr=False)
+
+    def seeds(self, dataset: str, labels: str, arm: str) -> list[int]:
+        """Seeds of which every fold is finished."""
+        folds = self.matrix.folds(dataset)
+        return [
+            seed
+            for seed in range(self.matrix.bench.seeds)
+            if all(Place(dataset, fold, labels, seed, arm) in self.results for fold in folds)
+        ]
+
+    def rows(self, dataset: str) -> list[tuple[str, str, list[int]]]:
+        """(labels, arm, seeds) in the order of the tables; only those with a finished seed."""
+        pairs = [(labels, arm) for labels in self.matrix.labels for arm in self.matrix.arms]
+        return [(*pair, seeds) for pair in pairs if (seeds := self.seeds(dataset, *pair))]
+
+    def trainings(self, dataset: str, labels: str, arm: str) -> list[Mapping[str, Any]]:
+        """Results of the finished seeds, fold by fold."""
+        return [
+            self.results[Place(dataset, fold, labels, seed, arm)]
+            for seed in self.seeds(dataset, labels, arm)
+            for fold in self.matrix.folds(dataset)
+        ]
+
+    def values(
+        self, dataset: str, labels: str, seeds: Sequence[int], arm: str, metric: str, label: str | None = None
+    ) -> np.ndarray:
+        """(seeds, cases of all folds) of a metric, see `case_value`."""
+        rows = []
+        for seed in seeds:
+            cases = [self.results[Place(dataset, f, labels, seed, arm)]["cases"] for f in self.matrix.folds(dataset)]
+            rows.append([case_value(found[case], metric, label) for found in cases for case in sorted(found)])
+        return np.array(rows)
+
+    def name(self, dataset: str, arm: str) -> str:
+        """An arm's name, marked where its pretraining has seen validation cases of the dataset."""
+        folds = self.matrix.folds(dataset)
+        return arm + (MARK if any(self.seen[dataset, fold, arm].seen for fold in folds) else "")
+
+    def label_text(self, dataset: str, labels: str) -> str:
+        """Labels as the user wrote them, and the number of cases that they are."""
+        counts = sorted({self.matrix.train_counts[dataset, fold, labels] for fold in self.matrix.folds(dataset)})
+        numbers = "/".join(map(str, counts))
+        return labels if labels == numbers else f"{labels} ({numbers})"
+
+    def label_names(self, dataset: str) -> dict[str, str]:
+        """Names of the labels by their key in nnU-Net's summary; empty where nothing is finished."""
+        first = next((result for place, result in self.results.items() if place.dataset == dataset), None)
+        if first is None:
+            return {}
+        return {key: first["names"].get(key, key) for key in next(iter(first["cases"].values()))}
+
+    def comparison(self, dataset: str, labels: str, arm: str) -> tuple[Comparison, list[int]] | None:
+        """Dice (%) of an arm and of the control, and the seeds that both have; None where there are none."""
+        key = (dataset, labels, arm)
+        if key not in self._compared:
+            self._compared[key] = self._compare(*key)
+        return self._compared[key]
+
+    def _compare(self, dataset: str, labels: str, arm: str) -> tuple[Comparison, list[int]] | None:
+        control = self.matrix.control
+        both = [s for s in self.seeds(dataset, labels, arm) if s in self.seeds(dataset, labels, control)]
+        if not both or arm == control:
+            return None
+        of_arm, of_control = (self.values(dataset, labels, both, name, "dice") * 100 for name in (arm, control))
+        return compare(of_arm, of_control), both
+
+    def corrected_ps(self) -> dict[tuple[str, str, str], float]:
+        """p of every comparison by (dataset, labels, arm), corrected for the number of all of them (Holm)."""
+        matrix = self.matrix
+        keys = [(dataset, n, arm) for dataset in matrix.datasets for n in matrix.labels for arm in matrix.arms]
+        ps = {key: compared[0].p for key in keys if (compared := self.comparison(*key)) is not None}
+        return dict(zip(ps, holm(list(ps.values())), strict=True))

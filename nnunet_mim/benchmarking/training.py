@@ -1,0 +1,246 @@
+"""Running one training of an experiment: nnU-Net's own commands in separate folders, and the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import IO, Any
+
+from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, load_summary_json
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_mim.benchmarking.bench_file import TRAIN
+from nnunet_mim.benchmarking.cell import Cell
+from nnunet_mim.benchmarking.metrics import case_metrics
+from nnunet_mim.benchmarking.seeded_training import attempts_of
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, LATEST
+from nnunet_mim.errors import MiMError
+from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.locks import alone
+from nnunet_mim.trainers.finetune_config import PLANS_KEY
+
+KEY, RESULT, COST, FAILED, LOG = "key.json", "result.json", "cost.json", "failed.txt", "log.txt"
+BUSY = "another process is at work on it"
+POLL_SECONDS = 0.5
+
+
+class BusyError(MiMError):
+    """Another process is at work on a training."""
+
+
+class InterruptedTrainingError(MiMError):
+    """A training was ended from outside; it continues when the command is repeated."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A cell with its folder and device. It can be called on this machine, or as a job of SLURM."""
+
+    cell: Cell
+    folder: Path
+    """of this cell only"""
+    device: str
+    """as for nnUNetv2_train"""
+    tolerance: float
+    """of the normalised surface Dice, mm"""
+    threads: int = 0
+    """number of PyTorch's threads; 0: as nnU-Net sets it"""
+
+    @property
+    def output(self) -> Path:
+        """nnU-Net's output folder."""
+        source = self.cell.arm.source
+        name = f"{self.cell.arm.spec.trainer}__{source.plans_name}__{source.configuration}"
+        return self.folder / "nnUNet_results" / source.dataset / name / f"fold_{self.cell.fold}"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of a finished training, or None. If it was measured with another tolerance, its predictions are
+        measured again.
+
+        Raises:
+            MiMError: the folder holds another experiment, finished or not.
+        """
+        if not (self.folder / KEY).is_file():
+            return None
+        stored, now = json.loads((self.folder / KEY).read_text()), json.loads(json.dumps(self.cell.key()))
+        decisive = [name for name in now if name != "checkpoint"]  # the file may have moved: its hash decides
+        changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in decisive if stored.get(name) != now[name]]
+        if changed:
+            raise MiMError(
+                f"{self.folder} holds another experiment ({'; '.join(changed)[:300]}): give another output folder, or "
+                "delete it"
+            )
+        if not (self.folder / RESULT).is_file():
+            return None
+        result = json.loads((self.folder / RESULT).read_text())
+        if result["tolerance"] != self.tolerance:
+            result = {**result, **self.measured()}
+            write_atomically(self.folder / RESULT, json.dumps(result).encode())
+        return result
+
+    def failure(self) -> str | None:
+        """Why the last attempt ended; None where it did not fail."""
+        try:
+            return (self.folder / FAILED).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def __call__(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
+        """Train, unless another process has done so meanwhile.
+
+        Raises:
+            BusyError: another process is at work on it.
+            MiMError: as `train`.
+        """
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(alone(self.folder / ".lock", BUSY))
+            except MiMError as error:
+                raise BusyError(str(error)) if str(error) == BUSY else error from None
+            return self.finished() or self.train(gpu, stop)
+
+    def checkpoint(self, *_: Any) -> Any:
+        """The job that submitit puts into the queue when this one's time is over: the same, which continues."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def train(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
+        """Train and validate, continuing an interrupted attempt. Writes and returns the result; writes why it failed.
+
+        Args:
+            gpu: the GPU of the training (CUDA_VISIBLE_DEVICES); None: as this process.
+            stop: ends the training when it is set.
+
+        Raises:
+            MiMError: the training failed; names its log.
+            InterruptedTrainingError: it was ended from outside, which is no failure.
+        """
+        folder, log_file = self.folder, self.folder / LOG
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILED).unlink(missing_ok=True)
+        try:
+            write_atomically(folder / KEY, json.dumps(self.cell.key()).encode())
+            self.write_folders()
+            with log_file.open("a") as log:
+                exit_code = _run(self.command(), log, self.environment(gpu), stop)
+            if exit_code in (-signal.SIGTERM, -signal.SIGINT):
+                raise InterruptedTrainingError(f"interrupted, see {log_file}")
+            if exit_code or not (self.output / "validation" / "summary.json").is_file():
+                last = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+                raise MiMError(f"training failed, see {log_file} ({last[0][:200]})")
+            result = {"key": self.cell.key(), **self.measured(), "cost": total_cost(folder / COST)}
+            write_atomically(folder / RESULT, json.dumps(result).encode())
+            return result
+        except InterruptedTrainingError:
+            raise
+        except (MiMError, OSError, ValueError, KeyError) as error:
+            kind = "" if isinstance(error, MiMError) else f"{type(error).__name__}: "
+            write_atomically(folder / FAILED, f"{kind}{error}".encode())
+            raise
+
+    def command(self) -> list[str]:
+        """The command that begins or continues the training."""
+        spec, source, length = self.cell.arm.spec, self.cell.arm.source, self.cell.length
+        numbers = os.getpid(), self.cell.seed, length.epochs, length.iterations, length.val_iterations, self.threads
+        command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training", *map(str, numbers)]
+        command += [str(self.folder / COST), spec.command, source.dataset, source.configuration, str(self.cell.fold)]
+        command += ["-tr", spec.trainer, "-p", source.plans_name, "-device", self.device]
+        if (self.output / FINAL).is_file():
+            return [*command, "--val"]
+        if (self.output / LATEST).is_file():
+            return [*command, "--c"]
+        if self.cell.arm.checkpoint and not spec.is_mim and spec.command == TRAIN:
+            return [*command, "-pretrained_weights", self.cell.arm.checkpoint]
+        return command
+
+    def environment(self, gpu: str | None) -> dict[str, str]:
+        """The environment of the command."""
+        environment = {"nnUNet_raw": str(self.folder), **os.environ}
+        environment |= {name: str(self.folder / name) for name in ("nnUNet_preprocessed", "nnUNet_results")}
+        environment.pop(ENV_CHECKPOINT, None)
+        if self.cell.arm.checkpoint and self.cell.arm.spec.is_mim:
+            environment[ENV_CHECKPOINT] = self.cell.arm.checkpoint
+        return environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
+
+    def write_folders(self) -> None:
+        """Write nnUNet_preprocessed of this training: links to the preprocessed dataset, its own split and plans."""
+        cell, source = self.cell, self.cell.arm.source
+        base, real = self.folder / "nnUNet_preprocessed" / source.dataset, source.folder.parent
+        shutil.rmtree(self.folder / "nnUNet_preprocessed", ignore_errors=True)
+        base.mkdir(parents=True)
+        folders = [path.name for path in real.iterdir() if path.is_dir()]  # those of other configurations too
+        for name in ("dataset.json", "dataset_fingerprint.json", *folders):
+            if (real / name).exists():
+                try:
+                    os.symlink((real / name).resolve(), base / name)
+                except OSError as error:
+                    raise MiMError(
+                        f"cannot link {base / name} ({error.strerror}): allow links, or take another output folder"
+                    ) from error
+        split = {"train": list(cell.train_cases), "val": list(cell.val_cases)}
+        (base / "splits_final.json").write_text(json.dumps([split] * (cell.fold + 1)))
+        plans = {**source.plans, PLANS_KEY: cell.recipe().to_dict()} if cell.arm.spec.is_mim else dict(source.plans)
+        (base / f"{source.plans_name}.json").write_text(json.dumps(plans))
+
+    def measured(self) -> dict[str, Any]:
+        """Metrics per case and label, learning curve, and names of the labels, of the finished training."""
+        import torch
+
+        dataset_json, output = self.cell.dataset_json, self.output
+        summary = load_summary_json(str(output / "validation" / "summary.json"))
+        manager = PlansManager(dict(self.cell.arm.source.plans))
+        ignore, reader = manager.get_label_manager(dataset_json).ignore_label, manager.image_reader_writer_class()
+        cases = {}
+        for entry in summary["metric_per_case"]:
+            prediction = output / "validation" / Path(entry["prediction_file"]).name  # the folders may have moved since
+            case = prediction.name.removesuffix(dataset_json["file_ending"])
+            files = prediction, self.cell.reference(case)
+            cases[case] = case_metrics(*files, list(summary["mean"]), reader, ignore, self.tolerance)
+        # weights_only=False: the file is of our own training
+        stored = torch.load(output / FINAL, map_location="cpu", weights_only=False)
+        curve = [float(value) for value in stored["logging"]["mean_fg_dice"]]
+        if len(curve) != (epochs := self.cell.length.epochs):
+            raise MiMError(f"{output} was trained for {len(curve)} epochs, not {epochs}: another trainer's length?")
+        names = {
+            label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
+            for name, value in dataset_json["labels"].items()
+        }
+        return {"cases": cases, "curve": curve, "names": names, "tolerance": self.tolerance}
+
+
+def total_cost(file: Path) -> dict[str, Any]:
+    """Cost of all attempts at a cell: seconds in all, maximum memory in bytes, parameters, device. Empty if unknown."""
+    attempts = attempts_of(file)
+    if not attempts:
+        return {}
+    return {
+        **attempts[-1],
+        "seconds": sum(attempt["seconds"] for attempt in attempts),
+        "peak_bytes": max(attempt["peak_bytes"] for attempt in attempts),
+    }
+
+
+def _run(command: Sequence[str], log: IO[str], environment: Mapping[str, str], stop: Event | None) -> int:
+    """Run a command until it ends or `stop` is set; Ctrl-C in the terminal does not reach it. Returns its exit code."""
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )  # fmt: skip
+    try:
+        while stop is None or not stop.is_set():
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(POLL_SECONDS)
+        os.killpg(process.pid, signal.SIGTERM)  # with the processes that read and augment
+        return process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
