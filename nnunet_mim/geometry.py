@@ -9,6 +9,7 @@ All sizes are voxels (or tokens, or regions) per axis, in array order.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -251,6 +252,11 @@ def suitable_strides(spacing: tuple[float, ...]) -> tuple[Size3, ...]:
         size = [s * k for s, k in zip(size, stride, strict=True)]
         strides.append(stride)
     return tuple(strides)
+
+
+def cumulative_strides(strides: Sequence[Sequence[int]]) -> list[Size3]:
+    """Voxels of the image per voxel of each stage's map, per axis."""
+    return [tuple(math.prod(s[axis] for s in strides[: i + 1]) for axis in range(3)) for i in range(len(strides))]  # type: ignore[misc]
 
 
 def views_per_crop(levels: tuple[Level, ...]) -> tuple[int, ...]:

@@ -16,9 +16,9 @@ from nnunet_mim.checkpoint.finetuning import PretrainedCheckpoint
 from nnunet_mim.checkpoint.units import WIDE_CT_WINDOW
 from nnunet_mim.config import PRESETS, Size3
 from nnunet_mim.errors import MiMError
-from nnunet_mim.geometry import suitable_strides
+from nnunet_mim.geometry import cumulative_strides, suitable_strides
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
-from nnunet_mim.networks.resenc import check_resenc, cumulative_strides
+from nnunet_mim.networks.resenc import check_resenc
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, check_known_keys, default_mirror_axes
