@@ -16,7 +16,7 @@ from typing import Any
 from nnunet_mim.benchmarking.cell import Cell, InterruptedTrainingError, failure, finished, run_cell
 from nnunet_mim.benchmarking.matrix import Matrix, Place, describe, mean_dice
 from nnunet_mim.errors import MiMError
-from nnunet_mim.system.locks import alone
+from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.machine import usable_cores
 
 Results = dict[Place, dict[str, Any]]
@@ -102,7 +102,7 @@ class Task:
         """
         with ExitStack() as lock:
             try:
-                lock.enter_context(alone(self.folder / ".lock", BUSY))
+                lock.enter_context(exclusive_lock(self.folder / ".lock", BUSY))
             except MiMError as error:
                 raise BusyError(str(error)) if str(error) == BUSY else error from None
             result = finished(self.cell, self.folder, self.tolerance)

@@ -19,7 +19,7 @@ from nnunet_mim.benchmarking.arms import ArmSpec
 from nnunet_mim.benchmarking.cell import FAILED, Arm, InterruptedTrainingError, Length, nested_subset
 from nnunet_mim.benchmarking.matrix import Bench, DatasetSpec, Place, build_matrix, describe, subset
 from nnunet_mim.errors import MiMError
-from nnunet_mim.system.locks import alone
+from nnunet_mim.system.locks import exclusive_lock
 
 MIM, SCRATCH = ArmSpec("MiM", "nnUNetTrainerMiM", "P", "a.pth"), ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "P")
 TRAIN = tuple(f"case_{i:02d}" for i in range(40))
@@ -210,7 +210,7 @@ def test_a_training_that_another_command_has_finished_meanwhile_is_taken(bench, 
 def test_what_another_command_is_at_work_on_is_left_to_it(bench, trainings):
     matrix = build_matrix(bench)
     place = next(iter(matrix.cells))
-    with alone(matrix.folder(place) / ".lock", "busy"):
+    with exclusive_lock(matrix.folder(place) / ".lock", "busy"):
         _, results, failed, lines = run(bench, [place])
     assert (results, failed, trainings.done) == ({}, {}, [])
     assert lines == [f"left: {describe(place)}: another process is at work on it"]
