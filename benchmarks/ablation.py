@@ -21,6 +21,7 @@ from pathlib import Path
 
 from nnunet_mim.checkpoint.format import FINAL, LATEST
 from nnunet_mim.nnunet.datasets import dataset_name
+from nnunet_mim.pretraining.monitoring.figures import Measurement
 
 VARIANTS = {
     "default": [],
@@ -85,15 +86,16 @@ def run(name, options):
 def figures(path):
     """The last measurement of a run, and its label probes."""
     with path.open() as file:
-        rows = list(csv.DictReader(file))
-    probes = [float(row["val/probe/dice"]) for row in rows if row.get("val/probe/dice")]
+        cells = list(csv.DictReader(file))
+    rows = [Measurement.from_row({name: float(cell) for name, cell in row.items() if cell}) for row in cells]
+    probes = [row.probe.dice for row in rows if row.probe.dice is not None]
     after = probes[1:][-LAST_PROBES:]
     last = rows[-1]
     return {
         "probe": sum(after) / len(after) if after else None,
         "probe_before": probes[0] if probes else None,
-        **{f"level{n}": _number(last.get(f"val/level{n}/reconstruction")) for n in (1, 2, 3)},
-        "rank": _number(last.get("val/features/rank")),
+        **{f"level{n}": last.level(n).reconstruction for n in (1, 2, 3)},
+        "rank": last.feature_rank,
     }
 
 
@@ -102,10 +104,6 @@ def crops_per_second(path):
     with path.open() as file:
         rates = [float(row["crops_per_s"]) for row in csv.DictReader(file) if row["crops_per_s"]]
     return statistics.median(rates) if rates else None
-
-
-def _number(text):
-    return float(text) if text else None
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from made_up_cases import write_phantoms
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.pretraining.data.crops import CropDataset
 from nnunet_mim.pretraining.data.loading import training_batches
+from nnunet_mim.pretraining.data.run_data import index_sources
 from nnunet_mim.pretraining.distributed.ranks import ALONE
-from nnunet_mim.pretraining.setup import index_sources
 
 
 def read_raw(boxes):

@@ -56,8 +56,8 @@ def measure(workers):
     from nnunet_mim.nnunet.source import find_source
     from nnunet_mim.pretraining.data.crops import case_records
     from nnunet_mim.pretraining.data.loading import training_batches, training_crops
+    from nnunet_mim.pretraining.data.run_data import index_sources, run_data
     from nnunet_mim.pretraining.distributed.ranks import ALONE
-    from nnunet_mim.pretraining.setup import index_sources, run_data
 
     torch.set_num_threads(1)
     before = memory("Rss")

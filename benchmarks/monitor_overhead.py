@@ -21,8 +21,10 @@ from lightning_fabric import Fabric
 from made_up_cases import write_phantoms
 
 from nnunet_mim.config import DEFAULT_LEARNING_RATE, PretrainConfig
-from nnunet_mim.pretraining.loop import RunOptions, pretrain
-from nnunet_mim.pretraining.setup import index_sources, run_data
+from nnunet_mim.pretraining.data.run_data import index_sources, run_data
+from nnunet_mim.pretraining.loop import pretrain
+from nnunet_mim.pretraining.options import RunOptions
+from nnunet_mim.pretraining.setup import Run
 
 N_CASES = 12
 WARM_UP = 2
@@ -62,7 +64,8 @@ def main():
         output.mkdir()
         short = replace(config, val_every=config.iterations, save_every=config.iterations + 1)
         views_per_pass = 4 if options.device == "cpu" else 32
-        result = pretrain(short, data, output, fabric, False, RunOptions(0, views_per_pass), note)
+        run = Run(short, data, output, RunOptions(workers=0, views_per_pass=views_per_pass))
+        result = pretrain(run, fabric, note)
     step_s = statistics.median(b - a for a, b in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False))
     parts = {kind: statistics.median(seconds) for kind, seconds in result.measuring.items()}
     for kind in {"probe", "report"} & set(parts):  # rarer than the others

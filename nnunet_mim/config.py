@@ -7,15 +7,13 @@ next level).
 
 from __future__ import annotations
 
-import ast
-import inspect
 import math
-import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
 from typing import Any
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.settings import setting
 
 Size3 = tuple[int, int, int]
 
@@ -24,24 +22,20 @@ Size3 = tuple[int, int, int]
 class NetworkConfig:
     """Sizes of HybridEncoder and MiMDecoder. Defaults: the published architecture (`base`)."""
 
-    embed_dims: tuple[int, ...] = (48, 96, 192, 384)
-    """channels of the three convolution stages and of the transformer"""
-    depths: tuple[int, ...] = (2, 2, 2, 11)
-    """blocks per stage"""
-    num_heads: int = 12
-    """attention heads of the transformer stage"""
-    mlp_ratio: float = 4.0
-    """hidden width of every MLP, in units of its input width"""
-    strides: tuple[Size3, ...] = ((2, 2, 2),) * 4
-    """downsampling of each stage per axis; their product is the token size; 1 in early stages along axes with large
-    spacing
-    """
-    decoder_embed_dim: int = 576
-    """width of the decoder; divisible by its heads and by 6"""
-    decoder_depth: int = 8
-    """transformer blocks of the decoder"""
-    decoder_num_heads: int = 16
-    """attention heads of the decoder"""
+    embed_dims: tuple[int, ...] = setting(
+        (48, 96, 192, 384), "channels of the three convolution stages and of the transformer"
+    )
+    depths: tuple[int, ...] = setting((2, 2, 2, 11), "blocks per stage")
+    num_heads: int = setting(12, "attention heads of the transformer stage")
+    mlp_ratio: float = setting(4.0, "hidden width of every MLP, in units of its input width")
+    strides: tuple[Size3, ...] = setting(
+        ((2, 2, 2),) * 4,
+        "downsampling of each stage per axis; their product is the token size; 1 in early stages along axes with large "
+        "spacing",
+    )
+    decoder_embed_dim: int = setting(576, "width of the decoder; divisible by its heads and by 6")
+    decoder_depth: int = setting(8, "transformer blocks of the decoder")
+    decoder_num_heads: int = setting(16, "attention heads of the decoder")
 
     def __post_init__(self) -> None:
         if not len(self.embed_dims) == len(self.depths) == len(self.strides) == 4:
@@ -95,99 +89,137 @@ LADDERS = ("published", "native")
 ENCODERS = ("hybrid", "resenc")
 ALIGNMENTS = ("infonce", "cosine", "none")
 
+FLAT_FRACTION = 0.005
+"""a token whose standard deviation is below this share of the intensity window is no target: 10 HU of 2000, air"""
+SKIP_WINDOW = 200
+"""steps that `max_skipped` is counted over"""
+RETIRED = {"flat_fraction": FLAT_FRACTION, "skip_window": SKIP_WINDOW}
+"""settings of former versions that are constants now; checkpoints of theirs still hold them"""
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Everything that decides what one `mim_pretrain` run computes. Saved in its checkpoint."""
 
-    preset: str = "base"
-    """network size: tiny, small, base or large"""
+    preset: str = setting(
+        "base", "network size: tiny, small, base (as published) or large", "--preset", choices=list(PRESETS)
+    )
     network: NetworkConfig = None  # type: ignore[assignment]
     """sizes; default: the preset's"""
-    encoder: str = "hybrid"
-    """what is pretrained: hybrid (convolutions and a transformer, for nnUNetTrainerMiM) or resenc (nnU-Net's residual
-    encoder U-Net as the plans describe it, for stock nnU-Net)
-    """
+    encoder: str = setting(
+        "hybrid",
+        "what is pretrained: hybrid (convolutions and a transformer, for nnUNetTrainerMiM) or resenc (nnU-Net's "
+        "residual encoder U-Net as the plans describe it, for stock nnU-Net with -pretrained_weights)",
+        "--encoder",
+        choices=ENCODERS,
+    )
     architecture: dict[str, Any] = field(default_factory=dict)
     """of the plans, where encoder is resenc; follows from the data"""
     in_channels: int = 1
     """image channels; follows from the data"""
-    view_size: Size3 = (96, 96, 96)
-    """voxels per axis that the encoder sees; a multiple of twice the token size"""
-    ladder: str = "published"
-    """fields of view of the levels: published (2V, V, one token) or native (4V, 2V, V)"""
-    scale: Size3 = (2, 2, 2)
-    """per axis 2, or 1 where the data is too thin for the outer field of view"""
-    mask_ratios: tuple[float, ...] = (0.5, 0.6, 0.5)
-    """per level, outermost first"""
-    n_children: tuple[int, ...] = (4, 4)
-    """children per parent on the edges 1-2 and 2-3"""
-    alignment: str = "infonce"
-    """infonce, cosine or none"""
-    alignment_weight: float = 0.1
-    """weight of the alignment loss per edge"""
-    temperature: float = 0.2
-    """of the InfoNCE logits"""
-    level_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
-    """weight of each level's reconstruction loss; innermost levels without any loss are not computed in training"""
-    flat_fraction: float = 0.005
-    """a token whose standard deviation is below this share of the intensity window (10 HU of 2000) is no target"""
-    init_checkpoint: str = ""
-    """checkpoint of an earlier run whose weights this one starts from; empty: random weights"""
-    iterations: int = 250_000
-    """optimiser steps; 250 are one epoch in the logs"""
-    batch_size: int = 2
-    """crops an optimiser step, over all devices"""
-    learning_rate: float = 2e-4
-    """absolute peak learning rate"""
-    warmup_fraction: float = 0.05
-    """share of the iterations in which the learning rate rises linearly; a half cosine to 0 follows"""
-    weight_decay: float = 0.05
-    """of AdamW; not on biases, norms and other vectors"""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """decay rates of AdamW's two moments"""
-    grad_clip: float = 1.0
-    """largest gradient norm"""
-    body_fraction: float = 0.9
-    """share of crops that are placed on a body voxel; the others anywhere"""
-    dataset_temperature: float = 2.0
-    """a dataset of n cases is drawn with probability proportional to n^(1/temperature): 1 draws all cases alike, more
-    gives small datasets a larger share
-    """
-    body_children: bool = True
-    """cut children from masked places with some tissue in them, as long as there are any"""
-    mirror_axes: tuple[int, ...] = ()
-    """array axes of random mirroring; the left-right axis (where `transpose_forward` puts 2) is better left out"""
-    val_cases: int = 8
-    """most cases of each dataset held out to measure the loss, where no fold decides; at most a tenth, at least one"""
-    val_every: int = 250
-    """iterations between two measurements on held-out crops"""
-    val_crops: int = 8
-    """fixed crops of held-out cases used by each measurement"""
-    save_every: int = 250
-    """iterations between two checkpoints"""
-    probe_every: int = 1000
-    """iterations between two label probes, where the data has labels; each waits for the next measurement; 0: none"""
-    probe_cases: tuple[int, ...] = (6, 4)
-    """labelled cases that a label probe is fitted on, and held-out ones that it is tried on"""
-    max_skipped: int = 10
-    """most steps among the last skip_window that may be skipped for want of a finite gradient before the run ends"""
-    skip_window: int = 200
-    """steps that max_skipped is counted over"""
-    seed: int = 0
-    """of weights, crops and masks"""
+    view_size: Size3 = setting(
+        (96, 96, 96),
+        "voxels per axis that the encoder sees, one number or three; a multiple of twice the token size",
+        "--view",
+        default_text="by the size of the cases, at most 96",
+        nargs="+",
+        metavar="V",
+    )
+    ladder: str = setting(
+        "published",
+        "fields of view of the levels: published (2V, V, one token) or native (4V, 2V, V)",
+        "--ladder",
+        choices=LADDERS,
+    )
+    scale: Size3 = setting(
+        (2, 2, 2),
+        "factor between levels per axis: 2, or 1 where the data is too thin for the outer field of view",
+        "--scale",
+        default_text="2, or 1 where the cases are too thin",
+    )
+    mask_ratios: tuple[float, ...] = setting(
+        (0.5, 0.6, 0.5), "masked share per level, outermost first", "--mask_ratios"
+    )
+    n_children: tuple[int, ...] = setting(
+        (4, 4), "views cut from each view of level 1 and of level 2; 4 4 makes 21 views per crop", "--children"
+    )
+    alignment: str = setting(
+        "infonce", "loss between levels: infonce, cosine or none", "--alignment", choices=ALIGNMENTS
+    )
+    alignment_weight: float = setting(0.1, "weight of the alignment loss per edge")
+    temperature: float = setting(0.2, "temperature of the InfoNCE logits")
+    level_weights: tuple[float, ...] = setting(
+        (1.0, 1.0, 1.0),
+        "weight of each level's reconstruction loss; innermost levels without any loss are not computed in training",
+    )
+    init_checkpoint: str = setting(
+        "",
+        "checkpoint of an earlier run whose weights this one starts from",
+        "--init",
+        default_text="random weights",
+        metavar="CHECKPOINT",
+    )
+    iterations: int = setting(250_000, "optimiser steps; 250 are one epoch in the logs", "--iterations")
+    batch_size: int = setting(2, "crops per optimiser step, over all devices", "--batch")
+    learning_rate: float = setting(
+        2e-4,
+        "absolute peak learning rate",
+        "--lr",
+        default_text="by preset: 5e-4 for tiny and small, 2e-4 for base and large",
+    )
+    warmup_fraction: float = setting(
+        0.05,
+        "share of the iterations in which the learning rate rises linearly; a half cosine to 0 follows",
+    )
+    weight_decay: float = setting(0.05, "weight decay of AdamW; not on biases, norms and other vectors")
+    betas: tuple[float, float] = setting((0.9, 0.95), "decay rates of AdamW's two moments")
+    grad_clip: float = setting(1.0, "maximum gradient norm")
+    body_fraction: float = setting(0.9, "share of crops that are placed on a body voxel; the others lie anywhere")
+    dataset_temperature: float = setting(
+        2.0,
+        "a dataset of n cases is drawn with probability proportional to n^(1/temperature): 1 draws all cases alike, "
+        "more gives small datasets a larger share",
+    )
+    body_children: bool = setting(
+        True, "cut children from masked places with some tissue in them, as long as there are any"
+    )
+    mirror_axes: tuple[int, ...] = setting(
+        (),
+        "array axes (0 1 2) of random mirroring; leave out the left-right axis, which is 2 unless the plans' "
+        "transpose_forward moved it",
+        "--mirror_axes",
+        default_text="none",
+        metavar="A",
+    )
+    val_cases: int = setting(
+        8,
+        "maximum number of cases of each dataset that are held out, where no fold decides; at most a tenth, at least "
+        "one",
+    )
+    val_every: int = setting(250, "iterations between two measurements on held-out crops", "--val_every")
+    val_crops: int = setting(8, "fixed crops of held-out cases used by each measurement")
+    save_every: int = setting(250, "iterations between two checkpoints", "--save_every")
+    probe_every: int = setting(
+        1000,
+        "iterations between two label probes, where the data has labels; each waits for the next measurement; 0: none",
+    )
+    probe_cases: tuple[int, ...] = setting(
+        (6, 4), "labelled cases that a label probe is fitted on, and held-out ones that it is tried on"
+    )
+    max_skipped: int = setting(
+        10,
+        "maximum number of the last 200 steps that may be skipped for want of a finite gradient before the run ends",
+    )
+    seed: int = setting(0, "seed of weights, crops and masks", "--seed")
 
     def __post_init__(self) -> None:
         if self.network is None:
             if self.preset not in PRESETS:
                 raise MiMError(f"unknown preset '{self.preset}': choose one of {', '.join(PRESETS)}")
             object.__setattr__(self, "network", PRESETS[self.preset])
-        if self.encoder not in ENCODERS:
-            raise MiMError(f"unknown encoder '{self.encoder}': choose one of {', '.join(ENCODERS)}")
-        if self.ladder not in LADDERS:
-            raise MiMError(f"unknown ladder '{self.ladder}': choose one of {', '.join(LADDERS)}")
-        if self.alignment not in ALIGNMENTS:
-            raise MiMError(f"unknown alignment '{self.alignment}': choose one of {', '.join(ALIGNMENTS)}")
+        for name, choices in (("encoder", ENCODERS), ("ladder", LADDERS), ("alignment", ALIGNMENTS)):
+            if getattr(self, name) not in choices:
+                raise MiMError(f"unknown {name} '{getattr(self, name)}': choose one of {', '.join(choices)}")
         token = self.network.token_size
         if any(v < 2 * p or v % (2 * p) for v, p in zip(self.view_size, token, strict=True)):
             raise MiMError(f"--view {self.view_size} must be a multiple of twice the token size {token} on every axis")
@@ -197,7 +229,7 @@ class PretrainConfig:
             raise MiMError(f"--mirror_axes takes array axes 0, 1 and 2, got {self.mirror_axes}")
         if self.seed < 0:
             raise MiMError(f"--seed must be 0 or more, got {self.seed}")
-        for name in ("iterations", "batch_size", "val_every", "save_every", "val_crops", "val_cases", "skip_window"):
+        for name in ("iterations", "batch_size", "val_every", "save_every", "val_crops", "val_cases"):
             if getattr(self, name) < 1:
                 raise MiMError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dataset_temperature <= 0:
@@ -220,11 +252,20 @@ class PretrainConfig:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> PretrainConfig:
         """Inverse of `to_dict`. Raises MiMError for an unknown field."""
+        stored = without_retired(stored)
         _check_known(stored, cls)
         values = {name: _frozen(value) for name, value in stored.items() if name != "network"}
         if "network" in stored:
             values["network"] = network_from_dict(stored["network"])
         return cls(**values)
+
+
+def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those of former versions that are constants now. Raises MiMError where one has another value."""
+    for name, value in RETIRED.items():
+        if settings.get(name, value) != value:
+            raise MiMError(f"setting {name} can only be {value} in this version of nnunet_mim, not {settings[name]}")
+    return {name: value for name, value in settings.items() if name not in RETIRED}
 
 
 def network_from_dict(stored: dict[str, Any]) -> NetworkConfig:
@@ -247,13 +288,3 @@ def _plain(value: Any) -> Any:
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, (tuple, list)) else value
-
-
-def field_notes(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass, in one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    notes = {}
-    for entry, note in pairwise(body):
-        if isinstance(entry, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant):
-            notes[entry.target.id] = " ".join(str(note.value.value).split())  # type: ignore[union-attr]
-    return notes

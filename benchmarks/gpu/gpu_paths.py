@@ -26,10 +26,10 @@ from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.ranks import ALONE
-from nnunet_mim.pretraining.loop import build_optimizer, forward_on
 from nnunet_mim.pretraining.objective.levels import level_losses
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
-from nnunet_mim.pretraining.step import WARM_UP, RecordedStep, ordinary_step
+from nnunet_mim.pretraining.state import build_optimizer
+from nnunet_mim.pretraining.step import WARM_UP, RecordedStep, forward_on, ordinary_step
 
 sys.path.append(str(Path(__file__).parents[1]))
 from flops import crop_flops

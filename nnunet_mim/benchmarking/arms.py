@@ -15,8 +15,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_mim.benchmarking.cell import TRAIN, Arm
 from nnunet_mim.benchmarking.seeded_training import installed_command
-from nnunet_mim.checkpoint.finetuning import find_checkpoint, no_checkpoint_error, read_checkpoint
-from nnunet_mim.checkpoint.locate import locate
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint
+from nnunet_mim.checkpoint.locate import find_checkpoint, locate, no_checkpoint_error
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source, find_source
 from nnunet_mim.trainers.resolve_plans import configuration_of, uses_hybrid_unet
@@ -85,7 +85,7 @@ def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
         if found is None:
             raise no_checkpoint_error(*where)
         given = str(found)
-    stored = read_checkpoint(given)
+    stored = PretrainedCheckpoint.load(given)
     architecture = configuration_of(source.plans, source.configuration)["architecture"]
     check_architecture(stored, architecture["arch_kwargs"], source.in_channels)
     return Arm(spec.name, spec.trainer, source, stored.path, spec.command)

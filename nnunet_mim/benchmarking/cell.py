@@ -22,8 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.metrics import case_metrics
 from nnunet_mim.benchmarking.seeded_training import Length, attempts_of
-from nnunet_mim.checkpoint.finetuning import ENV_CHECKPOINT
-from nnunet_mim.checkpoint.locate import WEIGHTS
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, LATEST, WEIGHTS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import write_atomically
@@ -203,9 +202,9 @@ def _run_cell(
     command += [str(folder / COST), cell.arm.command]
     command += [source.dataset, source.configuration, str(cell.fold), "-tr", cell.arm.trainer, "-p", source.plans_name]
     command += ["-device", device]
-    if (output / "checkpoint_final.pth").is_file():
+    if (output / FINAL).is_file():
         command.append("--val")
-    elif (output / "checkpoint_latest.pth").is_file():
+    elif (output / LATEST).is_file():
         command.append("--c")
     elif cell.arm.checkpoint and not cell.arm.is_mim and cell.arm.command == TRAIN:
         command += ["-pretrained_weights", cell.arm.checkpoint]
@@ -263,7 +262,7 @@ def read_result(cell: Cell, output: Path, tolerance: float) -> dict[str, Any]:
         name = Path(entry["prediction_file"]).name  # the folders may have moved since
         files = output / "validation" / name, cell.references / name
         cases[name.removesuffix(ending)] = case_metrics(*files, list(summary["mean"]), reader, ignore, tolerance)
-    stored = torch.load(output / "checkpoint_final.pth", map_location="cpu", weights_only=False)  # our own training's
+    stored = torch.load(output / FINAL, map_location="cpu", weights_only=False)  # our own training's
     curve = [float(value) for value in stored["logging"]["mean_fg_dice"]]
     if len(curve) != cell.length.epochs:
         raise MiMError(

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
 from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.matrix import Matrix
+from nnunet_mim.checkpoint.format import read_safely
 from nnunet_mim.checkpoint.identity import leaked_cases, voxel_sha256
-from nnunet_mim.checkpoint.locate import read_shared
 from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
 from nnunet_mim.nnunet.datasets import raw_images
@@ -96,12 +95,12 @@ def refuse_seen_cases(seen: Seen) -> None:
 
 def provenance_of(checkpoint: Path) -> dict[str, Any] | None:
     """What a checkpoint says about where its weights come from; None where it is not one of `mim_pretrain`."""
-    if checkpoint.is_dir():
-        return read_shared(checkpoint).get("provenance")
     try:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception:  # a format of somebody else's: what it was trained on is not known then
-        return None
+        stored = read_safely(checkpoint)
+    except MiMError:
+        if checkpoint.is_dir():
+            raise
+        return None  # a format of somebody else's: what it was trained on is not known then
     return stored.get("provenance") if isinstance(stored, dict) else None
 
 

@@ -1,40 +1,43 @@
-"""Writing and reading checkpoints: the contract between pretraining and finetuning (docs/checkpoint.md)."""
+"""The checkpoint: what is in it, its one writer and its one loader (docs/checkpoint.md)."""
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 import nnunet_mim
-from nnunet_mim.checkpoint.locate import locate, read_shared
-from nnunet_mim.config import PretrainConfig
+from nnunet_mim.checkpoint.locate import BEST as BEST
+from nnunet_mim.checkpoint.locate import FINAL as FINAL
+from nnunet_mim.checkpoint.locate import LATEST as LATEST
+from nnunet_mim.checkpoint.locate import locate
+from nnunet_mim.checkpoint.share import read_export
+from nnunet_mim.config import NetworkConfig, PretrainConfig, network_from_dict
 from nnunet_mim.errors import MiMError
-from nnunet_mim.networks.hybrid_unet import plans_architecture
+from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.nnunet.source import Source
-
-LATEST = "checkpoint_latest.pth"
-"""of a run that is not finished: with everything needed to continue it"""
-BEST = "checkpoint_best.pth"
-"""weights with the lowest loss on held-out cases"""
-FINAL = "checkpoint_final.pth"
+from nnunet_mim.system.files import atomic_file
 
 HYBRID_KEYS = {
-    "key_to_encoder": "encoder",
-    "key_to_stem": "encoder.stages.0.embed",
-    "keys_to_in_proj": ["encoder.stages.0.embed.proj"],
+    "key_to_encoder": HybridUNet.key_to_encoder,
+    "key_to_stem": HybridUNet.key_to_stem,
+    "keys_to_in_proj": list(HybridUNet.keys_to_in_proj),
+    "key_to_lpe": HybridUNet.key_to_lpe,
 }
 RESENC_KEYS = {
     "key_to_encoder": "encoder.stages",
     "key_to_stem": "encoder.stem",
     "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"],
+    "key_to_lpe": None,
 }
-"""where the parts of the networks are, for nnU-Net's code that finetunes"""
+"""where the parts of the two networks are, for the finetuning of nnU-Net's development branch"""
+
+ENCODER_PREFIX = f"{HybridUNet.key_to_encoder}."
 
 CITATIONS = [
     "Zhuang et al., MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Image Analysis, arXiv:2404.15580",
@@ -46,17 +49,17 @@ CITATIONS = [
 def build_checkpoint(
     weights: Mapping[str, Tensor], config: PretrainConfig, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything a finetuning run needs, of types that `torch.load(weights_only=True)` accepts.
+    """The content of a checkpoint, of types that `torch.load(weights_only=True)` accepts.
 
     Args:
         weights: state dict of the bare MaskInMask.
         config: of the run.
         provenance: where the weights come from, see `run_provenance`.
     """
-    settings = config.to_dict()
     copies: dict[tuple[int, int], Tensor] = {}  # nnU-Net's networks have some weights under two names
     for value in weights.values():
         copies.setdefault((value.data_ptr(), value.numel()), value.detach().cpu())
+    view_size = list(config.view_size)
     return {
         "network_weights": {name: copies[value.data_ptr(), value.numel()] for name, value in weights.items()},
         "nnssl_adaptation_plan": {
@@ -66,26 +69,25 @@ def build_checkpoint(
                 "dataset_name": (provenance["datasets"] or [""])[0],
                 "configurations": {
                     provenance["configuration"]: {
-                        "patch_size": list(config.view_size),
+                        "patch_size": view_size,
                         "spacing": list(provenance["spacing"]),
                         "normalization_schemes": list(provenance["normalization"]),
                     }
                 },
             },
             "pretrain_num_input_channels": config.in_channels,
-            "recommended_downstream_patchsize": list(config.view_size),
+            "recommended_downstream_patchsize": list(view_size),
             **(RESENC_KEYS if config.encoder == "resenc" else HYBRID_KEYS),
-            "key_to_lpe": None,
             "citations": CITATIONS,
         },
-        "mim_config": settings,
+        "mim_config": config.to_dict(),
         "mim_version": nnunet_mim.__version__,
         "provenance": provenance,
     }
 
 
 def _architecture_plans(config: PretrainConfig) -> dict[str, Any]:
-    """The network that finetunes, of a patch as large as a view, in the words of nnU-Net's development branch."""
+    """The network that finetunes, for a patch as large as a view, in the format of nnU-Net's development branch."""
     resenc = config.encoder == "resenc"
     block = config.architecture if resenc else plans_architecture(config.network, config.view_size)
     return {
@@ -98,13 +100,13 @@ def _architecture_plans(config: PretrainConfig) -> dict[str, Any]:
 def run_provenance(
     sources: list[Source], seen: list[dict[str, str]], fold: int | str, iteration: int, history: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """What a checkpoint says about where its weights come from.
+    """Where the weights of a run come from, as stored under `provenance`.
 
     Args:
         sources: datasets, all in the units of the first.
         seen: records of every case that the weights were trained on, see `case_records`.
         fold: left-out fold, or `all`.
-        iteration: optimiser steps done.
+        iteration: number of optimiser steps done.
         history: logged figures, oldest first.
     """
     first = sources[0]
@@ -130,45 +132,64 @@ def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         MiMError: the disk is full or not writable; the former file is left as it was.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")  # one name, so that killed runs do not fill the disk
     try:
-        with temporary.open("wb") as file:
+        with atomic_file(path, temporary) as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise MiMError(f"cannot write {path} ({error}): free some disk space and continue with --c") from error
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new name of a file last over a loss of power."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of `mim_pretrain` without executing anything in it, and check every byte's checksum.
+def load_checkpoint(path: str | Path, provenance_required: bool = True) -> dict[str, Any]:
+    """Load a checkpoint of `mim_pretrain` or an export, and check the kinds of what is in it.
 
     Args:
-        path: anything that `locate` takes.
+        path: file, folder of `mim_export`, or name of a repository, see `locate`.
+        provenance_required: refuse a checkpoint without `provenance`; otherwise it is empty then.
 
     Raises:
-        MiMError: missing, truncated, unsafe, or not a checkpoint of this package.
+        MiMError: missing, damaged, unsafe, or not a checkpoint of this package.
     """
     path = locate(path)
+    stored = read_safely(path)
+    if isinstance(stored, dict) and not provenance_required:
+        stored["provenance"] = stored.get("provenance") or {}
+    needed = ("network_weights", "mim_config", "provenance")
+    missing = [key for key in needed if not isinstance(stored, dict) or not isinstance(stored.get(key), dict)]
+    if missing:
+        raise MiMError(
+            f"{path} was not written by mim_pretrain, it lacks {', '.join(missing)}: give the {FINAL} of a "
+            "mim_pretrain run"
+        )
+    if not is_state_dict(stored["network_weights"]):
+        raise MiMError(f"{path}: network_weights are not tensors by name: give the {FINAL} of a mim_pretrain run")
+    config = stored["mim_config"]
     try:
-        if path.is_dir():
-            return read_shared(path)
-        if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
-            raise MiMError(f"{path} is damaged ({broken} has another checksum): take another copy")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        network_from_dict(config["network"])
+        int(config["in_channels"]), tuple(config["view_size"])
+    except (AttributeError, KeyError, TypeError, ValueError, MiMError) as error:
+        raise MiMError(
+            f"{path}: mim_config cannot be used ({type(error).__name__}: {error}): give the {FINAL} of a "
+            "mim_pretrain run of this version of nnunet_mim"
+        ) from error
+    return stored
+
+
+def read_safely(path: Path) -> Any:
+    """Read a file of `torch.save` or an export without executing anything in it; every byte's checksum is verified.
+
+    Raises:
+        MiMError: damaged, or it holds more than tensors and plain values.
+    """
+    if path.is_dir():
+        return read_export(path)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise MiMError(f"{path} is damaged ({damaged} has another checksum): take another copy")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except MiMError:
         raise
     except Exception as error:
@@ -176,6 +197,56 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is no readable checkpoint: truncated, or it holds more than tensors and plain values "
             f"({type(error).__name__}); take another copy or an earlier checkpoint"
         ) from error
-    if not isinstance(checkpoint, dict) or not {"network_weights", "mim_config", "provenance"} <= set(checkpoint):
-        raise MiMError(f"{path} was not written by mim_pretrain: it lacks network_weights, mim_config or provenance")
-    return checkpoint
+
+
+def is_state_dict(value: Any) -> TypeGuard[dict[str, Tensor]]:
+    """Whether a value is a dict of tensors by name."""
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+@dataclass(frozen=True)
+class PretrainedCheckpoint:
+    """What finetuning takes from a checkpoint: the hybrid encoder and where it comes from."""
+
+    path: str
+    network: NetworkConfig
+    preset: str
+    in_channels: int
+    view_size: tuple[int, ...]
+    encoder: dict[str, Tensor] = field(repr=False)
+    """parameters of HybridEncoder, without the `encoder.` prefix"""
+    provenance: dict[str, Any] = field(repr=False)
+    """datasets, spacing (mm), normalization, cases, …, see `run_provenance`; keys may be missing in old checkpoints"""
+
+    @classmethod
+    def load(cls, path: str | Path) -> PretrainedCheckpoint:
+        """Load a checkpoint to finetune from.
+
+        Args:
+            path: as in `load_checkpoint`.
+
+        Raises:
+            MiMError: as `load_checkpoint`, or it holds no hybrid encoder.
+        """
+        path = locate(path)
+        stored = load_checkpoint(path, provenance_required=False)
+        config, weights = stored["mim_config"], stored["network_weights"]
+        if config.get("encoder", "hybrid") != "hybrid":
+            raise MiMError(
+                f"{path} holds nnU-Net's residual encoder U-Net, not the encoder of nnUNetTrainerMiM: train stock "
+                f"nnU-Net with the plans it was pretrained with, nnUNetv2_train … -pretrained_weights {path}"
+            )
+        encoder = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
+        if not encoder:
+            raise MiMError(
+                f"{path} holds no parameters named {ENCODER_PREFIX}*: give the {FINAL} of a mim_pretrain run"
+            )
+        return cls(
+            path=str(path),
+            network=network_from_dict(config["network"]),
+            preset=str(config.get("preset", "custom")),
+            in_channels=int(config["in_channels"]),
+            view_size=tuple(config["view_size"]),
+            encoder=encoder,
+            provenance=stored["provenance"],
+        )

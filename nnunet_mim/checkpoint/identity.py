@@ -1,4 +1,4 @@
-"""Which cases a pretraining has seen, and whether finetuning sees the same units.
+"""Which cases a pretraining has seen.
 
 A case is recognised by its name or by the hash of its preprocessed voxels, so a renamed copy is found too.
 """
@@ -6,7 +6,7 @@ A case is recognised by its name or by the hash of its preprocessed voxels, so a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,18 +27,14 @@ def voxel_sha256(data: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-WINDOW_FIELDS = ("percentile_00_5", "percentile_99_5", "mean", "std")
-
-
 def leaked_cases(
     provenance: dict[str, Any], dataset: str, val_cases: Iterable[str], load_voxels: Callable[[str], np.ndarray]
 ) -> list[str]:
-    """Validation cases that the encoder was pretrained on.
-
-    A case counts if the same dataset and identifier were pretrained on, or the same voxels under any name.
+    """Validation cases that the encoder was pretrained on: the same dataset and identifier, or the same voxels under
+    any name.
 
     Args:
-        provenance: of the pretraining checkpoint; its `cases` are {dataset, case, sha256}.
+        provenance: of the pretraining checkpoint; its `cases` are records {dataset, case, sha256}.
         dataset: e.g. Dataset501_HeadNeckOAR.
         val_cases: identifiers.
         load_voxels: identifier → (C, X, Y, Z) preprocessed voxels; called only where the name does not decide.
@@ -54,7 +50,13 @@ def leaked_cases(
 
 
 def leak_warning(leaked: list[str], n_val: int, source: str) -> str:
-    """Text of the loud warning."""
+    """The loud warning about validation cases that were pretrained on.
+
+    Args:
+        leaked: their identifiers.
+        n_val: number of validation cases.
+        source: path of the checkpoint.
+    """
     bar = "#" * 100
     names = ", ".join(leaked[:10]) + (f" and {len(leaked) - 10} more" if len(leaked) > 10 else "")
     return (
@@ -65,72 +67,15 @@ def leak_warning(leaked: list[str], n_val: int, source: str) -> str:
     )
 
 
-def unit_differences(
-    provenance: dict[str, Any], config: dict[str, Any], intensity: dict[str, Any], transpose: Sequence[int] = (0, 1, 2)
-) -> list[str]:
-    """What differs in the preprocessing of pretraining and finetuning.
-
-    Args:
-        provenance: of the checkpoint: spacing (mm, array order), normalization (names), intensity_properties (per
-            channel, as nnU-Net's plans hold them), transpose_forward (order of axes).
-        config: the plans' configuration.
-        intensity: the plans' foreground_intensity_properties_per_channel.
-        transpose: the plans' transpose_forward.
-
-    Returns:
-        One sentence a difference; empty where pretraining and finetuning see the same units.
-    """
-    differences = []
-    spacing = provenance.get("spacing")
-    if spacing and not np.allclose(spacing, config["spacing"], rtol=0.02):
-        differences.append(f"spacing (mm): pretrained at {_rounded(spacing)}, now {_rounded(config['spacing'])}")
-    axes = provenance.get("transpose_forward")
-    if axes and list(axes) != list(transpose):
-        differences.append(f"order of axes: pretrained with {list(axes)}, now {list(transpose)}")
-    schemes = provenance.get("normalization") or []
-    for channel, scheme in enumerate(config["normalization_schemes"]):
-        if not schemes:
-            break
-        before = schemes[min(channel, len(schemes) - 1)]
-        if before != scheme:
-            differences.append(f"channel {channel}: pretrained with {before}, now {scheme}")
-        elif scheme == "CTNormalization":
-            old = _window(provenance.get("intensity_properties") or {}, min(channel, len(schemes) - 1))
-            new = _window(intensity, channel)
-            if old and not np.allclose(old, new, rtol=1e-3, atol=1e-3):
-                differences.append(f"channel {channel}: pretrained on {_describe(old)}, now {_describe(new)}")
-    return differences
-
-
-def units_warning(differences: list[str]) -> str:
-    """Text of the warning about different preprocessing."""
-    return (
-        "WARNING: pretraining and finetuning do not see the same units, which costs some of the benefit: "
-        + "; ".join(differences)
-        + ". Plans of `mim_plan -pc CHECKPOINT` keep them equal."
-    )
-
-
-def _window(intensity: dict[str, Any], channel: int) -> list[float]:
-    properties = intensity.get(str(channel))
-    return [float(properties[name]) for name in WINDOW_FIELDS] if properties else []
-
-
-def _describe(window: list[float]) -> str:
-    return f"CT window {window[0]:g}…{window[1]:g} HU (mean {window[2]:g}, std {window[3]:g})"
-
-
-def _rounded(values: Iterable[float]) -> list[float]:
-    return [round(float(v), 3) for v in values]
-
-
 def case_key(record: Mapping[str, str]) -> tuple[str, str, str]:
     """What makes two records the same case: dataset, identifier, hash of the preprocessed voxels."""
     return record["dataset"], record["case"], record["sha256"]
 
 
 def merged_records(earlier: list[dict[str, str]], now: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Union of two lists of records, in order: an earlier run's cases are remembered, and what it knew of them."""
+    """Union of the case records of an earlier run and of this one, in order. Of two records of one case, this run's
+    values count; a value that only the earlier one has stays.
+    """
     merged: dict[tuple[str, str, str], dict[str, str]] = {}
     for record in [*earlier, *now]:
         merged[case_key(record)] = {**merged.get(case_key(record), {}), **record}

@@ -1,11 +1,11 @@
-"""Where a checkpoint lies: a file, a folder of `mim_export`, a repository on Hugging Face, or another dataset's run.
+"""Where checkpoints lie, and which one a finetuning starts from.
 
-A pretraining on several datasets lies with the first one's results; the others hold a pointer to it.
+A checkpoint is a file of `mim_pretrain`, a folder of `mim_export`, or a repository on Hugging Face. A pretraining on
+several datasets lies with the first one's results; the run folders of the others hold a pointer to it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,20 +15,28 @@ from typing import Any
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
 
+FINAL = "checkpoint_final.pth"
+"""the checkpoint of a finished run, as in nnU-Net's own trainings"""
+LATEST = "checkpoint_latest.pth"
+"""the checkpoint of an unfinished run, as in nnU-Net's own trainings: with everything needed to continue it"""
+BEST = "checkpoint_best.pth"
+"""the weights with the lowest loss on held-out cases"""
+POINTER = "checkpoint_final.json"
+"""names the checkpoint, relative to its own folder"""
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+"""the files of an export"""
+
+ENV_CHECKPOINT = "nnUNet_mim_checkpoint"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 INSTALL = "pip install 'nnunet_mim[share]'"
 
 
 def locate(name: str | Path) -> Path:
-    """Where a checkpoint lies on this machine.
+    """Absolute path of a checkpoint file or of an export's folder on this machine.
 
     Args:
         name: a `.pth` file, a folder of `mim_export`, or a repository on Hugging Face (`user/name`,
             `user/name@revision`), which is downloaded into huggingface_hub's cache.
-
-    Returns:
-        The absolute path of a file or folder.
 
     Raises:
         MiMError: it does not exist, or cannot be downloaded.
@@ -38,11 +46,10 @@ def locate(name: str | Path) -> Path:
         return path.absolute()
     if path.is_dir():
         if missing := [file for file in (WEIGHTS, CONFIG) if not (path / file).is_file()]:
-            raise MiMError(f"{path} holds no {missing[0]}: give a checkpoint_final.pth, or a folder of mim_export")
+            raise MiMError(f"{path} holds no {missing[0]}: give a {FINAL}, or a folder of mim_export")
         return path.absolute()
-    text = str(name)
-    if REPOSITORY.fullmatch(text) and path.suffix not in (".pth", ".pt") and not path.parent.exists():
-        return download(text)
+    if REPOSITORY.fullmatch(str(name)) and path.suffix not in (".pth", ".pt") and not path.parent.exists():
+        return download(str(name))
     raise MiMError(f"pretraining checkpoint {path} does not exist")
 
 
@@ -67,33 +74,8 @@ def download(name: str) -> Path:
     return locate(folder)
 
 
-def read_shared(folder: Path) -> dict[str, Any]:
-    """A folder of `mim_export` as the dict that a checkpoint file holds; nothing in it is executed.
-
-    Raises:
-        MiMError: damaged, incomplete, or safetensors is not installed.
-    """
-    try:
-        from safetensors.torch import load
-    except ImportError as error:
-        raise MiMError(f"to read {folder / WEIGHTS} safetensors is missing: {INSTALL}") from error
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        content = (folder / WEIGHTS).read_bytes()
-        if hashlib.sha256(content).hexdigest() != config.pop("sha256"):
-            raise ValueError("the weights have another checksum than config.json says")
-        return {"network_weights": load(content), **config}
-    except Exception as error:  # safetensors has errors of its own
-        raise MiMError(
-            f"{folder} is no readable export ({type(error).__name__}: {' '.join(str(error).split())[:200]}): take "
-            "another copy"
-        ) from error
-
-POINTER = "checkpoint_final.json"
-
-
 def write_pointer(folder: Path, checkpoint: Path) -> None:
-    """Leave a file in a run folder of another dataset that names the checkpoint, relative to itself."""
+    """Leave a file in the run folder of another dataset that names the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     relative = Path(os.path.relpath(checkpoint, folder)).as_posix()
     write_atomically(folder / POINTER, json.dumps({"checkpoint": relative}).encode())
@@ -106,3 +88,72 @@ def read_pointer(folder: Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Path(os.path.normpath(path)) if path.is_file() else None
+
+
+def final_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of a finished run: in its folder or where its pointer leads, the newer of both; None without."""
+    own = folder / FINAL
+    found = [path for path in (own if own.is_file() else None, read_pointer(folder)) if path is not None]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def find_checkpoint(plans: dict[str, Any], configuration: str, fold: int | str, results: str | Path) -> Path | None:
+    """The checkpoint that a fresh finetuning takes its encoder from; first hit wins.
+
+    The environment variable nnUNet_mim_checkpoint, `plans["pretrain_info"]["checkpoint_path"]`, then the finished
+    `mim_pretrain` run on this dataset (alone or with others), plans and configuration that left out this fold, then the
+    one that used all cases.
+
+    Args:
+        plans: content of the plans file.
+        configuration: e.g. 3d_fullres.
+        fold: number or "all".
+        results: the nnUNet_results folder.
+
+    Returns:
+        None where nothing was named and no finished run exists.
+
+    Raises:
+        MiMError: a named file is missing, or several tagged runs match.
+    """
+    named = [
+        (os.environ.get(ENV_CHECKPOINT), f"environment variable {ENV_CHECKPOINT}"),
+        ((plans.get("pretrain_info") or {}).get("checkpoint_path"), "pretrain_info in the plans file"),
+    ]
+    for path, place in named:
+        if path:
+            try:
+                return locate(path)
+            except MiMError as error:
+                raise MiMError(f"{error} ({place}): correct or remove the path") from error
+    for name in dict.fromkeys((f"fold_{fold}", "fold_all")):
+        runs = _pretraining_runs(plans, configuration, results)
+        found = {run: path for run in runs if (path := final_checkpoint(run / name)) is not None}
+        untagged = [path for run, path in found.items() if run.name.startswith("MiMPretrain__")]
+        candidates = untagged or list(found.values())
+        if len(candidates) > 1:
+            shown = ", ".join(map(str, candidates))
+            raise MiMError(f"several pretraining runs fit ({shown}): choose one, {ENV_CHECKPOINT}=CHECKPOINT")
+        if candidates:
+            return candidates[0]
+    return None
+
+
+def no_checkpoint_error(plans: dict[str, Any], configuration: str, fold: int | str, results: str | Path) -> MiMError:
+    """The error of a finetuning without a checkpoint to start from: what to do, and which checkpoints do not fit."""
+    runs = _pretraining_runs(plans, configuration, results)
+    others = sorted(str(path) for run in runs for path in run.glob("fold_*/checkpoint_*.pth"))
+    dataset, plans_name = plans["dataset_name"], plans["plans_name"]
+    hint = f" (not used, of another fold or unfinished: {', '.join(others)})" if others else ""
+    fold_option = "" if fold == "all" else f" -f {fold}"
+    command = f"mim_pretrain -d {dataset[7:10]} -p {plans_name} -c {configuration}{fold_option}"
+    return MiMError(
+        f"no pretraining checkpoint for {dataset}, {plans_name}, {configuration}, fold {fold}{hint}: run `{command}`, "
+        f"or set {ENV_CHECKPOINT}=CHECKPOINT, or write plans with `mim_plan -pc CHECKPOINT`; without pretraining use "
+        f"-tr nnUNetTrainerMiMScratch"
+    )
+
+
+def _pretraining_runs(plans: dict[str, Any], configuration: str, results: str | Path) -> list[Path]:
+    pattern = f"MiMPretrain*__{plans['plans_name']}__{configuration}"
+    return sorted(Path(results, plans["dataset_name"]).glob(pattern))

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_mim.checkpoint.format import build_checkpoint
-from nnunet_mim.checkpoint.units import WIDE_CT_WINDOW
+from nnunet_mim.checkpoint.format import build_checkpoint, is_state_dict
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.errors import MiMError
+from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.networks.vit_blocks import sincos_position
+from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW
 
 PUBLISHED_WINDOW = (-1000.0, 1000.0)
 """HU that the published pretraining mapped to 0 and 1"""
@@ -35,7 +36,7 @@ LICENCE_NOTE = (
 
 COMPUTED = {"pos_embed": "embed_dims", "decoder_pos_embed": "decoder_embed_dim"}
 """published tensors that are no parameters here: fixed positions, computed and compared"""
-FIRST_CONVOLUTION = "encoder.stages.0.embed.proj"
+FIRST_CONVOLUTION = HybridUNet.keys_to_in_proj[0]
 
 _RENAMES = (
     (r"patch_embed([123])\.", r"encoder.stages.{stage}.embed."),
@@ -62,10 +63,8 @@ def our_name(published: str) -> str | None:
     """Name in MaskInMask of a published tensor; None for one that has no place here."""
     for pattern, template in _RENAMES:
         if match := re.match(pattern, published):
-            groups = match.groups()
-            stage = int(groups[0]) - 1 if groups else None
-            block = groups[1] if len(groups) > 1 else None
-            return template.format(stage=stage, block=block) + published[match.end() :]
+            stage, block = (*match.groups(), None, None)[:2]
+            return template.format(stage=int(stage or 1) - 1, block=block) + published[match.end() :]
     return None
 
 
@@ -94,9 +93,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
             ) from error
         raise MiMError(f"cannot read {path} ({type(error).__name__}: truncated or damaged): copy it again") from error
     model = stored.get("model") if isinstance(stored, dict) else None
-    if not isinstance(model, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in model.items()
-    ):
+    if not is_state_dict(model):
         raise MiMError(f"{path} is no published MiM checkpoint: it holds no state dict under 'model'")
     for key, value in model.items():
         usable = value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
@@ -108,7 +105,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
 def named_in_pickle(path: Path) -> list[str]:
     """Names of the classes and functions that a file of `torch.save` refers to, read without running anything.
 
-    As far as they can be read: an empty list for a file that is no pickle or ends early.
+    What cannot be read is left out.
     """
     names: dict[str, None] = {}
     texts: list[str] = []
@@ -203,7 +200,7 @@ def convert(path: Path, window: tuple[float, float] = PUBLISHED_WINDOW) -> dict[
         "configuration": "3d_fullres",
         "fold": "all",
         "spacing": [],
-        "normalization": ["CTNormalization"] * in_channels,
+        "normalization": [CT_NORMALIZATION] * in_channels,
         "intensity_properties": {str(c): {**WIDE_CT_WINDOW, **clip} for c in range(in_channels)},
         "iterations": 0,
         "loss_history": [],

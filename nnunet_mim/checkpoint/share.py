@@ -1,4 +1,4 @@
-"""Export of a pretraining for others: safetensors, settings, model card."""
+"""Exports: a pretraining as a folder of safetensors, settings and a model card."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunet_mim.checkpoint.locate import CARD, CONFIG, INSTALL, WEIGHTS, read_shared
+from nnunet_mim.checkpoint.locate import CARD, CONFIG, INSTALL, WEIGHTS
 from nnunet_mim.errors import MiMError
 
 
 def export(checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: bool) -> None:
-    """Write a folder that `-pc`, `--init` and `mim_inspect` take in place of a checkpoint file.
+    """Write a folder that every command takes in place of the checkpoint file.
 
     Args:
         checkpoint: as `load_checkpoint` returns it.
         card: the model card, Markdown.
         folder: to be made; appears whole or not at all.
-        with_names: keep the identifiers of the cases; otherwise only the hashes of their voxels, which the check for
-            validation cases that were pretrained on needs.
+        with_names: keep the identifiers of the cases. The hashes of their voxels always stay: finetuning recognises
+            validation cases that were pretrained on by them.
 
     Raises:
         MiMError: the folder exists, cannot be written, or safetensors is missing.
@@ -39,22 +39,21 @@ def export(checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: b
         )
     if folder.exists():
         raise MiMError(f"{folder} exists already: choose another one with -o")
-    stored = {k: v for k, v in checkpoint.items() if k not in ("network_weights", "resume_state")}
-    provenance = dict(stored["provenance"])
+    config = {key: value for key, value in checkpoint.items() if key not in ("network_weights", "resume_state")}
+    config["mim_config"] = {**config["mim_config"], "init_checkpoint": ""}  # a path of the user's
     if not with_names:
-        provenance["cases"] = [{**record, "case": ""} for record in provenance["cases"]]
-        provenance["skipped_steps"] = []
-    settings = {**stored["mim_config"], "init_checkpoint": ""}  # a path of the user's
+        cases = [{**record, "case": ""} for record in config["provenance"]["cases"]]
+        config["provenance"] = {**config["provenance"], "cases": cases, "skipped_steps": []}
     weights = {name: value.contiguous() for name, value in checkpoint["network_weights"].items()}
     content = save(weights, metadata={"format": "pt"})
-    config = {"sha256": hashlib.sha256(content).hexdigest(), **stored, "mim_config": settings, "provenance": provenance}
+    config = {"sha256": hashlib.sha256(content).hexdigest(), **config}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         (temporary / WEIGHTS).write_bytes(content)
         (temporary / CONFIG).write_text(json.dumps(without_nan(config), indent=1), encoding="utf-8")
         (temporary / CARD).write_text(card, encoding="utf-8")
-        read_shared(temporary)
+        read_export(temporary)
         os.replace(temporary, folder)
     except OSError as error:
         raise MiMError(f"cannot write {folder} ({error.strerror}): free space, or choose another -o") from error
@@ -62,8 +61,31 @@ def export(checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: b
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def read_export(folder: Path) -> dict[str, Any]:
+    """Read a folder of `mim_export` as the dict that a checkpoint file holds; nothing in it is executed.
+
+    Raises:
+        MiMError: damaged, incomplete, or safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import load
+    except ImportError as error:
+        raise MiMError(f"to read {folder / WEIGHTS} safetensors is missing: {INSTALL}") from error
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        content = (folder / WEIGHTS).read_bytes()
+        if hashlib.sha256(content).hexdigest() != config.pop("sha256"):
+            raise ValueError("the weights have another checksum than config.json says")
+        return {"network_weights": load(content), **config}
+    except Exception as error:  # safetensors has errors of its own
+        raise MiMError(
+            f"{folder} is no readable export ({type(error).__name__}: {' '.join(str(error).split())[:200]}): take "
+            "another copy"
+        ) from error
+
+
 def without_nan(value: Any) -> Any:
-    """Plain values in which None stands for NaN and infinity, which JSON does not know."""
+    """Copy plain values, with None for NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):
         return {key: without_nan(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):

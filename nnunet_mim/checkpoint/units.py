@@ -1,73 +1,39 @@
-"""What normalised voxels mean, from what a checkpoint says about its data."""
+"""What the voxels of a pretraining mean, and whether finetuning sees the same units."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-CT = "CTNormalization"
-CT_GREY = (-450.0, 350.0)
-"""HU that are black and white in a picture: lung, fat, muscle and bone can be told apart"""
+from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS, Intensities
 
-WIDE_CT_WINDOW = {
-    "percentile_00_5": -1000.0,
-    "percentile_99_5": 1000.0,
-    "mean": 0.0,
-    "std": 250.0,
-    "min": -1000.0,
-    "max": 1000.0,
-    "median": 0.0,
-}
-"""HU. CTNormalization clips at the percentiles, subtracts the mean, divides by std; nothing reads the last three."""
+CT_GREY = (-450.0, 350.0)
+"""HU shown black and white in a picture, which tell lung, fat, muscle and bone apart"""
+
 
 @dataclass(frozen=True)
-class Units:
+class Units(Intensities):
     """Intensities of the voxels that a network was pretrained on."""
-
-    normalization: tuple[str, ...]
-    """nnU-Net's scheme per channel"""
-    properties: Mapping[str, Mapping[str, float]]
-    """per channel, from the plans: the window and scale that CTNormalization uses, HU"""
 
     @classmethod
     def of(cls, provenance: Mapping[str, Any]) -> Units:
-        """Those of a checkpoint."""
+        """The units that a checkpoint's provenance states."""
         return cls(tuple(provenance["normalization"]), provenance["intensity_properties"])
-
-    def is_ct(self, channel: int = 0) -> bool:
-        return self.normalization[channel] == CT
 
     @property
     def name(self) -> str:
-        """Of what pictures of the first channel show."""
+        """Name of the unit in which pictures show the first channel."""
         return "HU" if self.is_ct() else "normalised intensity"
-
-    def scale(self, channel: int = 0) -> tuple[float, float]:
-        """(std, mean): HU = voxel * std + mean. (1, 0) where the channel is no CT."""
-        if not self.is_ct(channel):
-            return 1.0, 0.0
-        properties = self.properties[str(channel)]
-        return float(properties["std"]), float(properties["mean"])
-
-    def hounsfield_window(self, channel: int = 0) -> tuple[float, float] | None:
-        """HU that CT is clipped to; None where the channel is no CT."""
-        if not self.is_ct(channel):
-            return None
-        properties = self.properties[str(channel)]
-        return float(properties["percentile_00_5"]), float(properties["percentile_99_5"])
 
     def window(self, channel: int, voxels: np.ndarray) -> tuple[float, float]:
         """Lowest and highest normalised intensity: of the plans' window, or of `voxels` where the channel is no CT."""
-        if (window := self.hounsfield_window(channel)) is None:
-            return float(voxels.min()), float(voxels.max())
-        std, mean = self.scale(channel)
-        return (window[0] - mean) / std, (window[1] - mean) / std
+        return self.normalized_window(channel) or (float(voxels.min()), float(voxels.max()))
 
     def grey(self, voxels: np.ndarray) -> tuple[float, float]:
-        """What to show black and white, HU for CT.
+        """Intensities that a picture of the first channel shows black and white; HU for CT.
 
         Args:
             voxels: normalised, of the first channel.
@@ -77,3 +43,55 @@ class Units:
             return (low, high) if low < high else window
         low, high = (float(v) for v in np.percentile(voxels, (1, 99.5)))
         return low, high if high > low else low + 1.0
+
+
+def unit_differences(
+    provenance: dict[str, Any], config: dict[str, Any], intensity: dict[str, Any], transpose: Sequence[int] = (0, 1, 2)
+) -> list[str]:
+    """What differs in the preprocessing of pretraining and finetuning, one sentence a difference.
+
+    Args:
+        provenance: of the checkpoint; what it does not state counts as equal.
+        config: the plans' configuration.
+        intensity: the plans' foreground_intensity_properties_per_channel.
+        transpose: the plans' transpose_forward.
+    """
+    differences = []
+    spacing, axes = provenance.get("spacing"), provenance.get("transpose_forward")
+    if spacing and not np.allclose(spacing, config["spacing"], rtol=0.02):
+        differences.append(f"spacing (mm): pretrained at {_rounded(spacing)}, now {_rounded(config['spacing'])}")
+    if axes and list(axes) != list(transpose):
+        differences.append(f"order of axes: pretrained with {list(axes)}, now {list(transpose)}")
+    schemes = provenance.get("normalization") or []
+    for channel, scheme in enumerate(config["normalization_schemes"] if schemes else []):
+        pretrained_channel = min(channel, len(schemes) - 1)
+        if schemes[pretrained_channel] != scheme:
+            differences.append(f"channel {channel}: pretrained with {schemes[pretrained_channel]}, now {scheme}")
+        elif scheme == CT_NORMALIZATION:
+            before = _window(provenance.get("intensity_properties") or {}, pretrained_channel)
+            now = _window(intensity, channel)
+            if before and not np.allclose(before, now, rtol=1e-3, atol=1e-3):
+                differences.append(f"channel {channel}: pretrained on {_window_text(before)}, now {_window_text(now)}")
+    return differences
+
+
+def units_warning(differences: list[str]) -> str:
+    """The warning about different preprocessing that finetuning prints."""
+    return (
+        "WARNING: pretraining and finetuning do not see the same units, which costs some of the benefit: "
+        + "; ".join(differences)
+        + ". Plans of `mim_plan -pc CHECKPOINT` keep them equal."
+    )
+
+
+def _window(intensity: dict[str, Any], channel: int) -> list[float]:
+    properties = intensity.get(str(channel))
+    return [float(properties[name]) for name in WINDOW_FIELDS] if properties else []
+
+
+def _window_text(window: list[float]) -> str:
+    return f"CT window {window[0]:g}…{window[1]:g} HU (mean {window[2]:g}, std {window[3]:g})"
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [round(float(v), 3) for v in values]

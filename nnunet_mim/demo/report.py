@@ -18,9 +18,10 @@ from nnunet_mim.demo.phantoms import LABELS
 from nnunet_mim.demo.stages import DemoSettings, Folders
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.orientation import orientation_of
+from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
+from nnunet_mim.pretraining.report.curves import read_columns
 from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
 from nnunet_mim.pretraining.report.summary import NOTE
-from nnunet_mim.reporting.curves import read_columns
 from nnunet_mim.reporting.figures import LossPanel, loss_figure, segmentation_figure
 from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.reporting.views import views_figure
@@ -121,21 +122,20 @@ in a mask. All views have {view} voxels; tokens of {token} voxels are hidden, in
 
 
 def _loss_section(folders: Folders, settings: DemoSettings) -> Section:
-    train, val = (read_columns(folders.pretraining / f"{part}.csv") for part in ("train", "val"))
+    train = TrainingFigures.from_row(read_columns(folders.pretraining / "train.csv"))
+    val = Measurement.from_row(read_columns(folders.pretraining / "val.csv"))
     panels, rows = [], [["level", "predicting the token's mean", "in-filling from neighbours", "network"]]
-    for level in sorted({name.split("/")[1] for name in val if name.endswith("/reconstruction")}):
-        baselines = {
-            "guess: the token's mean": val[f"baseline/{level}/token_mean"][-1],
-            "guess: copy the nearest visible voxels": val[f"baseline/{level}/infill"][-1],
-        }
-        held_out = val[f"val/{level}/reconstruction"]
+    for level in val.reconstructed:
+        columns = level.guesses.token_mean, level.guesses.infill, level.reconstruction
+        token_mean, infill, held_out = (np.asarray(column, dtype=float) for column in columns)
+        training = np.asarray(train.level(level.number).reconstruction, dtype=float)
+        baselines = {"guess: the token's mean": token_mean[-1], "guess: copy the nearest visible voxels": infill[-1]}
         curves = {
-            "training bodies": (train["iteration"].tolist(), train[f"train/{level}/reconstruction"].tolist()),
-            "held-out bodies": (val["iteration"].tolist(), held_out.tolist()),
+            "training bodies": (train.iteration.tolist(), training.tolist()),
+            "held-out bodies": (val.iteration.tolist(), held_out.tolist()),
         }
-        title = level.replace("level", "level ")
-        panels.append(LossPanel(title, curves, baselines))
-        rows.append([title, *(f"{value:.3f}" for value in (*baselines.values(), held_out[-1]))])
+        panels.append(LossPanel(level.title, curves, baselines))
+        rows.append([level.title, *(f"{value:.3f}" for value in (*baselines.values(), held_out[-1]))])
     text = f"""\
 Error of the filled-in tokens (mean squared, in units of each token's own variance) over {settings.iterations}
 iterations, and what trivial guesses reach on the same tokens of the held-out bodies. Below both dashed lines the

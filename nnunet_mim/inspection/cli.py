@@ -12,7 +12,7 @@ DESCRIPTION = """\
 Says what a pretraining checkpoint is: network, data, units, losses beside trivial predictors, whether it has learnt
 something, and how to finetune from it. Nothing in the file is run.
 
-With -i it also shows what the network makes of CT that you give: FOLDER/report.html with pictures, and NIfTI files of
+With -i it also runs the network on CT that you give. It writes FOLDER/report.html with pictures, and NIfTI files of
 every level's view (input, masked, reconstruction, mask) that lie over the CT in any viewer."""
 
 EPILOG = """\
@@ -20,7 +20,7 @@ examples:
   mim_inspect checkpoint_final.pth
   mim_inspect checkpoint_final.pth -i patient.nii.gz other.nrrd -o looks
 
-A network for several channels takes as many files a case, in their order.
+A network for several channels takes as many files per case, in their order.
 Bad input ends with exit code 2 and one line that says what to do."""
 
 
@@ -30,15 +30,14 @@ def build_parser() -> argparse.ArgumentParser:
         "mim_inspect", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of mim_pretrain or mim_convert")
-    parser.add_argument("-i", nargs="+", default=[], metavar="CT", help="raw CT: NIfTI, NRRD or MHA")
-    parser.add_argument("-o", default=None, metavar="FOLDER", help="for the page and images (default: ./mim_inspect)")
-    parser.add_argument("-device", choices=["cpu", "cuda", "mps"], default="cpu", help="default: cpu")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other masks (default: 0)")
-    parser.add_argument(
-        "--spacing", nargs=3, type=float, default=None, metavar="MM",
-        help="voxel size in array order, for a checkpoint that does not know its own (default: the CT's)",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="file of mim_pretrain or mim_convert, or a folder of mim_export")
+    add("-i", nargs="+", default=[], metavar="CT", help="raw CT: NIfTI, NRRD or MHA")
+    add("-o", metavar="FOLDER", help="folder for the page and the images (default: ./mim_inspect)")
+    add("-device", choices=["cpu", "cuda", "mps"], default="cpu", help="runs the network (default: cpu)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the masks (default: 0)")
+    add("--spacing", nargs=3, type=float, metavar="MM",
+        help="voxel size in array order, for a checkpoint that does not state its own (default: the CT's)")  # fmt: skip
     return parser
 
 
@@ -49,14 +48,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Describe the checkpoint; show it at work where there are images or a folder."""
+    """Describe the checkpoint, and write the page where images or a folder are given."""
     import torch
 
     from nnunet_mim.checkpoint.format import load_checkpoint
     from nnunet_mim.inspection.describe import description
     from nnunet_mim.pretraining.report.summary import Facts
 
-    if not torch.device(args.device).type == "cpu" and not getattr(torch, args.device).is_available():
+    if args.device != "cpu" and not getattr(torch, args.device).is_available():
         raise MiMError(f"no {args.device} device found: leave out -device")
     if args.spacing is not None and min(args.spacing) <= 0:
         raise MiMError(f"--spacing {' '.join(f'{s:g}' for s in args.spacing)}: millimetres must be above 0")
@@ -68,9 +67,9 @@ def run(args: argparse.Namespace) -> None:
 
     from nnunet_mim.inspection.show import show
 
-    folder = Path(args.o or "mim_inspect")
     print()
-    for line in show(facts, path, [Path(i) for i in args.i], folder, args.device, args.seed, args.spacing):
+    folder, files = Path(args.o or "mim_inspect"), [Path(file) for file in args.i]
+    for line in show(facts, path, files, folder, args.device, args.seed, args.spacing):
         print(line, flush=True)
 
 

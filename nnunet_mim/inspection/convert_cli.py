@@ -11,8 +11,8 @@ from nnunet_mim.errors import MiMError, exit_code
 DESCRIPTION = """\
 Turn a pretraining checkpoint of the published MiM architecture (base: 48-96-192-384, decoder 576x8) into one of this
 package. Names change, and the first convolution is rescaled from intensities in [0, 1] to HU / 250; the result computes
-the same. The file is read without running anything in it: one with other content than tensors, plain containers and
-argparse.Namespace is refused."""
+the same. Nothing in the file is run: one with other content than tensors, plain containers and argparse.Namespace is
+refused."""
 
 EPILOG = """\
 Afterwards:
@@ -29,12 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
         "mim_convert", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("published", metavar="PUBLISHED.pth", help="checkpoint of the published code")
-    parser.add_argument("-o", required=True, metavar="OUT.pth", help="new file to write")
-    parser.add_argument(
-        "--window", nargs=2, type=float, default=None, metavar=("LOW", "HIGH"),
-        help="HU that the published pretraining mapped to 0 and 1 (default: -1000 1000)",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("published", metavar="PUBLISHED.pth", help="checkpoint of the published code")
+    add("-o", required=True, metavar="OUT.pth", help="new file to write")
+    add("--window", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="HU that the published pretraining mapped to 0 and 1 (default: -1000 1000)")  # fmt: skip
     return parser
 
 

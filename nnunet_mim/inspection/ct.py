@@ -1,4 +1,4 @@
-"""From image files to what a pretrained network expects: read with SimpleITK, prepared by nnU-Net's own code."""
+"""Image files as a pretrained network expects them: read with SimpleITK, preprocessed by nnU-Net's own code."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nnunet_mim.nnunet.image_files import case_name, check_gzip
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the voxels of an array with three axes lie in the patient."""
+    """Where the voxels of an array with three axes lie in the patient, in SimpleITK's axes (to left, back, head)."""
 
     origin: np.ndarray
-    """(3,) mm, centre of voxel (0, 0, 0), in SimpleITK's axes (to left, back, head)"""
+    """(3,) mm, centre of voxel (0, 0, 0)"""
     steps: np.ndarray
     """(3, 3) mm, column i: from one voxel to the next along array axis i"""
 
@@ -30,8 +30,8 @@ class Grid:
         """Grid of larger or smaller voxels that fill the same space.
 
         Args:
-            first: voxel whose lower corner the new grid starts at; may have fractions or be negative.
-            step: voxels of this grid that one of the new ones is wide, per axis.
+            first: voxel at whose lower corner the new grid starts; may be fractional or negative.
+            step: width of a new voxel in voxels of this grid, per axis.
         """
         centre = np.asarray(first, float) + 0.5 * np.asarray(step, float) - 0.5
         return Grid(self.origin + self.steps @ centre, self.steps * np.asarray(step, float))
@@ -49,16 +49,16 @@ class RawImage:
     voxels: np.ndarray
     """(C, Z, Y, X) float32"""
     grid: Grid
-    """of one channel, axes z, y, x"""
+    """place of every channel, axes z, y, x"""
 
     @property
     def spacing(self) -> np.ndarray:
-        """mm along z, y, x."""
+        """Millimetres between voxels along z, y, x."""
         return np.linalg.norm(self.grid.steps, axis=0)
 
     @property
     def direction(self) -> np.ndarray:
-        """(3, 3) as in SimpleITK: columns for x, y, z."""
+        """Direction matrix (3, 3) as in SimpleITK: columns for x, y, z."""
         return (self.grid.steps / self.spacing)[:, ::-1]
 
 
@@ -66,7 +66,7 @@ def read_image(paths: Sequence[Path]) -> RawImage:
     """Read the channels of one case.
 
     Args:
-        paths: a file a channel, all of the same size and place.
+        paths: one file per channel, all of the same size and place.
 
     Raises:
         MiMError: missing, unreadable, no volume, in colour, not finite, all 0, or channels that do not fit.
@@ -111,15 +111,15 @@ def _read(path: Path) -> sitk.Image:
 def preprocess(
     image: RawImage, provenance: Mapping[str, Any], spacing: Sequence[float] | None = None
 ) -> tuple[np.ndarray, Grid]:
-    """Prepare an image as the cases of a pretraining were prepared, by nnU-Net: axes, crop, intensities, spacing.
+    """Let nnU-Net prepare an image as it prepared the cases of a pretraining: axes, crop, intensities, spacing.
 
     Args:
-        image: raw.
+        image: raw image.
         provenance: of the checkpoint.
-        spacing: mm along the network's axes, where the checkpoint does not say; None: the image's own.
+        spacing: mm along the network's axes, used if the checkpoint states none. None: the image's own.
 
     Returns:
-        (C, X, Y, Z) normalised voxels, and where they are.
+        (C, X, Y, Z) normalised voxels, and their place.
 
     Raises:
         MiMError: nnU-Net cannot prepare it.
@@ -143,29 +143,27 @@ def preprocess(
 
 
 def order_of_axes(provenance: Mapping[str, Any]) -> list[int]:
-    """`transpose_forward` of the plans; the image's own order where the checkpoint does not say."""
+    """`transpose_forward` of the pretraining's plans; the image's own order if the checkpoint does not state it."""
     return [int(axis) for axis in provenance.get("transpose_forward", (0, 1, 2))]
 
 
 def _plans(provenance: Mapping[str, Any], forward: list[int], spacing: list[float]) -> dict[str, Any]:
-    """As much of nnU-Net's plans as its preprocessing reads, with its usual resampling."""
-    channels = provenance["normalization"]
-    resampling: dict[str, Any] = {}
-    for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
-        options = {"is_seg": kind == "seg", "order": order, "order_z": 0, "force_separate_z": None}
-        resampling |= {
-            f"resampling_fn_{kind}": "resample_data_or_seg_to_shape", f"resampling_fn_{kind}_kwargs": options
-        }  # fmt: skip
+    """The part of nnU-Net's plans that its preprocessing reads, with nnU-Net's default resampling."""
+    channels, resample = provenance["normalization"], "resample_data_or_seg_to_shape"
+    options = {"order_z": 0, "force_separate_z": None}
     configuration = {
         "spacing": spacing,
         "normalization_schemes": list(channels),
         "use_mask_for_norm": [False] * len(channels),
         "architecture": {},
-        **resampling,
+        "resampling_fn_data": resample,
+        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **options},
+        "resampling_fn_seg": resample,
+        "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **options},
     }
     return {
         "transpose_forward": forward,
-        "transpose_backward": [int(axis) for axis in np.argsort(forward)],
+        "transpose_backward": np.argsort(forward).tolist(),
         "foreground_intensity_properties_per_channel": provenance["intensity_properties"],
         "configurations": {provenance["configuration"]: configuration},
     }

@@ -1,4 +1,4 @@
-"""What a pretrained network makes of raw CT: a page of pictures, and NIfTI files."""
+"""A pretrained network at work on raw CT: a page of pictures, and NIfTI files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import RawImage, order_of_axes, preprocess, read_image
-from nnunet_mim.inspection.export import write_views
+from nnunet_mim.inspection.nifti import write_views
 from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.nnunet.orientation import orientation_of
 from nnunet_mim.pretraining.report.page import (
@@ -38,17 +38,17 @@ def show(
     Args:
         facts: of the checkpoint.
         path: of the checkpoint.
-        files: raw images, as many a case as the network has channels.
-        folder: made if need be.
+        files: raw images, one per channel of the network for each case.
+        folder: made if missing.
         device: to run the network on.
         seed: of the masks.
-        spacing: mm in array order, for a checkpoint that does not say.
+        spacing: mm in array order, for a checkpoint that states none.
 
     Yields:
-        what has been done, line by line.
+        Lines that say what has been done.
 
     Raises:
-        MiMError: a file cannot be used or the folder cannot be written; files are all read before anything is written.
+        MiMError: a file cannot be used or the folder cannot be written. All files are read before anything is written.
     """
     channels = facts.config.in_channels
     if len(files) % channels:
@@ -58,8 +58,8 @@ def show(
     if "transpose_forward" not in facts.provenance and cases:
         yield "note: the checkpoint does not say its order of axes; that of the image files is taken"
     if not facts.spacing and cases:
-        of = "the images' own is taken (choose with --spacing)" if spacing is None else "that of --spacing is taken"
-        yield f"note: the checkpoint does not say its spacing; {of}"
+        taken = "the images' own is taken (choose with --spacing)" if spacing is None else "that of --spacing is taken"
+        yield f"note: the checkpoint does not say its spacing; {taken}"
     model = load_network(facts.checkpoint, device)
     shown: dict[str, list[ReconstructedView]] = {}
     for number, image in enumerate(cases):
@@ -80,7 +80,7 @@ def show(
 def show_case(
     facts: Facts, model: PretrainingNetwork, image: RawImage, stem: Path, seed: int, spacing: Sequence[float] | None
 ) -> tuple[list[ReconstructedView], list[Path]]:
-    """Views of one case for a page, and the files written."""
+    """Write the NIfTI files of one case. Returns its views for a page, and the written files."""
     voxels, grid = preprocess(image, facts.provenance, spacing)
     pictures = reconstruct_volume(model, facts.checkpoint, voxels, seed)
     order = order_of_axes(facts.provenance)
@@ -91,7 +91,7 @@ def show_case(
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder. Raises MiMError where it cannot be written."""
+    """Make a folder. Raises MiMError if it cannot be made or written into."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -14,6 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import dataset_name
+from nnunet_mim.nnunet.intensities import Intensities
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,18 @@ class Source:
                 return path
         return self.folder / f"{case}.b2nd"
 
+    @property
+    def intensities(self) -> Intensities:
+        """How the channels were normalised."""
+        return Intensities(self.normalization, self.intensity_properties)
+
     def window(self, channel: int) -> tuple[float, float] | None:
-        """Lowest and highest normalised intensity of a CT channel; None where the scheme is not CTNormalization."""
-        if self.normalization[channel] != "CTNormalization":
-            return None
-        props = self.intensity_properties[str(channel)]
-        low, high = props["percentile_00_5"], props["percentile_99_5"]
-        return (low - props["mean"]) / props["std"], (high - props["mean"]) / props["std"]
+        """Lowest and highest normalised intensity of a CT channel; None where the channel is no CT."""
+        return self.intensities.normalized_window(channel)
 
     def to_hounsfield(self, channel: int = 0) -> tuple[float, float]:
-        """(std, mean): HU = voxel * std + mean. (1, 0) where the channel is no CT."""
-        if self.normalization[channel] != "CTNormalization":
-            return 1.0, 0.0
-        props = self.intensity_properties[str(channel)]
-        return props["std"], props["mean"]
+        """(std, mean) of a channel: HU = voxel * std + mean. (1, 0) where the channel is no CT."""
+        return self.intensities.scale(channel)
 
 
 def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
@@ -154,10 +153,9 @@ def orientation_warning(sources: Sequence[Source]) -> str | None:
 
 def window_warning(source: Source) -> str | None:
     """What a narrow CT window cuts off, or None for a window of at least -1000 to 900 HU."""
-    if source.normalization[0] != "CTNormalization":
+    if (window := source.intensities.hounsfield_window()) is None:
         return None
-    props = source.intensity_properties["0"]
-    low, high = props["percentile_00_5"], props["percentile_99_5"]
+    low, high = window
     lost = [
         tissue
         for tissue, hu in (("lung", -800), ("fat", -100), ("contrast and soft tissue", 200))

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nnunet_mim.checkpoint.finetuning import read_checkpoint
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.config import ENCODERS, PRESETS
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.nnunet.datasets import dataset_name, required_folder
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     fingerprint = _load(dataset / "dataset_fingerprint.json", command)
     if options.encoder == "resenc" and (options.pc or options.preset):
         raise MiMError("--encoder resenc keeps the network of the base plans: leave out -pc and --preset")
-    checkpoint = read_checkpoint(options.pc) if options.pc else None
+    checkpoint = PretrainedCheckpoint.load(options.pc) if options.pc else None
     if checkpoint is not None and options.preset and PRESETS[options.preset] != checkpoint.network:
         raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
 

@@ -17,8 +17,8 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunet_mim.checkpoint.units import WIDE_CT_WINDOW
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.intensities import WIDE_CT_WINDOW
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.preparation.mim_plans import make_mim_plans
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_mim.checkpoint.finetuning import PretrainedCheckpoint
-from nnunet_mim.checkpoint.units import WIDE_CT_WINDOW
+from nnunet_mim.checkpoint.format import HYBRID_KEYS, PretrainedCheckpoint
 from nnunet_mim.config import PRESETS, Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import cumulative_strides, suitable_strides
-from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
+from nnunet_mim.networks.hybrid_unet import plans_architecture
 from nnunet_mim.networks.resenc import check_resenc
+from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW, WINDOW_FIELDS
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, check_known_keys, default_mirror_axes
@@ -181,7 +181,7 @@ def intensity_windows(
         before = pretrained_schemes[source] if pretrained_schemes else scheme
         if before != scheme:
             notes.append(f"WARNING: channel {channel} is normalised with {scheme}, in pretraining with {before}")
-        if scheme != "CTNormalization":
+        if scheme != CT_NORMALIZATION:
             continue
         stored = (provenance.get("intensity_properties") or {}).get(str(source)) if before == scheme else None
         window = {**WIDE_CT_WINDOW, **{name: float(value) for name, value in (stored or {}).items()}}
@@ -205,10 +205,7 @@ def pretrain_info(checkpoint: PretrainedCheckpoint) -> dict[str, Any]:
         "checkpoint_path": checkpoint.path,
         "pt_num_in_channels": checkpoint.in_channels,
         "pt_used_patchsize": list(checkpoint.view_size),
-        "key_to_encoder": HybridUNet.key_to_encoder,
-        "key_to_stem": HybridUNet.key_to_stem,
-        "keys_to_in_proj": list(HybridUNet.keys_to_in_proj),
-        "key_to_lpe": HybridUNet.key_to_lpe,
+        **HYBRID_KEYS,
     }
 
 
@@ -316,9 +313,8 @@ def voxels_key(plans: dict[str, Any], configuration: str) -> list[Any]:
     """Everything in plans that decides what the preprocessed voxels are."""
     config = plans["configurations"][configuration]
     windows = plans["foreground_intensity_properties_per_channel"]
-    used = ("percentile_00_5", "percentile_99_5", "mean", "std")
     ct_windows = [
-        [windows[str(c)][name] for name in used] if scheme == "CTNormalization" else None
+        [windows[str(c)][name] for name in WINDOW_FIELDS] if scheme == CT_NORMALIZATION else None
         for c, scheme in enumerate(config["normalization_schemes"])
     ]
     return [

@@ -259,7 +259,7 @@ def _prepare(
     decides = voxels_key(plans, CONFIGURATION)
     usable = {case.name: case for case in work.cases if case.name in work.headers}
     keys = {name: input_key(case.inputs, decides) for name, case in usable.items()}
-    must_be_ct = not work.labelled and source.normalization[0] == "CTNormalization"
+    must_be_ct = not work.labelled and source.intensities.is_ct()
     todo = [name for name in usable if not _done(log, name, keys[name], folder)]
     while todo:
         jobs = [

@@ -51,7 +51,7 @@ def write_report(prepared: Prepared, preset: str | None) -> Path:
             figures=[gallery_figure([slices_of(source, name) for name in evenly(list(entries), SHOWN_CASES)])],
         ),
     ]  # fmt: skip
-    if source.normalization[0] == "CTNormalization":
+    if source.intensities.is_ct():
         counts = np.sum([entry["histogram"] for entry in entries.values()], axis=0)
         properties = source.intensity_properties["0"]
         window = properties["percentile_00_5"], properties["percentile_99_5"]

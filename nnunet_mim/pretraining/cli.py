@@ -1,4 +1,4 @@
-"""`mim_pretrain`."""
+"""`mim_pretrain`. Its flags are fields of PretrainConfig, DataOptions and RunOptions."""
 
 from __future__ import annotations
 
@@ -7,26 +7,83 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nnunet_mim.checkpoint.locate import locate, write_pointer
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pretraining.parser_cli import build_parser, settings_of
+from nnunet_mim.pretraining.options import DataOptions, RunOptions
 from nnunet_mim.settings import parse_settings, read_yaml
+from nnunet_mim.system.cli import add_flags, given_flags
 
-DEFAULT_VIEWS_PER_PASS = {"cpu": 4}
-"""per device, else 32: all views of the last level of two crops"""
-
-MUCH_MEASURING = 0.1
+FREQUENT_MEASURING = 0.1
 """share of a run above which fewer measurements are advised"""
+
+DESCRIPTION = """\
+Pretrain the MiM encoder (Mask in Mask, arXiv 2404.15580) on CT that nnU-Net has preprocessed. No labels are used.
+
+  mim_pretrain -d 501                            stock nnUNetPlans, base network, 3d_fullres
+  mim_pretrain -d 501 -p nnUNetMiMPlans -f 0     leave fold 0's validation cases out, for an honest comparison
+  mim_pretrain -d 501 502 800 -p nnUNetMiMPlans  several datasets with the same spacing and intensity window
+  mim_pretrain -d 501 --c                        continue an interrupted run, with its own settings
+  mim_pretrain -d 501 --dry-run                  measure a few steps: time, memory and disk of the whole run
+  mim_pretrain -d 501 --preset tiny --view 64 --iterations 2000 -device cpu     a small run without a GPU
+
+Afterwards: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerMiM (same -p)."""
+
+EPILOG = """\
+Output, in nnUNet_results/DatasetXXX_Name/MiMPretrain[_TAG]__PLANS__CONFIGURATION/fold_X:
+  checkpoint_final.pth    what nnUNetTrainerMiM loads;  checkpoint_latest.pth while training, for --c
+  train.csv, val.csv      losses per level; tensorboard/ holds the same curves
+The val columns are measured on held-out cases; level1 is the widest view. A reconstruction loss below both baselines
+(token_mean: predicting each token's mean; infill: copying the nearest visible voxels) shows that something is learned.
+Bad input ends with exit code 2 and one line that says what to do."""
+
+
+class ListSettings(argparse.Action):
+    """Print all settings and exit, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from nnunet_mim.pretraining.configure import all_settings_table
+
+        print(all_settings_table())
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of mim_pretrain."""
+    parser = argparse.ArgumentParser(
+        "mim_pretrain",
+        allow_abbrev=False,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(parser, "data and output", DataOptions)
+    add_flags(parser, "what is computed", PretrainConfig)
+    add_flags(parser, "how this machine computes it", RunOptions)
+    add = parser.add_argument_group("other settings").add_argument
+    add(
+        "--config",
+        metavar="FILE.yaml",
+        help="settings from a file; flags and --set override it. Every run leaves its own in config.yaml",
+    )
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting (see --list_settings), such as weight_decay=0.1 or network.depths=2,2,2,6",
+    )
+    add("--list_settings", action=ListSettings, nargs=0, help="print every setting with its default, then exit")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 2 after a one-line error, or 75 if a signal has stopped the run."""
-    args = build_parser().parse_args(argv)
+    typed = build_parser().parse_args(argv)
     from nnunet_mim.pretraining.stopping import EXIT_CODE, StoppedError
 
     try:
-        run(args)
+        run(typed)
     except StoppedError as stopped:
         print(stopped)
         return EXIT_CODE
@@ -36,98 +93,53 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def run(typed: argparse.Namespace) -> None:
     """Check everything, then train. Heavy imports come after the command line is read, so that --help is quick."""
+    where = DataOptions(**given_flags(typed, DataOptions))
+    options = RunOptions(**given_flags(typed, RunOptions))
     import torch
 
     from nnunet_mim.checkpoint.format import FINAL
-    from nnunet_mim.nnunet.datasets import require_environment
-    from nnunet_mim.nnunet.source import find_source, orientation_warning, require_same_units, window_warning
-    from nnunet_mim.nnunet.splits import fold_validation_cases
-    from nnunet_mim.pretraining import setup as runs
+    from nnunet_mim.pretraining import setup
     from nnunet_mim.pretraining.configure import merge_settings, write_config
-    from nnunet_mim.pretraining.data.loading import default_workers
     from nnunet_mim.pretraining.distributed.launch import device_count, end_process_group, launched_fabric, say
     from nnunet_mim.pretraining.dry_run import dry_run
-    from nnunet_mim.pretraining.loop import RunOptions, pretrain
+    from nnunet_mim.pretraining.loop import pretrain
+    from nnunet_mim.pretraining.report.summary import losses_text
 
-    require_environment()
-    fold = "all" if args.f == "all" else _fold(args.f)
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise MiMError("no CUDA device found: add -device cpu (slow; try --preset tiny --view 64)")
-    if args.compile and args.device == "cpu":
-        raise MiMError("--compile is for a GPU: on a CPU the step has a faster convolution of its own without it")
-    views_per_pass = DEFAULT_VIEWS_PER_PASS.get(args.device, 32) if args.views_per_pass is None else args.views_per_pass
-    devices, nodes = device_count(args.num_gpus)
-    workers = default_workers(args.device, devices) if args.workers is None else args.workers
-    if args.shard and devices * nodes == 1:
-        raise MiMError("--shard spreads the network over several devices: add -num_gpus N, or leave it out")
-    options = RunOptions(
-        workers, views_per_pass, tuple(args.recompute), args.compile, args.record, args.strict, args.shard
-    )
-    from_file = read_yaml(Path(args.config)) if args.config else {}
-    given = merge_settings(from_file, settings_of(args), parse_settings(args.set))
-    if given.get("init_checkpoint"):
-        given["init_checkpoint"] = str(locate(given["init_checkpoint"]))
+    devices, nodes = device_count(options.num_gpus)
+    options = options.resolved(devices)
+    from_file = read_yaml(Path(typed.config)) if typed.config else {}
+    settings = merge_settings(from_file, given_flags(typed, PretrainConfig), parse_settings(typed.set))
 
-    sources = [find_source(dataset, args.p, args.c) for dataset in args.d]
-    require_same_units(sources)
-    first = sources[0]
-    given = runs.with_architecture(given, first)
-    runs.check_settings(given, first, devices * nodes)
-    folder = runs.output_folder(first, fold, args.o)
-
-    def point_to(checkpoint: Path) -> None:
-        for other in sources[1:]:
-            write_pointer(runs.output_folder(other, fold, args.o), checkpoint)
-
-    if not args.dry_run and not runs.check_output_folder(folder, args.resume):
+    sources = setup.find_sources(where)
+    folder = setup.output_folder(sources[0], where)
+    if not options.dry_run and setup.is_finished(folder, where.resume):
         say(f"finished already: {folder / FINAL}")
-        point_to(folder / FINAL)
+        setup.point_to(folder, sources, where)
         return
-    if fold != "all":
-        for source in sources:
-            fold_validation_cases(source, int(fold))  # says now what is wrong with the fold
-    stored = runs.resumable_checkpoint(folder) if args.resume else None
-    settings = merge_settings(stored["mim_config"], given) if stored is not None else given
-    if settings.get("encoder") == "resenc" and (args.shard or args.recompute):
-        raise MiMError("--shard and --recompute are for --encoder hybrid: leave them out")
-    if settings.get("init_checkpoint") and stored is None:
-        runs.check_init(settings, first)
-    for warning in [*map(window_warning, sources), orientation_warning(sources)]:
-        if warning:
-            say(f"warning: {warning}")
-
-    cases, bad = runs.index_sources(sources, args.strict)
-    for line in bad:
-        say(f"warning: left out: {line}")
-    if bad:
-        say(f"warning: {len(bad)} cases are left out, {len(cases)} are used (--strict makes this an error)")
-    config = runs.config_for_data(settings, first, cases.column("shapes"))
-    data = runs.run_data(cases, fold, config)
-    if stored is not None:
-        runs.check_same_run(stored, config, data.train)
-
-    precision: Any = args.precision or ("bf16-mixed" if args.device == "cuda" else "32-true")
-    fabric = launched_fabric(args.device, devices, nodes, precision)
-    say(runs.describe(config, data))
-    if args.dry_run:
-        say(dry_run(config, data, fabric, options, folder))
+    job = setup.set_up(settings, sources, folder, where, options, devices * nodes)
+    fabric = launched_fabric(options.device, devices, nodes, options.precision)
+    say(setup.describe_run(job.config, job.data))
+    if options.dry_run:
+        say(dry_run(job, fabric))
         return
     say(f"output {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     if fabric.is_global_zero:
-        write_config(config, folder / "config.yaml")
-    result = pretrain(config, data, folder, fabric, args.resume, options)
+        write_config(job.config, folder / "config.yaml")
+    result = pretrain(job, fabric)
     if fabric.is_global_zero:
-        point_to(folder / FINAL)
-    say(summary(result.figures))
+        setup.point_to(folder, sources, where)
+    say(losses_text(result.figures))
     say(result.verdict)
-    say(measuring_text(result.measuring_share, config))
+    say(measuring_text(result.measuring_share, job.config))
     say(f"wrote {folder / FINAL}")
-    next_fold = 0 if fold == "all" else fold
-    how = f"-pretrained_weights {folder / FINAL}" if config.encoder == "resenc" else "-tr nnUNetTrainerMiM"
-    say(f"next: nnUNetv2_train {first.dataset} {args.c} {next_fold} {how} -p {args.p}")
+    how = f"-pretrained_weights {folder / FINAL}" if job.config.encoder == "resenc" else "-tr nnUNetTrainerMiM"
+    fold = where.fold_number or 0
+    say(f"next: nnUNetv2_train {sources[0].dataset} {where.configuration} {fold} {how} -p {where.plans}")
     end_process_group()
 
 
@@ -136,23 +148,7 @@ def measuring_text(share: float, config: PretrainConfig) -> str:
     text = f"measurements on held-out cases took {share:.1%} of the time"
     rarer = [f"--val_every ({config.val_every})"] if config.val_every < config.iterations else []
     rarer += [f"--set probe_every ({config.probe_every})"] if 0 < config.probe_every < config.iterations else []
-    return f"{text}: raise {' and '.join(rarer)}" if rarer and share > MUCH_MEASURING else text
-
-
-def summary(figures: dict[str, float]) -> str:
-    """Held-out reconstruction beside the trivial predictors, one line per level."""
-    lines = ["held-out reconstruction loss   token mean   in-filling   network"]
-    for name in sorted(n for n in figures if n.startswith("val/") and n.endswith("/reconstruction")):
-        level = name.split("/")[1]
-        mean, infill = figures[f"baseline/{level}/token_mean"], figures[f"baseline/{level}/infill"]
-        lines.append(f"  {level:28} {mean:10.3f}   {infill:10.3f}   {figures[name]:7.3f}")
-    return "\n".join(lines)
-
-
-def _fold(text: str) -> int:
-    if not text.isdigit():
-        raise MiMError(f"-f takes 'all' or a fold number, got '{text}'")
-    return int(text)
+    return f"{text}: raise {' and '.join(rarer)}" if rarer and share > FREQUENT_MEASURING else text
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""From what the user has set to a PretrainConfig: a YAML file, flags, `--set`, or the checkpoint that is continued."""
+"""From settings to a PretrainConfig: what the user sets, what the preset decides, and what suits the data."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.config import (
     DEFAULT_LEARNING_RATE,
@@ -16,10 +17,14 @@ from nnunet_mim.config import (
     NetworkConfig,
     PretrainConfig,
     Size3,
-    field_notes,
     network_from_dict,
+    without_retired,
 )
 from nnunet_mim.errors import MiMError
+from nnunet_mim.geometry import suitable_scale, suitable_strides, suitable_view
+from nnunet_mim.networks.resenc import check_resenc, check_view, fitting_view
+from nnunet_mim.nnunet.source import Source
+from nnunet_mim.settings import check_value, settings_table
 from nnunet_mim.system.files import write_atomically
 
 
@@ -31,7 +36,7 @@ def merge_settings(*parts: Mapping[str, Any]) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {"network": {}}
     for part in parts:
-        for name, value in part.items():
+        for name, value in without_retired(part).items():
             if name == "network":
                 if not isinstance(value, Mapping):
                     raise MiMError(f"setting 'network' must hold sizes like network.depths, got {value!r}")
@@ -45,10 +50,65 @@ def merge_settings(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _check(settings: Mapping[str, Any], default: Any, prefix: str) -> None:
+    defaults = {entry.name: getattr(default, entry.name) for entry in fields(default)}
+    for name, value in settings.items():
+        if name not in defaults:
+            raise MiMError(f"unknown setting '{prefix}{name}': mim_pretrain --list_settings shows all of them")
+        one_for_all_axes = name == "view_size" and isinstance(value, int)
+        if name != "network" and not one_for_all_axes:
+            check_value(f"{prefix}{name}", value, defaults[name])
+
+
+def with_architecture(settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Settings, and with `encoder: resenc` the network of the plans.
+
+    Raises:
+        MiMError: the plans name another network, or the view is not what it can halve.
+    """
+    if settings.get("encoder") != "resenc":
+        return dict(settings)
+    config = PlansManager(dict(source.plans)).get_configuration(source.configuration).configuration
+    architecture = settings.get("architecture") or config["architecture"]
+    check_resenc(architecture)
+    if "view_size" in settings:
+        check_view(architecture, _triple(settings["view_size"]))
+    return {**settings, "architecture": architecture}
+
+
+def config_for_data(settings: Mapping[str, Any], source: Source, shapes: np.ndarray | None = None) -> PretrainConfig:
+    """The config of a run; views, fields of view and tokens that are not set suit the data.
+
+    Args:
+        settings: of `merge_settings`.
+        source: one of the datasets; all have its spacing and channels.
+        shapes: (N, 3) voxels of the cases. None: they are not known yet, and the config has the smallest view, to
+            check all other settings.
+
+    Raises:
+        MiMError: the settings cannot work.
+    """
+    strides = suitable_strides(source.spacing)
+    network = network_of(settings, strides)
+    if shapes is None:
+        smallest: Size3 = tuple(2 * p for p in network.token_size)  # type: ignore[assignment]
+        return build_config(settings, source.in_channels, smallest, PretrainConfig.scale, strides)
+    median = tuple(np.median(shapes, axis=0))
+    if "view_size" in settings:
+        view = _triple(settings["view_size"])
+    else:
+        view = suitable_view(median, network.token_size)
+        if settings.get("encoder") == "resenc":
+            view = fitting_view(settings["architecture"], view, network.token_size)
+    ladder = settings.get("ladder", PretrainConfig.ladder)
+    scale = settings.get("scale") or suitable_scale(ladder, view, median, network.token_size)
+    return build_config(settings, source.in_channels, view, scale, strides)
+
+
 def build_config(
     settings: Mapping[str, Any], in_channels: int, view: Size3, scale: Size3, strides: tuple[Size3, ...] | None = None
 ) -> PretrainConfig:
-    """Settings of a run.
+    """The config of a run.
 
     Args:
         settings: of `merge_settings`; everything else has its default.
@@ -56,52 +116,30 @@ def build_config(
         view, scale, strides: where the settings do not say them; strides of the network's stages, None: the preset's.
 
     Raises:
-        MiMError: they cannot work.
+        MiMError: the settings cannot work.
     """
     network = network_of(settings, strides)
-    preset = settings.get("preset", PretrainConfig().preset)
+    preset = settings.get("preset", PretrainConfig.preset)
     defaults = {"view_size": view, "scale": scale, "learning_rate": DEFAULT_LEARNING_RATE[preset]}
-    values = {**defaults, **{name: value for name, value in settings.items() if name != "network"}}
-    values["view_size"] = triple(values["view_size"], "--view")
-    return PretrainConfig.from_dict({**values, "network": asdict(network), "in_channels": in_channels})
+    values = {**defaults, **settings, "network": asdict(network), "in_channels": in_channels}
+    return PretrainConfig.from_dict({**values, "view_size": _triple(values["view_size"])})
 
 
 def network_of(settings: Mapping[str, Any], strides: tuple[Size3, ...] | None = None) -> NetworkConfig:
     """Sizes of the preset, with these strides, and what `network` changes. Raises MiMError as `build_config`."""
-    preset = settings.get("preset", PretrainConfig().preset)
+    preset = settings.get("preset", PretrainConfig.preset)
     if preset not in PRESETS:
         raise MiMError(f"unknown preset '{preset}': choose one of {', '.join(PRESETS)}")
     defaults = asdict(PRESETS[preset]) | ({"strides": strides} if strides is not None else {})
     return network_from_dict({**defaults, **settings.get("network", {})})
 
 
-def triple(value: Any, name: str) -> Size3:
+def _triple(value: Any) -> Size3:
     """One number for all axes, or three."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) not in (1, 3):
-        raise MiMError(f"{name} takes one number or three, got {len(values)}")
+        raise MiMError(f"--view takes one number or three, got {len(values)}")
     return tuple(values * 3 if len(values) == 1 else values)  # type: ignore[return-value]
-
-
-def _check(settings: Mapping[str, Any], default: Any, prefix: str) -> None:
-    known = {f.name: getattr(default, f.name) for f in fields(default)}
-    for name, value in settings.items():
-        if name not in known:
-            raise MiMError(f"unknown setting '{prefix}{name}': mim_pretrain --list_settings shows all of them")
-        if name != "network" and not _fits(value, known[name]) and not (name == "view_size" and _fits(value, 1)):
-            raise MiMError(f"setting '{prefix}{name}' must be like {_shown(known[name])}, got {value!r}")
-
-
-def _fits(value: Any, default: Any) -> bool:
-    if isinstance(default, tuple):
-        return isinstance(value, (list, tuple)) and all(_fits(v, default[0] if default else 0) for v in value)
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    return isinstance(value, (int, float) if isinstance(default, float) else type(default))
-
-
-def _shown(default: Any) -> str:
-    return str(list(default) or [0, 1]) if isinstance(default, tuple) else repr(default)
 
 
 def write_config(config: PretrainConfig, path: Path) -> None:
@@ -109,15 +147,7 @@ def write_config(config: PretrainConfig, path: Path) -> None:
     write_atomically(path, yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None).encode())
 
 
-def settings_table() -> str:
+def all_settings_table() -> str:
     """Every setting with its default and meaning, as a Markdown table; docs/config.md holds it too."""
-    lines = ["| setting | default | meaning |", "|---|---|---|"]
-    for prefix, default in (("", PretrainConfig()), ("network.", NetworkConfig())):
-        notes = field_notes(type(default))
-        for field in fields(default):
-            if field.name not in ("network", "architecture", "in_channels"):
-                plain = json.loads(json.dumps(getattr(default, field.name)))  # or YAML names what is there twice
-                value = yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n")
-                shown = "by preset" if field.name == "learning_rate" else f"`{value.strip()}`"
-                lines.append(f"| `{prefix}{field.name}` | {shown} | {notes.get(field.name, '')} |")
-    return "\n".join(lines)
+    rows = [*settings_table(PretrainConfig), *settings_table(NetworkConfig, "network.")]
+    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])

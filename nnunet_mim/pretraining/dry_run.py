@@ -23,7 +23,8 @@ from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.pretraining.data.loading import training_batches, training_crops
 from nnunet_mim.pretraining.data.run_data import RunData
 from nnunet_mim.pretraining.distributed.ranks import ranks_of
-from nnunet_mim.pretraining.loop import RunOptions, pretrain
+from nnunet_mim.pretraining.loop import pretrain
+from nnunet_mim.pretraining.setup import Run
 from nnunet_mim.pretraining.step import WARM_UP as RECORDED_AFTER
 from nnunet_mim.system.machine import physical_memory
 
@@ -50,21 +51,23 @@ class Trial:
     """bytes of the final checkpoint"""
 
 
-def dry_run(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunOptions, folder: Path) -> str:
+def dry_run(run: Run, fabric: Fabric) -> str:
     """Measure a few steps in a temporary folder.
 
     Args:
-        config, data, fabric, options: of the run.
-        folder: that the run would write into.
+        run: that is asked about; its folder need not exist.
+        fabric: launched.
 
     Returns:
         lines with the speed, time, disk and memory of the whole run, the bottleneck, and the largest batch that fits.
     """
-    first = _try(config, data, fabric, options, WARM_UP + 1)
+    config, data, folder = run.config, run.data, run.folder
+    first = _try(run, fabric, WARM_UP + 1)
     steps = WARM_UP + min(50, max(3, round(SECONDS / max(first.step_s, 1e-3))))
-    trial = _try(config, data, fabric, options, steps)
-    data_s = _seconds_of_data(config, data, fabric, options, steps)
-    doubled = _try(replace(config, batch_size=2 * config.batch_size), data, fabric, options, WARM_UP + 1)
+    trial = _try(run, fabric, steps)
+    data_s = _seconds_of_data(run, fabric, steps)
+    twice = replace(run, config=replace(config, batch_size=2 * config.batch_size))
+    doubled = _try(twice, fabric, WARM_UP + 1)
 
     crops_per_s, data_rate = config.batch_size / trial.step_s, config.batch_size / data_s
     measurements = config.iterations // config.val_every + 1
@@ -88,11 +91,12 @@ def dry_run(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunO
     )
 
 
-def _try(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunOptions, steps: int) -> Trial:
+def _try(run: Run, fabric: Fabric, steps: int) -> Trial:
     """Run `steps` iterations of the real loop with one held-out crop."""
     short = replace(
-        config, iterations=steps, val_every=steps, save_every=steps + 1, val_crops=1, probe_every=0, init_checkpoint=""
-    )
+        run.config, iterations=steps, val_every=steps, save_every=steps + 1, val_crops=1, probe_every=0,
+        init_checkpoint="",
+    )  # fmt: skip
     cuda = fabric.device.type == "cuda"
     if cuda:
         gc.collect()
@@ -106,11 +110,11 @@ def _try(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunOpti
         times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        result = pretrain(short, data, Path(folder), fabric, False, options, note)
+        result = pretrain(replace(run, config=short, folder=Path(folder), stored=None), fabric, note)
         weights = (Path(folder) / FINAL).stat().st_size if fabric.is_global_zero else 0
     durations = [b - a for a, b in pairwise(times)]
     memory = torch.cuda.max_memory_reserved() if cuda else _peak_rss()
-    measure_s = median(result.measuring["held_out"]) / _datasets(data)  # one crop of each
+    measure_s = median(result.measuring["held_out"]) / _datasets(run.data)  # one crop of each
     return Trial(median(durations[WARM_UP - 1 :]), measure_s, memory, weights)
 
 
@@ -119,11 +123,12 @@ def _datasets(data: RunData) -> int:
     return int(np.count_nonzero(data.val.counts))
 
 
-def _seconds_of_data(config: PretrainConfig, data: RunData, fabric: Fabric, options: RunOptions, steps: int) -> float:
+def _seconds_of_data(run: Run, fabric: Fabric, steps: int) -> float:
     """Seconds a batch takes to be read, while nothing else is done."""
-    many = replace(config, iterations=steps + 2 * max(1, options.workers))
-    dataset = training_crops(data, many)
-    batches = training_batches(dataset, many, 0, options.workers, fabric.device, ranks_of(fabric))
+    workers = run.options.workers or 0
+    many = replace(run.config, iterations=steps + 2 * max(1, workers))
+    dataset = training_crops(run.data, many)
+    batches = training_batches(dataset, many, 0, workers, fabric.device, ranks_of(fabric))
     next(batches)
     since, count = time.perf_counter(), 0
     for _ in batches:

@@ -2,86 +2,37 @@
 
 from __future__ import annotations
 
-import math
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from nnunet_mim.checkpoint.format import BEST, FINAL, LATEST, load_checkpoint
-from nnunet_mim.checkpoint.identity import merged_records
-from nnunet_mim.config import PretrainConfig
-from nnunet_mim.errors import MiMError
+from nnunet_mim.checkpoint.format import FINAL, LATEST
 from nnunet_mim.geometry import levels_of
-from nnunet_mim.networks.build import build_network
-from nnunet_mim.networks.mask_in_mask import LevelOutput
-from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases, case_records
 from nnunet_mim.pretraining.data.loading import training_batches, training_crops
-from nnunet_mim.pretraining.data.run_data import RunData
-from nnunet_mim.pretraining.distributed.ranks import Ranks, ranks_of
+from nnunet_mim.pretraining.distributed.ranks import ranks_of
+from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
 from nnunet_mim.pretraining.monitoring.monitor import Monitor
-from nnunet_mim.pretraining.objective.losses import full
+from nnunet_mim.pretraining.monitoring.progress import StepLog
 from nnunet_mim.pretraining.objective.views import nested_views
 from nnunet_mim.pretraining.record import RunRecord
-from nnunet_mim.pretraining.schedules import learning_rates
-from nnunet_mim.pretraining.sharding import (
-    load_optimizer_state,
-    optimizer_state,
-    shard,
-    whole_weights,
-)
-from nnunet_mim.pretraining.step import RecordedStep, TrainStep, ordinary_step
-from nnunet_mim.pretraining.stopping import SkippedSteps, StoppedError, StopRequests
+from nnunet_mim.pretraining.setup import Run
+from nnunet_mim.pretraining.state import initial_state
+from nnunet_mim.pretraining.step import build_step, learning_rates
+from nnunet_mim.pretraining.stopping import StoppedError, StopRequests
 
 LOG_EVERY = 10
-SHOWN_EVERY_S = 10.0
-"""between two states of the progress bar in a log file, where each of them stays"""
-MOST_GRAPHS = 64
-"""of torch.compile: levels, times first, whole and last passes, with and without a parent"""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is computed on a machine; none of this changes what is computed (but for rounding)."""
-
-    workers: int = 0
-    """processes that read crops; 0 reads in the main process"""
-    views_per_pass: int | None = None
-    """most views computed at once, which bounds the memory; None: all views of a level"""
-    recompute: tuple[int, ...] = ()
-    """levels (1 to 3) whose activations are computed again in the backward pass: less memory, more time"""
-    compile: bool = False
-    """torch.compile the network, one graph a level"""
-    record: bool = True
-    """on one GPU, record a step as a CUDA graph and replay it; not with `compile` or `recompute`"""
-    strict: bool = False
-    """end the run at a case that cannot be read any more, instead of drawing another one"""
-    shard: bool = False
-    """spread weights and optimiser state over the devices (FSDP) instead of keeping all of them on each"""
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise MiMError(f"--workers must be 0 or more, got {self.workers}")
-        if self.views_per_pass is not None and self.views_per_pass < 1:
-            raise MiMError(f"--views_per_pass must be at least 1, got {self.views_per_pass}")
-        if not set(self.recompute) <= {1, 2, 3}:
-            raise MiMError(f"--recompute takes level numbers 1, 2, 3, got {self.recompute}")
+"""iterations between two rows of train.csv"""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Of a finished run."""
+    """What a finished run has reached and what it took."""
 
-    figures: dict[str, float]
+    figures: Measurement[float]
     """last measurement on held-out cases"""
     verdict: str
     """one sentence: is it working?"""
@@ -96,223 +47,67 @@ class RunResult:
         return sum(sum(seconds) for seconds in self.measuring.values()) / self.seconds
 
 
-def pretrain(
-    config: PretrainConfig,
-    data: RunData,
-    folder: Path,
-    fabric: Fabric,
-    resume: bool,
-    run: RunOptions,
-    on_step: Callable[[int], None] | None = None,
-) -> RunResult:
-    """Train until `config.iterations`, writing checkpoints, `train.csv`, `val.csv` and TensorBoard events into
-    `folder`.
+def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = None) -> RunResult:
+    """Train until `config.iterations`, writing checkpoints, `train.csv`, `val.csv` and TensorBoard events.
 
     Every random number depends on (seed, iteration) alone, so a resumed run continues as if it had not stopped.
 
     Args:
-        config: what to compute.
-        data: cases.
-        folder: output folder, exists.
+        run: what to compute, on which cases, where to write; its folder exists.
         fabric: launched; devices and precision.
-        resume: continue from `checkpoint_latest.pth`.
-        run: how to compute it on this machine.
         on_step: called after every iteration with the number done.
 
     Raises:
         MiMError: too many steps had no finite gradient; the last checkpoint is kept.
         StoppedError: after a signal; the run has been saved.
     """
-    levels, ranks = levels_of(config), ranks_of(fabric)
-    torch.manual_seed(config.seed)
-    model = build_network(config)
-    stored: dict[str, Any] = {}
-    if resume or config.init_checkpoint:
-        stored = load_checkpoint(folder / LATEST if resume else Path(config.init_checkpoint))
-        model.load_state_dict(stored["network_weights"])
-    fabric.to_device(model)
-    if run.shard:
-        shard(model, ranks, fabric.device)
-    optimizer = build_optimizer(model, config)
-    start, history, skipped = 0, [], []
-    seen, crops_seen = case_records(data.train), Counter({source.dataset: 0 for source in data.sources})
-    if stored:
-        seen = merged_records(stored["provenance"]["cases"], seen)
-    if resume:
-        load_optimizer_state(model, optimizer, stored["resume_state"]["optimizer"])
-        start, history = stored["provenance"]["iterations"], stored["provenance"]["loss_history"]
-        skipped = stored["provenance"]["skipped_steps"]
-        crops_seen.update(stored["provenance"].get("crops_seen", {}))
-    forward = forward_on(fabric, compiled(model) if run.compile else model)
-    schedule = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
-    skips = SkippedSteps(skipped, config.max_skipped, config.skip_window)
-    record = RunRecord(folder, config, data.sources, seen, data.fold, start, history, crops_seen, fabric.is_global_zero)
-    unread = UnreadCases(data.train)
-
-    fill, flat_threshold = (torch.tensor(v, device=fabric.device) for v in (data.fill, data.flat_threshold))
+    config, ranks, device = run.config, ranks_of(fabric), fabric.device
+    state = initial_state(run, fabric)
+    train_step = build_step(state, run, fabric)
+    monitor = Monitor(run.data, config, fabric, run.options.views_per_pass)
+    dataset = training_crops(run.data, config)
+    batches = training_batches(dataset, config, state.iteration, run.options.workers or 0, device, ranks)
+    rates = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
+    levels = levels_of(config)
+    fill, flat_threshold = (torch.tensor(v, device=device) for v in (run.data.fill, run.data.flat_threshold))
     place_threshold = flat_threshold if config.body_children else None
-    train_step: TrainStep = ordinary_step(
-        forward, model, optimizer, flat_threshold, config, ranks, run.views_per_pass, run.recompute, run.shard
-    )
-    alone = fabric.device.type == "cuda" and ranks.world == 1
-    if run.record and alone and not (run.compile or run.recompute or run.shard):
-        train_step = RecordedStep(train_step, optimizer)
-    monitor = Monitor(data, config, fabric, run.views_per_pass, run.shard)
-    dataset = training_crops(data, config)
-    batches = training_batches(dataset, config, start, run.workers, fabric.device, ranks)
-
-    def say(text: str) -> None:
-        if fabric.is_global_zero:  # tqdm's own switch does not silence its `write`
-            progress.write(text)
-
-    def save(name: str, iteration: int, resumable: bool = False) -> None:
-        state = {"optimizer": optimizer_state(model, optimizer)} if resumable else None
-        record.save(name, iteration, whole_weights(model), skips.steps, state)
+    record = RunRecord(run, state, monitor, fabric)
+    log = StepLog(run, state, record, dataset, ranks, device)
 
     began = time.perf_counter()
-    if resume:
-        val = history[-1]
-    else:
-        val = monitor.measure(model, 0)
-        record.measured(0, val, {})
-    recent: list[dict[str, Tensor]] = []  # figures of the steps since the last log, still on the device
-    since = time.perf_counter()
-    progress = tqdm(
-        total=config.iterations, initial=start, desc="pretraining", unit="it", smoothing=0.05,
-        disable=not fabric.is_global_zero, mininterval=0.1 if sys.stderr.isatty() else SHOWN_EVERY_S,
-    )  # fmt: skip
-    with StopRequests() as stop, progress, closing(batches):
-        for iteration in range(start, config.iterations):
-            for group in optimizer.param_groups:
-                group["lr"] = float(schedule[iteration])
-            crops, valid, missed = next(batches)
-            for name in unread.add(missed):
-                if run.strict:
-                    raise MiMError(f"{name} cannot be read any more: restore it and continue with --c")
-                progress.write(f"{name} cannot be read any more: other cases take its place")
-            generator = torch.Generator(fabric.device).manual_seed(config.seed * 1_000_003 + 500_009 + iteration)
+    if state.iteration == 0:
+        record.measure(TrainingFigures())
+    with StopRequests() as stop, log.bar, closing(batches):
+        while state.iteration < config.iterations:
+            crops, valid, unread = next(batches)
+            log.note_unread(unread)
+            generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + 500_009 + state.iteration)
             views = nested_views(crops, valid, fill, levels, generator, place_threshold, ranks)
+            for group in state.optimizer.param_groups:
+                group["lr"] = float(rates[state.iteration])
 
-            figures = train_step(views)
+            log.add(train_step(views))
 
-            done = iteration + 1
-            recent.append(figures)
-            progress.update(1)
+            state.iteration += 1
             if on_step is not None:
-                on_step(done)
-            last = done == config.iterations
-            measure = done % config.val_every == 0 or last
-            asked = (ranks.world == 1 or done % LOG_EVERY == 0) and ranks.any(bool(stop.received), fabric.device)
-            due = (done % config.save_every == 0 or asked) and not last
-            if done % LOG_EVERY == 0 or measure or due:
-                means, bad = mean_figures(recent, ranks)
-                for number in bad:
-                    first = done - len(recent) + number
-                    say(skips.add(first + 1, culprits(dataset, first, bad[number], config.batch_size)))
-                speed = len(recent) * config.batch_size / (time.perf_counter() - since)
-                crops_seen.update(
-                    dataset.counts(range((done - len(recent)) * config.batch_size, done * config.batch_size))
-                )
-                counts = {f"train/crops/{name}": float(n) for name, n in crops_seen.items()}
-                failed = float(ranks.sum(torch.tensor(float(unread.failed), device=fabric.device)))
-                more = {"lr": float(schedule[iteration]), "crops_per_s": speed, "train/unread": failed}
-                record.log("train", done, {**means, **more, **counts})
-                progress.set_postfix(progress_text(means, val, speed), refresh=False)
-                recent.clear()
-                skips.check(done, folder)
-                since = time.perf_counter()
+                on_step(state.iteration)
+            last = state.iteration == config.iterations
+            measure = last or state.iteration % config.val_every == 0
+            log_now = state.iteration % LOG_EVERY == 0
+            asked = (log_now or ranks.world == 1) and ranks.any(bool(stop.received), device)  # a message: not each time
+            save = not last and (asked or state.iteration % config.save_every == 0)
+            if log_now or measure or save:
+                log.write_row(rate=float(rates[state.iteration - 1]))
             if measure:
-                val = monitor.measure(model, done)
-                with monitor.clock("progress"):
-                    best = record.measured(done, val, means)
-                if best:
-                    save(BEST, done)
-                if monitor.due(done) or last:
-                    with monitor.clock("report"):
-                        record.report(done, whole_weights(model), skips.steps, data, fabric.device.type)
-                    say(f"iteration {done}: {record.verdict()}")
-                since = time.perf_counter()
-            if due:
-                save(LATEST, done, resumable=True)
+                log.say(record.measure(log.means))
+                log.restart_clock()
+            if save:
+                record.save(LATEST, resumable=True)
             if asked and not last:
                 fabric.barrier()
-                raise StoppedError(f"stopped after {done} of {config.iterations} iterations: continue with --c")
-        save(FINAL, config.iterations)
+                raise StoppedError(
+                    f"stopped after {state.iteration} of {config.iterations} iterations: continue with --c"
+                )
+        record.save(FINAL)
     record.close()
-    return RunResult(val, record.verdict(), time.perf_counter() - began, dict(monitor.seconds))
-
-
-def compiled(model: nn.Module) -> Any:
-    """torch.compile of the network: a graph for every level, and for a last pass with fewer views."""
-    torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    return torch.compile(model, dynamic=False)
-
-
-def forward_on(fabric: Fabric, network: Callable[..., LevelOutput]) -> Callable[..., LevelOutput]:
-    """The network in the precision of `fabric`; features, which are kept for the next level, in float32."""
-
-    def forward(*inputs: Any) -> LevelOutput:
-        with fabric.autocast():
-            output = network(*inputs)
-        return output._replace(features=full(output.features))
-
-    return forward
-
-
-def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases, norms and other vectors."""
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        vector = parameter.ndim < 2 or name.endswith("mask_token")
-        (no_decay if vector else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-
-
-def mean_figures(steps: list[dict[str, Tensor]], ranks: Ranks) -> tuple[dict[str, float], dict[int, list[bool]]]:
-    """Mean over steps and ranks, read from the device in one go, plus the sum of the levels as `train/loss`.
-
-    Reconstruction losses are weighted by their number of target tokens, as in HeldOut. Skipped steps count in
-    `train/skipped` alone, which is their number; where all were skipped, the other means are NaN.
-
-    Returns:
-        means by name; and for each skipped step its number in `steps` and whether each crop of its batch had features
-        that were not finite.
-    """
-    names = [name for name in steps[0] if name != "nonfinite"]
-    local = torch.stack([torch.stack([step[name].float() for name in names]) for step in steps])
-    same_everywhere = torch.tensor([name in ("grad_norm", "skipped") for name in names], device=local.device)
-    values = ranks.sum(torch.where(same_everywhere, local / ranks.world, local)).cpu()
-    columns = {name: values[:, i] for i, name in enumerate(names)}
-    used = columns["skipped"] == 0
-    means = {}
-    for name, column in columns.items():
-        level, _, kind = name.partition("/")
-        weight = columns[f"{level}/targets"][used] if kind == "reconstruction" else torch.ones(int(used.sum()))
-        mean = (column[used] * weight).sum() / weight.sum().clamp(min=1) if used.any() else math.nan
-        means[f"train/{name}"] = float(mean)
-    means["train/skipped"] = float((~used).sum())
-    means["train/loss"] = sum(value for name, value in means.items() if name.endswith("/loss"))
-    crops = ranks.gather(torch.stack([step["nonfinite"] for step in steps]).T.contiguous()).T.cpu()  # (steps, batch)
-    return means, {i: (crops[i] > 0).tolist() for i in (~used).nonzero().flatten().tolist()}
-
-
-def culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size: int) -> list[str]:
-    """Names of the cases of a skipped step: those whose features were not finite, or all if none or all were."""
-    numbers = range(iteration * batch_size, (iteration + 1) * batch_size)
-    chosen = [number for number, is_bad in zip(numbers, bad, strict=True) if is_bad] or numbers
-    cases = [dataset.case_of(number) for number in chosen]
-    return [
-        f"{case.source.dataset} {case.info.case}, crop {number}" for case, number in zip(cases, chosen, strict=True)
-    ]
-
-
-def progress_text(train: dict[str, float], val: dict[str, float], speed: float) -> dict[str, str]:
-    """What the progress bar shows beside speed and time left."""
-    levels = [name.split("/")[1] for name in val if name.endswith("/reconstruction")]
-    trained = [level for level in levels if f"train/{level}/reconstruction" in train]
-    text = {f"L{level[-1]}": f"{train[f'train/{level}/reconstruction']:.3f}" for level in trained}
-    text["val"] = "/".join(f"{val[f'val/{level}/reconstruction']:.3f}" for level in levels)
-    text["crops/s"] = f"{speed:.2f}"
-    return text
+    return RunResult(record.last, record.verdict(), time.perf_counter() - began, dict(monitor.seconds))

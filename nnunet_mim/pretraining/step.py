@@ -1,4 +1,4 @@
-"""One optimiser step of pretraining, started operation by operation or, on a GPU, as one recorded CUDA graph.
+"""One optimiser step of pretraining and the learning rate of each: operation by operation, or as one CUDA graph.
 
 A step is thousands of small operations, however many crops there are: starting them takes the host about 0.2 s, most of
 which an H100 idles (benchmarks/results/2026-11-26_h100.md). Recorded once, they are started by a single call.
@@ -7,64 +7,111 @@ which an H100 idles (benchmarks/results/2026-11-26_h100.md). Recorded once, they
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
+import numpy as np
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.mask_in_mask import LevelOutput
-from nnunet_mim.pretraining.distributed.ranks import Ranks
-from nnunet_mim.pretraining.objective.levels import add_figures, level_losses, levels_that_count
+from nnunet_mim.pretraining.distributed.ranks import Ranks, ranks_of
+from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigures, mapped
+from nnunet_mim.pretraining.objective.levels import add_pass, level_losses, levels_that_count
+from nnunet_mim.pretraining.objective.losses import full
 from nnunet_mim.pretraining.objective.views import LevelViews
-from nnunet_mim.pretraining.sharding import sum_gradients, whole
+from nnunet_mim.pretraining.setup import Run
+from nnunet_mim.pretraining.state import TrainingState
 
 WARM_UP = 2
 """ordinary steps before one is recorded: kernels are compiled and chosen in them, and the optimiser makes its state"""
 
-TrainStep = Callable[[list[LevelViews]], dict[str, Tensor]]
-"""Views of all levels → figures of the step, on the device: those of `level_losses` summed over passes, `grad_norm`,
+MAX_GRAPHS = 64
+"""of torch.compile: one for each level, first and later passes, full and last passes, with and without a parent"""
+
+TrainStep = Callable[[list[LevelViews]], TrainingFigures[Tensor]]
+"""Views of all levels → figures of the step, on the device: those of `level_losses` added up over passes, `grad_norm`,
 and `skipped`, 1 where the gradient was not finite and the weights stayed as they were."""
 
 
+def learning_rates(iterations: int, peak: float, warmup_fraction: float) -> np.ndarray:
+    """Linear warm-up to `peak`, then a half cosine to 0.
+
+    Args:
+        iterations: optimiser steps of the whole run.
+        peak: absolute learning rate at the end of the warm-up.
+        warmup_fraction: share of the steps spent in warm-up (at least one step).
+
+    Returns:
+        (iterations,) float64; the first step already learns, the last one is above 0.
+    """
+    warmup = max(1, round(iterations * warmup_fraction))
+    step = np.arange(iterations)
+    rising = peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, iterations - warmup)
+    return np.where(step < warmup, rising, peak * 0.5 * (1 + np.cos(np.pi * progress)))
+
+
+def build_step(state: TrainingState, run: Run, fabric: Fabric) -> TrainStep:
+    """The step of a run: on one GPU recorded as a CUDA graph, unless options are against it."""
+    options, ranks = run.options, ranks_of(fabric)
+    forward = forward_on(fabric, compiled(state.model) if options.compile else state.model)
+    flat_threshold = torch.tensor(run.data.flat_threshold, device=fabric.device)
+    step = ordinary_step(
+        forward, state.model, state.optimizer, flat_threshold, run.config, ranks, options.views_per_pass,
+        options.recompute,
+    )  # fmt: skip
+    one_gpu = fabric.device.type == "cuda" and ranks.world == 1
+    if options.record and one_gpu and not (options.compile or options.recompute):
+        return RecordedStep(step, state.optimizer)
+    return step
+
+
 def ordinary_step(
-    forward: Callable[..., LevelOutput],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    flat_threshold: Tensor,
-    config: PretrainConfig,
-    ranks: Ranks,
-    views_per_pass: int | None = None,
-    recompute: tuple[int, ...] = (),
-    sharded: bool = False,
-) -> TrainStep:
+    forward: Callable[..., LevelOutput], model: nn.Module, optimizer: torch.optim.Optimizer, flat_threshold: Tensor,
+    config: PretrainConfig, ranks: Ranks, views_per_pass: int | None = None, recompute: tuple[int, ...] = (),
+) -> TrainStep:  # fmt: skip
     """Forward and backward, pass by pass, clipping, the optimiser; arguments as in `level_losses` and RunOptions.
 
     Levels whose loss has no weight, nor any level below, are not computed.
     """
 
-    def step(views: list[LevelViews]) -> dict[str, Tensor]:
-        figures: dict[str, Tensor] = {}
+    def step(views: list[LevelViews]) -> TrainingFigures[Tensor]:
+        levels: list[LevelFigures[Tensor]] = []
         n_computed = levels_that_count(config, len(views))
         passes = level_losses(forward, views, flat_threshold, config, views_per_pass, recompute, ranks, n_computed)
         for loss, part, _ in passes:
             loss.backward()  # pass by pass: activations of one at a time
-            add_figures(figures, part)
-        norm = clip_gradients(model, config.grad_clip, ranks, sharded)
-        figures |= {"grad_norm": norm, "skipped": (~torch.isfinite(norm)).float()}
-        optimizer.found_inf = figures["skipped"]  # type: ignore[attr-defined]  # the step does nothing where it is 1
+            add_pass(levels, part)
+        ranks.sum_all([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).detach()
+        skipped = (~torch.isfinite(norm)).float()
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the step does nothing where it is 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return figures
+        return TrainingFigures(levels=tuple(levels), grad_norm=norm, skipped=skipped)
 
     return step
 
 
-def clip_gradients(model: nn.Module, largest: float, ranks: Ranks, sharded: bool) -> Tensor:
-    """Sum the gradients over ranks and clip their norm, which is returned."""
-    sum_gradients(model, ranks, sharded)
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).detach()
+def compiled(model: nn.Module) -> Any:
+    """torch.compile of the network: a graph for every level, and for a last pass with fewer views."""
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    return torch.compile(model, dynamic=False)
+
+
+def forward_on(fabric: Fabric, network: Callable[..., LevelOutput]) -> Callable[..., LevelOutput]:
+    """The network in the precision of `fabric`; features, which are kept for the next level, in float32."""
+
+    def forward(*inputs: Any) -> LevelOutput:
+        with fabric.autocast():
+            output = network(*inputs)
+        return output._replace(features=full(output.features))
+
+    return forward
 
 
 class RecordedStep:
@@ -80,9 +127,9 @@ class RecordedStep:
         self.stream: torch.cuda.Stream | None = None
         self.inputs: list[Tensor] = []
         self.rates: list[Tensor] = []
-        self.figures: dict[str, Tensor] = {}
+        self.figures: TrainingFigures[Tensor] = TrainingFigures()
 
-    def __call__(self, views: list[LevelViews]) -> dict[str, Tensor]:
+    def __call__(self, views: list[LevelViews]) -> TrainingFigures[Tensor]:
         """Do one step, with the learning rates that the optimiser's groups have now.
 
         Returns:
@@ -107,9 +154,10 @@ class RecordedStep:
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self.graph.replay()
-        return {name: value.clone() for name, value in self.figures.items()}
+        levels = tuple(mapped(torch.clone, level) for level in self.figures.levels)
+        return replace(mapped(torch.clone, self.figures), levels=levels)
 
-    def _warm_up(self, views: list[LevelViews]) -> dict[str, Tensor]:
+    def _warm_up(self, views: list[LevelViews]) -> TrainingFigures[Tensor]:
         """On a stream of its own, as CUDA wants it before it records."""
         self.stream = self.stream or torch.cuda.Stream()
         current = torch.cuda.current_stream()

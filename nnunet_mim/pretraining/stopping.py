@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+from nnunet_mim.config import SKIP_WINDOW
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.processes import STOP_SIGNALS
 
 EXIT_CODE = 75
 """of a run that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)"""
-MOST_NAMED = 1000
+MAX_NAMED = 1000
 """skipped steps that a checkpoint remembers"""
 
 
@@ -54,13 +55,13 @@ class SkippedSteps:
 
     Args:
         stored: of the checkpoint that is continued, oldest first.
-        most: number of skipped steps among the last `window` that is still accepted.
+        maximum: number of skipped steps among the last `window` that is still accepted.
         window: steps.
     """
 
-    def __init__(self, stored: Sequence[dict[str, Any]], most: int, window: int) -> None:
+    def __init__(self, stored: Sequence[dict[str, Any]], maximum: int, window: int = SKIP_WINDOW) -> None:
         self.steps = list(stored)
-        self.most = most
+        self.maximum = maximum
         self.window = window
 
     def add(self, iteration: int, cases: Sequence[str]) -> str:
@@ -70,13 +71,13 @@ class SkippedSteps:
             iteration: of the step, counted from 1.
             cases: what it was computed from; those alone whose features were not finite, where there are any.
         """
-        self.steps = [*self.steps, {"iteration": iteration, "cases": list(cases)}][-MOST_NAMED:]
+        self.steps = [*self.steps, {"iteration": iteration, "cases": list(cases)}][-MAX_NAMED:]
         return f"step {iteration} skipped: loss or gradient not finite ({'; '.join(cases)})"
 
     def check(self, iteration: int, folder: object) -> None:
         """Raise MiMError if too many of the steps up to `iteration` were skipped."""
         recent = [step for step in self.steps if iteration - self.window < step["iteration"] <= iteration]
-        if len(recent) > self.most:
+        if len(recent) > self.maximum:
             raise MiMError(
                 f"{len(recent)} of the last {min(iteration, self.window)} steps were skipped because loss or gradient "
                 f"was not finite, the last one on {'; '.join(recent[-1]['cases'])}: lower --lr or take the named cases "

@@ -1,1 +1,1 @@
-"""Files, locks, processes, cores and memory of the machine."""
+"""Files, locks, processes, cores and memory of the machine, and flags of commands."""

@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a binary file that takes the place of `path` once the block has ended without an error.
+
+    `path` holds either the former content or all of the new one, also after a crash or a loss of power.
+
+    Args:
+        path: to write.
+        temporary: where the content is written first, in the same folder. Default: a name that no other process uses.
+
+    Raises:
+        OSError: the disk is full or not writable; the former file is left as it was.
+    """
+    temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):
+        with suppress(OSError):  # the new name shall last over a loss of power, where the file system can do that
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that `path` holds either the former content or all of the new."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write a file so that `path` holds either the former content or all of the new one. Raises OSError."""
+    with atomic_file(path) as file:
+        file.write(content)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_mim.checkpoint.finetuning import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
-from nnunet_mim.checkpoint.identity import leak_warning, leaked_cases, unit_differences, units_warning
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint
+from nnunet_mim.checkpoint.identity import leak_warning, leaked_cases
+from nnunet_mim.checkpoint.locate import find_checkpoint, no_checkpoint_error
+from nnunet_mim.checkpoint.units import unit_differences, units_warning
 from nnunet_mim.errors import one_line_errors
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.nnunet.datasets import required_folder
@@ -120,7 +122,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
             path = find_checkpoint(plans, *where)
             if path is None:
                 raise no_checkpoint_error(plans, *where)
-            self._checkpoint = read_checkpoint(path)
+            self._checkpoint = PretrainedCheckpoint.load(path)
         channels = network.encoder.in_channels
         check_architecture(self._checkpoint, self.configuration_manager.network_arch_init_kwargs, channels)
         self._report = transfer_encoder(network, self._checkpoint)

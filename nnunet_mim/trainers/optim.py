@@ -7,6 +7,7 @@ import math
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from nnunet_mim.checkpoint.format import ENCODER_PREFIX
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
@@ -101,9 +102,9 @@ def parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]:
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale, encoder = 1.0, name.startswith("encoder.")
+        scale, encoder = 1.0, name.startswith(ENCODER_PREFIX)
         if encoder:
-            distance = 4 + n_vit_blocks - encoder_layer(name.removeprefix("encoder."), n_vit_blocks)
+            distance = 4 + n_vit_blocks - encoder_layer(name.removeprefix(ENCODER_PREFIX), n_vit_blocks)
             scale = config.layer_decay**distance
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         new = {"params": [], "lr_scale": scale, "weight_decay": decay, "encoder": encoder}

@@ -12,7 +12,8 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_mim.checkpoint.finetuning import PretrainedCheckpoint, find_checkpoint, no_checkpoint_error, read_checkpoint
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint
+from nnunet_mim.checkpoint.locate import FINAL, find_checkpoint, no_checkpoint_error
 from nnunet_mim.config import PRESETS, NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_strides
@@ -76,41 +77,27 @@ def resolve_plans(
     if plans.get("continue_training") and not any(fold_folder.glob("checkpoint_*.pth")):
         raise MiMError(f"--c: nothing to continue in {fold_folder}: start the training without --c")
 
-    notes: list[str] = []
     sibling = Path(results, plans["dataset_name"], f"nnUNetTrainerMiM__{plans['plans_name']}__{configuration}")
-    planned = config["architecture"] if uses_hybrid_unet(config) else None
-    saved = saved_architecture(run_folder, configuration)
-    if planned and saved and not same_architecture(planned, saved):
-        raise MiMError(
-            f"{run_folder} holds folds of another architecture than the plans {plans['plans_name']} have now: "
-            f"move that folder away, or write plans under another name (mim_plan -o NAME)"
-        )
-    architecture = planned or saved
-    if architecture is None and not pretrained:
-        architecture = saved_architecture(sibling, configuration)
-        if architecture is not None:
-            notes.append(f"Plans {plans['plans_name']} name another network, replaced by that of {sibling.name}, whose "
-                         f"control this is")  # fmt: skip
-            notes.extend(_deep_supervision_note(architecture, config["patch_size"]))
+    control_of = None if pretrained else sibling
+    architecture, notes = _planned_or_saved_architecture(plans, configuration, config, run_folder, control_of)
 
     checkpoint = None
-    surely_fresh = not plans.get("continue_training") and not (fold_folder / "checkpoint_final.pth").is_file()
+    surely_fresh = not plans.get("continue_training") and not (fold_folder / FINAL).is_file()
     if surely_fresh and (pretrained or architecture is None):
         path = find_checkpoint(plans, configuration, fold, results)
         if path is not None:
-            checkpoint = read_checkpoint(path)
+            checkpoint = PretrainedCheckpoint.load(path)
         elif pretrained:
             raise no_checkpoint_error(plans, configuration, fold, results)
     if architecture is None:
-        architecture, note, more = _architecture_for_other_plans(config, checkpoint)
-        notes.append(f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {note}")
-        notes.extend(more)
-        notes.extend(_deep_supervision_note(architecture, config["patch_size"]))
+        architecture, origin, network_notes = _architecture_for_other_plans(config, checkpoint)
+        notes.append(f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {origin}")
+        notes += network_notes + _deep_supervision_note(architecture, config["patch_size"])
 
     if finetune.mirror_axes is None:
-        axes, more = _mirror_axes(plans, dataset_json, [run_folder] if pretrained else [run_folder, sibling])
+        axes, axes_notes = _mirror_axes(plans, dataset_json, [run_folder] if pretrained else [run_folder, sibling])
         finetune = replace(finetune, mirror_axes=axes)
-        notes.extend(more)
+        notes += axes_notes
 
     architecture["arch_kwargs"]["drop_path"] = finetune.drop_path
     if checkpoint is not None and pretrained:
@@ -201,6 +188,28 @@ def same_architecture(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Equal but for drop_path, which belongs to the recipe and changes no parameter."""
     kwargs = [{k: v for k, v in block["arch_kwargs"].items() if k != "drop_path"} for block in (a, b)]
     return a["network_class_name"] == b["network_class_name"] and kwargs[0] == kwargs[1]
+
+
+def _planned_or_saved_architecture(
+    plans: dict[str, Any], configuration: str, config: dict[str, Any], run_folder: Path, control_of: Path | None
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Architecture of the plans, else of folds trained in the output folder, else of the training that this one is the
+    control of; and notes.
+    """
+    planned = config["architecture"] if uses_hybrid_unet(config) else None
+    saved = saved_architecture(run_folder, configuration)
+    if planned and saved and not same_architecture(planned, saved):
+        raise MiMError(
+            f"{run_folder} holds folds of another architecture than the plans {plans['plans_name']} have now: "
+            f"move that folder away, or write plans under another name (mim_plan -o NAME)"
+        )
+    if planned or saved or control_of is None:
+        return planned or saved, []
+    architecture = saved_architecture(control_of, configuration)
+    if architecture is None:
+        return None, []
+    note = f"Plans {plans['plans_name']} name another network, replaced by that of {control_of.name}, whose control "
+    return architecture, [f"{note}this is", *_deep_supervision_note(architecture, config["patch_size"])]
 
 
 def _mirror_axes(

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_mim.checkpoint.finetuning import PretrainedCheckpoint
+from nnunet_mim.checkpoint.format import ENCODER_PREFIX, PretrainedCheckpoint
 from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 
-INPUT_LAYER = "stages.0.embed.proj.weight"
+INPUT_LAYER = f"{HybridUNet.keys_to_in_proj[0]}.weight".removeprefix(ENCODER_PREFIX)
 
 
 @dataclass
@@ -95,16 +95,16 @@ def transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> T
             weight = resize_kernel(weight, tuple(parameter.shape[2:]))
         if weight.shape != parameter.shape:
             raise MiMError(
-                f"checkpoint {checkpoint.path}: encoder.{name} has shape {tuple(weight.shape)}, the network wants "
-                f"{tuple(parameter.shape)}: another architecture"
+                f"checkpoint {checkpoint.path}: {ENCODER_PREFIX}{name} has shape {tuple(weight.shape)}, the network "
+                f"wants {tuple(parameter.shape)}: another architecture"
             )
         parameter.copy_(weight)
         if done:
-            report.adapted[f"encoder.{name}"] = "; ".join(done)
+            report.adapted[f"{ENCODER_PREFIX}{name}"] = "; ".join(done)
         else:
-            report.loaded.append(f"encoder.{name}")
+            report.loaded.append(f"{ENCODER_PREFIX}{name}")
     report.n_values = {name: p.numel() for name, p in network.state_dict().items()}
-    report.fresh = [n for n in report.n_values if n not in report.adapted and not n.startswith("encoder.")]
+    report.fresh = [n for n in report.n_values if n not in report.adapted and not n.startswith(ENCODER_PREFIX)]
     accounted = len(report.loaded) + len(report.adapted) + len(report.fresh)
     assert len(report.loaded) + len(report.adapted) == len(checkpoint.encoder)
     assert accounted == len(report.n_values)

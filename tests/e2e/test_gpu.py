@@ -11,10 +11,10 @@ from nnunet_mim.networks.depthwise import DepthwiseConv3d, conv_on_tokens, depth
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.ranks import ALONE
-from nnunet_mim.pretraining.loop import build_optimizer, forward_on
 from nnunet_mim.pretraining.objective.masks import random_masks
 from nnunet_mim.pretraining.objective.views import nested_views
-from nnunet_mim.pretraining.step import RecordedStep, ordinary_step
+from nnunet_mim.pretraining.state import build_optimizer
+from nnunet_mim.pretraining.step import RecordedStep, forward_on, ordinary_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +79,7 @@ def test_recorded_steps_have_the_figures_of_ordinary_ones(views_per_pass):
                 group["lr"] = 1e-3 * (i + 1) / 8
             generator = torch.Generator("cuda").manual_seed(i)
             figures = step(nested_views(crops, valid, fill, levels, generator, flat))
-            rows.append(torch.stack([figures[name] for name in sorted(figures) if name != "nonfinite"]))
+            rows.append(torch.stack(list(figures.row().values())))
         found[recorded] = torch.stack(rows).cpu()
     torch.testing.assert_close(found[True], found[False], rtol=1e-3, atol=1e-4)
 

@@ -102,6 +102,26 @@ def test_layers(module):
     assert not wrong, f"{module} imports {', '.join(wrong)}"
 
 
+READERS = {
+    "checkpoint/format.py": {"torch.load"},
+    "checkpoint/published.py": {"torch.load"},
+    "checkpoint/share.py": {"safetensors.torch.load"},
+    "benchmarking/cell.py": {"torch.load"},  # of nnU-Net's own training
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_checkpoints_have_one_loader(module):
+    """A checkpoint is read in one place, with all its checks."""
+    tree = ast.parse((PACKAGE / module).read_text())
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    names = {*calls, *names_in(module)}
+    loading = ("torch.load", "torch.jit.load", "torch.serialization.load", "pickle.load", "pickle.loads")
+    found = {name for name in names if name in loading or (name.startswith("safetensors") and "load" in name)}
+    found |= {name for name in names if name.startswith("safetensors") and name.endswith("safe_open")}
+    assert found == READERS.get(module, set())
+
+
 @pytest.mark.parametrize("module", [module for module in MODULES if not module.endswith("cli.py")])
 def test_command_line_stays_in_cli(module):
     roots = {name.split(".")[0] for name in names_in(module)}

@@ -56,7 +56,7 @@ def test_files_stay_short(path):
 
 
 def test_no_path_of_somebodys_machine():
-    found = [name_of(path) for path in TEXTS if path.is_file() and HOME_PATH.search(path.read_text())]
+    found = [name_of(path) for path in TEXTS if path.is_file() and HOME_PATH.search(path.read_text(errors="replace"))]
     assert not found
 
 

@@ -15,23 +15,13 @@ from nnunet_mim.geometry import levels_of
 from nnunet_mim.pretraining.data.crops import CropDataset
 from nnunet_mim.pretraining.data.run_data import RunData
 from nnunet_mim.pretraining.distributed.ranks import Ranks
-from nnunet_mim.system.machine import physical_memory, usable_cores
+from nnunet_mim.system.machine import physical_memory
 from nnunet_mim.system.processes import leave_stopping_to_parent
 
-MOST_WORKERS = 12
-MOST_AHEAD = 4
+MAX_AHEAD = 4
 """batches that a worker holds ready"""
 SHARE_AHEAD = 0.25
 """of the machine's memory that batches held ready may take"""
-
-
-def default_workers(device: str, devices: int = 1) -> int:
-    """Worker processes for each device: one on a CPU, where computing takes the cores; beside a GPU its share of the
-    cores that this process may use but one, at most MOST_WORKERS.
-    """
-    if device == "cpu":
-        return 1
-    return max(1, min(MOST_WORKERS, usable_cores() // max(1, devices) - 1))
 
 
 def batches_ahead(workers: int, batch_bytes: int, processes: int, memory: int) -> int:
@@ -44,9 +34,9 @@ def batches_ahead(workers: int, batch_bytes: int, processes: int, memory: int) -
         memory: bytes; 0: unknown.
     """
     if not memory:
-        return MOST_AHEAD
+        return MAX_AHEAD
     fitting = int(SHARE_AHEAD * memory / (max(1, workers) * processes * batch_bytes))
-    return max(1, min(MOST_AHEAD, fitting))
+    return max(1, min(MAX_AHEAD, fitting))
 
 
 def training_crops(data: RunData, config: PretrainConfig) -> CropDataset:

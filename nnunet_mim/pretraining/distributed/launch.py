@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from typing import Any
 
@@ -62,15 +61,10 @@ def launched_fabric(device: str, devices: int, nodes: int, precision: Any) -> Fa
 
 
 def end_process_group() -> None:
-    """Leave the other processes together, when the work is done.
-
-    Sharded modules hold the process group in reference cycles; left to the end of the interpreter, its threads abort
-    a process now and then that has finished its work (exit code 134).
-    """
+    """Leave the other processes together, when the work is done."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        gc.collect()
         dist.barrier()
         dist.destroy_process_group()
 

@@ -3,106 +3,140 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
-from nnunet_mim.geometry import Level
+from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.pretraining.monitoring.baselines import trivial_losses
-from nnunet_mim.pretraining.objective.levels import add_figures, level_losses, level_name, target_tokens
+from nnunet_mim.pretraining.monitoring.figures import GuessFigures, HeldOutLevel, LevelFigures, Measurement, averaged
+from nnunet_mim.pretraining.objective.levels import add_pass, level_losses, level_number, target_tokens
 from nnunet_mim.pretraining.objective.losses import voxel_error
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 
 
+@dataclass(frozen=True)
+class HeldOutCrops:
+    """Fixed crops of held-out cases."""
+
+    crops: Tensor
+    """(B, C, *field of view of the first level)"""
+    valid: Tensor
+    """(B, 3, 2) as in `nested_views`"""
+    datasets: list[str]
+    """of each crop"""
+
+
 class HeldOut:
-    """Fixed crops, masks and children of held-out cases, and what trivial predictors reach on them.
+    """Measures a network on held-out crops, with fixed masks and children.
 
     Args:
-        crops, valid: as in `nested_views`.
+        held_out: crops.
         fill, flat_threshold: (C,) as in training.
         width: (C,) of the intensity window.
-        levels: geometry.
         config: of the run; its seed fixes the masks.
-        views_per_pass: most views computed at once; None: all views of a level of one crop.
-        datasets: of each crop, for losses by dataset; None: one dataset.
+        views_per_pass: largest number of views computed at once; None: all views of a level of one crop.
     """
 
     def __init__(
-        self, crops: Tensor, valid: Tensor, fill: Tensor, flat_threshold: Tensor, width: Tensor,
-        levels: tuple[Level, ...], config: PretrainConfig, views_per_pass: int | None = None,
-        datasets: list[str] | None = None,
+        self, held_out: HeldOutCrops, fill: Tensor, flat_threshold: Tensor, width: Tensor, config: PretrainConfig,
+        views_per_pass: int | None = None,
     ) -> None:  # fmt: skip
-        self.datasets = datasets if datasets and len(set(datasets)) > 1 else None
+        self.datasets = held_out.datasets
         self.views_per_pass = views_per_pass
         self.flat_threshold = flat_threshold
         self.width = width
         self.config = config
         place_threshold = flat_threshold if config.body_children else None
-        self.batches: list[list[LevelViews]] = []
-        for number in range(crops.shape[0]):
-            generator = torch.Generator(crops.device).manual_seed(config.seed * 1_000_003 + number)
-            one = slice(number, number + 1)
-            self.batches.append(nested_views(crops[one], valid[one], fill, levels, generator, place_threshold))
-        self.constants = self._constants()
-        """figures that do not depend on the network: trivial predictors, and chance"""
+        self.views: list[list[LevelViews]] = []
+        """of each crop, by level"""
+        for number in range(held_out.crops.shape[0]):
+            generator = torch.Generator(held_out.crops.device).manual_seed(config.seed * 1_000_003 + number)
+            crop, valid = held_out.crops[number : number + 1], held_out.valid[number : number + 1]
+            self.views.append(nested_views(crop, valid, fill, levels_of(config), generator, place_threshold))
+        self.is_target = [[target_tokens(view, flat_threshold)[0] for view in views] for views in self.views]
+        """(N, M) bool for each of the views: True = the masked token counts in the loss"""
+        self.constants = [self._constants(position) for position in range(len(levels_of(config)))]
+        """by level, see `_constants`"""
 
     @torch.no_grad()
-    def evaluate(self, model: PretrainingNetwork) -> dict[str, float]:
-        """Figures over the held-out crops by name.
-
-        Returns:
-            `val/level1/reconstruction` (mean over all target tokens), `val/level1/psnr` (dB, of voxels with each
-            token's true mean and standard deviation put back), `val/level2/alignment_top1` (mean over crops) and the
-            like, `val/loss`, and of the encoder `val/features/rank` and `val/features/std`, see `feature_spread`. With
-            several datasets also the reconstruction on each, `val/Dataset501_Name/level1`, ….
+    def evaluate(self, model: PretrainingNetwork) -> Measurement[float]:
+        """Measure a network: means over all target tokens, or over crops for what has none, and the spread of the
+        encoder's features.
         """
-        mean, features = WeightedMean(), []
-        for crop, views in enumerate(self.batches):
-            figures: dict[str, Tensor] = {}
-            targets = [target_tokens(view, self.flat_threshold)[0] for view in views]
-            level, done = "", 0
-            for _, part, output in level_losses(model, views, self.flat_threshold, self.config, self.views_per_pass):
-                add_figures(figures, part)
-                now = next(name for name in part if name.endswith("/reconstruction")).split("/")[0]
-                level, done = (now, done) if now == level else (now, 0)
-                number = len(views) - 4 + int(level[-1])
-                rows = slice(done, done := done + output.prediction.shape[0])
-                tokens = views[number].masked_tokens(rows)
-                error = voxel_error(output.prediction, tokens, targets[number][rows], self.width)
-                add_figures(figures, {f"{level}/error": error})
-            features += [encoder_tokens(model, view) for view in views]
-            for name, value in figures.items():
-                level, _, kind = name.partition("/")
-                weight = float(figures[f"{level}/targets"]) if kind in ("reconstruction", "error") else 1.0
-                if kind == "reconstruction" and self.datasets and weight:
-                    mean.add(f"val/{self.datasets[crop]}/{level}", float(value), weight)
-                if kind == "error":
-                    mean.add(f"val/{level}/psnr", float(value) / max(weight, 1.0), weight)
-                elif kind:
-                    mean.add(f"val/{name}", float(value), weight)
-        means = {name: decibel(value) if name.endswith("/psnr") else value for name, value in mean.result().items()}
-        means["val/loss"] = sum(value for name, value in means.items() if name.endswith("/loss"))
-        rank, std = feature_spread(torch.cat(features))
-        return {**means, "val/features/rank": rank, "val/features/std": std}
+        crops, errors = zip(*(self._evaluate_crop(model, number) for number in range(len(self.views))), strict=True)
+        features = torch.cat([encoder_tokens(model, view) for views in self.views for view in views])
+        levels = [
+            self._mean_level(position, [crop[position] for crop in crops], [error[position] for error in errors])
+            for position in range(len(self.constants))
+        ]
+        rank, std = feature_spread(features)
+        loss = sum(level.loss or 0.0 for level in levels)
+        return Measurement(levels=tuple(levels), loss=loss, feature_rank=rank, feature_std=std)
 
-    def _constants(self) -> dict[str, float]:
-        mean, chance = WeightedMean(), {}
-        for views in self.batches:
-            for number, view in enumerate(views):
-                level = level_name(number, len(views))
-                is_target, _ = target_tokens(view, self.flat_threshold)
-                for predictor, (loss, error) in trivial_losses(view, is_target, self.width).items():
-                    mean.add(f"baseline/{level}/{predictor}", loss, float(is_target.sum()))
-                    mean.add(f"baseline/{level}/{predictor}_psnr", error, float(is_target.sum()))
-                if number and self.config.alignment == "infonce":
-                    parent = views[number - 1]
-                    chance[f"val/{level}/alignment_chance"] = 1 / (parent.images.shape[0] * parent.level.n_places)
-        means = mean.result()
-        return {**{name: decibel(v) if name.endswith("_psnr") else v for name, v in means.items()}, **chance}
+    def _evaluate_crop(self, model: PretrainingNetwork, number: int) -> tuple[list[LevelFigures[Tensor]], list[float]]:
+        """Figures of each level on one crop, and the mean `voxel_error` of its target tokens."""
+        levels: list[LevelFigures[Tensor]] = []
+        errors: list[Tensor] = []
+        n_done = 0  # views of the level that earlier passes have computed
+        views, is_target = self.views[number], self.is_target[number]
+        for _, part, output in level_losses(model, views, self.flat_threshold, self.config, self.views_per_pass):
+            if not levels or levels[-1].number != part.number:
+                n_done = 0
+            add_pass(levels, part)
+            position, rows = len(levels) - 1, slice(n_done, n_done + output.prediction.shape[0])
+            tokens = views[position].masked_tokens(rows)
+            error = voxel_error(output.prediction, tokens, is_target[position][rows], self.width)
+            errors[position:] = [errors[position] + error if n_done else error]
+            n_done = rows.stop
+        return levels, [float(e) / max(float(t.sum()), 1.0) for e, t in zip(errors, is_target, strict=True)]
+
+    def _mean_level(
+        self, position: int, crops: Sequence[LevelFigures[Tensor]], errors: Sequence[float]
+    ) -> HeldOutLevel[float]:
+        """One level over all crops, from the figures and the error of each."""
+        targets = self._n_targets(position)
+        datasets = {}
+        if len(set(self.datasets)) > 1:
+            for dataset in dict.fromkeys(self.datasets):
+                own = [i for i, n in enumerate(targets) if n and self.datasets[i] == dataset]
+                if own:
+                    losses = [crops[i].reconstruction for i in own]
+                    datasets[dataset] = weighted_mean(losses, [targets[i] for i in own])
+        return replace(
+            self.constants[position],
+            **vars(averaged(crops, weighted_mean)),
+            psnr=decibel(weighted_mean(errors, targets)),
+            datasets=datasets,
+        )
+
+    def _constants(self, position: int) -> HeldOutLevel[float]:
+        """What does not depend on the network: trivial predictors, and alignment by chance."""
+        targets = self._n_targets(position)
+        found = [
+            trivial_losses(views[position], is_target[position], self.width)
+            for views, is_target in zip(self.views, self.is_target, strict=True)
+        ]
+        losses, errors = (
+            {name: weighted_mean([guess[name][i] for guess in found], targets) for name in found[0]} for i in (0, 1)
+        )
+        guesses = GuessFigures(**losses, **{f"{name}_psnr": decibel(error) for name, error in errors.items()})
+        chance = None
+        if position and self.config.alignment == "infonce":
+            parent = self.views[0][position - 1]
+            chance = 1 / (parent.images.shape[0] * parent.level.n_places)
+        number = level_number(position, len(self.views[0]))
+        return HeldOutLevel(number, alignment_chance=chance, guesses=guesses)
+
+    def _n_targets(self, position: int) -> list[float]:
+        """Number of target tokens of each crop at one level."""
+        return [float(is_target[position].sum()) for is_target in self.is_target]
 
 
 def decibel(error: float) -> float:
@@ -135,18 +169,10 @@ def feature_spread(features: Tensor) -> tuple[float, float]:
     return float(rank), float(std)
 
 
-class WeightedMean:
-    """Weighted means by name."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.weights: dict[str, float] = defaultdict(float)
-
-    def add(self, name: str, value: float, weight: float) -> None:
-        """Add one value; a weight of 0 adds nothing."""
-        self.sums[name] += value * weight
-        self.weights[name] += weight
-
-    def result(self) -> dict[str, float]:
-        """Means; 0 where all weights were 0."""
-        return {name: total / max(self.weights[name], 1e-12) for name, total in self.sums.items()}
+def weighted_mean(values: Sequence[Any], weights: Sequence[Any] | None = None) -> float:
+    """Mean of numbers; 0 where all weights are 0. None: all weigh the same."""
+    total = total_weight = 0.0
+    for value, weight in zip(values, weights or [1.0] * len(values), strict=True):
+        total += float(value) * float(weight)
+        total_weight += float(weight)
+    return total / max(total_weight, 1e-12)

@@ -6,20 +6,20 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import levels_of
-from nnunet_mim.networks.build import PretrainingNetwork, build_network
+from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases
 from nnunet_mim.pretraining.data.run_data import RunData
-from nnunet_mim.pretraining.monitoring.held_out import HeldOut
+from nnunet_mim.pretraining.monitoring.figures import Measurement
+from nnunet_mim.pretraining.monitoring.held_out import HeldOut, HeldOutCrops
 from nnunet_mim.pretraining.monitoring.probe import LabelProbe, probe_cases
-from nnunet_mim.pretraining.sharding import whole_weights
 
 
 class Monitor:
@@ -29,42 +29,31 @@ class Monitor:
         data: cases.
         config: of the run.
         fabric: device and precision.
-        views_per_pass: most views computed at once; None: all views of a level of one crop.
-        sharded: whether the model's weights are spread over ranks.
+        views_per_pass: largest number of views computed at once; None: all views of a level of one crop.
     """
 
-    def __init__(
-        self, data: RunData, config: PretrainConfig, fabric: Fabric, views_per_pass: int | None, sharded: bool = False
-    ) -> None:
+    def __init__(self, data: RunData, config: PretrainConfig, fabric: Fabric, views_per_pass: int | None) -> None:
         self.fabric = fabric
         self.config = config
-        crops, valid, datasets = held_out_crops(data, config, fabric.device)
+        crops = held_out_crops(data, config, fabric.device)
         fill, flat_threshold, width = (
             torch.tensor(values, device=fabric.device) for values in (data.fill, data.flat_threshold, data.width)
         )
-        self.held_out = HeldOut(
-            crops, valid, fill, flat_threshold, width, levels_of(config), config, views_per_pass, datasets
-        )
+        self.held_out = HeldOut(crops, fill, flat_threshold, width, config, views_per_pass)
         self.probe = label_probe(data, config, fabric.device)
-        self.whole: PretrainingNetwork | None = None
-        if sharded:
-            self.whole = build_network(config).to(fabric.device)
         self.seconds: dict[str, list[float]] = defaultdict(list)
         """how long every measurement has taken, by kind"""
 
-    def measure(self, model: PretrainingNetwork, iteration: int) -> dict[str, float]:
-        """Figures by name (`val/…`, `baseline/…`), see HeldOut and, where it is due, LabelProbe.
+    def measure(self, model: PretrainingNetwork, iteration: int) -> Measurement[float]:
+        """Measure with HeldOut and, where it is due, LabelProbe.
 
         Eager: graphs without gradients are not worth compiling.
         """
-        if self.whole is not None:
-            self.whole.load_state_dict(whole_weights(model))
-            model = self.whole
         with self.clock("held_out"), self.fabric.autocast():
-            figures = {**self.held_out.evaluate(model), **self.held_out.constants}
+            figures = replace(self.held_out.evaluate(model), iteration=iteration)
         if self.probe is not None and self.due(iteration):
             with self.clock("probe"), self.fabric.autocast():
-                figures |= {f"val/{name}": value for name, value in self.probe.evaluate(model.feature_source).items()}
+                figures = replace(figures, probe=self.probe.evaluate(model.feature_source))
         return figures
 
     def due(self, iteration: int) -> bool:
@@ -91,10 +80,8 @@ def label_probe(data: RunData, config: PretrainConfig, device: torch.device) -> 
     return None if cases is None else LabelProbe(*cases, data.fill, seed=config.seed, device=device)
 
 
-def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
-    """Fixed crops of the held-out cases, from one dataset after the other, at least one of each: (val_crops, C, …),
-    their valid boxes, and the names of their datasets.
-    """
+def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> HeldOutCrops:
+    """`val_crops` fixed crops of the held-out cases, from one dataset after the other, at least one of each."""
     groups = [data.val.of_dataset(int(number)) for number in np.flatnonzero(data.val.counts)]
     datasets = [
         CropDataset(cases, levels_of(config)[0].fov, body_fraction=1.0, seed=config.seed, stream=1) for cases in groups
@@ -108,4 +95,4 @@ def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) 
         crops.append(crop)
         valid.append(box)
         names.append(groups[which][0].source.dataset)
-    return torch.stack(crops).to(device), torch.stack(valid).to(device), names
+    return HeldOutCrops(torch.stack(crops).to(device), torch.stack(valid).to(device), names)

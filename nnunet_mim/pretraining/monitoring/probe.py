@@ -23,6 +23,7 @@ from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.build import FeatureSource
 from nnunet_mim.pretraining.data.crops import Case, Cases, read_crop
+from nnunet_mim.pretraining.monitoring.figures import ProbeFigures
 
 RIDGE = 1e-3
 """penalty on the coefficients of standardised features; the weights of all voxels sum to 1"""
@@ -74,8 +75,8 @@ class LabelProbe:
         self.voxels = [sample_voxels(box.labels, self.labels, seed) for box in self.train]
 
     @torch.no_grad()
-    def evaluate(self, encoder: FeatureSource) -> dict[str, float]:
-        """Dice of each label over the voxels of all held-out boxes (`probe/dice_1`, …), and their mean `probe/dice`.
+    def evaluate(self, encoder: FeatureSource) -> ProbeFigures[float]:
+        """Dice of each label over the voxels of all held-out boxes, and their mean.
 
         Each is that of the best threshold (see `best_dice`). The same encoder gives the same figures; it is left in the
         mode, training or not, that it was in. Empty where no label is in boxes of both sides.
@@ -91,15 +92,15 @@ class LabelProbe:
         finally:
             encoder.train(was_training)
         labels = torch.cat([box.labels.flatten() for box in self.held_out]).to(self.device)
+        is_labelled = labels != LEFT_OUT
         dice = {}
         for number, label in enumerate(self.labels):  # one at a time: scores of whole boxes are large
             dense = [
                 voxel_scores([m[number] for m in maps], encoder.token_size, box.labels.shape).flatten()
                 for maps, box in zip(scores, self.held_out, strict=True)
             ]
-            known = labels != LEFT_OUT
-            dice[f"probe/dice_{label}"] = best_dice(torch.cat(dense)[known], labels[known] == label)
-        return {"probe/dice": sum(dice.values()) / len(dice), **dice} if dice else {}
+            dice[label] = best_dice(torch.cat(dense)[is_labelled], labels[is_labelled] == label)
+        return ProbeFigures(sum(dice.values()) / len(dice) if dice else None, dice)
 
     def _fit(self, encoder: FeatureSource) -> Tensor:
         """(F, labels) coefficients for the channels of all maps, one map after the other."""

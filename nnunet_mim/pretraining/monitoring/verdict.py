@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from nnunet_mim.config import PretrainConfig
+from nnunet_mim.pretraining.monitoring.figures import HeldOutLevel, Measurement
 
-Rows = Sequence[Mapping[str, float]]
+Rows = Sequence[Measurement[float]]
+"""measurements, oldest first"""
 
 TOO_EARLY = "too early to say"
 LEARNING = "learning"
@@ -50,8 +52,15 @@ class Verdict(NamedTuple):
     """begins with the kind"""
 
 
+class Series(NamedTuple):
+    """The finite values of one figure."""
+
+    iterations: np.ndarray
+    values: np.ndarray
+
+
 class Trend(NamedTuple):
-    """Straight line through one column over a stretch of measurements."""
+    """Straight line through one figure over a stretch of measurements."""
 
     first: float
     """start of the line"""
@@ -80,8 +89,7 @@ def verdict(rows: Rows, warmup_iterations: float = 0, level_weights: Sequence[fl
     """Judge a run.
 
     Args:
-        rows: measurements, oldest first: `iteration`, `val/level1/reconstruction`, `baseline/level1/infill` and the
-            other columns of val.csv; those that are missing (or not a number) are not judged.
+        rows: measurements, oldest first; figures that are missing (or not a number) are not judged.
         warmup_iterations: in which the learning rate still rises.
         level_weights: of the reconstruction losses; a level of weight 0 is not trained, and so not judged.
 
@@ -91,129 +99,127 @@ def verdict(rows: Rows, warmup_iterations: float = 0, level_weights: Sequence[fl
         level still falls by more than 1 % and more than its noise over the last quarter. Otherwise `worse than
         in-filling` if a level is, else `plateaued`.
     """
-    untrained = {f"val/level{n}/reconstruction" for n, weight in enumerate(level_weights, start=1) if not weight}
     rows = [
-        {name: value for name, value in row.items() if name not in untrained}
+        replace(row, levels=tuple(level for level in row.levels if level_weights[level.number - 1]))
         for row in rows
-        if math.isfinite(row.get("iteration", math.nan))
+        if math.isfinite(row.iteration)
     ]
     if broken := _collapse(rows):
         return Verdict(COLLAPSED, f"{COLLAPSED}: {broken}")
     if len(rows) < FEWEST:
         return Verdict(TOO_EARLY, f"{TOO_EARLY}: {len(rows)} measurements on held-out cases, {FEWEST} are needed")
-    last = rows[-1]["iteration"]
+    last = rows[-1].iteration
     if last <= warmup_iterations:
         warmup = f"{last:.0f} of {warmup_iterations:.0f} warm-up iterations done"
         return Verdict(TOO_EARLY, f"{TOO_EARLY}: {warmup}")
 
-    if len(rows) > STRETCH and rows[0]["iteration"] == 0:
+    if len(rows) > STRETCH and rows[0].iteration == 0:
         rows = rows[1:]  # the untrained network: what it takes to say nothing wrong is no progress
-    start, stop, trends = _last_stretch(rows)
+    iterations, losses = [row.iteration for row in rows], _losses(rows)
+    start, stop, trends = _last_stretch(iterations, losses)
     if not trends:
         return Verdict(TOO_EARLY, f"{TOO_EARLY}: no reconstruction loss on held-out cases")
     if len(rows) <= 2 * STRETCH and _no_better(rows, "token_mean").keys() == trends.keys():
         return Verdict(TOO_EARLY, f"{TOO_EARLY}: no level is better than predicting each token's mean yet")
     worse = _no_better(rows, "infill")
     if any(trend.falls for trend in trends.values()):
-        ends = f"from iteration {rows[start]['iteration']:.0f} to {rows[stop - 1]['iteration']:.0f}"
+        ends = f"from iteration {iterations[start]:.0f} to {iterations[stop - 1]:.0f}"
         return Verdict(LEARNING, f"{LEARNING}: {ends} the held-out loss {_changes(trends)}{_compared(rows, worse)}")
-    if better := _new_bests(rows, start):
+    if better := _new_bests(losses, iterations[start]):
         falls = _and([f"{fall:.1%} at {name}" for name, fall in better.items()])
-        since = f"since iteration {rows[start]['iteration']:.0f} the best held-out loss fell by {falls}"
+        since = f"since iteration {iterations[start]:.0f} the best held-out loss fell by {falls}"
         return Verdict(LEARNING, f"{LEARNING}: {since}{_compared(rows, worse)}")
     if len(rows) < STRETCH:
         return Verdict(TOO_EARLY, f"{TOO_EARLY}: {len(rows)} measurements, and no level improved")
 
-    flat = _flat_since(rows, start)
-    said = f"no level improved beyond its noise since iteration {rows[flat]['iteration']:.0f}"
+    flat = _flat_since(iterations, losses, start)
+    sentence = f"no level improved beyond its noise since iteration {iterations[flat]:.0f}"
     if useless := _no_better(rows, "token_mean"):
-        said += f", and {_and(list(useless))} no better than predicting each token's mean"
-    if rising := [name for name, trend in _trends(rows, flat).items() if trend.rises]:
-        said += f", and {_and(rising)} got worse (the network learns the training cases by heart)"
+        sentence += f", and {_and(list(useless))} no better than predicting each token's mean"
+    if rising := [name for name, trend in _trends(losses, iterations[flat:]).items() if trend.rises]:
+        sentence += f", and {_and(rising)} got worse (the network learns the training cases by heart)"
     if worse:
-        return Verdict(WORSE, f"{WORSE}: {_beside(worse)}; {said}")
-    return Verdict(PLATEAUED, f"{PLATEAUED}: {said}{_compared(rows, worse)}")
+        return Verdict(WORSE, f"{WORSE}: {_beside(worse)}; {sentence}")
+    return Verdict(PLATEAUED, f"{PLATEAUED}: {sentence}{_compared(rows, worse)}")
 
 
-def verdict_on(history: Rows, config: PretrainConfig) -> Verdict:
+def verdict_on(rows: Rows, config: PretrainConfig) -> Verdict:
     """`verdict` on a run with these settings."""
-    return verdict(history, config.warmup_fraction * config.iterations, config.level_weights)
+    return verdict(rows, config.warmup_fraction * config.iterations, config.level_weights)
 
 
-def levels_in(rows: Rows) -> list[str]:
-    """`level1`, … of which the last row has a reconstruction loss."""
-    names = (re.fullmatch(r"val/(level\d)/reconstruction", name) for name in (rows[-1] if rows else ()))
-    return sorted(match[1] for match in names if match)
+def _series(rows: Rows, figure: Callable[[Measurement[float]], float | None]) -> Series:
+    """One figure of all measurements in which it is finite."""
+    pairs = [(row.iteration, figure(row)) for row in rows]
+    pairs = [(iteration, value) for iteration, value in pairs if value is not None and math.isfinite(value)]
+    return Series(*np.array(pairs, dtype=float).reshape(-1, 2).T)
 
 
-def shown(level: str) -> str:
-    """`level1` → `level 1`."""
-    return level.replace("level", "level ")
+def _level_series(
+    rows: Rows, level: HeldOutLevel[float], figure: Callable[[HeldOutLevel[float]], float | None]
+) -> Series:
+    """One figure of one level."""
+    return _series(rows, lambda row: figure(row.level(level.number)))
 
 
-def _column(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations and values of a column, where it has a finite value."""
-    pairs = [(row["iteration"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-    x, y = np.array(pairs, dtype=float).reshape(-1, 2).T
-    return x, y
+def _losses(rows: Rows) -> dict[str, Series]:
+    """Reconstruction loss of each level that the last row has, or the loss of all where there are no levels."""
+    levels = rows[-1].reconstructed
+    if not levels:
+        return {"all levels": _series(rows, lambda row: row.loss)}
+    return {level.title: _level_series(rows, level, lambda one: one.reconstruction) for level in levels}
 
 
-def _last_stretch(rows: Rows) -> tuple[int, int, dict[str, Trend]]:
+def _last_stretch(iterations: Sequence[float], losses: Mapping[str, Series]) -> tuple[int, int, dict[str, Trend]]:
     """First and one-past-last number of the rows that are judged, and their trends: the last quarter, at least
     `STRETCH` rows; but where no fall is seen there, the same without the very last one, which may be a bad measurement.
     """
-    stop = len(rows)
-    start = stop - _shortest(rows)
-    trends = _trends(rows, start)
-    before = _trends(rows, start - 1, stop - 1) if start > 0 else {}
+    stop = len(iterations)
+    start = stop - _shortest(stop)
+    trends = _trends(losses, iterations[start:])
+    before = _trends(losses, iterations[start - 1 : stop - 1]) if start > 0 else {}
     if any(trend.falls for trend in before.values()) and not any(trend.falls for trend in trends.values()):
         return start - 1, stop - 1, before
     return start, stop, trends
 
 
-def _flat_since(rows: Rows, start: int) -> int:
+def _flat_since(iterations: Sequence[float], losses: Mapping[str, Series], start: int) -> int:
     """Number of the earliest row from which on no level falls, neither to the end nor over the first few rows."""
-    length = _shortest(rows)
+    length = _shortest(len(iterations))
     while start > 0:
-        both = [*_trends(rows, start - 1).values(), *_trends(rows, start - 1, start - 1 + length).values()]
+        earlier = iterations[start - 1 :]
+        both = [*_trends(losses, earlier).values(), *_trends(losses, earlier[:length]).values()]
         if any(trend.falls for trend in both):
             break
         start -= 1
     return start
 
 
-def _shortest(rows: Rows) -> int:
-    """Fewest measurements that are judged."""
-    return min(len(rows), max(STRETCH, math.ceil(len(rows) / 4)))
+def _shortest(n_rows: int) -> int:
+    """Number of rows that are judged at least."""
+    return min(n_rows, max(STRETCH, math.ceil(n_rows / 4)))
 
 
-def _new_bests(rows: Rows, start: int) -> dict[str, float]:
-    """Levels whose lowest loss from row `start` on is below the lowest before by more than a little and than the noise,
-    and the relative fall: what a slow fall with much noise looks like.
+def _new_bests(losses: Mapping[str, Series], start: float) -> dict[str, float]:
+    """Levels whose lowest loss from iteration `start` on is below the lowest before by more than a little and than the
+    noise, and the relative fall: what a slow fall with much noise looks like.
     """
     falls = {}
-    for name, column in _loss_columns(rows).items():
-        (_, before), (_, after), (_, all_of_it) = (_column(part, column) for part in (rows[:start], rows[start:], rows))
+    for name, (x, y) in losses.items():
+        before, after = y[x < start], y[x >= start]
         if len(before) and len(after):
             fall = before.min() - after.min()
-            if fall > max(SMALL * abs(before.min()), SURE * _noise(_without_jumps(all_of_it))):
+            if fall > max(SMALL * abs(before.min()), SURE * _noise(_without_jumps(y))):
                 falls[name] = float(fall / abs(before.min()))
     return falls
 
 
-def _loss_columns(rows: Rows) -> dict[str, str]:
-    """Column of the reconstruction loss by level, or that of the whole loss where there are no levels."""
-    return {shown(level): f"val/{level}/reconstruction" for level in levels_in(rows)} or {"all levels": "val/loss"}
-
-
-def _trends(rows: Rows, start: int, stop: int | None = None) -> dict[str, Trend]:
-    """Trend of the reconstruction loss over some rows by level, or of the whole loss where there are no levels."""
+def _trends(losses: Mapping[str, Series], iterations: Sequence[float]) -> dict[str, Trend]:
+    """Trends of losses over a stretch of iterations; none where it has fewer than two values."""
     trends = {}
-    for name, column in _loss_columns(rows).items():
-        x, y = _column(rows, column)
+    for name, (x, y) in losses.items():
         y = _without_jumps(y)
-        first, *_, last = [row["iteration"] for row in rows[start:stop]] * 2
-        inside = (x >= first) & (x <= last)
+        inside = (x >= iterations[0]) & (x <= iterations[-1])
         trends[name] = _trend(x[inside], y[inside], _noise(y))
     return {name: trend for name, trend in trends.items() if trend is not None}
 
@@ -256,40 +262,41 @@ def _no_better(rows: Rows, guess: str) -> dict[str, tuple[float, float]]:
     of the last two measurements.
     """
     levels = {}
-    for level in levels_in(rows):
-        loss, other = (
-            _column(rows[-2:], name)[1] for name in (f"val/{level}/reconstruction", f"baseline/{level}/{guess}")
-        )
+    for level in rows[-1].reconstructed:
+        _, loss = _level_series(rows[-2:], level, lambda one: one.reconstruction)
+        _, other = _level_series(rows[-2:], level, lambda one: getattr(one.guesses, guess))
         if len(loss) and len(other) and loss.mean() > (1 - SMALL) * other.mean():
-            levels[shown(level)] = float(loss.mean()), float(other.mean())
+            levels[level.title] = float(loss.mean()), float(other.mean())
     return levels
 
 
 def _collapse(rows: Rows) -> str:
     """How the run is broken, or an empty text."""
-    losses = [v for n, v in rows[-1].items() if re.fullmatch(r"val/(loss|level\d/reconstruction)", n)] if rows else []
-    if not all(math.isfinite(loss) for loss in losses):
-        return f"at iteration {rows[-1]['iteration']:.0f} the held-out loss is no finite number"
-    _, rank = _column(rows[-2:], "val/features/rank")
-    _, std = _column(rows[-2:], "val/features/std")
+    if not rows:
+        return ""
+    last = rows[-1]
+    losses = [last.loss, *(level.reconstruction for level in last.levels)]
+    if not all(math.isfinite(loss) for loss in losses if loss is not None):
+        return f"at iteration {last.iteration:.0f} the held-out loss is no finite number"
+    _, rank = _series(rows[-2:], lambda row: row.feature_rank)
+    _, std = _series(rows[-2:], lambda row: row.feature_std)
     if len(rank) and rank.max() < LOWEST_RANK:
         return f"the encoder's features have an effective rank of {rank[-1]:.1f}: they say next to nothing"
     if len(std) and std.max() < LOWEST_STD:
         return f"the encoder's features are all but the same everywhere (spread {std[-1]:.3f}, 1 would be good)"
-    fallen = [level for level in levels_in(rows) if _fell_to_chance(rows, level)]
-    aligned = [level for level in levels_in(rows) if len(_column(rows[-1:], f"val/{level}/alignment_chance")[0])]
-    if fallen and fallen == aligned:
-        return f"alignment fell back to chance at {_and([shown(level) for level in fallen])}"
+    aligned = [level for level in last.reconstructed if level.alignment_chance is not None]
+    if aligned and all(_fell_to_chance(rows, level) for level in aligned):
+        return f"alignment fell back to chance at {_and([level.title for level in aligned])}"
     return ""
 
 
-def _fell_to_chance(rows: Rows, level: str) -> bool:
-    """Whether the last two alignment losses are those of a blind guess, after better ones."""
-    _, loss = _column(rows, f"val/{level}/alignment")
-    _, chance = _column(rows[-1:], f"val/{level}/alignment_chance")
-    if len(loss) < FEWEST or not len(chance) or not 0 < chance[0] < 1:
+def _fell_to_chance(rows: Rows, level: HeldOutLevel[float]) -> bool:
+    """Whether the last two alignment losses are those of a blind guess, after better ones; `level` of the last row."""
+    _, loss = _level_series(rows, level, lambda one: one.alignment)
+    chance = level.alignment_chance
+    if len(loss) < FEWEST or chance is None or not 0 < chance < 1:
         return False
-    blind = -math.log(chance[0])
+    blind = -math.log(chance)
     return bool(loss.min() < WAS_BETTER * blind and (np.abs(loss[-2:] - blind) < AT_CHANCE * blind).all())
 
 
@@ -307,8 +314,8 @@ def _compared(rows: Rows, worse: Mapping[str, tuple[float, float]]) -> str:
     """Clause on in-filling, where it has been measured."""
     if worse:
         return f"; {_beside(worse)}"
-    known = any(len(_column(rows[-2:], f"baseline/{level}/infill")[0]) for level in levels_in(rows))
-    return "; every level is better than in-filling" if known else ""
+    guesses = [_level_series(rows[-2:], level, lambda one: one.guesses.infill) for level in rows[-1].reconstructed]
+    return "; every level is better than in-filling" if any(len(guess.values) for guess in guesses) else ""
 
 
 def _beside(worse: Mapping[str, tuple[float, float]]) -> str:

@@ -11,8 +11,9 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import Level
 from nnunet_mim.networks.mask_in_mask import LevelOutput
 from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks
-from nnunet_mim.pretraining.objective.level_tensors import on_device
+from nnunet_mim.pretraining.monitoring.figures import LevelFigures, mapped
 from nnunet_mim.pretraining.objective.losses import cosine_loss, flat_tokens, infonce_loss, reconstruction_loss
+from nnunet_mim.pretraining.objective.masks import on_device
 from nnunet_mim.pretraining.objective.views import LevelViews
 
 
@@ -25,12 +26,12 @@ def level_losses(
     recompute: tuple[int, ...] = (),
     ranks: Ranks = ALONE,
     n_computed: int | None = None,
-) -> Iterator[tuple[Tensor, dict[str, Tensor], LevelOutput]]:
+) -> Iterator[tuple[Tensor, LevelFigures[Tensor], LevelOutput]]:
     """Run the levels in turn, outermost first, each in one pass or in several.
 
     The features of a parent level are detached, and every view's loss is a share of its level's mean. So the losses
     that are yielded sum to the objective, and each can be back-propagated before the next pass runs: memory is that of
-    one pass, however many views there are, and the gradients are those of the sum. With several ranks the sum is over
+    one pass, whatever the number of views, and the gradients are those of the sum. With several ranks the sum is over
     theirs too, and children are contrasted with the places of all ranks' parents.
 
     Args:
@@ -41,53 +42,75 @@ def level_losses(
         views_per_pass: largest number of views in one pass; None: all views of a level.
         recompute: numbers (1 to 3) of the levels that keep no activations inside blocks.
         ranks: the views are this rank's part of a batch, as large on every rank.
-        n_computed: how many levels, from the outermost on; None: all. See `levels_that_count`.
+        n_computed: number of levels, from the outermost on; None: all. See `levels_that_count`.
 
     Yields:
-        the pass's share of the weighted loss, its share of each figure (detached, by name; to be added up over passes,
-        see `add_figures`, and ranks), and the network's output. Figures are scalars, but for `nonfinite`: (B,) views of
-        each crop of this rank whose features are not finite.
+        the pass's share of the weighted loss, its share of the level's figures (detached, to be added up over passes
+        with `add_pass`, and over ranks), and the network's output.
     """
     parent_features = None
-    for number, view in enumerate(views[:n_computed]):
-        name, index = level_name(number, len(views)), level_index(number, len(views))
-        is_target, shares = target_tokens(view, flat_threshold)
+    for position, view in enumerate(views[:n_computed]):
+        number = level_number(position, len(views))
+        is_target, padded_share, flat_share = target_tokens(view, flat_threshold)  # (N, M), (N,), (N,)
         n_targets = ranks.sum(is_target.sum())
-        inside = (~view.outside).to(view.images.dtype)
+        inside = (~view.outside).to(view.images.dtype)  # (N,)
         n_inside = ranks.sum(inside.sum())
-        own_place = place_index(views[number - 1], ranks.rank) if number else None
+        own_place = place_index(views[position - 1], ranks.rank) if position else None  # (N,)
         features = []
         for part in passes(view.images.shape[0], views_per_pass):
-            edge = index - 1 if number else None
+            edge = number - 2 if position else None
             inputs = view.images[part], view.ids_keep[part], view.ids_masked[part]
-            output = model(*inputs, edge, parent_features, index + 1 in recompute)
-            tokens = view.masked_tokens(part)
+            output = model(*inputs, edge, parent_features, number in recompute)
+            tokens = view.masked_tokens(part)  # (n, M, P)
             reconstruction = reconstruction_loss(output.prediction, tokens, is_target[part], n_targets)
-            loss = config.level_weights[index] * reconstruction
-            figures = {f"{name}/reconstruction": reconstruction.detach()}
-            for key, value in shares.items():
-                figures[f"{name}/{key}"] = value[part].sum() / (1 if key == "targets" else ranks.world)
-            if output.child is not None and output.parent is not None and own_place is not None:
-                pairs = output.child, output.parent, own_place[part], inside[part]
-                if config.alignment == "infonce":
-                    alignment, accuracy = infonce_loss(*pairs, config.temperature, n_inside)
-                    figures[f"{name}/alignment_top1"] = accuracy.detach()
-                else:
-                    alignment = cosine_loss(*pairs, n_inside)
-                figures[f"{name}/alignment"] = alignment.detach()
+            loss = config.level_weights[number - 1] * reconstruction
+            alignment = top1 = None
+            if output.child is not None and own_place is not None:
+                alignment, top1 = alignment_loss(output, own_place[part], inside[part], n_inside, config)
                 loss = loss + config.alignment_weight * alignment
-            figures[f"{name}/loss"] = loss.detach()
-            figures["nonfinite"] = nonfinite_views(output.features, view.crop[part], views[0].images.shape[0])
-            yield loss, figures, output
-            features.append(place_features(output.features.detach(), view.level))
-        parent_features = ranks.gather(torch.cat(features))
+            yield loss, LevelFigures(
+                number,
+                reconstruction=reconstruction.detach(),
+                targets=is_target[part].float().sum(),
+                padded_share=padded_share[part].sum() / ranks.world,
+                flat_share=flat_share[part].sum() / ranks.world,
+                alignment_top1=None if top1 is None else top1.detach(),
+                alignment=None if alignment is None else alignment.detach(),
+                loss=loss.detach(),
+                nonfinite=nonfinite_views(output.features, view.crop[part], views[0].images.shape[0]),
+            ), output
+            features.append(place_features(output.features.detach(), view.level))  # (n * places, D)
+        parent_features = ranks.gather(torch.cat(features))  # (ranks * N * places, D)
+
+
+def alignment_loss(
+    output: LevelOutput, own_place: Tensor, inside: Tensor, n_inside: Tensor, config: PretrainConfig
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of one pass that `config.alignment` names.
+
+    Args:
+        output: of the network, n views with a parent.
+        own_place: (n,) as of `place_index`.
+        inside: (n,) weights, 0 for a view outside the volume.
+        n_inside: scalar, sum of the weights of all passes and ranks.
+        config: names the loss.
+
+    Returns:
+        The loss; for `infonce` also the share of views whose own place is the most similar one, else None.
+    """
+    assert output.child is not None
+    assert output.parent is not None
+    pairs = output.child, output.parent, own_place, inside
+    if config.alignment == "infonce":
+        return infonce_loss(*pairs, config.temperature, n_inside)
+    return cosine_loss(*pairs, n_inside), None
 
 
 def levels_that_count(config: PretrainConfig, n_levels: int) -> int:
-    """How many levels have to be computed in training: those after the last one with a weight are left out."""
+    """Number of levels that have to be computed in training: those after the last one with a weight are left out."""
     aligned = config.alignment != "none" and config.alignment_weight > 0
-    counts = [config.level_weights[level_index(n, n_levels)] > 0 or (aligned and n > 0) for n in range(n_levels)]
-    return max((number + 1 for number, does in enumerate(counts) if does), default=n_levels)
+    weights = config.level_weights[-n_levels:]
+    return max((n + 1 for n in range(n_levels) if weights[n] > 0 or (aligned and n > 0)), default=n_levels)
 
 
 def passes(n_views: int, views_per_pass: int | None) -> Iterator[slice]:
@@ -96,29 +119,27 @@ def passes(n_views: int, views_per_pass: int | None) -> Iterator[slice]:
     return (slice(first, min(first + step, n_views)) for first in range(0, n_views, step))
 
 
-def add_figures(total: dict[str, Tensor], figures: dict[str, Tensor]) -> None:
-    """Add the figures of one pass to those of the passes before."""
-    for name, value in figures.items():
-        total[name] = total[name] + value if name in total else value
+def add_pass(levels: list[LevelFigures[Tensor]], part: LevelFigures[Tensor]) -> None:
+    """Add the figures of one pass to those of its level, the last one of `levels`, or begin a level with them."""
+    if levels and levels[-1].number == part.number:
+        levels[-1] = mapped(torch.add, levels[-1], part)
+    else:
+        levels.append(part)
 
 
 @torch.no_grad()
-def target_tokens(view: LevelViews, flat_threshold: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def target_tokens(view: LevelViews, flat_threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which masked tokens count in the loss: those without padding that are not flat (air).
 
     Returns:
-        (N, M) bool, True = counts; and per view the figures `targets` (a count), `padded_share` and `flat_share` (of
-        the level's masked tokens), each (N,).
+        (N, M) bool, True = counts; and of each view the padded and the flat tokens as shares of all masked tokens of
+        the level, each (N,).
     """
-    padded = torch.gather(view.padded, 1, view.ids_masked)
+    padded = torch.gather(view.padded, 1, view.ids_masked)  # (N, M)
     flat = torch.cat([flat_tokens(view.masked_tokens(part), flat_threshold) for part in passes(padded.shape[0], 4)])
-    is_target = ~(padded | flat)
-    figures = {
-        "targets": is_target.float().sum(dim=1),
-        "padded_share": padded.float().sum(dim=1) / padded.numel(),
-        "flat_share": (flat & ~padded).float().sum(dim=1) / padded.numel(),
-    }
-    return is_target, figures
+    padded_share = padded.float().sum(dim=1) / padded.numel()
+    flat_share = (flat & ~padded).float().sum(dim=1) / padded.numel()
+    return ~(padded | flat), padded_share, flat_share
 
 
 def place_features(features: Tensor, level: Level) -> Tensor:
@@ -129,7 +150,7 @@ def place_features(features: Tensor, level: Level) -> Tensor:
 
 @torch.no_grad()
 def nonfinite_views(features: Tensor, crop: Tensor, n_crops: int) -> Tensor:
-    """(n_crops,) how many views of each crop have features (N, L, D) that are not finite; crop (N,) int64."""
+    """(n_crops,) number of views of each crop whose features (N, L, D) are not finite; crop (N,) int64."""
     bad = ~torch.isfinite(features).flatten(1).all(dim=1)
     return torch.zeros(n_crops, device=features.device).index_add_(0, crop, bad.float())
 
@@ -142,11 +163,6 @@ def place_index(parent: LevelViews, rank: int = 0) -> Tensor:
     return (first[:, None] + parent.places).flatten()
 
 
-def level_index(number: int, n_levels: int) -> int:
-    """Position in the full ladder of three; outer levels are the ones that are skipped."""
-    return number + 3 - n_levels
-
-
-def level_name(number: int, n_levels: int) -> str:
-    """`level1` … `level3`."""
-    return f"level{level_index(number, n_levels) + 1}"
+def level_number(position: int, n_levels: int) -> int:
+    """Number (1 to 3) of the level at a position among n_levels: outer levels are the ones that are skipped."""
+    return position + 4 - n_levels

@@ -12,9 +12,8 @@ from nnunet_mim.config import Size3
 from nnunet_mim.geometry import Level
 from nnunet_mim.networks.token_layout import tokens_from_grid
 from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks
-from nnunet_mim.pretraining.objective.level_tensors import on_device
 from nnunet_mim.pretraining.objective.losses import flat_tokens
-from nnunet_mim.pretraining.objective.masks import random_masks
+from nnunet_mim.pretraining.objective.masks import on_device, random_masks
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nnunet_mim.checkpoint.format import CITATIONS
-from nnunet_mim.pretraining.report.summary import Facts, network_text
+from nnunet_mim.pretraining.report.summary import Facts, network_text, probe_dice
 
 
 def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
@@ -66,19 +63,15 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
 
 def metrics_table(facts: Facts) -> list[str]:
     """Last losses beside the trivial predictors, and the label probe, as Markdown."""
-    last: Mapping[str, Any] = facts.history[-1] if facts.history else {}
-    names = [name for name in last if name.startswith("val/level") and name.endswith("/reconstruction")]
-    levels = sorted(name.split("/")[1] for name in names)
+    levels = facts.last.reconstructed
     if not levels:
         return ["nothing is known"]
     lines = ["| | token mean | in-filling | network |", "|---|---|---|---|"]
     for level in levels:
-        row = [last.get(f"baseline/{level}/{name}") for name in ("token_mean", "infill")]
-        numbers = [*row, last[f"val/{level}/reconstruction"]]
-        shown = " | ".join("" if number is None else f"{number:.3f}" for number in numbers)
-        lines.append(f"| reconstruction loss, {level} | {shown} |")
-    probes = [row["val/probe/dice"] for row in facts.history if "val/probe/dice" in row]
-    if probes:
+        losses = level.guesses.token_mean, level.guesses.infill, level.reconstruction
+        cells = " | ".join("" if loss is None else f"{loss:.3f}" for loss in losses)
+        lines.append(f"| reconstruction loss, {level.name} | {cells} |")
+    if dice := probe_dice(facts):
         probe = "Label probe (ridge regression from frozen features): Dice"
-        lines += ["", f"{probe} {probes[0]:.3f} before training, {probes[-1]:.3f} now."]
+        lines += ["", f"{probe} {dice[0]:.3f} before training, {dice[-1]:.3f} now."]
     return lines

@@ -15,10 +15,11 @@ from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.nnunet.orientation import Orientation, direction_of, orientation_of
 from nnunet_mim.pretraining.data.crops import Case, read_crop
 from nnunet_mim.pretraining.data.run_data import RunData
+from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
 from nnunet_mim.pretraining.report import summary
+from nnunet_mim.pretraining.report.curves import columns_of, panels_of, progress_figure, read_columns
 from nnunet_mim.pretraining.report.pictures import LevelPicture, crop_start, load_network, reconstruct_crop, upright
 from nnunet_mim.pretraining.report.summary import Facts
-from nnunet_mim.reporting.curves import columns_of, panels_of, progress_figure, read_columns
 from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.reporting.views import ReconstructedView, comparison_figure, views_figure
 
@@ -92,9 +93,9 @@ def losses_section(facts: Facts, folder: Path | None = None) -> Section:
         facts: of the checkpoint.
         folder: of the run, with train.csv; without one the curves are those of the checkpoint's measurements.
     """
-    columns = columns_of(facts.history)
-    train = (read_columns(folder / "train.csv") if folder is not None else {}) or columns
-    panels = panels_of(train, columns)
+    history = columns_of(facts.provenance["loss_history"])
+    train = (read_columns(folder / "train.csv") if folder is not None else {}) or history
+    panels = panels_of(TrainingFigures.from_row(train), Measurement.from_row(history))
     table = summary.losses_table(facts)
     text = """\
 Error of the filled-in tokens (mean squared, in units of each token's own variance) on held-out cases, and what two

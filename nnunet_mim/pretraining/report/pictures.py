@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from nnunet_mim.checkpoint.units import Units
-from nnunet_mim.config import PretrainConfig
+from nnunet_mim.config import FLAT_FRACTION, PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import Level, levels_of
 from nnunet_mim.networks.build import PretrainingNetwork, build_network
 from nnunet_mim.networks.token_layout import grid_from_tokens, tokens_from_grid
 from nnunet_mim.nnunet.orientation import Orientation
 from nnunet_mim.pretraining.monitoring.baselines import infill_tokens
-from nnunet_mim.pretraining.objective.levels import level_name
+from nnunet_mim.pretraining.objective.levels import level_number
 from nnunet_mim.pretraining.objective.losses import VARIANCE_EPS, normalize_tokens
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 from nnunet_mim.reporting.views import ReconstructedView, interest
@@ -33,8 +33,8 @@ TISSUE = 0.1
 class LevelPicture:
     """One view of one level, first channel: arrays of the view's size in the order of preprocessed cases, HU for CT."""
 
-    name: str
-    """`level1`, …"""
+    number: int
+    """of the level, 1 to 3"""
     level: Level
     input: np.ndarray
     mask: np.ndarray
@@ -51,6 +51,11 @@ class LevelPicture:
     """first voxel of the field of view in the preprocessed volume; may be negative"""
     child_box: tuple[slice, slice, slice] | None
     """masked voxels that the next level's view was cut from"""
+
+    @property
+    def name(self) -> str:
+        """`level1`, …"""
+        return f"level{self.number}"
 
     @property
     def step(self) -> tuple[float, float, float]:
@@ -119,7 +124,7 @@ def reconstruct_crop(
     inside = crop[body]
     windows = np.array([units.window(channel, inside[channel]) for channel in range(config.in_channels)], np.float32)
     fill = torch.from_numpy(windows[:, 0]).to(device)
-    flat = config.flat_fraction * torch.from_numpy(windows[:, 1] - windows[:, 0]).to(device)
+    flat = FLAT_FRACTION * torch.from_numpy(windows[:, 1] - windows[:, 0]).to(device)
     views = nested_views(
         torch.from_numpy(crop)[None].to(device), torch.from_numpy(valid)[None].to(device), fill,
         levels_of(replace(config, n_children=CANDIDATES)), torch.Generator(device).manual_seed(seed), flat,
@@ -138,8 +143,8 @@ def reconstruct_crop(
             chosen = int(np.argmax([interest(np.clip((c - black) / (white - black), 0, 1)) for c in children]))
             box = place_in_view(view.level, int(view.places[number, chosen]))
             number = number * n + chosen
-        name = level_name(i, len(views))
-        pictures.append(LevelPicture(name, view.level, image, mask, made, given, infill, first, box))  # type: ignore[arg-type]
+        level = level_number(i, len(views))
+        pictures.append(LevelPicture(level, view.level, image, mask, made, given, infill, first, box))  # type: ignore[arg-type]
     return pictures
 
 
@@ -228,7 +233,7 @@ def upright(
     for picture in pictures:
         mm = orientation.triple([s * t for s, t in zip(spacing, picture.step, strict=True)])
         width = orientation.triple([f * s for f, s in zip(picture.level.fov, spacing, strict=True)])
-        title = f"{picture.name.replace('level', 'level ')}\n{size_text(width)}"
+        title = f"level {picture.number}\n{size_text(width)}"
         box = picture.child_box
         view = ReconstructedView(
             title=title,

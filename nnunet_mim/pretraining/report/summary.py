@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from nnunet_mim.checkpoint.units import Units
-from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, NetworkConfig, PretrainConfig, field_notes
+from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
-from nnunet_mim.pretraining.monitoring.verdict import Verdict, levels_in, shown, verdict_on
-from nnunet_mim.pretraining.objective.levels import level_name
+from nnunet_mim.pretraining.monitoring.figures import Measurement, measurements_of
+from nnunet_mim.pretraining.monitoring.verdict import Verdict, verdict_on
+from nnunet_mim.pretraining.objective.levels import level_number
 
 Table = list[list[str]]
 """rows of cells, the first row being the heading"""
@@ -49,10 +51,15 @@ class Facts:
     def provenance(self) -> Mapping[str, Any]:
         return self.checkpoint["provenance"]
 
-    @property
-    def history(self) -> Sequence[Mapping[str, float]]:
+    @cached_property
+    def history(self) -> list[Measurement[float]]:
         """Measurements, oldest first."""
-        return self.provenance["loss_history"]
+        return measurements_of(self.provenance["loss_history"])
+
+    @property
+    def last(self) -> Measurement[float]:
+        """The last measurement, empty where there is none."""
+        return self.history[-1] if self.history else Measurement()
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -144,10 +151,10 @@ def levels_table(facts: Facts) -> Table:
     """Geometry of the levels: sizes in array order."""
     levels = levels_of(facts.config)
     table = [["level", "field of view, voxels", "mm", "seen as", "tokens masked", "views a crop"]]
-    for number, (level, count) in enumerate(zip(levels, views_per_crop(levels), strict=True)):
+    for position, (level, count) in enumerate(zip(levels, views_per_crop(levels), strict=True)):
         mm = join([f"{n * s:.0f}" for n, s in zip(level.fov, facts.spacing, strict=True)]) if facts.spacing else "?"
         masked = f"{level.n_tokens - level.n_visible_tokens} of {level.n_tokens}"
-        name = shown(level_name(number, len(levels)))
+        name = f"level {level_number(position, len(levels))}"
         table.append([name, join(level.fov), mm, join(level.view_size), masked, str(count)])
     return table
 
@@ -155,47 +162,55 @@ def levels_table(facts: Facts) -> Table:
 def losses_table(facts: Facts) -> Table:
     """Last held-out losses beside trivial predictors; only the heading where nothing has been measured."""
     table = [["level", "guess: token's mean", "guess: nearest voxels", "network", "at the start", "PSNR (nearest)"]]
-    for level in levels_in(facts.history):
-        first, last = facts.history[0], facts.history[-1]
-        name = f"val/{level}/reconstruction"
-        psnr = f"{number(last, f'val/{level}/psnr', 1)} ({number(last, f'baseline/{level}/infill_psnr', 1)}) dB"
-        guesses = [number(last, f"baseline/{level}/{kind}") for kind in ("token_mean", "infill")]
-        table.append([shown(level), *guesses, number(last, name), number(first, name), psnr])
-    if not any(f"val/{level}/psnr" in facts.history[-1] for level in levels_in(facts.history)):
+    for level in facts.last.reconstructed:
+        losses = level.guesses.token_mean, level.guesses.infill, level.reconstruction
+        start = facts.history[0].level(level.number).reconstruction
+        psnr = f"{shown(level.psnr, 1)} ({shown(level.guesses.infill_psnr, 1)}) dB"
+        table.append([level.title, *(shown(loss) for loss in (*losses, start)), psnr])
+    if all(level.psnr is None for level in facts.last.reconstructed):
         table = [row[:-1] for row in table]
     return table
 
 
+def losses_text(last: Measurement[float]) -> str:
+    """Held-out reconstruction beside the trivial predictors, one line per level, for a terminal."""
+    lines = ["held-out reconstruction loss   token mean   in-filling   network"]
+    for level in last.reconstructed:
+        guesses = f"{shown(level.guesses.token_mean):>10}   {shown(level.guesses.infill):>10}"
+        lines.append(f"  {level.name:28} {guesses}   {shown(level.reconstruction):>7}")
+    return "\n".join(lines)
+
+
 def datasets_table(facts: Facts) -> Table:
     """Cases, crops and last held-out losses of each dataset; losses only where there are several."""
-    levels, last = levels_in(facts.history), facts.history[-1] if facts.history else {}
-    table = [["dataset", "cases", "crops", *(shown(level) for level in levels)]]
+    levels = facts.last.reconstructed
+    table = [["dataset", "cases", "crops", *(level.title for level in levels)]]
     trained = Counter(case["dataset"] for case in facts.provenance["cases"])
     for dataset, crops in facts.provenance.get("crops_seen", {}).items():
-        losses = [number(last, f"val/{dataset}/{level}") for level in levels]
+        losses = [shown(level.datasets.get(dataset)) for level in levels]
         table.append([dataset, str(trained[dataset]), str(crops), *losses])
     return table
 
 
 def features_text(facts: Facts) -> str:
     """Last alignment, spread of features and label probe, as far as they were measured."""
-    last = facts.history[-1] if facts.history else {}
     parts = []
-    for level in levels_in(facts.history):
-        if f"val/{level}/alignment_top1" in last:
-            chance = last.get(f"val/{level}/alignment_chance")
-            beside = "" if chance is None else f" (chance {chance:.1%})"
-            parts.append(
-                f"{shown(level)} finds its place in {last[f'val/{level}/alignment_top1']:.0%} of views{beside}"
-            )
-    if "val/features/rank" in last:
+    for level in facts.last.reconstructed:
+        if level.alignment_top1 is not None:
+            chance = "" if level.alignment_chance is None else f" (chance {level.alignment_chance:.1%})"
+            parts.append(f"{level.title} finds its place in {level.alignment_top1:.0%} of views{chance}")
+    if facts.last.feature_rank is not None:
         of_width = f" of {facts.config.network.embed_dims[-1]}" if facts.config.encoder == "hybrid" else ""
-        parts.append(f"effective rank of the encoder's features {last['val/features/rank']:.0f}{of_width}")
-    probed = [row for row in facts.history if "val/probe/dice" in row]
-    if probed:
-        start = f" ({probed[0]['val/probe/dice']:.2f} at the start)" if len(probed) > 1 else ""
-        parts.append(f"label probe Dice {probed[-1]['val/probe/dice']:.2f}{start}")
+        parts.append(f"effective rank of the encoder's features {facts.last.feature_rank:.0f}{of_width}")
+    if dice := probe_dice(facts):
+        start = f" ({dice[0]:.2f} at the start)" if len(dice) > 1 else ""
+        parts.append(f"label probe Dice {dice[-1]:.2f}{start}")
     return "; ".join(parts)
+
+
+def probe_dice(facts: Facts) -> list[float]:
+    """Mean Dice of every label probe, oldest first."""
+    return [row.probe.dice for row in facts.history if row.probe.dice is not None]
 
 
 def settings_table(facts: Facts) -> tuple[Table, list[int]]:
@@ -208,7 +223,6 @@ def settings_table(facts: Facts) -> tuple[Table, list[int]]:
     defaults = PretrainConfig(preset=config.preset if config.preset in PRESETS else "base")
     table, marked = [["setting", "value", "default", "meaning"]], []
     for prefix, now, usual in (("", config, defaults), ("network.", config.network, defaults.network)):
-        notes = field_notes(NetworkConfig if prefix else PretrainConfig)
         for field in fields(now):
             if field.name in ("network", "architecture"):
                 continue
@@ -221,7 +235,7 @@ def settings_table(facts: Facts) -> tuple[Table, list[int]]:
             if value != default and not by_data:
                 marked.append(len(table))
             name, text = prefix + field.name, BY_DATA if by_data else plain(default)
-            table.append([name, plain(value), text, notes.get(field.name, "")])
+            table.append([name, plain(value), text, field.metadata.get("meaning", "")])
     return table, marked
 
 
@@ -251,9 +265,9 @@ def commands(facts: Facts, path: Path) -> list[str]:
     ]
 
 
-def number(row: Mapping[str, float], name: str, digits: int = 3) -> str:
+def shown(figure: float | None, digits: int = 3) -> str:
     """A figure, or a dash."""
-    return f"{row[name]:.{digits}f}" if name in row else "–"
+    return "–" if figure is None else f"{figure:.{digits}f}"
 
 
 def join(values: Sequence[Any], by: str = " × ") -> str:

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from nnunet_mim.checkpoint.finetuning import read_checkpoint
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.checkpoint.published import convert_weights, our_name, read_published
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.errors import MiMError
@@ -50,7 +50,7 @@ def test_command_writes_a_checkpoint_that_the_trainer_reads(published, published
     said = capsys.readouterr().out
     assert "363 tensors: 361 converted" in said
     assert "licence" in said
-    read = read_checkpoint(out)
+    read = PretrainedCheckpoint.load(out)
     assert (read.network, read.in_channels, read.preset) == (PRESETS["base"], 1, "base")
     assert torch.equal(read.encoder["vit_blocks.3.attn.qkv.weight"], published["model"]["blocks4.3.attn.qkv.weight"])
     window = read.provenance["intensity_properties"]["0"]

@@ -12,10 +12,9 @@ import torch
 
 from nnunet_mim.benchmarking.cell import checkpoint_sha256
 from nnunet_mim.benchmarking.guard import provenance_of
-from nnunet_mim.checkpoint.finetuning import find_checkpoint, read_checkpoint
-from nnunet_mim.checkpoint.format import build_checkpoint, load_checkpoint, save_atomically
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint, build_checkpoint, load_checkpoint, save_atomically
 from nnunet_mim.checkpoint.identity import leaked_cases, voxel_sha256
-from nnunet_mim.checkpoint.locate import CARD, CONFIG, WEIGHTS, locate
+from nnunet_mim.checkpoint.locate import CARD, CONFIG, WEIGHTS, find_checkpoint, locate
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.export_cli import main
@@ -60,7 +59,7 @@ def test_the_folder_stands_for_the_checkpoint(checkpoint, tmp_path, capsys):
     assert same(before["network_weights"], after["network_weights"])
     for key in ("mim_config", "nnssl_adaptation_plan", "mim_version"):
         assert after[key] == json.loads(json.dumps(before[key]))
-    for_finetuning, shared = read_checkpoint(checkpoint), read_checkpoint(folder)
+    for_finetuning, shared = PretrainedCheckpoint.load(checkpoint), PretrainedCheckpoint.load(folder)
     assert same(for_finetuning.encoder, shared.encoder)
     assert (shared.network, shared.preset, shared.view_size) == (NETWORK, "tiny", (32, 32, 32))
     assert shared.path == str(folder)
@@ -73,12 +72,12 @@ def test_the_folder_stands_for_the_checkpoint(checkpoint, tmp_path, capsys):
 def test_names_are_left_out_but_seen_voxels_are_still_recognised(checkpoint, tmp_path):
     folder = export(checkpoint, tmp_path / "shared")
     assert b"Mustermann" not in b"".join(path.read_bytes() for path in folder.iterdir())
-    provenance = read_checkpoint(folder).provenance
+    provenance = PretrainedCheckpoint.load(folder).provenance
     assert leaked_cases(provenance, "Dataset001_Other", ["renamed"], lambda _: VOXELS) == ["renamed"]
     assert leaked_cases(provenance, "Dataset900_Tiny", ["other"], lambda _: VOXELS + 1) == []
     assert provenance_of(folder) == provenance, "experiments look for seen cases in it too"
     named = export(checkpoint, tmp_path / "named", "--with_names")
-    assert read_checkpoint(named).provenance["cases"][0]["case"] == "Mustermann_1950"
+    assert PretrainedCheckpoint.load(named).provenance["cases"][0]["case"] == "Mustermann_1950"
 
 
 def test_experiments_tell_folders_apart_by_their_weights(checkpoint, tmp_path):
@@ -120,7 +119,7 @@ def test_damage_is_noticed(checkpoint, tmp_path, damage):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content[: len(content) // 2] if damage != "bit" else content)
-    for read in (read_checkpoint, load_checkpoint):
+    for read in (PretrainedCheckpoint.load, load_checkpoint):
         with pytest.raises(MiMError, match="no readable export"):
             read(folder)
 
@@ -188,8 +187,8 @@ def test_a_repository_is_downloaded(checkpoint, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     program = (
         "import sys\nfrom nnunet_mim.errors import MiMError\n"
-        "from nnunet_mim.checkpoint.finetuning import read_checkpoint\n"
-        "try: print(read_checkpoint(sys.argv[1]).preset)\n"
+        "from nnunet_mim.checkpoint.format import PretrainedCheckpoint\n"
+        "try: print(PretrainedCheckpoint.load(sys.argv[1]).preset)\n"
         "except MiMError as error: print(error)"
     )
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}

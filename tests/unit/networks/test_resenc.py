@@ -8,13 +8,12 @@ import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from nnunet_mim.checkpoint.finetuning import read_checkpoint
-from nnunet_mim.checkpoint.format import build_checkpoint, save_atomically
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint, build_checkpoint, save_atomically
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.build import build_network
 from nnunet_mim.networks.resenc import ResEncMaskInMask, check_resenc, check_view, fitting_view
-from nnunet_mim.pretraining.setup import config_for_data
+from nnunet_mim.pretraining.configure import config_for_data
 
 TOKEN = (8, 8, 8)
 
@@ -180,4 +179,4 @@ def test_a_checkpoint_keeps_the_contract_of_nnunets_finetuning(tmp_path, referen
     for name, value in model.encoder.state_dict().items():
         assert torch.equal(network.encoder.state_dict()[name], value)
     with pytest.raises(MiMError, match=r"holds nnU-Net's residual encoder U-Net.*nnUNetv2_train … -pretrained_weights"):
-        read_checkpoint(tmp_path / "checkpoint_final.pth")
+        PretrainedCheckpoint.load(tmp_path / "checkpoint_final.pth")

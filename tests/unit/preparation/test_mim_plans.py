@@ -10,7 +10,7 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import C
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_mim.checkpoint.finetuning import read_checkpoint
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
@@ -150,7 +150,7 @@ def test_recipe_is_written_out_in_full_with_mirroring_off_left_right(base_plans,
 
 def test_a_checkpoint_decides_network_window_and_spacing(base_plans, dataset_json, make_checkpoint):
     path = make_checkpoint(spacing=(3.0, 1.2, 1.2))
-    plans, notes = plan(base_plans, dataset_json, checkpoint=read_checkpoint(path))
+    plans, notes = plan(base_plans, dataset_json, checkpoint=PretrainedCheckpoint.load(path))
     config = plans["configurations"]["3d_fullres"]
     assert config["architecture"]["arch_kwargs"]["embed_dims"] == [6, 6, 12, 12]
     assert config["spacing"] == [3.0, 1.2, 1.2]
@@ -165,7 +165,7 @@ def test_a_checkpoint_decides_network_window_and_spacing(base_plans, dataset_jso
 
 
 def test_a_far_spacing_and_another_modality_are_not_taken_over(base_plans, dataset_json, make_checkpoint):
-    checkpoint = read_checkpoint(make_checkpoint(spacing=(3.0, 3.0, 3.0), scheme="ZScoreNormalization"))
+    checkpoint = PretrainedCheckpoint.load(make_checkpoint(spacing=(3.0, 3.0, 3.0), scheme="ZScoreNormalization"))
     plans, notes = plan(base_plans, dataset_json, checkpoint=checkpoint)
     assert plans["configurations"]["3d_fullres"]["spacing"] == [3.0, 1.0, 1.0]
     assert plans["foreground_intensity_properties_per_channel"]["0"]["percentile_00_5"] == -1000.0
@@ -180,7 +180,7 @@ def test_strides_are_those_of_the_spacing_where_it_is_not_the_pretrainings(base_
 
     base_plans["configurations"]["3d_fullres"]["spacing"] = [5.0, 0.8, 0.8]
     own, patch, _ = strides_and_notes()
-    far = read_checkpoint(make_checkpoint(spacing=(1.5, 1.5, 1.5)))
+    far = PretrainedCheckpoint.load(make_checkpoint(spacing=(1.5, 1.5, 1.5)))
     strides, its_patch, notes = strides_and_notes(checkpoint=far)
     assert strides == own == [[1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
     assert its_patch == patch
@@ -188,7 +188,7 @@ def test_strides_are_those_of_the_spacing_where_it_is_not_the_pretrainings(base_
     same, _, notes = strides_and_notes(checkpoint=far, settings={"spacing": [1.5, 1.5, 1.5]})
     assert same == [list(stride) for stride in far.network.strides]
     assert not any("resized" in note for note in notes)
-    unknown = read_checkpoint(make_checkpoint(spacing=None))
+    unknown = PretrainedCheckpoint.load(make_checkpoint(spacing=None))
     assert strides_and_notes(checkpoint=unknown)[0] == [list(stride) for stride in unknown.network.strides]
 
 
@@ -242,7 +242,7 @@ def test_another_ct_window(base_plans, dataset_json, make_checkpoint):
     window = plans["foreground_intensity_properties_per_channel"]["0"]
     assert (window["percentile_00_5"], window["percentile_99_5"], window["mean"], window["std"]) == (-200, 300, 0, 250)
     assert any("-200…300 HU" in note and "--set" in note for note in notes)
-    checkpoint = read_checkpoint(make_checkpoint())
+    checkpoint = PretrainedCheckpoint.load(make_checkpoint())
     _, notes = plan(base_plans, dataset_json, checkpoint=checkpoint, settings={"ct_window": [-200, 300]})
     assert any("WARNING" in note and "in pretraining" in note for note in notes)
 
@@ -358,7 +358,7 @@ def test_axes_and_orientation_are_those_of_pretraining(base_plans, dataset_json,
     torch.save(stored, path)
     before = deepcopy(base_plans)
     plans, notes = make_mim_plans(
-        base_plans, FINGERPRINT, dataset_json, "P", checkpoint=read_checkpoint(str(path)), preset="tiny"
+        base_plans, FINGERPRINT, dataset_json, "P", checkpoint=PretrainedCheckpoint.load(str(path)), preset="tiny"
     )
     assert base_plans == before
     config = plans["configurations"]["3d_fullres"]
@@ -377,7 +377,8 @@ def test_another_reader_of_the_dataset_stays(base_plans, dataset_json, make_chec
     stored["provenance"] |= {"transpose_forward": [2, 0, 1], "image_reader_writer": "SimpleITKIOWithReorient"}
     torch.save(stored, path)
     base_plans["image_reader_writer"] = "Tiff3DIO"
-    plans, _ = make_mim_plans(base_plans, FINGERPRINT, dataset_json, "P", checkpoint=read_checkpoint(str(path)))
+    checkpoint = PretrainedCheckpoint.load(str(path))
+    plans, _ = make_mim_plans(base_plans, FINGERPRINT, dataset_json, "P", checkpoint=checkpoint)
     assert plans["image_reader_writer"] == "Tiff3DIO"
     assert plans["transpose_forward"] == [2, 0, 1]
 

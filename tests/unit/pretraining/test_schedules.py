@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_mim.pretraining.schedules import learning_rates
+from nnunet_mim.pretraining.step import learning_rates
 
 
 def test_by_hand():

@@ -1,6 +1,7 @@
 """Steps without a finite gradient change nothing, are counted and named, and end the run where they are too many."""
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining import loop
 from nnunet_mim.pretraining.distributed.ranks import ALONE
-from nnunet_mim.pretraining.loop import culprits, mean_figures
+from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigures
+from nnunet_mim.pretraining.monitoring.progress import culprits, mean_figures
+from nnunet_mim.pretraining.state import TrainingState
 from nnunet_mim.pretraining.stopping import SkippedSteps
 
 SETTINGS = ("--iterations", "12", "--val_every", "12", "--set", "val_crops=1")
@@ -51,9 +54,10 @@ def test_a_case_with_nan_is_skipped_and_named(poisoned, small_runs, capsys):
 def test_a_skipped_step_leaves_no_trace(poisoned, small_runs, monkeypatch):
     """Weights, moments and step counters after it are those before it: checkpoints on both sides are equal."""
     saved = {}
-    monkeypatch.setattr(loop.RunRecord, "save", lambda self, name, iteration, weights, skipped, state=None: (
-        saved.update({iteration: ({k: v.clone() for k, v in weights.items()}, state, len(skipped))})
-        if name == loop.LATEST else None
+    monkeypatch.setattr(TrainingState, "save", lambda self, run, file, resumable=False: (
+        saved.update({self.iteration: deepcopy((
+            dict(self.model.state_dict()), self.checkpoint(run, True)["resume_state"], len(self.skipped.steps)
+        ))}) if resumable else None
     ))  # fmt: skip
     assert small_runs.here("-o", "run", *SETTINGS, "--save_every", "1", "--set", "max_skipped=12") == 0
     unchanged = [i for i in saved if i - 1 in saved and saved[i][2] > saved[i - 1][2]]
@@ -80,33 +84,37 @@ def test_too_many_end_the_run_and_keep_the_checkpoint(write_dataset, small_runs,
 
 
 def test_the_limit_by_hand():
-    skips = SkippedSteps([], most=2, window=10)
+    skips = SkippedSteps([], maximum=2, window=10)
     for iteration in (1, 5, 12, 15):
         skips.add(iteration, ["a"])
         skips.check(iteration, "folder")  # 1 5 | 5 12 | 12 15 lie in windows of ten
     skips.add(21, ["b, crop 4"])
     with pytest.raises(MiMError, match=r"3 of the last 10 steps .* on b, crop 4"):
         skips.check(21, "folder")
-    SkippedSteps(skips.steps, most=2, window=10).check(25, "folder")  # 12 and 15 are forgotten
+    SkippedSteps(skips.steps, maximum=2, window=10).check(25, "folder")  # 12 and 15 are forgotten
 
 
 def step(loss, targets, skipped=0.0, bad=(0.0, 0.0)):
-    figures = {"level3/reconstruction": loss, "level3/targets": targets, "level3/loss": loss, "skipped": skipped}
-    return {**{k: torch.tensor(v) for k, v in figures.items()}, "nonfinite": torch.tensor(bad)}
+    loss, targets, skipped, bad = (torch.tensor(value) for value in (loss, targets, skipped, bad))
+    level = LevelFigures(3, reconstruction=loss, targets=targets, loss=loss, nonfinite=bad)
+    return TrainingFigures(levels=(level,), grad_norm=loss, skipped=skipped)
 
 
 def test_means_leave_skipped_steps_out():
     steps = [step(1.0, 10.0), step(float("nan"), 7.0, 1.0, (0.0, 3.0)), step(4.0, 20.0)]
-    means, bad = mean_figures(steps, ALONE)
+    figures, bad = mean_figures(steps, ALONE)
+    means = figures.row()
     assert means["train/level3/reconstruction"] == pytest.approx((1 * 10 + 4 * 20) / 30)
     assert means["train/level3/targets"] == 15
     assert means["train/loss"] == 2.5
+    assert means["train/grad_norm"] == 2.5
     assert means["train/skipped"] == 1
     assert bad == {1: [False, True]}
 
 
 def test_nothing_but_skipped_steps_give_no_figure():
-    means, bad = mean_figures([step(float("nan"), 7.0, 1.0)], ALONE)
+    figures, bad = mean_figures([step(float("nan"), 7.0, 1.0)], ALONE)
+    means = figures.row()
     assert means.pop("train/skipped") == 1
     assert bad == {0: [False, False]}
     assert {"train/level3/reconstruction", "train/loss"} <= set(means)

@@ -9,6 +9,7 @@ import torch
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
+from nnunet_mim.pretraining.monitoring.figures import TrainingFigures
 from nnunet_mim.pretraining.objective.views import nested_views
 from nnunet_mim.pretraining.step import WARM_UP, RecordedStep
 
@@ -64,7 +65,7 @@ def test_views_and_rate_of_every_replay_are_those_of_its_call(no_gpu):
             no_gpu.append(compute)
         else:
             compute()
-        return {"sum": out}
+        return TrainingFigures(grad_norm=out)
 
     recorded = RecordedStep(step, optimizer)
     figures = []
@@ -72,14 +73,14 @@ def test_views_and_rate_of_every_replay_are_those_of_its_call(no_gpu):
         optimizer.param_groups[0]["lr"] = float(seed)
         figures.append(recorded(views_of(seed)))
         if seed < WARM_UP:
-            figures[-1] = {"sum": out.clone()}
+            figures[-1] = TrainingFigures(grad_norm=out.clone())
         assert optimizer.param_groups[0]["lr"] == float(seed), "checkpoints keep a plain number"
         assert not optimizer.param_groups[0]["capturable"]
     assert len(no_gpu) == 1, "recorded once"
     assert calls == [float(seed) for seed in range(WARM_UP + 3)]
     for seed, found in enumerate(figures):
         wanted = sum(view.images.sum() + view.ids_keep.sum() + view.places.sum() for view in views_of(seed))
-        torch.testing.assert_close(found["sum"], wanted)
+        torch.testing.assert_close(found.grad_norm, wanted)
     with pytest.raises(ValueError, match="other shapes"):
         recorded([replace(view, images=view.images[:, :, :16]) for view in views_of(0)])
 
@@ -90,7 +91,7 @@ def test_a_step_that_cannot_be_recorded_says_what_to_do(no_gpu):
     def step(_):
         if optimizer.param_groups[0].get("capturable"):
             raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
-        return {}
+        return TrainingFigures()
 
     recorded = RecordedStep(step, optimizer)
     views = views_of(0)

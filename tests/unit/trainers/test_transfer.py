@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from nnunet_mim.checkpoint.finetuning import read_checkpoint
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
@@ -31,7 +31,7 @@ def test_all_encoder_weights_arrive_and_compute_the_same(make_checkpoint, networ
     path, encoder = make_checkpoint()
     network = unet(network_config)
     outside = {k: v.clone() for k, v in network.state_dict().items() if not k.startswith("encoder.")}
-    report = transfer_encoder(network, read_checkpoint(path))
+    report = transfer_encoder(network, PretrainedCheckpoint.load(path))
     assert_same_features(network, encoder, torch.randn(2, 1, 32, 48, 64))
     assert report.loaded == [f"encoder.{k}" for k in encoder.state_dict()]
     assert report.adapted == {}
@@ -44,7 +44,7 @@ def test_all_encoder_weights_arrive_and_compute_the_same(make_checkpoint, networ
 def test_one_channel_fits_any_number_of_channels(make_checkpoint, network_config):
     path, encoder = make_checkpoint()
     network = unet(network_config, channels=3)
-    report = transfer_encoder(network, read_checkpoint(path))
+    report = transfer_encoder(network, PretrainedCheckpoint.load(path))
     assert list(report.adapted) == ["encoder.stages.0.embed.proj.weight"]
     x = torch.randn(1, 1, 32, 32, 32)
     assert_same_features(network, encoder, x.expand(-1, 3, -1, -1, -1), x)
@@ -54,7 +54,7 @@ def test_other_strides_answer_to_an_enlarged_image_as_before(make_checkpoint, ne
     """Axis 0 is downsampled half as much in stage 1: the image enlarged twofold there must give the same features."""
     path, encoder = make_checkpoint()
     network = unet(replace(network_config, strides=((1, 2, 2), *[(2, 2, 2)] * 3)))
-    report = transfer_encoder(network, read_checkpoint(path))
+    report = transfer_encoder(network, PretrainedCheckpoint.load(path))
     assert list(report.adapted) == ["encoder.stages.0.embed.proj.weight"]
     assert "(2, 2, 2) → (1, 2, 2)" in report.adapted["encoder.stages.0.embed.proj.weight"]
     x = torch.randn(1, 1, 16, 32, 32)
@@ -65,7 +65,7 @@ def test_kernels_of_every_strided_layer_are_adapted(make_checkpoint, network_con
     path, _ = make_checkpoint()
     strides = ((2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 3))
     network = unet(replace(network_config, strides=strides))
-    report = transfer_encoder(network, read_checkpoint(path))
+    report = transfer_encoder(network, PretrainedCheckpoint.load(path))
     assert set(report.adapted) == {
         "encoder.token_embed.proj.weight", *[f"encoder.stages.{s}.to_token.weight" for s in range(3)],
     }  # fmt: skip
@@ -111,7 +111,7 @@ def test_patch_kernels_are_all_the_layers_whose_kernel_is_a_stride(network_confi
 @pytest.mark.parametrize("change", ["drop", "add", "shape"])
 def test_a_state_dict_that_does_not_fit_is_an_error(make_checkpoint, network_config, change):
     path, _ = make_checkpoint()
-    checkpoint = read_checkpoint(path)
+    checkpoint = PretrainedCheckpoint.load(path)
     if change == "drop":
         del checkpoint.encoder["norm.weight"]
     elif change == "add":
@@ -135,7 +135,7 @@ def test_another_architecture_is_named_before_anything_is_copied(make_checkpoint
     path, _ = make_checkpoint(network=other)
     kwargs = plans_architecture(network_config, (32, 32, 32))["arch_kwargs"]
     with pytest.raises(MiMError, match="another architecture") as error:
-        check_architecture(read_checkpoint(path), kwargs, 1)
+        check_architecture(PretrainedCheckpoint.load(path), kwargs, 1)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -143,6 +143,6 @@ def test_another_architecture_is_named_before_anything_is_copied(make_checkpoint
 def test_several_channels_must_be_the_datasets(make_checkpoint, network_config):
     path, _ = make_checkpoint(in_channels=2)
     kwargs = plans_architecture(network_config, (32, 32, 32))["arch_kwargs"]
-    check_architecture(read_checkpoint(path), kwargs, 2)
+    check_architecture(PretrainedCheckpoint.load(path), kwargs, 2)
     with pytest.raises(MiMError, match="2 channels, the dataset has 3"):
-        check_architecture(read_checkpoint(path), kwargs, 3)
+        check_architecture(PretrainedCheckpoint.load(path), kwargs, 3)

@@ -11,7 +11,7 @@ from nnunet_mim.pretraining.data import case_index
 from nnunet_mim.pretraining.data import crops as dataset_module
 from nnunet_mim.pretraining.data.case_index import CaseIndex, CaseInfo, read_index, write_index
 from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases, dataset_shares, open_voxels, read_crop
-from nnunet_mim.pretraining.setup import index_sources
+from nnunet_mim.pretraining.data.run_data import index_sources
 
 
 def cases_of(number=900):

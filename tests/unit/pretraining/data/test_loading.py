@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from nnunet_mim.pretraining.data import loading
-from nnunet_mim.pretraining.data.loading import batches_ahead, default_workers
+from nnunet_mim.pretraining import options
+from nnunet_mim.pretraining.data.loading import batches_ahead
+from nnunet_mim.pretraining.options import default_workers
 from nnunet_mim.system import machine
 
 GB = 10**9
@@ -15,7 +16,7 @@ GB = 10**9
     ("cores", "devices", "workers"), [(16, 1, 12), (8, 1, 7), (16, 2, 7), (16, 8, 1), (2, 4, 1), (128, 8, 12)]
 )
 def test_workers_share_the_cores_beside_gpus(monkeypatch, cores, devices, workers):
-    monkeypatch.setattr(loading, "usable_cores", lambda: cores)
+    monkeypatch.setattr(options, "usable_cores", lambda: cores)
     assert default_workers("cuda", devices) == workers
     assert default_workers("cpu", devices) == 1
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nnunet_mim.checkpoint.finetuning import find_checkpoint
 from nnunet_mim.checkpoint.format import load_checkpoint
+from nnunet_mim.checkpoint.locate import find_checkpoint
 from nnunet_mim.pretraining import cli, loop
 
 NAMES = ("Dataset900_Tiny", "Dataset950_Tiny")

@@ -1,4 +1,4 @@
-"""One process of a step: writes its figures and gradients. python step_of_rank.py OUT RANK WORLD PORT WAY ALIGNMENT"""
+"""One process of a step: writes its figures and gradients. python step_of_rank.py OUT RANK WORLD PORT ALIGNMENT"""
 
 import os
 import sys
@@ -11,15 +11,15 @@ from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.launch import end_process_group
 from nnunet_mim.pretraining.distributed.ranks import Ranks
-from nnunet_mim.pretraining.objective.levels import add_figures, level_losses
+from nnunet_mim.pretraining.monitoring.figures import TrainingFigures
+from nnunet_mim.pretraining.objective.levels import add_pass, level_losses
 from nnunet_mim.pretraining.objective.views import nested_views
-from nnunet_mim.pretraining.sharding import shard, sum_gradients, whole
 
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
 CONFIG = PretrainConfig(network=NETWORK, view_size=(32, 32, 32), n_children=(2, 2), batch_size=4)
 
 
-def step(ranks, sharded, alignment):
+def step(ranks, alignment):
     """Figures and gradients of this rank's part of a batch of four crops, in float64."""
     config = replace(CONFIG, alignment=alignment)
     levels = levels_of(config)
@@ -32,26 +32,25 @@ def step(ranks, sharded, alignment):
     valid[3, 0, 1] = 40  # and of views outside the volume
     n = 4 // ranks.world
     mine = slice(ranks.rank * n, (ranks.rank + 1) * n)
-    if sharded:
-        shard(model, ranks, torch.device("cpu"))
     flat = torch.tensor([0.05], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     views = nested_views(crops[mine], valid[mine], torch.zeros(1), levels, generator, flat, ranks)
-    figures = {}
+    figures = []
     for loss, part, _ in level_losses(model, views, flat, config, views_per_pass=3, ranks=ranks):
         loss.backward()
-        add_figures(figures, part)
-    sum_gradients(model, ranks, sharded)
-    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    return {name: ranks.sum(value) for name, value in figures.items() if name != "nonfinite"}, gradients
+        add_pass(figures, part)
+    ranks.sum_all([p.grad for p in model.parameters() if p.grad is not None])
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    row = TrainingFigures(levels=tuple(figures)).row()
+    return {name: ranks.sum(value) for name, value in row.items()}, gradients
 
 
-def main(out, rank, world, port, way, alignment):
+def main(out, rank, world, port, alignment):
     torch.set_num_threads(1)
     if int(world) > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=world)
         torch.distributed.init_process_group("gloo")
-    result = step(Ranks(int(rank), int(world)), way == "sharded", alignment)
+    result = step(Ranks(int(rank), int(world)), alignment)
     if rank == "0":
         torch.save(result, out)
     end_process_group()

@@ -16,7 +16,7 @@ from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.launch import device_count
-from nnunet_mim.pretraining.sharding import load_optimizer_state, optimizer_state, whole_weights
+from nnunet_mim.pretraining.state import load_optimizer_state, optimizer_state
 
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
 SETTINGS = ("--iterations", "4", "--val_every", "2", "--save_every", "1", "--set", "val_crops=2")
@@ -25,12 +25,12 @@ STEP = Path(__file__).with_name("step_of_rank.py")
 
 @pytest.fixture
 def step_of(tmp_path, free_port):
-    """step_of(world, way, alignment) → figures and gradients of one step, computed by `world` processes."""
+    """step_of(world, alignment) → figures and gradients of one step, computed by `world` processes."""
 
-    def run(world, way, alignment):
-        out = tmp_path / f"{world}_{way}.pth"
+    def run(world, alignment):
+        out = tmp_path / f"{world}.pth"
         commands = [
-            [sys.executable, str(STEP), str(out), str(rank), str(world), str(free_port), way, alignment]
+            [sys.executable, str(STEP), str(out), str(rank), str(world), str(free_port), alignment]
             for rank in range(world)
         ]
         processes = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
@@ -43,13 +43,13 @@ def step_of(tmp_path, free_port):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "alignment"), [("whole", "infonce"), ("whole", "cosine"), ("sharded", "infonce")])
-def test_two_processes_have_the_gradients_of_one(step_of, way, alignment):
+@pytest.mark.parametrize("alignment", ["infonce", "cosine"])
+def test_two_processes_have_the_gradients_of_one(step_of, alignment):
     """Contrastive negatives of the other rank included: float64, 1e-9."""
-    figures, gradients = step_of(1, "whole", alignment)
-    their_figures, theirs = step_of(2, way, alignment)
+    figures, gradients = step_of(1, alignment)
+    their_figures, theirs = step_of(2, alignment)
     assert set(theirs) == set(gradients)
-    assert float(figures["level2/targets"]) > 0
+    assert float(figures["train/level2/targets"]) > 0
     for name, value in figures.items():
         torch.testing.assert_close(their_figures[name], value, rtol=1e-9, atol=1e-12, msg=name)
     largest = max(float(g.abs().max()) for g in gradients.values())
@@ -78,7 +78,7 @@ def finish(process):
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_command_on_two_processes_equals_one_and_any_number_continues(write_dataset, small_runs):
-    """Started by Fabric and by torchrun; sharded; continued on another number of processes than it began with."""
+    """Started by Fabric and by torchrun; continued on another number of processes than it began with."""
     write_dataset(n=4)
     runs = small_runs
     finish(runs.start("-o", "one", *SETTINGS, batch="4"))
@@ -86,7 +86,7 @@ def test_the_command_on_two_processes_equals_one_and_any_number_continues(write_
     assert text.count("wrote ") == 1  # only the first rank speaks
     assert text.count("iteration 4: ") == 1
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    finish(runs.start("-o", "torchrun", *SETTINGS, "--shard", batch="4", launcher=torchrun))
+    finish(runs.start("-o", "torchrun", *SETTINGS, batch="4", launcher=torchrun))
     process = runs.start("-o", "changed", *SETTINGS, batch="4", workers="1")
     while not (runs.folder("changed") / "checkpoint_latest.pth").is_file():
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -106,7 +106,7 @@ def test_the_command_on_two_processes_equals_one_and_any_number_continues(write_
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-@pytest.mark.parametrize("more", [(), ("--shard",), ("--compile",)])
+@pytest.mark.parametrize("more", [(), ("--compile",)])
 def test_two_gpus_equal_one(write_dataset, small_runs, more):
     """NCCL, in float32; sums on a GPU depend on the order of threads."""
     write_dataset(n=4)
@@ -150,7 +150,7 @@ def command(pid):
 def test_the_state_of_the_optimiser_goes_by_name():
     torch.manual_seed(0)
     first, second = (MaskInMask(NETWORK) for _ in range(2))
-    second.load_state_dict(whole_weights(first))
+    second.load_state_dict(first.state_dict())
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1, fused=True) for model in (first, second)]
     used = [p for name, p in first.named_parameters() if not name.startswith("projectors")]
 

@@ -1,4 +1,4 @@
-"""Means by hand, the CSV file over an interruption, and what the progress bar says."""
+"""Held-out figures by hand, the CSV file over an interruption, and what the progress bar says."""
 
 import csv
 import math
@@ -10,20 +10,18 @@ from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.nnunet.source import find_source
-from nnunet_mim.pretraining.loop import progress_text
-from nnunet_mim.pretraining.monitoring.held_out import HeldOut, WeightedMean, decibel, feature_spread
+from nnunet_mim.pretraining.data.run_data import index_sources, run_data
+from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
+from nnunet_mim.pretraining.monitoring.held_out import HeldOut, HeldOutCrops, decibel, feature_spread, weighted_mean
+from nnunet_mim.pretraining.monitoring.metrics_log import MetricsFile
 from nnunet_mim.pretraining.monitoring.monitor import held_out_crops
-from nnunet_mim.pretraining.record import MetricsFile
-from nnunet_mim.pretraining.setup import index_sources, run_data
+from nnunet_mim.pretraining.monitoring.progress import progress_text
 
 
 def test_weighted_mean_by_hand():
-    mean = WeightedMean()
-    mean.add("a", 1.0, 3)
-    mean.add("a", 5.0, 1)
-    mean.add("a", 1000.0, 0)  # a crop without a target says nothing
-    mean.add("b", 7.0, 0)
-    assert mean.result() == {"a": pytest.approx(2.0), "b": 0.0}
+    assert weighted_mean([1.0, 5.0, 1000.0], [3, 1, 0]) == pytest.approx(2.0)  # a crop without a target says nothing
+    assert weighted_mean([7.0], [0]) == 0.0
+    assert weighted_mean([1.0, 5.0]) == 3.0
 
 
 def rows_of(path):
@@ -59,7 +57,8 @@ def test_no_figure_is_an_empty_cell_and_keeps_its_column(tmp_path):
 def test_progress_names_levels_and_speed():
     train = {f"train/level{n}/reconstruction": n / 10 for n in (2, 3)}
     val = {f"val/level{n}/reconstruction": n / 2 for n in (2, 3)} | {"val/loss": 9.0}
-    assert progress_text(train, val, 1.5) == {"L2": "0.200", "L3": "0.300", "val": "1.000/1.500", "crops/s": "1.50"}
+    figures = TrainingFigures.from_row(train), Measurement.from_row(val)
+    assert progress_text(*figures, 1.5) == {"L2": "0.200", "L3": "0.300", "val": "1.000/1.500", "crops/s": "1.50"}
 
 
 def test_a_row_that_was_cut_short_is_dropped(tmp_path):
@@ -86,7 +85,7 @@ def test_spread_of_features_by_hand():
 
 
 def toy():
-    """A small network, and three crops of noise with everything else that HeldOut takes."""
+    """A small network, and a function that makes HeldOut of three crops of noise."""
     network = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
     config = PretrainConfig(network=network, view_size=(32, 32, 32), n_children=(2, 2))
     levels = levels_of(config)
@@ -94,13 +93,19 @@ def toy():
     model = MaskInMask(network)
     crops = torch.randn(3, 1, *levels[0].fov)
     valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 3)
-    return model, crops, valid, torch.zeros(1), torch.tensor([0.04]), torch.tensor([8.0]), levels, config
+
+
+    def held_out(datasets=("A", "A", "A"), **options):
+        tensors = torch.zeros(1), torch.tensor([0.04]), torch.tensor([8.0])
+        return HeldOut(HeldOutCrops(crops, valid, list(datasets)), *tensors, config, **options)
+
+    return model, held_out
 
 
 def test_losses_by_dataset_make_up_the_whole():
     """Each crop's dataset by itself; weighted by their targets they give the loss of all."""
-    model, crops, *arguments = toy()
-    figures = HeldOut(crops, *arguments, datasets=["A", "B", "A"]).evaluate(model)
+    model, held_out = toy()
+    figures = held_out(["A", "B", "A"]).evaluate(model).row()
     assert {name for name in figures if name.startswith(("val/A", "val/B"))} == {
         f"val/{dataset}/level{n}" for dataset in "AB" for n in (1, 2, 3)
     }
@@ -108,8 +113,8 @@ def test_losses_by_dataset_make_up_the_whole():
         both = (2 * figures[f"val/A/level{n}"] + figures[f"val/B/level{n}"]) / 3
         assert figures[f"val/level{n}/reconstruction"] == pytest.approx(both, rel=1e-5)
     assert figures["val/A/level3"] != figures["val/B/level3"]
-    alone = HeldOut(crops, *arguments, datasets=["A", "A", "A"]).evaluate(model)
-    assert not any(name.startswith("val/A") for name in alone)
+    one = held_out(["A", "A", "A"]).evaluate(model).row()
+    assert not any(name.startswith("val/A") for name in one)
 
 
 def test_held_out_crops_come_from_every_dataset(write_dataset):
@@ -120,9 +125,10 @@ def test_held_out_crops_come_from_every_dataset(write_dataset):
     data = run_data(index_sources(sources)[0], "all", config)
     assert data.val.counts.tolist() == [1, 1, 0]  # a tenth, at least one, but not the only one
     assert data.train.counts.tolist() == [11, 2, 1]
-    crops, valid, names = held_out_crops(data, config, torch.device("cpu"))
+    crops = held_out_crops(data, config, torch.device("cpu"))
+    names = crops.datasets
     assert names == ["Dataset900_Tiny", "Dataset920_Tiny", "Dataset900_Tiny", "Dataset920_Tiny", "Dataset900_Tiny"]
-    assert len(crops) == len(valid) == 5
+    assert len(crops.crops) == len(crops.valid) == 5
 
 
 def test_decibel_by_hand():
@@ -132,13 +138,14 @@ def test_decibel_by_hand():
 
 def test_held_out_figures_match_another_way_to_get_them():
     """PSNR from predictions made view by view; whatever the number of views in a pass."""
-    model, *arguments = toy()
-    width = arguments[4]
-    held_out = HeldOut(*arguments)
-    figures = held_out.evaluate(model)
-    assert HeldOut(*arguments, views_per_pass=1).evaluate(model) == pytest.approx(figures, rel=1e-4)
+    model, make = toy()
+    held_out = make()
+    width = held_out.width
+    measured = held_out.evaluate(model)
+    figures = measured.row()
+    assert make(views_per_pass=1).evaluate(model).row() == pytest.approx(figures, rel=1e-4)
     squares, count = 0.0, 0
-    for views in held_out.batches:
+    for views in held_out.views:
         view = views[2]
         for n in range(view.images.shape[0]):
             with torch.no_grad():
@@ -149,9 +156,8 @@ def test_held_out_figures_match_another_way_to_get_them():
                     squares, count = squares + float((error / width).square().mean()), count + 1
     assert count > 0
     assert figures["val/level3/psnr"] == pytest.approx(-10 * math.log10(squares / count), rel=1e-4)
-    constants = held_out.constants
-    assert constants["val/level2/alignment_chance"] == 1 / 8  # octants of one parent
-    assert constants["val/level3/alignment_chance"] == 1 / (2 * 8)  # tokens of two parents
-    assert constants["baseline/level3/token_mean"] == pytest.approx(1, abs=0.01)
-    assert constants["baseline/level3/token_mean_psnr"] > 0
+    assert measured.level(2).alignment_chance == 1 / 8  # octants of one parent
+    assert measured.level(3).alignment_chance == 1 / (2 * 8)  # tokens of two parents
+    assert measured.level(3).guesses.token_mean == pytest.approx(1, abs=0.01)
+    assert measured.level(3).guesses.token_mean_psnr > 0
     assert 1 <= figures["val/features/rank"] <= 12

@@ -15,6 +15,7 @@ from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.pretraining.data.case_index import read_index
 from nnunet_mim.pretraining.data.crops import Cases
 from nnunet_mim.pretraining.monitoring import probe as probe_module
+from nnunet_mim.pretraining.monitoring.figures import ProbeFigures
 from nnunet_mim.pretraining.monitoring.probe import (
     LEFT_OUT,
     LabelledBox,
@@ -282,26 +283,26 @@ def test_sampled_voxels():
 
 def test_features_that_show_the_labels_give_dice_one(cubes):
     figures = LabelProbe(cubes[:3], cubes[3:], FILL).evaluate(ImageEncoder())
-    assert list(figures) == ["probe/dice", "probe/dice_1", "probe/dice_2"]
-    assert min(figures.values()) > 0.99
-    assert figures["probe/dice"] == pytest.approx((figures["probe/dice_1"] + figures["probe/dice_2"]) / 2)
+    assert list(figures.labels) == [1, 2]
+    assert min(figures.labels.values()) > 0.99
+    assert figures.dice == pytest.approx((figures.labels[1] + figures.labels[2]) / 2)
 
 
 def test_constant_features_give_no_more_than_all_voxels_as_label(cubes):
     probe = LabelProbe(cubes[:3], cubes[3:], FILL)
     figures = probe.evaluate(ImageEncoder(constant=True))
     n_label, n_voxels = 6**3, 24 * 20 * 27
-    assert figures["probe/dice"] == pytest.approx(2 * n_label / (n_label + n_voxels), abs=1e-6)
+    assert figures.dice == pytest.approx(2 * n_label / (n_label + n_voxels), abs=1e-6)
 
 
 def test_labels_that_only_one_side_has_do_not_count(cases_of):
     train = [labels_with((2, 2, 2), (12, 12, 12)), labels_with((4, 3, 5), (10, 12, 14))]
     cases = cases_of([*train, labels_with((2, 9, 9)), labels_with((9, 2, 2), None, (14, 12, 14))])
     figures = LabelProbe(cases[:2], cases[2:], FILL).evaluate(ImageEncoder())
-    assert list(figures) == ["probe/dice", "probe/dice_1"]
-    assert figures["probe/dice"] == figures["probe/dice_1"]
+    assert list(figures.labels) == [1]
+    assert figures.dice == figures.labels[1]
     only_third = cases_of([labels_with(None, None, (14, 12, 14))], number=901)
-    assert LabelProbe(cases[:2], only_third, FILL).evaluate(ImageEncoder()) == {}
+    assert LabelProbe(cases[:2], only_third, FILL).evaluate(ImageEncoder()) == ProbeFigures()
 
 
 def test_voxels_of_the_ignore_label_do_not_count(cubes, save_case):
@@ -314,7 +315,7 @@ def test_voxels_of_the_ignore_label_do_not_count(cubes, save_case):
         seg[18:, :8, :8] = seg_there
         save_case(folder, "case_05", wrong[None].astype(np.float32), seg[None])
         figures = LabelProbe(cubes[:3], cubes[5:], FILL).evaluate(ImageEncoder())
-        assert (figures["probe/dice_1"] > 0.99) == exact
+        assert (figures.labels[1] > 0.99) == exact
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -327,7 +328,7 @@ def test_same_encoder_same_figures_and_nothing_left_behind(cubes, training):
     assert all(module.training == training for module in encoder.modules())
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert torch.equal(state, torch.random.get_rng_state())
-    assert 0 < figures["probe/dice"] <= 1
+    assert 0 < figures.dice <= 1
 
 
 def test_the_mode_comes_back_after_an_error(cubes):
@@ -346,4 +347,4 @@ def test_works_under_autocast(cubes):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         figures = probe.evaluate(encoder)
         assert figures == probe.evaluate(encoder)
-    assert figures["probe/dice"] == pytest.approx(exact["probe/dice"], abs=0.1)
+    assert figures.dice == pytest.approx(exact.dice, abs=0.1)

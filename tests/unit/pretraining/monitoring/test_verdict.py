@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from nnunet_mim.pretraining.monitoring import verdict as v
-from nnunet_mim.pretraining.monitoring.verdict import verdict
+from nnunet_mim.pretraining.monitoring.figures import measurements_of
 
 ENDS = {"level1": 0.4, "level2": 0.6, "level3": 0.7}
+
+
+def verdict(rows, **options):
+    return v.verdict(measurements_of(rows), **options)
 
 
 def history(curve, n=30, noise=0.0, seed=0, infill=0.9, **columns):

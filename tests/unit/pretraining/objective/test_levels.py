@@ -11,7 +11,7 @@ from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
 from nnunet_mim.pretraining.objective.levels import (
-    add_figures,
+    add_pass,
     level_losses,
     levels_that_count,
     place_features,
@@ -64,7 +64,7 @@ def make_views(config, crops=None, seed=1):
 
 
 def twin_terms(reference, model, views, config):
-    """[(name, reconstruction, alignment or None, top-1)] of all levels, from dense encoding and loops."""
+    """[(number, reconstruction, alignment or None, top-1, targets)] of all levels, from dense encoding and loops."""
     losses, geometry = reference.losses, reference.geometry
     terms, parents = [], None
     for number, view in enumerate(views):
@@ -102,7 +102,7 @@ def twin_terms(reference, model, views, config):
                 alignment = losses.cosine_alignment(child, parents, own, weights)
         level = number + 4 - len(views)  # outer levels are the skipped ones
         terms.append(
-            (f"level{level}", losses.reconstruction(predictions, tokens, is_target), alignment, top1, is_target)
+            (level, losses.reconstruction(predictions, tokens, is_target), alignment, top1, is_target)
         )
         parents = losses.place_features(features.detach(), view.level.tokens_of_region.tolist())
     return terms
@@ -118,6 +118,11 @@ def gradients(model):
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
+def values_of(figures):
+    """Attribute → value of the figures that there are."""
+    return {name: value for name, value in vars(figures).items() if torch.is_tensor(value)}
+
+
 def assert_close(found, wanted, relative=1e-4):
     largest = max(float(g.abs().max()) for g in wanted.values())
     for name in wanted:
@@ -131,30 +136,31 @@ def test_losses_and_gradients_match_the_twin(reference, name):
     model, views = make_model(config), make_views(config)
     terms = twin_terms(reference, model, views, config)
     total = 0.0
-    for label, reconstruction, alignment, _, _ in terms:
-        total = total + config.level_weights[int(label[-1]) - 1] * reconstruction
+    for number, reconstruction, alignment, _, _ in terms:
+        total = total + config.level_weights[number - 1] * reconstruction
         if alignment is not None:
             total = total + config.alignment_weight * alignment
     total.backward()
     wanted = gradients(model)
 
     model.zero_grad()
-    for (label, reconstruction, alignment, top1, is_target), (loss, figures, output) in zip(
+    for (number, reconstruction, alignment, top1, is_target), (loss, figures, output) in zip(
         terms, level_losses(model, views, THRESHOLD, config), strict=True
     ):
-        assert figures[f"{label}/reconstruction"].item() == pytest.approx(reconstruction.item(), rel=1e-9)
-        weighted = config.level_weights[int(label[-1]) - 1] * reconstruction.item()
-        assert (f"{label}/alignment" in figures) == (alignment is not None)
+        assert figures.number == number
+        assert figures.reconstruction.item() == pytest.approx(reconstruction.item(), rel=1e-9)
+        weighted = config.level_weights[number - 1] * reconstruction.item()
+        assert (figures.alignment is not None) == (alignment is not None)
         if alignment is not None:
-            assert figures[f"{label}/alignment"].item() == pytest.approx(alignment.item(), rel=1e-9)
+            assert figures.alignment.item() == pytest.approx(alignment.item(), rel=1e-9)
             weighted += config.alignment_weight * alignment.item()
         if top1 is not None:
-            assert figures[f"{label}/alignment_top1"].item() == pytest.approx(top1)
+            assert figures.alignment_top1.item() == pytest.approx(top1)
         assert loss.item() == pytest.approx(weighted, rel=1e-9)
-        assert figures[f"{label}/loss"].item() == pytest.approx(weighted, rel=1e-9)
+        assert figures.loss.item() == pytest.approx(weighted, rel=1e-9)
         assert isinstance(output, LevelOutput)
         flattened = [counts for view in is_target for counts in view]
-        shares = figures[f"{label}/padded_share"] + figures[f"{label}/flat_share"]
+        shares = figures.padded_share + figures.flat_share
         assert shares.item() == pytest.approx(1 - sum(flattened) / len(flattened), abs=1e-6)
         loss.backward()  # level by level: a gradient into the parent's pass would need its freed graph
     assert_close(gradients(model), wanted)
@@ -163,11 +169,10 @@ def test_losses_and_gradients_match_the_twin(reference, name):
 def test_the_case_has_padding_air_and_views_outside():
     """What the twin is compared on really occurs."""
     views = make_views(PUBLISHED)
-    figures = {}
-    for _, part, _ in level_losses(make_model(PUBLISHED), views, THRESHOLD, PUBLISHED):
-        figures.update(part)
-    assert all(figures[f"level{n}/padded_share"] > 0 for n in (1, 2, 3))
-    assert any(figures[f"level{n}/flat_share"] > 0 for n in (1, 2, 3))
+    figures = [part for _, part, _ in level_losses(make_model(PUBLISHED), views, THRESHOLD, PUBLISHED)]
+    assert [level.number for level in figures] == [1, 2, 3]
+    assert all(level.padded_share > 0 for level in figures)
+    assert any(level.flat_share > 0 for level in figures)
     assert views[1].outside.any()
     assert not views[1].outside.all()
 
@@ -180,19 +185,21 @@ def test_passes_of_a_few_views_add_up_to_the_whole_level(name, views_per_pass):
 
     def run(views_per_pass):
         model.zero_grad()
-        figures, sizes = {}, []
+        figures, sizes = [], []
         for loss, part, output in level_losses(model, views, THRESHOLD, config, views_per_pass):
             loss.backward()  # pass by pass: nothing of one pass is needed by the next
-            add_figures(figures, part)
+            add_pass(figures, part)
             sizes.append(len(output.prediction))
         return figures, gradients(model), sizes
 
     (whole, whole_gradients, _), (found, found_gradients, sizes) = run(None), run(views_per_pass)
     assert max(sizes) <= views_per_pass
     assert sum(sizes) == sum(len(view.images) for view in views)
-    assert found.keys() == whole.keys()
-    for key, value in whole.items():
-        assert found[key].tolist() == pytest.approx(value.tolist(), rel=1e-9, abs=1e-7), key
+    assert len(found) == len(whole) == len(views)
+    for level, wanted in zip(found, whole, strict=True):
+        assert values_of(level).keys() == values_of(wanted).keys()
+        for key, value in values_of(wanted).items():
+            assert values_of(level)[key].tolist() == pytest.approx(value.tolist(), rel=1e-9, abs=1e-7), key
     assert_close(found_gradients, whole_gradients, 1e-9)
 
 
@@ -249,7 +256,7 @@ def test_what_lies_under_the_padding_cannot_change_the_loss(name, garbage):
         figures = {}
         for loss, part, _ in level_losses(model, make_views(config, crops), THRESHOLD, config):
             loss.backward()
-            figures.update(part)
+            figures.update({(part.number, name): value for name, value in values_of(part).items()})
         return figures, gradients(model)
 
     (first, first_gradients), (second, second_gradients) = run(crops), run(changed)
@@ -272,7 +279,7 @@ def test_a_perfect_prediction_has_no_reconstruction_loss(reference):
 
     for loss, figures, _ in level_losses(Oracle(), make_views(config), THRESHOLD, config):
         assert loss < 1e-10
-        assert all(value < 1e-10 for key, value in figures.items() if key.endswith("reconstruction"))
+        assert figures.reconstruction < 1e-10
 
 
 def test_level_weights_scale_their_own_level_only():
@@ -283,10 +290,10 @@ def test_level_weights_scale_their_own_level_only():
         return [(loss.item(), figures) for loss, figures, _ in level_losses(model, views, THRESHOLD, config)]
 
     for number, (loss, figures) in enumerate(run((1.0, 2.0, 3.0), 0.0)):
-        name = f"level{number + 1}"
-        assert loss == pytest.approx((number + 1) * figures[f"{name}/reconstruction"].item(), rel=1e-6)
+        assert figures.number == number + 1
+        assert loss == pytest.approx((number + 1) * figures.reconstruction.item(), rel=1e-6)
     for number, (loss, figures) in enumerate(run((0.0, 0.0, 0.0), 0.1)):
-        wanted = 0.1 * figures[f"level{number + 1}/alignment"].item() if number else 0.0
+        wanted = 0.1 * figures.alignment.item() if number else 0.0
         assert loss == pytest.approx(wanted, rel=1e-6)
 
 
@@ -310,22 +317,21 @@ def test_levels_that_are_left_out_would_have_changed_no_gradient(base, changes, 
 
     def run(n_computed):
         model = make_model(config)
-        names = []
+        numbers = []
         for loss, figures, _ in level_losses(model, views, THRESHOLD, config, n_computed=n_computed):
             loss.backward()
-            names += [name for name in figures if name.endswith("/reconstruction")]
-        return names, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            numbers.append(figures.number)
+        return numbers, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    (names, found), (_, wanted) = run(counted), run(None)
-    assert names == [f"level{number + 1 + 3 - len(views)}/reconstruction" for number in range(counted)]
+    (numbers, found), (_, wanted) = run(counted), run(None)
+    assert numbers == [position + 4 - len(views) for position in range(counted)]
     for name, gradient in wanted.items():
         assert torch.equal(found.get(name, torch.zeros_like(gradient)), gradient), name
 
 
-def test_skipped_levels_keep_their_names():
+def test_skipped_levels_keep_their_numbers():
     model, views = make_model(SKIPPED), make_views(SKIPPED)
-    names = {key.split("/")[0] for _, figures, _ in level_losses(model, views, THRESHOLD, SKIPPED) for key in figures}
-    assert names == {"level2", "level3", "nonfinite"}
+    assert [figures.number for _, figures, _ in level_losses(model, views, THRESHOLD, SKIPPED)] == [2, 3]
 
 
 @pytest.mark.parametrize("name", ["published", "native"])

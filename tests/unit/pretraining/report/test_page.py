@@ -13,7 +13,7 @@ from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.nnunet.orientation import Orientation
 from nnunet_mim.nnunet.source import find_source
-from nnunet_mim.pretraining import setup as runs
+from nnunet_mim.pretraining.data import run_data as runs
 from nnunet_mim.pretraining.data.crops import case_records, read_crop
 from nnunet_mim.pretraining.report import page as run_report
 from nnunet_mim.pretraining.report.page import case_orientation, reconstruct_case, shown_cases, write_run_report

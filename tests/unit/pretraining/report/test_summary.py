@@ -111,7 +111,7 @@ def test_settings_mark_what_is_not_the_default() -> None:
     assert {table[i][0] for i in marked} == {"preset", "batch_size", "seed"}  # the learning rate is the preset's own
     batch = next(r for r in table if r[0] == "batch_size")
     assert batch[1:3] == ["4", "2"]
-    assert batch[3].startswith("crops an optimiser step")
+    assert batch[3].startswith("crops per optimiser step")
     assert next(r for r in table if r[0] == "view_size")[1:3] == ["64, 64, 64", "by data"]
     assert next(r for r in table if r[0] == "network.strides")[1] == "(2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)"
     assert {len(r) for r in table} == {4}
@@ -128,6 +128,7 @@ def test_commands() -> None:
 def test_verdict_knows_the_warmup(n, kind) -> None:
     facts = make_facts([row(250 * i, 1 - i / 20) for i in range(n)], iterations=5000)
     assert facts.verdict().kind == kind
-    assert make_facts(facts.history, iterations=100_000).verdict().kind == "too early to say"
-    untrained = make_facts(facts.history, level_weights=(0.0, 1.0, 1.0), iterations=5000).verdict().sentence
+    history = facts.provenance["loss_history"]
+    assert make_facts(history, iterations=100_000).verdict().kind == "too early to say"
+    untrained = make_facts(history, level_weights=(0.0, 1.0, 1.0), iterations=5000).verdict().sentence
     assert "level 1" not in untrained

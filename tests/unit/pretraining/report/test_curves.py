@@ -7,13 +7,13 @@ import time
 import numpy as np
 import pytest
 
-from nnunet_mim.reporting.curves import (
-    MOST_POINTS,
+from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
+from nnunet_mim.pretraining.report.curves import (
+    MAX_POINTS,
     columns_of,
     panels_of,
     progress_figure,
     read_columns,
-    read_rows,
     write_progress,
 )
 
@@ -23,6 +23,8 @@ OLD = ("val/level1/reconstruction", "val/level2/reconstruction", "val/loss", "ba
        "baseline/level1/infill", "val/level2/alignment_top1")  # fmt: skip
 NEW = (*OLD, "val/level2/alignment_chance", "val/features/rank", "val/features/std", "val/probe/dice",
        "val/probe/dice_1", "val/probe/dice_10", "val/probe/dice_2")  # fmt: skip
+
+training, measured = TrainingFigures.from_row, Measurement.from_row
 
 
 def write_csv(path, names, n, step=10):
@@ -36,7 +38,7 @@ def write_csv(path, names, n, step=10):
 def test_a_run_with_everything(tmp_path) -> None:
     write_csv(tmp_path / "train.csv", TRAIN, 100)
     write_csv(tmp_path / "val.csv", NEW, 5, 250)
-    panels = panels_of(read_columns(tmp_path / "train.csv"), read_columns(tmp_path / "val.csv"))
+    panels = panels_of(training(read_columns(tmp_path / "train.csv")), measured(read_columns(tmp_path / "val.csv")))
     assert [panel.title.split(":")[0] for panel in panels] == [
         "level 1", "level 2", "alignment", "encoder features (rank 1, spread 0", "label probe", "optimisation", "speed",
     ]  # fmt: skip
@@ -54,7 +56,7 @@ def test_a_run_with_everything(tmp_path) -> None:
 
 def test_an_older_run_and_one_that_has_just_begun(tmp_path) -> None:
     write_csv(tmp_path / "val.csv", OLD, 1)
-    panels = panels_of({}, read_columns(tmp_path / "val.csv"))
+    panels = panels_of(training({}), measured(read_columns(tmp_path / "val.csv")))
     assert [panel.title for panel in panels] == [
         "level 1: reconstruction loss", "level 2: reconstruction loss", "alignment: right place found",
     ]  # fmt: skip
@@ -86,8 +88,7 @@ def test_gaps_and_a_last_row_that_is_cut_short(tmp_path) -> None:
     columns = read_columns(tmp_path / "val.csv")
     np.testing.assert_array_equal(columns["val/loss"], [3, 2, 1.5])
     np.testing.assert_array_equal(columns["val/probe/dice"], [0.1, np.nan, np.nan])
-    rows = read_rows(tmp_path / "val.csv")
-    assert rows[1] == {"iteration": 250, "val/loss": 2}
+    rows = [{"iteration": 0, "val/loss": 3, "val/probe/dice": 0.1}, {"val/loss": 2}, {"val/loss": 1.5}]
     np.testing.assert_array_equal(columns_of(rows)["val/probe/dice"], columns["val/probe/dice"])
 
 
@@ -97,8 +98,8 @@ def test_a_long_run_is_thinned_and_quick(tmp_path) -> None:
     columns = read_columns(tmp_path / "train.csv")
     assert len(columns["lr"]) <= 3000
     assert columns["iteration"][-1] == 249_990
-    line = panels_of(columns, {})[0].lines[0]
-    assert len(line.x) <= MOST_POINTS
+    line = panels_of(training(columns), measured({}))[0].lines[0]
+    assert len(line.x) <= MAX_POINTS
     write_progress(tmp_path)  # the first figure of a process loads fonts
     began = time.process_time()
     write_progress(tmp_path)
@@ -108,4 +109,4 @@ def test_a_long_run_is_thinned_and_quick(tmp_path) -> None:
 @pytest.mark.parametrize("norm", [0.0, np.nan])
 def test_gradient_norms_that_have_no_logarithm(norm) -> None:
     train = {"iteration": np.arange(3.0), "lr": np.ones(3), "train/grad_norm": np.array([1.0, norm, 2.0])}
-    assert progress_figure(panels_of(train, {})).axes
+    assert progress_figure(panels_of(training(train), measured({}))).axes

@@ -12,8 +12,6 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import Grid
 from nnunet_mim.pretraining.report.pictures import LevelPicture
 
-PARTS = ("input", "masked", "reconstruction", "mask")
-
 
 def write_views(
     pictures: Sequence[LevelPicture], grid: Grid, transpose_forward: Sequence[int], lowest: float, stem: Path
@@ -24,24 +22,28 @@ def write_views(
         pictures: of one case.
         grid: of the preprocessed volume that they were cut from.
         transpose_forward: order of its axes.
-        lowest: intensity given to masked voxels in …_masked, that of air.
+        lowest: intensity of masked voxels in …_masked, that of air.
         stem: folder and first part of the names.
 
     Returns:
-        the files.
+        The written files.
 
     Raises:
         MiMError: a file cannot be written.
     """
     files = []
     for picture in pictures:
-        own = grid.part(picture.start, picture.step)
-        masked = np.where(picture.mask, np.float32(lowest), picture.input)
-        for part, values in zip(PARTS, (picture.input, masked, picture.reconstruction, picture.mask), strict=True):
+        parts: dict[str, np.ndarray] = {
+            "input": picture.input.astype(np.float32),
+            "masked": np.where(picture.mask, np.float32(lowest), picture.input).astype(np.float32),
+            "reconstruction": picture.reconstruction.astype(np.float32),
+            "mask": picture.mask.astype(np.uint8),
+        }
+        for part, values in parts.items():
             path = stem.with_name(f"{stem.name}_{picture.name}_{part}.nii.gz")
-            kind = np.uint8 if part == "mask" else np.float32
+            image = as_image(values, grid.part(picture.start, picture.step), transpose_forward)
             try:
-                sitk.WriteImage(as_image(values.astype(kind), own, transpose_forward), str(path), True)
+                sitk.WriteImage(image, str(path), True)
             except RuntimeError as error:
                 raise MiMError(
                     f"cannot write {path}: free some disk space, or choose another folder with -o"
@@ -51,7 +53,7 @@ def write_views(
 
 
 def as_image(values: np.ndarray, grid: Grid, transpose_forward: Sequence[int]) -> sitk.Image:
-    """An array in the order of preprocessed cases as an image in the order of the original."""
+    """Turn an array in the axis order of preprocessed cases into an image in the axis order of the original."""
     backward = [int(axis) for axis in np.argsort(transpose_forward)]
     grid = grid.reordered(backward)  # z, y, x
     image = sitk.GetImageFromArray(np.ascontiguousarray(values.transpose(backward)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,19 +10,22 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from nnunet_mim.pretraining.monitoring.figures import LEVELS, Measurement, TrainingFigures
 from nnunet_mim.reporting.page import figure_png, write_atomically
 
 PROGRESS = "progress.png"
-MOST_ROWS = 3000
+MAX_ROWS = 3000
 """of a CSV file that are read for a picture, evenly spread: it has no more pixels"""
-MOST_POINTS = 300
+MAX_POINTS = 300
 """of a curve; each is the mean of several rows"""
 TRAIN, HELD_OUT, GREY = "#a9c4d8", "#0072b2", "#555555"
-LEVEL_COLOURS = {"level1": "#009e73", "level2": "#0072b2", "level3": "#d55e00"}
+LEVEL_COLOURS = {1: "#009e73", 2: "#0072b2", 3: "#d55e00"}
 LABEL_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")
 
 Columns = Mapping[str, np.ndarray]
-"""name → one value a row, NaN where there is none"""
+"""name → one value per row, NaN where there is none"""
+Values = np.ndarray | None
+"""of a column"""
 
 
 @dataclass(frozen=True)
@@ -59,39 +61,33 @@ def write_progress(folder: Path) -> None:
         folder: of the run. Where it holds nothing to draw yet, nothing is written.
     """
     try:
-        panels = panels_of(read_columns(folder / "train.csv"), read_columns(folder / "val.csv"))
+        train, val = (read_columns(folder / name) for name in ("train.csv", "val.csv"))
+        panels = panels_of(TrainingFigures.from_row(train), Measurement.from_row(val))
         if panels:
             write_atomically(folder / PROGRESS, figure_png(progress_figure(panels), dpi=80))
     except Exception as error:  # also a full disk
         print(f"note: {folder / PROGRESS} could not be drawn ({type(error).__name__}: {error})", flush=True)
 
 
-def read_columns(path: Path, most_rows: int = MOST_ROWS) -> Columns:
+def read_columns(path: Path, max_rows: int = MAX_ROWS) -> Columns:
     """Columns of a CSV file of numbers; empty for a file that is missing or has no rows.
 
     Args:
         path: of train.csv or val.csv.
-        most_rows: where there are more, an even selection that holds the last one.
+        max_rows: where there are more, an even selection that holds the last one.
     """
     if not path.is_file():
         return {}
     head, *lines = path.read_text().splitlines() or [""]
     names = head.split(",")
-    step = max(1, -(-len(lines) // most_rows))
+    step = max(1, -(-len(lines) // max_rows))
     rows = [line.split(",") for line in lines[(len(lines) - 1) % step :: step]]
     values = [[_number(cell) for cell in row] for row in rows if len(row) == len(names)]  # not a line that is cut short
     return dict(zip(names, np.array(values, dtype=float).T, strict=True)) if values else {}
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """Rows of a CSV file of numbers, without the cells that hold none."""
-    columns = read_columns(path, most_rows=1_000_000)
-    rows = zip(*columns.values(), strict=True)
-    return [{n: float(v) for n, v in zip(columns, row, strict=True) if not np.isnan(v)} for row in rows]
-
-
 def columns_of(rows: Sequence[Mapping[str, float]]) -> Columns:
-    """Columns of a loss history."""
+    """Columns of a checkpoint's `loss_history`."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
 
@@ -103,71 +99,65 @@ def _number(cell: str) -> float:
         return np.nan
 
 
-def panels_of(train: Columns, val: Columns) -> list[Panel]:
-    """What there is to draw; a panel without data is left out.
-
-    Args:
-        train: columns of train.csv, or empty.
-        val: columns of val.csv, or empty.
-    """
-    panels = [_reconstruction(level, train, val) for level in LEVEL_COLOURS]
+def panels_of(train: TrainingFigures[np.ndarray], val: Measurement[np.ndarray]) -> list[Panel]:
+    """What there is to draw, from the columns of train.csv and val.csv; a panel without data is left out."""
+    panels = [_reconstruction(number, train, val) for number in LEVELS]
     panels += [_alignment(val), _features(val), _probe(val), _optimisation(train), _speed(train)]
     return [panel for panel in panels if panel.lines or panel.right]
 
 
-def _reconstruction(level: str, train: Columns, val: Columns) -> Panel:
+def _reconstruction(number: int, train: TrainingFigures[np.ndarray], val: Measurement[np.ndarray]) -> Panel:
+    level = val.level(number)
     lines = [
-        *_line(train, f"train/{level}/reconstruction", "training", TRAIN),
-        *_line(val, f"val/{level}/reconstruction", "held out", HELD_OUT, width=2.0),
-        *_line(val, f"baseline/{level}/token_mean", "guess: the token's mean", GREY, "--", 1.2),
-        *_line(val, f"baseline/{level}/infill", "guess: copy the nearest voxels", GREY, ":", 1.4),
+        *_line(train.iteration, train.level(number).reconstruction, "training", TRAIN),
+        *_line(val.iteration, level.reconstruction, "held out", HELD_OUT, width=2.0),
+        *_line(val.iteration, level.guesses.token_mean, "guess: the token's mean", GREY, "--", 1.2),
+        *_line(val.iteration, level.guesses.infill, "guess: copy the nearest voxels", GREY, ":", 1.4),
     ]
-    return Panel(f"{level.replace('level', 'level ')}: reconstruction loss", lines)
+    return Panel(f"{level.title}: reconstruction loss", lines)
 
 
-def _alignment(val: Columns) -> Panel:
+def _alignment(val: Measurement[np.ndarray]) -> Panel:
     lines = []
-    for level, colour in LEVEL_COLOURS.items():
-        name = level.replace("level", "level ")
-        lines += _line(val, f"val/{level}/alignment_top1", f"{name}, held out", colour)
-        lines += _line(val, f"val/{level}/alignment_chance", f"{name}, chance", colour, "--", 1.2)
+    for level in val.levels:
+        colour = LEVEL_COLOURS[level.number]
+        lines += _line(val.iteration, level.alignment_top1, f"{level.title}, held out", colour)
+        lines += _line(val.iteration, level.alignment_chance, f"{level.title}, chance", colour, "--", 1.2)
     return Panel("alignment: right place found", lines, from_zero=True)
 
 
-def _features(val: Columns) -> Panel:
-    rank = _line(val, "val/features/rank", "effective rank (left)", HELD_OUT)
-    spread = _line(val, "val/features/std", "spread (right)", "#d55e00")
+def _features(val: Measurement[np.ndarray]) -> Panel:
+    rank = _line(val.iteration, val.feature_rank, "effective rank (left)", HELD_OUT)
+    spread = _line(val.iteration, val.feature_std, "spread (right)", "#d55e00")
     return Panel("encoder features (rank 1, spread 0: collapsed)", rank, spread, from_zero=True)
 
 
-def _probe(val: Columns) -> Panel:
-    labels = sorted((n for n in val if re.fullmatch(r"val/probe/dice_.+", n)), key=lambda n: (len(n), n))
-    lines = _line(val, "val/probe/dice", "mean", "#1d2329", width=2.2)
-    for number, name in enumerate(labels):
-        colour = LABEL_COLOURS[number % len(LABEL_COLOURS)]
-        lines += _line(val, name, f"label {name.rsplit('dice_', 1)[1]}", colour, width=1.1)
+def _probe(val: Measurement[np.ndarray]) -> Panel:
+    lines = _line(val.iteration, val.probe.dice, "mean", "#1d2329", width=2.2)
+    for position, (label, dice) in enumerate(sorted(val.probe.labels.items())):
+        lines += _line(val.iteration, dice, f"label {label}", LABEL_COLOURS[position % len(LABEL_COLOURS)], width=1.1)
     return Panel("label probe: Dice on held-out cases", lines, from_zero=True)
 
 
-def _optimisation(train: Columns) -> Panel:
-    rate = _line(train, "lr", "learning rate (left)", HELD_OUT)
-    norm = _line(train, "train/grad_norm", "gradient norm before clipping (right)", "#e0a458", width=1.1)
+def _optimisation(train: TrainingFigures[np.ndarray]) -> Panel:
+    rate = _line(train.iteration, train.learning_rate, "learning rate (left)", HELD_OUT)
+    norm = _line(train.iteration, train.grad_norm, "gradient norm before clipping (right)", "#e0a458", width=1.1)
     return Panel("optimisation", rate, norm, logarithmic=True, from_zero=True)
 
 
-def _speed(train: Columns) -> Panel:
-    return Panel("speed: crops per second", _line(train, "crops_per_s", "crops/s", GREY, width=1.1), from_zero=True)
+def _speed(train: TrainingFigures[np.ndarray]) -> Panel:
+    speed = _line(train.iteration, train.crops_per_s, "crops/s", GREY, width=1.1)
+    return Panel("speed: crops per second", speed, from_zero=True)
 
 
-def _line(columns: Columns, column: str, name: str, colour: str, style: str = "-", width: float = 1.6) -> list[Line]:
+def _line(
+    iterations: np.ndarray, values: Values, name: str, colour: str, style: str = "-", width: float = 1.6
+) -> list[Line]:
     """A column as a curve, or nothing where it has no values."""
-    if column not in columns:
+    if values is None or not np.isfinite(values).any():
         return []
-    known = np.isfinite(columns[column])
-    x, y = columns["iteration"][known], columns[column][known]
-    if not len(x):
-        return []
-    size = -(-len(x) // MOST_POINTS)
+    x, y = iterations[np.isfinite(values)], values[np.isfinite(values)]
+    size = -(-len(x) // MAX_POINTS)
     x, y = (np.array([part.mean() for part in np.array_split(v, -(-len(v) // size))]) for v in (x, y))
     return [Line(name, x, y, colour, style, width)]
 
