@@ -9,7 +9,7 @@ memory is that above the process's own before the pass, each path in a process o
 
     python benchmarks/step_time.py --full-crop --preset base --view 96 --repeats 3 --json
 
-All levels of one crop as mim_pretrain runs them, the FLOPs counted by hand (networks/flops.py; those that the visible
+All levels of one crop as mim_pretrain runs them, the FLOPs counted by hand (flops.py; those that the visible
 tokens need), and their rate beside that of a large matrix product on the same machine. `--dense` times the dense
 computation only, for both. `--profile` shows what each path of one level spends its time on.
 """
@@ -27,11 +27,11 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
+from flops import crop_flops, dense_view_flops, view_flops
 from process_memory import status_kb
 
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
-from nnunet_mim.networks.flops import crop_flops, dense_view_flops, view_flops
 from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
 from nnunet_mim.networks.token_layout import tokens_from_grid
 from nnunet_mim.pretraining.objective.levels import level_losses

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 class MiMError(RuntimeError):
-    """Bad input or bad environment. The message is one line: it names the file or option, and the remedy."""
+    """Bad input or a bad environment. The message is one line that names the file or option, and a remedy."""
 
 
 class ExitingMiMError(MiMError, SystemExit):
-    """A MiMError that ends somebody else's command (nnUNetv2_train) with its one line instead of a traceback."""
+    """A MiMError that ends another project's command (nnUNetv2_train) with one line instead of a traceback."""
 
     def __init__(self, message: str) -> None:
         RuntimeError.__init__(self, message)
@@ -22,7 +22,7 @@ class ExitingMiMError(MiMError, SystemExit):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a MiMError inside into a ExitingMiMError."""
+    """Turn a MiMError raised inside into an ExitingMiMError."""
     try:
         yield
     except MiMError as error:
@@ -30,7 +30,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def exit_code(run: Callable[[], None]) -> int:
-    """Run a command: 0, or 2 after printing a MiMError in one line."""
+    """Run a command; its exit code is 0, or 2 after a MiMError, which is printed in one line."""
     try:
         run()
     except MiMError as error:

@@ -1,14 +1,14 @@
-"""Voxel, token and region arithmetic. Nothing else in the package knows these numbers.
+"""Arithmetic of voxels, tokens and regions, which no other module does.
 
-A view of level l shows the box `fov` of a crop, resized to `view_size` voxels. It is read as a grid of tokens of
-`token_size` voxels, numbered in raster (C) order. The views of level l+1 tile that box; such a tile is a region, made
-of `tokens_per_region` tokens per axis (or exactly one). Regions are numbered in raster order too.
-All sizes are voxels (or tokens, or regions) per axis, in array order.
+A view of level l shows the box `fov` of a crop, resized to `view_size` voxels. It is a grid of tokens of `token_size`
+voxels, numbered in raster (C) order. The views of level l+1 tile the box. Such a tile is a region of one or several
+tokens; regions are numbered in raster order too. All sizes are per axis, in array order.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,16 +26,16 @@ def ladder_levels(
     mask_ratios: tuple[float, ...] = (0.5, 0.6, 0.5),
     n_children: tuple[int, ...] = (4, 4),
 ) -> tuple[LevelConfig, ...]:
-    """The levels of a ladder, outermost first.
+    """The levels of a ladder, outermost first; three or fewer.
+
+    A level is skipped if it would have a single region, because the next level would show the same box.
 
     Args:
         ladder: `published` (fields of view scale*V, V, p) or `native` (scale²*V, scale*V, V).
         view_size, token_size: V and p.
-        scale: factor between levels per axis, 2, or 1 where the data is too thin.
-        mask_ratios, n_children: per level and per edge.
-
-    Returns:
-        Three levels, or fewer: a level with a single region (the next level would show the same box) is skipped.
+        scale: factor between levels per axis: 2, or 1 where the data is too thin.
+        mask_ratios: per level.
+        n_children: per edge, that is, pair of adjacent levels.
     """
     if ladder == "published":
         fovs = [_mul(scale, view_size), view_size, token_size]
@@ -49,19 +49,19 @@ def ladder_levels(
 
 @dataclass(frozen=True)
 class Level:
-    """Geometry of one level of a ladder."""
+    """Geometry of one level of a ladder; fields as in config.LevelConfig and PretrainConfig."""
 
     fov: Size3
     view_size: Size3
     token_size: Size3
     n_regions: Size3
-    """regions per axis; all ones on the last level"""
+    """regions per axis; (1, 1, 1) on the last level"""
     mask_ratio: float
     max_children: int
 
     @property
     def grid(self) -> Size3:
-        """Tokens per axis."""
+        """Number of tokens per axis."""
         return _div(self.view_size, self.token_size, "view size", "token size")
 
     @property
@@ -70,7 +70,7 @@ class Level:
 
     @property
     def n_places(self) -> int:
-        """Regions of one view, the places a child can be cut from."""
+        """Number of regions of a view, the places that a child can be cut from."""
         return math.prod(self.n_regions)
 
     @property
@@ -79,12 +79,12 @@ class Level:
 
     @property
     def masks_regions(self) -> bool:
-        """True where whole regions are masked (they are larger than a token), False where single tokens are."""
+        """True if whole regions are masked, because they are larger than a token; False if single tokens are."""
         return self.max_children > 0 and math.prod(self.tokens_per_region) > 1
 
     @property
     def n_units(self) -> int:
-        """How many maskable units (regions or tokens) a view has."""
+        """Number of units of a view, regions or tokens, each of which is masked or visible as a whole."""
         return self.n_places if self.masks_regions else self.n_tokens
 
     @property
@@ -104,12 +104,12 @@ class Level:
 
     @property
     def down(self) -> Size3:
-        """Area-averaging factor per axis (1 where the view is native or enlarged)."""
+        """Factor of area averaging per axis; 1 for native and enlarged views."""
         return tuple(max(f // v, 1) for f, v in zip(self.fov, self.view_size, strict=True))  # type: ignore[return-value]
 
     @cached_property
     def region_of_token(self) -> np.ndarray:
-        """(n_tokens,) int64: raster number of the region each token lies in."""
+        """(n_tokens,) int64: raster number of the region of each token."""
         index = np.stack(np.meshgrid(*(np.arange(g) for g in self.grid), indexing="ij"), axis=-1)
         region = np.moveaxis(index // np.array(self.tokens_per_region), -1, 0)
         return np.ravel_multi_index(tuple(region), self.n_regions).reshape(-1)
@@ -121,16 +121,16 @@ class Level:
 
     @cached_property
     def region_offsets(self) -> np.ndarray:
-        """(n_places, 3) int64: first voxel of each region, in crop voxels from the first voxel of this level's box."""
+        """(n_places, 3) int64: first voxel of each region, counted in the crop from the level's first voxel."""
         child_fov = np.array(_div(self.fov, self.n_regions, "field of view", "regions"))
         return np.stack(np.unravel_index(np.arange(self.n_places), self.n_regions), axis=-1) * child_fov
 
     @cached_property
     def token_bounds(self) -> tuple[np.ndarray, ...]:
-        """Per axis (g, 2) int64: first and one-past-last crop voxel, from the box's first voxel, that a token is made
-        of.
+        """Voxels of the crop that tokens are made of: per axis (g, 2) int64, first and one past the last.
 
-        For an enlarged view these are the voxels that trilinear interpolation (align_corners=False) reads.
+        They count from the first voxel of the level's box. Tokens of an enlarged view are made of the voxels that
+        trilinear interpolation (align_corners=False) reads.
         """
         bounds = []
         for f, v, p, g in zip(self.fov, self.view_size, self.token_size, self.grid, strict=True):
@@ -145,35 +145,34 @@ class Level:
 
 
 def build_levels(levels: tuple[LevelConfig, ...], view_size: Size3, token_size: Size3) -> tuple[Level, ...]:
-    """Check that a ladder divides and compute its geometry.
+    """Check the levels of a ladder and compute their geometry.
 
     Raises:
-        MiMError: a field of view is not a multiple (or an integer fraction) of the view, does not tile its parent's, or
-            cuts tokens; or a mask leaves no token visible.
+        MiMError: a field of view is no multiple or integer fraction of the view, does not tile its parent's, or cuts
+            tokens; or a mask leaves no token visible.
     """
     built = []
     for i, level in enumerate(levels):
-        last = i == len(levels) - 1
-        n_regions = (
-            (1, 1, 1) if last else _div(level.fov, levels[i + 1].fov, f"level {i + 1} field of view", "the next one")
-        )
+        n_regions, n_children = (1, 1, 1), 0  # of the last level
+        if i < len(levels) - 1:
+            n_regions = _div(level.fov, levels[i + 1].fov, f"level {i + 1} field of view", "the next one")
+            n_children = level.n_children
         for f, v in zip(level.fov, view_size, strict=True):
             if f % v and v % f:
                 raise MiMError(
                     f"level {i + 1}: field of view {level.fov} and view {view_size} must divide on every axis"
                 )
-        one = Level(level.fov, view_size, token_size, n_regions, level.mask_ratio, 0 if last else level.n_children)
-        if one.n_visible_tokens < 1:
+        built.append(Level(level.fov, view_size, token_size, n_regions, level.mask_ratio, n_children))
+        if built[-1].n_visible_tokens < 1:
             raise MiMError(
-                f"level {i + 1}: mask ratio {level.mask_ratio} leaves none of {one.n_tokens} tokens visible: lower it, "
-                f"or use larger views"
+                f"level {i + 1}: mask ratio {level.mask_ratio} leaves none of {built[-1].n_tokens} tokens visible: "
+                "lower it, or use larger views"
             )
-        built.append(one)
     return tuple(built)
 
 
 def levels_of(config: PretrainConfig) -> tuple[Level, ...]:
-    """Geometry of a run."""
+    """Geometry of the levels of a run."""
     token_size = config.network.token_size
     ladder = ladder_levels(
         config.ladder, config.view_size, token_size, config.scale, config.mask_ratios, config.n_children
@@ -181,68 +180,68 @@ def levels_of(config: PretrainConfig) -> tuple[Level, ...]:
     return build_levels(ladder, config.view_size, token_size)
 
 
-FEWEST_WHOLE = 0.2
-"""share of the outermost view's tokens that must lie wholly in the median case: only those are learnt from"""
-LARGEST_VIEW, USUAL_VIEW = 6, 4
-"""tokens per axis of a view: most by default, and what a case of that size gets if it has no room for twice as much"""
+MINIMUM_INSIDE = 0.2
+"""share of the outermost view's tokens that must lie wholly in the median case; only those are learnt from"""
+MAXIMUM_TOKENS, USUAL_TOKENS = 6, 4
+"""tokens per axis of a view that is chosen for the data: maximum, and number for cases with room for one such view"""
 
 
 def suitable_scale(ladder: str, view_size: Size3, median_shape: tuple[float, ...], token_size: Size3) -> Size3:
-    """Per axis 2, or 1 where the data is too thin: a fifth of the outermost view's tokens must lie wholly in the median
-    case, wherever it is placed in that view (in the mean).
+    """Choose the factor between levels per axis: 2, or 1 where the data is too thin.
 
-    As long as they do not, the axes with the smallest share get 1; those that the case fills keep 2.
+    On average over the places of the median case in the outermost view, a fifth of that view's tokens must lie wholly
+    in the case. As long as fewer do, the axes with the smallest share get 1; those that the case fills keep 2.
 
     Args:
-        ladder: as in `ladder_levels`; decides how many times the scale is applied.
-        view_size: V.
+        ladder: as in `ladder_levels`; `native` applies the scale twice.
+        view_size, token_size: voxels per axis.
         median_shape: median voxels per axis of the cases.
-        token_size: p.
     """
 
-    def whole(n: float, v: int, p: int, s: int) -> float:
-        """Share of tokens along an axis that lie in n voxels."""
+    def share_inside(n: float, v: int, p: int, s: int) -> float:
+        """Share of the tokens along an axis that lie in n voxels."""
         return 1.0 if n >= v * s else max(0.0, n - p * s + 1) / (v * s)
 
     steps = 2 if ladder == "native" else 1
     scale = [2, 2, 2]
     while 2 in scale:
         axes = zip(median_shape, view_size, token_size, scale, strict=True)
-        shares = [whole(n, v, p, s**steps) for n, v, p, s in axes]
-        if math.prod(shares) >= FEWEST_WHOLE:
+        shares = [share_inside(n, v, p, s**steps) for n, v, p, s in axes]
+        if math.prod(shares) >= MINIMUM_INSIDE:
             break
-        least = min((share for share, s in zip(shares, scale, strict=True) if s == 2), default=1.0)
-        if least == 1:
+        smallest = min(share for share, s in zip(shares, scale, strict=True) if s == 2)
+        if smallest == 1:
             break
-        scale = [1 if s == 2 and share == least else s for share, s in zip(shares, scale, strict=True)]
+        scale = [1 if s == 2 and share == smallest else s for share, s in zip(shares, scale, strict=True)]
     return tuple(scale)  # type: ignore[return-value]
 
 
 def suitable_view(median_shape: tuple[float, ...], token_size: Size3) -> Size3:
-    """View size for which the median case is about as large as the `published` ladder's outermost box of two views.
+    """Choose a view size such that two views, the `published` ladder's outermost box, are as long as the median case.
 
-    An even number of tokens per axis, at most six. Cases with no room for two views of four tokens, but for one, get
-    four.
+    Views have an even number of tokens per axis, at most six. They have four where the case has room for one such view
+    but not for two.
 
     Args:
         median_shape: median voxels per axis of the cases.
-        token_size: p.
+        token_size: voxels per axis.
     """
     view = []
     for n, p in zip(median_shape, token_size, strict=True):
         tokens = 2 * int(1.2 * n / (4 * p))
-        if tokens < USUAL_VIEW and n >= 0.9 * USUAL_VIEW * p:
-            tokens = USUAL_VIEW
-        view.append(p * min(LARGEST_VIEW, max(2, tokens)))
+        if tokens < USUAL_TOKENS and n >= 0.9 * USUAL_TOKENS * p:
+            tokens = USUAL_TOKENS
+        view.append(p * min(MAXIMUM_TOKENS, max(2, tokens)))
     return tuple(view)  # type: ignore[return-value]
 
 
 def suitable_strides(spacing: tuple[float, ...]) -> tuple[Size3, ...]:
-    """Strides of the four stages that make tokens about as long as wide: an axis waits while its voxels are more than
-    twice as large as the smallest.
+    """Choose strides of the four stages that make tokens about as long as wide.
+
+    An axis is not downsampled while its voxels are more than twice as large as the smallest.
 
     Args:
-        spacing: mm, array order.
+        spacing: mm per axis.
     """
     size, strides = list(spacing), list[Size3]()
     for _ in range(4):
@@ -253,8 +252,13 @@ def suitable_strides(spacing: tuple[float, ...]) -> tuple[Size3, ...]:
     return tuple(strides)
 
 
+def cumulative_strides(strides: Sequence[Sequence[int]]) -> list[Size3]:
+    """Voxels of the image per voxel of each stage's map, per axis."""
+    return [tuple(math.prod(s[axis] for s in strides[: i + 1]) for axis in range(3)) for i in range(len(strides))]  # type: ignore[misc]
+
+
 def views_per_crop(levels: tuple[Level, ...]) -> tuple[int, ...]:
-    """Number of views of each level in one crop, e.g. (1, 4, 16)."""
+    """Number of views of each level in a crop, such as (1, 4, 16)."""
     counts = [1]
     for level in levels[:-1]:
         counts.append(counts[-1] * level.n_children)

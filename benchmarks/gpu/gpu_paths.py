@@ -5,7 +5,7 @@
 A path is `torch` or `triton` (the depthwise convolution) and `eager`, `recorded` (a CUDA graph, the default of
 mim_pretrain on one GPU; the operations are those of `eager`) or `compiled`. Timed is a whole optimiser step of
 mim_pretrain in bf16: views cut and masked on the device, all levels forward and backward, clipping, AdamW. `share` is
-that of the measured bf16 matrix-product rate, with FLOPs counted by hand (networks/flops.py). `waits` says whether the
+that of the measured bf16 matrix-product rate, with FLOPs counted by hand (../flops.py). `waits` says whether the
 host ever waited for the device. With `--device cpu` the script itself can be tried without a GPU.
 """
 
@@ -14,21 +14,25 @@ import copy
 import json
 import os
 import statistics
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
 
 from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
-from nnunet_mim.networks.flops import crop_flops
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.objective.levels import level_losses
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 from nnunet_mim.pretraining.state import build_optimizer
 from nnunet_mim.pretraining.step import WARM_UP, RecordedStep, forward_on, ordinary_step
+
+sys.path.append(str(Path(__file__).parents[1]))
+from flops import crop_flops
 
 PATHS = (("torch", "eager"), ("triton", "eager"), ("triton", "recorded"), ("triton", "compiled"))
 VIEWS_PER_PASS = 32  # mim_pretrain's default on a GPU

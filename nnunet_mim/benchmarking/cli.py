@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_mim.errors import MiMError, exit_code
-from nnunet_mim.system.locks import alone
+from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.machine import usable_cores
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def prepare(options: argparse.Namespace) -> None:
         check_space([], raw)
         for name in names:
             busy = f"another mim_benchmark is at work on {name}: repeat the command when it has ended"
-            locks.enter_context(alone(raw / f".mim_benchmark_{name}.lock", busy))
+            locks.enter_context(exclusive_lock(raw / f".mim_benchmark_{name}.lock", busy))
         todo = [archive for archive in archives if not already_there(archive, raw)]
         splits = {}
         if preprocessed:

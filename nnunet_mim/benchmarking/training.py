@@ -25,7 +25,7 @@ from nnunet_mim.benchmarking.seeded_training import attempts_of
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, LATEST
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
-from nnunet_mim.system.locks import alone
+from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.trainers.finetune_config import PLANS_KEY
 
 KEY, RESULT, COST, FAILED, LOG = "key.json", "result.json", "cost.json", "failed.txt", "log.txt"
@@ -103,7 +103,7 @@ class Training:
         """
         with ExitStack() as lock:
             try:
-                lock.enter_context(alone(self.folder / ".lock", BUSY))
+                lock.enter_context(exclusive_lock(self.folder / ".lock", BUSY))
             except MiMError as error:
                 raise BusyError(str(error)) if str(error) == BUSY else error from None
             return self.finished() or self.train(gpu, stop)

@@ -1,1 +1,1 @@
-"""Networks: the hybrid encoder, the decoder of pretraining, and the segmentation network."""
+"""The networks that are pretrained, and the segmentation network that finetuning trains."""

@@ -1,4 +1,4 @@
-"""The network that a run's settings ask for."""
+"""Builds the network that the settings of a run ask for."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from nnunet_mim.networks.resenc import ResEncMaskInMask
 
 PretrainingNetwork = MaskInMask | ResEncMaskInMask
 FeatureSource = HybridEncoder | ResEncMaskInMask
-"""has `forward_features` and `token_size`"""
+"""A module with `forward_features` and `token_size`, whose features a label probe reads."""
 
 
 def build_network(config: PretrainConfig, alignment: str | None = None) -> PretrainingNetwork:
-    """A network with random weights.
+    """Build the network of pretraining with random weights.
 
     Args:
-        config: of the run.
-        alignment: in place of the config's.
+        config: settings of the run.
+        alignment: replaces the alignment of the settings.
 
     Raises:
-        MiMError: the architecture in the config is not the one that its encoder needs.
+        MiMError: the plans do not describe the network that `config.encoder` needs.
     """
     alignment = config.alignment if alignment is None else alignment
     if config.encoder == "resenc":
-        token_size, channels = config.network.token_size, config.in_channels
-        return ResEncMaskInMask(config.architecture, token_size, channels, alignment=alignment)
+        return ResEncMaskInMask(
+            config.architecture, config.network.token_size, config.in_channels, alignment=alignment
+        )
     return MaskInMask(config.network, config.in_channels, alignment=alignment)

@@ -1,8 +1,8 @@
-"""Blocks of the convolution stages.
+"""Blocks of the convolution stages of MiM's encoder (arXiv 2404.15580).
 
-Activations are kept channels last and cut into T boxes: (N, T, x, y, z, C). Pretraining has one box per visible token,
-finetuning a single box that is the whole patch. Everything but the depthwise convolution works on one voxel (or one
-stride cell) at a time, so both run the same code.
+Activations are channels last and cut into T boxes: (N, T, X, Y, Z, C). In pretraining each visible token is a box; in
+finetuning the whole patch is the only box. Both run the same code, because everything but the depthwise convolution
+works on one voxel (or one cell of a stride) at a time.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from nnunet_mim.networks.depthwise import DepthwiseConv3d, SpatialConv
 
 
 def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Tensor:
-    """Run a block; with `recompute` its activations are not kept but computed again in the backward pass."""
+    """Run a block. With `recompute` its activations are not kept but computed again in the backward pass."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
 
 
 class PointwiseConv(nn.Conv3d):
-    """1x1x1 convolution on channels-last input (..., C_in) → (..., C_out)."""
+    """1x1x1 convolution, channels last: (..., C_in) → (..., C_out)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
@@ -36,23 +36,22 @@ class PointwiseConv(nn.Conv3d):
 
 
 class PatchConv(nn.Conv3d):
-    """Convolution with kernel = stride (no overlap) on boxes: (N, T, x, y, z, C_in) → (N, T, x/sx, y/sy, z/sz,
-    C_out).
-    """
+    """Convolution whose kernel is its stride: (N, T, X, Y, Z, C_in) → (N, T, X/sx, Y/sy, Z/sz, C_out)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: Size3) -> None:
         super().__init__(in_channels, out_channels, stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, t, x0, y0, z0, c = x.shape
+        N, T, X, Y, Z, C = x.shape
         sx, sy, sz = self.stride
-        cells = x.reshape(n, t, x0 // sx, sx, y0 // sy, sy, z0 // sz, sz, c).permute(0, 1, 2, 4, 6, 3, 5, 7, 8)
-        weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)  # (C_out, sx*sy*sz*C_in), as the cells are laid out
-        return F.linear(cells.flatten(5), weight, self.bias)
+        cells = x.reshape(N, T, X // sx, sx, Y // sy, sy, Z // sz, sz, C).permute(0, 1, 2, 4, 6, 3, 5, 7, 8)
+        cells = cells.flatten(5)  # (N, T, X/sx, Y/sy, Z/sz, sx*sy*sz*C_in)
+        weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)  # (C_out, sx*sy*sz*C_in)
+        return F.linear(cells, weight, self.bias)
 
 
 class StageEmbed(nn.Module):
-    """PatchConv → LayerNorm over channels → GELU: the entry of a stage."""
+    """Entry of a stage: PatchConv → LayerNorm over channels → GELU; shapes as in PatchConv."""
 
     def __init__(self, in_channels: int, embed_dim: int, stride: Size3) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class StageEmbed(nn.Module):
 
 
 class PointwiseMLP(nn.Module):
-    """Two 1x1x1 convolutions with a GELU between them, channels last."""
+    """Two 1x1x1 convolutions with a GELU between them: (..., C) → (..., C)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -76,7 +75,7 @@ class PointwiseMLP(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """`x + W2·DW5(W1·LN(x))`, then `x + MLP(LN(x))` (DESIGN of the published architecture, arXiv 2404.15580)."""
+    """Convolution block of MiM's encoder: `x + W2·DW5(W1·LN(x))`, then `x + MLP(LN(x))`; DW5 is depthwise, 5x5x5."""
 
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -89,14 +88,14 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, depthwise: SpatialConv) -> Tensor:
-        """(N, T, x, y, z, C) → same; `depthwise(conv, x)` applies the spatial convolution to the boxes."""
+        """(N, T, X, Y, Z, C) → same shape; `depthwise(conv, x)` applies the depthwise convolution to the boxes."""
         y = depthwise(self.dwconv, self.conv1(self.norm1(x)))
         x = x + self.drop_path(self.conv2(y))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): drops the residual branch of a whole sample, rescaled; training only."""
+    """Stochastic depth (arXiv 1603.09382): in training drop some samples' residual branch, rescale the others'."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -105,5 +104,5 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.probability == 0.0 or not self.training:
             return x
-        keep = x.new_empty(x.shape[0], *([1] * (x.ndim - 1))).bernoulli_(1 - self.probability)
+        keep = x.new_empty(x.shape[0], *([1] * (x.ndim - 1))).bernoulli_(1 - self.probability)  # (N, 1, ..., 1)
         return x * keep / (1 - self.probability)

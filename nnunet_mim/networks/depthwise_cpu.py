@@ -1,10 +1,10 @@
-"""Masked depthwise convolution on a CPU, forward and both gradients as forward convolutions of oneDNN.
+"""Masked depthwise convolution on a CPU: forward and both gradients are forward convolutions of oneDNN.
 
-oneDNN's forward depthwise kernel is fast in channels-last layout; its gradient kernels are 4 to 10 times slower
+oneDNN's forward depthwise kernel is fast with channels last; its gradient kernels are 4 to 10 times slower
 (benchmarks/results/depthwise_cpu.md). The input gradient is the same convolution with the flipped kernel. The weight
-gradient is a convolution too: each box of the output gradient, taken as the kernel, slides over the input around that
-box, and what comes out are its 5x5x5 sums. Boxes are tokens (or parts of them), so masked voxels cost nothing; a few
-boxes at a time go into one call, each with its channels as groups of their own, so that the data stays in the cache.
+gradient is a convolution too: a box of the output gradient is the kernel and slides over the input around that box,
+which gives the 5x5x5 sums of the box. Boxes are tokens or parts of them, so masked voxels cost nothing. One call
+takes a few boxes, each with its channels as groups of their own, so that the data stays in the cache.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from nnunet_mim.config import Size3
 from nnunet_mim.networks.token_layout import grid_from_rows, rows_from_grid, tokens_from_grid, voxel_rows
 
 LARGEST_BOX = 8
-"""voxels per axis of a box of the weight gradient"""
+"""maximum voxels per axis of a box of the weight gradient"""
 BYTES_PER_CALL = 1_200_000
-"""input voxels of the boxes in one call: about the second-level cache of a core"""
+"""bytes of input voxels in one call: about the second-level cache of a core"""
 
 
 class MaskedDepthwise(torch.autograd.Function):
-    """Depthwise convolution of visible tokens; masked voxels count as zero. See `masked_depthwise`."""
+    """The convolution of `masked_depthwise` and its gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, ids_keep: Tensor, grid: Size3) -> Tensor:  # type: ignore[no-untyped-def, override]
@@ -44,30 +44,30 @@ class MaskedDepthwise(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = weight_gradient(x, grad, ids_keep, ctx.grid, weight.shape[-1])
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.flatten(0, 4).sum(dim=0)
+            grad_bias = grad.flatten(0, 4).sum(dim=0)  # (C,)
         return grad_x, grad_weight, grad_bias, None, None
 
 
 def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, ids_keep: Tensor, grid: Size3) -> Tensor:
-    """Masked depthwise convolution with gradients.
+    """Depthwise convolution of visible tokens, in which masked voxels count as zero; differentiable.
 
     Args:
-        x: (N, K, x, y, z, C) float32, voxels of the visible tokens.
+        x: (N, K, X, Y, Z, C) float32, voxels of the visible tokens.
         weight: (C, 1, k, k, k), k odd.
         bias: (C,).
-        ids_keep: (N, K) int64, raster numbers of the visible tokens in `grid`.
+        ids_keep: (N, K) int64, raster numbers of the visible tokens.
         grid: tokens per axis.
 
     Returns:
-        like x.
+        (N, K, X, Y, Z, C).
     """
     return MaskedDepthwise.apply(x, weight, bias, ids_keep, grid)  # type: ignore[no-untyped-call]
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, ids_keep: Tensor, grid: Size3) -> Tensor:
-    token: Size3 = tuple(x.shape[2:5])  # type: ignore[assignment]
-    rows = voxel_rows(ids_keep, grid, token)
-    dense = grid_from_rows(x, rows, grid).permute(0, 4, 1, 2, 3)
+    _, _, X, Y, Z, _ = x.shape
+    rows = voxel_rows(ids_keep, grid, (X, Y, Z))
+    dense = grid_from_rows(x, rows, grid).permute(0, 4, 1, 2, 3)  # (N, C, gx*X, gy*Y, gz*Z)
     dense = F.conv3d(dense, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     return rows_from_grid(dense.permute(0, 2, 3, 4, 1), rows).view(x.shape)
 
@@ -76,32 +76,32 @@ def weight_gradient(x: Tensor, grad: Tensor, ids_keep: Tensor, grid: Size3, kern
     """Gradient of the weight, (C, 1, k, k, k).
 
     Args:
-        x, grad: (N, K, x, y, z, C) contiguous, input of the convolution and the gradient of its result.
+        x, grad: (N, K, X, Y, Z, C) contiguous, input of the convolution and gradient of its result.
         ids_keep, grid: as in `masked_depthwise`.
         kernel: k.
     """
-    channels, rim = x.shape[-1], kernel // 2
-    token: Size3 = tuple(x.shape[2:5])  # type: ignore[assignment]
-    rows = voxel_rows(ids_keep, grid, token, rim)
-    image = grid_from_rows(x, rows, grid, rim)  # zeros where masked, and around
-    _, _, size_y, size_z, _ = image.shape
+    _, _, X, Y, Z, C = x.shape
+    rim = kernel // 2
+    rows = voxel_rows(ids_keep, grid, (X, Y, Z), rim)
+    image = grid_from_rows(x, rows, grid, rim)  # (N, GX, GY, GZ, C), zero where masked and in the rim
+    _, _, GY, GZ, _ = image.shape
 
-    box: Size3 = tuple(_largest_divisor(t) for t in token)  # type: ignore[assignment]
-    around = [b + 2 * rim for b in box]
-    kernels = tokens_from_grid(grad.flatten(0, 1), box).flatten(0, 1)  # (boxes, *box, C)
-    first = rows.view(-1, *token)[:, :: box[0], :: box[1], :: box[2]].flatten() - (size_y * size_z + size_z + 1) * rim
-    i, j, k = (torch.arange(n, device=x.device) for n in around)
-    inside = ((i[:, None, None] * size_y + j[:, None]) * size_z + k).flatten()
+    bx, by, bz = (_largest_divisor(n) for n in (X, Y, Z))
+    boxes = tokens_from_grid(grad.flatten(0, 1), (bx, by, bz)).flatten(0, 1)  # (boxes, bx, by, bz, C)
+    window = [b + 2 * rim for b in (bx, by, bz)]  # voxels of the input that a box of the gradient depends on
+    i, j, k = (torch.arange(n, device=x.device) for n in window)
+    rows_in_window = ((i[:, None, None] * GY + j[:, None]) * GZ + k).flatten()
+    first_rows = rows.view(-1, X, Y, Z)[:, ::bx, ::by, ::bz].flatten() - (GY * GZ + GZ + 1) * rim  # (boxes,)
 
-    total = x.new_zeros(channels, kernel**3)
-    for part in range(0, len(first), n := max(1, BYTES_PER_CALL // (4 * math.prod(around) * channels))):
-        corners = first[part : part + n]
-        groups = len(corners) * channels
-        voxels = rows_from_grid(image, (inside[:, None] + corners).flatten()).view(1, *around, groups)
-        weights = kernels[part : part + n].permute(1, 2, 3, 0, 4).reshape(1, *box, groups)
+    total = x.new_zeros(C, kernel**3)
+    boxes_per_call = max(1, BYTES_PER_CALL // (4 * math.prod(window) * C))
+    for starts, weights in zip(first_rows.split(boxes_per_call), boxes.split(boxes_per_call), strict=True):
+        groups = len(starts) * C
+        voxels = rows_from_grid(image, (rows_in_window[:, None] + starts).flatten()).view(1, *window, groups)
+        weights = weights.permute(1, 2, 3, 0, 4).reshape(1, bx, by, bz, groups)
         sums = F.conv3d(voxels.permute(0, 4, 1, 2, 3), weights.permute(4, 0, 1, 2, 3), groups=groups)
-        total += sums.view(-1, channels, kernel**3).sum(dim=0)
-    return total.view(channels, 1, kernel, kernel, kernel)
+        total += sums.view(-1, C, kernel**3).sum(dim=0)  # sums: (1, boxes*C, k, k, k)
+    return total.view(C, 1, kernel, kernel, kernel)
 
 
 def _largest_divisor(size: int) -> int:

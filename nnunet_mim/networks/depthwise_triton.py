@@ -1,11 +1,13 @@
 """Triton kernels of the masked depthwise convolution: visible tokens in, visible tokens out, no dense grid.
 
-A voxel is a row of C channels; the rows of a token lie together, and tokens that are masked are not there at all. A
-table says for every place of the token grid (and a rim around it) which visible token lies there, or -1. Every kernel
-looks its neighbours up in it. Sums are float32 (float64 for float64 voxels).
+A voxel is a row of C channels, and the rows of a visible token lie together. A table says which visible token lies at
+each place of the token grid and of a rim around it, or -1. The kernels look their neighbours up in it. Sums are float32
+(float64 for float64 voxels). One kernel serves the forward pass and the input gradient, which is the same convolution
+with the flipped kernel.
 
-One kernel serves the forward pass and the input gradient, which is the same convolution with the flipped kernel (masked
-voxels neither send nor receive). Imported only where Triton is installed; `TRITON_INTERPRET=1` runs it on a CPU.
+Names in the kernels: GX, GY, GZ tokens per axis of the grid; TX, TY, TZ voxels per axis of a token; HX, HY, HZ tokens
+per axis of the rim. Only kernels may have more than eight parameters: Triton passes no structures.
+Imported only where Triton is installed; `TRITON_INTERPRET=1` runs the kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -20,44 +22,44 @@ from torch import Tensor
 from nnunet_mim.errors import MiMError
 
 LINES, CHANNELS, WARPS = 32, 32, 4
-"""lines of voxels, channels, and groups of 32 threads of one program; benchmarks/gpu/depthwise_tiles.py tries others"""
+"""lines of voxels, channels and warps of one program; benchmarks/gpu/depthwise_tiles.py tries others"""
 LONGEST_LINE = 8
-"""voxels along z whose sums one thread keeps"""
+"""maximum voxels along z whose sums one thread keeps"""
 SECTOR = 16
-"""half-precision channels of one 32-byte memory sector"""
+"""half-precision channels in a memory sector of 32 bytes"""
 LINES_PER_CHUNK = 1024
-"""lines that one program of the weight gradient sums over"""
+"""lines that a program of the weight gradient sums over"""
 
 
 def slot_table(ids_keep: Tensor, grid: list[int], token: list[int], kernel: int) -> Tensor:
-    """Which visible token lies where.
+    """Make the table of the visible tokens.
 
     Args:
-        ids_keep: (N, K) int64, raster numbers of visible tokens in `grid`.
+        ids_keep: (N, K) int64, raster numbers of the visible tokens.
         grid: tokens per axis.
         token: voxels of a token per axis.
         kernel: voxels per axis of the convolution.
 
     Returns:
-        (N, gx + 2hx, gy + 2hy, gz + 2hz) int32: n * K + k where token k of view n lies, -1 where there is none; h is
-        the rim that the kernel reaches into, in tokens.
+        (N, gx + 2hx, gy + 2hy, gz + 2hz) int32 with h = `rims`: n * K + k where visible token k of view n lies, -1
+        elsewhere.
     """
-    n, k = ids_keep.shape
+    N, K = ids_keep.shape
     rim = rims(token, kernel)
-    table = torch.full((n, math.prod(grid)), -1, dtype=torch.int32, device=ids_keep.device)
-    slots = torch.arange(n * k, dtype=torch.int32, device=ids_keep.device).reshape(n, k)
-    table = table.scatter(1, ids_keep, slots).reshape(n, *grid)
+    table = torch.full((N, math.prod(grid)), -1, dtype=torch.int32, device=ids_keep.device)
+    slots = torch.arange(N * K, dtype=torch.int32, device=ids_keep.device).reshape(N, K)
+    table = table.scatter(1, ids_keep, slots).reshape(N, *grid)
     return torch.nn.functional.pad(table, [r for h in reversed(rim) for r in (h, h)], value=-1)
 
 
 def rims(token: list[int], kernel: int) -> list[int]:
-    """Tokens per axis that the kernel reaches beyond its own."""
+    """Number of tokens per axis that the kernel reaches beyond a token."""
     return [math.ceil((kernel // 2) / t) for t in token]
 
 
 @triton.jit
 def _place(rows, ids, K, GY: tl.constexpr, GZ: tl.constexpr, TX: tl.constexpr, TY: tl.constexpr, TZ: tl.constexpr):
-    """Row numbers → number of the view, and voxel coordinates in its dense grid."""
+    """Row numbers → number of the view, and coordinates of the voxel in its dense grid."""
     slot = rows // (TX * TY * TZ)
     local = rows % (TX * TY * TZ)
     token = tl.load(ids + slot).to(tl.int32)
@@ -72,7 +74,7 @@ def _column(
     view, x, y, GX: tl.constexpr, GY: tl.constexpr, GZ: tl.constexpr, TX: tl.constexpr, TY: tl.constexpr,
     HX: tl.constexpr, HY: tl.constexpr, HZ: tl.constexpr,
 ):  # fmt: skip
-    """Coordinates in the dense grid → where their column begins in the table, and its number inside its token."""
+    """Coordinates in the dense grid → where their column begins in the table, and the column's number in its token."""
     x, y = x + HX * TX, y + HY * TY
     place = ((view * (GX + 2 * HX) + x // TX) * (GY + 2 * HY) + y // TY) * (GZ + 2 * HZ)
     return place, (x % TX) * TY + y % TY
@@ -83,7 +85,7 @@ def _load_voxels(
     x_ptr, table, place, column, z, C, channels, wanted,
     TXYZ: tl.constexpr, TZ: tl.constexpr, HZ: tl.constexpr,
 ):  # fmt: skip
-    """Voxels at height z of columns, zero where masked, outside, or not wanted."""
+    """Load the voxels at height z of columns; zero where masked, outside, or not wanted."""
     z = z + HZ * TZ
     slot = tl.load(table + place + z // TZ)
     row = slot * TXYZ + column * TZ + z % TZ
@@ -94,7 +96,7 @@ def _load_voxels(
 
 @triton.jit
 def _add_at(sums, m: tl.constexpr, value):
-    """Add to one tensor of a tuple."""
+    """Add `value` to tensor m of a tuple."""
     return sums[:m] + (sums[m] + value,) + sums[m + 1 :]
 
 
@@ -105,7 +107,7 @@ def _convolve_kernel(
     HX: tl.constexpr, HY: tl.constexpr, HZ: tl.constexpr, KERNEL: tl.constexpr, HAS_BIAS: tl.constexpr,
     LINE: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """LINE neighbouring voxels along z of LINES places: a voxel is loaded once for all sums that it goes into."""
+    """Convolve LINES lines of LINE voxels along z; a voxel is loaded once for all sums that it goes into."""
     lines = tl.program_id(0) * LINES + tl.arange(0, LINES)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_channels = channels < C
@@ -139,9 +141,9 @@ def _weight_gradient_kernel(
     HX: tl.constexpr, HY: tl.constexpr, HZ: tl.constexpr, KERNEL: tl.constexpr,
     LINE: tl.constexpr, LINES: tl.constexpr, CHANNELS: tl.constexpr, LINES_PER_CHUNK: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Taps (i, j, 0…KERNEL-1), summed over a chunk of lines: partial (chunks, taps, C).
+    """Sum the gradient of taps (i, j, 0…KERNEL-1) over a chunk of lines: partial (chunks, taps, C).
 
-    Programs of neighbouring numbers share a chunk, which then stays in the cache for all (i, j).
+    Programs with neighbouring numbers share a chunk, which therefore stays in the cache for all (i, j).
     """
     chunk, ij = tl.program_id(0) // (KERNEL * KERNEL), tl.program_id(0) % (KERNEL * KERNEL)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -177,15 +179,13 @@ def convolve(
     """Masked depthwise convolution of visible tokens.
 
     Args:
-        x: (N, K, x, y, z, C) contiguous, voxels of visible tokens.
+        x: (N, K, X, Y, Z, C) contiguous, voxels of the visible tokens.
         weight: (C, 1, k, k, k).
         bias: (C,) or None.
-        ids_keep: (N, K) int64.
-        table: from `slot_table`.
-        grid, token: tokens per axis, voxels of a token per axis.
+        ids_keep, table, grid, token: as in `slot_table`, and its result.
 
     Returns:
-        like x.
+        (N, K, X, Y, Z, C).
     """
     kernel, channels = weight.shape[-1], x.shape[-1]
     taps = weight.reshape(channels, -1).t().contiguous()  # (k³, C), so that channels lie together
@@ -207,7 +207,7 @@ def weight_gradient(
     """Gradient of the weight, (C, 1, k, k, k), float32 or float64.
 
     Args:
-        x, grad: (N, K, x, y, z, C) contiguous, input of `convolve` and the gradient of its result.
+        x, grad: (N, K, X, Y, Z, C) contiguous, input of `convolve` and gradient of its result.
         ids_keep, table, grid, token: as in `convolve`.
         kernel: voxels per axis of the convolution.
     """
@@ -227,18 +227,18 @@ def weight_gradient(
 
 
 def _sum_type(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
-    """What sums are kept in: float32, or float64 where the voxels are."""
+    """Type of the sums: float32, or float64 for float64 voxels."""
     return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
 
 
 def _channel_block(channels: int) -> int:
-    """Channels of one program: a power of two that divides them, if there is one of at least a memory sector."""
+    """Number of channels of one program: a power of two that divides them, if one fills at least a memory sector."""
     divisor = channels & -channels
     return min(CHANNELS, divisor if divisor >= SECTOR else triton.next_power_of_2(channels))
 
 
 def _lines(x: Tensor) -> tuple[int, int]:
-    """Voxels of a line, a divisor of the token's, and how many lines there are."""
+    """Number of voxels of a line, a divisor of the token's along z, and number of lines."""
     line = max(n for n in range(1, LONGEST_LINE + 1) if x.shape[4] % n == 0)
     n_voxels = x.numel() // x.shape[-1]
     if n_voxels >= 2**31:  # the kernels count in 32 bits
@@ -250,7 +250,7 @@ def _lines(x: Tensor) -> tuple[int, int]:
 def masked_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor, ids_keep: Tensor, table: Tensor, grid: list[int], token: list[int]
 ) -> Tensor:
-    """`convolve` with gradients, seen by torch.compile as one operation."""
+    """`convolve` with gradients, as one operation for torch.compile."""
     return convolve(x.contiguous(), weight, bias, ids_keep.contiguous(), table, grid, token)
 
 
@@ -258,7 +258,7 @@ def masked_depthwise(
 def masked_depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, ids_keep: Tensor, table: Tensor, grid: list[int], token: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `masked_depthwise`: input, weight, bias."""
+    """Gradients of `masked_depthwise` with respect to x, weight and bias."""
     grad, x, ids_keep = grad.contiguous(), x.contiguous(), ids_keep.contiguous()
     grad_x = convolve(grad, weight.flip(2, 3, 4), None, ids_keep, table, grid, token)
     grad_weight = weight_gradient(x, grad, ids_keep, table, grid, token, weight.shape[-1])

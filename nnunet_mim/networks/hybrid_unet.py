@@ -1,4 +1,4 @@
-"""HybridUNet: the network nnU-Net trains. HybridEncoder run densely, a full-resolution stem, a U-Net decoder."""
+"""HybridUNet: the network that nnU-Net finetunes, with HybridEncoder, a full-resolution stem and a U-Net decoder."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig, Size3
 from nnunet_mim.errors import MiMError
+from nnunet_mim.geometry import cumulative_strides
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.networks.token_layout import pad_at_ends
 
 N_ENCODER_STAGES = 4
 
 
 class HybridUNet(nn.Module):
-    """Segmentation network around the pretrained encoder, built by nnU-Net from a plans file.
+    """Segmentation network around the pretrained encoder of MiM (arXiv 2404.15580).
 
-    Resolution level i has the cumulative stride of `strides[: i + 1]`: level 0 is the stem, levels 1-4 are the
-    encoder's maps, further levels are strided-convolution bottlenecks. Only `encoder.*` is pretrained.
+    Level 0 is the stem at full resolution, levels 1-4 are the encoder's maps, and further levels are bottlenecks of
+    strided convolutions. Only `encoder.*` is pretrained. nnU-Net builds the network from the `arch_kwargs` of a plans
+    file, which is why it takes more than eight arguments.
 
     Args:
         input_channels: image channels.
-        num_classes: output channels (nnU-Net's segmentation heads, background included).
+        num_classes: output channels, background included.
         deep_supervision: initial value of `decoder.deep_supervision`, which decides what `forward` returns.
-        embed_dims, depths, num_heads, mlp_ratio, drop_path: of HybridEncoder.
-        strides: one triple a level; the first is (1, 1, 1), the next four are the encoder's, the rest (often one) the
-            bottleneck's.
+        embed_dims, depths, num_heads, mlp_ratio, drop_path: as in HybridEncoder.
+        strides: one triple per level: (1, 1, 1), the encoder's four, and those of the bottlenecks (often one).
         stem_features: channels at full resolution.
-        decoder_features: channels of levels 1-4 in the decoder; default: `embed_dims`.
+        decoder_features: channels of levels 1-4 in the decoder; None: `embed_dims`.
         n_conv_per_stage_decoder: convolutions after each concatenation.
 
     Raises:
         MiMError: sizes that do not fit together.
     """
 
-    # Read by nnU-Net's fine-tuning code. What it calls stem is the pretrained input layer, inside the encoder; our own
-    # `stem` is never pretrained.
+    # nnU-Net's finetuning code reads these. Its "stem" is the pretrained input layer, which lies in the encoder.
     key_to_encoder = "encoder"
     key_to_stem = "encoder.stages.0.embed"
     keys_to_in_proj = ("encoder.stages.0.embed.proj",)
@@ -74,10 +75,7 @@ class HybridUNet(nn.Module):
         bottleneck_strides = self.strides[N_ENCODER_STAGES + 1 :]
         features = [stem_features, *decoder_features, *[decoder_features[-1]] * len(bottleneck_strides)]
         kernels = kernel_sizes(self.strides)
-        self.cumulative_strides = [
-            tuple(math.prod(stride[axis] for stride in self.strides[: level + 1]) for axis in range(3))
-            for level in range(len(self.strides))
-        ]
+        self.cumulative_strides = cumulative_strides(self.strides)
 
         self.stem = ResidualBlock(input_channels, stem_features, kernels[0])
         self.skips = nn.ModuleList(
@@ -94,20 +92,20 @@ class HybridUNet(nn.Module):
             part.apply(_init_he)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Segment a batch of patches of any size.
+        """Segment patches of any size.
 
         Args:
             x: (N, C, X, Y, Z).
 
         Returns:
             (N, classes, X, Y, Z) logits; with `decoder.deep_supervision` a list from high to low resolution, one for
-            every level but the lowest, sized round(X / stride) as nnU-Net sizes its targets.
+            every level but the lowest, of size round(X / stride) as nnU-Net sizes its targets.
         """
         size = x.shape[2:]
         padded = self.padded_size(size)
         if padded != tuple(size):
-            x = F.pad(x, [n for a in (2, 1, 0) for n in (0, padded[a] - size[a])], mode="replicate")
-        features = [self.stem(x)]
+            x = pad_at_ends(x, padded)
+        features = [self.stem(x)]  # one map (N, D, X, Y, Z) per level
         for project, encoded in zip(self.skips, self.encoder.forward_features(x), strict=True):
             features.append(project(encoded))
         for down in self.bottleneck:
@@ -121,10 +119,10 @@ class HybridUNet(nn.Module):
         return outputs if self.decoder.deep_supervision else outputs[0]
 
     def padded_size(self, size: Sequence[int]) -> Size3:
-        """Voxels per axis that the network really runs on.
+        """Voxels per axis that the network runs on for patches of this size.
 
-        A multiple of the encoder's token size, and at least two voxels at the lowest level: instance normalisation of a
-        single one is undefined.
+        They are multiples of the token size, and leave at least two voxels at the lowest level: instance normalisation
+        of one is undefined.
         """
         padded = [math.ceil(n / p) * p for n, p in zip(size, self.encoder.token_size, strict=True)]
         lowest = self.cumulative_strides[-1]
@@ -134,7 +132,7 @@ class HybridUNet(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """Transposed convolution, concatenation, convolutions; a 1x1x1 head at every level but the lowest."""
+    """Decoder of a U-Net (arXiv 1505.04597) with a 1x1x1 head at every level but the lowest."""
 
     def __init__(
         self,
@@ -155,7 +153,11 @@ class UNetDecoder(nn.Module):
             self.heads.append(nn.Conv3d(width, num_classes, 1))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Maps of all levels, high → low resolution → logits, high → low (only the first without deep supervision)."""
+        """Decode the maps of all levels, from high to low resolution.
+
+        Returns:
+            (N, classes, X, Y, Z) logits in the same order; without deep supervision only those of full resolution.
+        """
         x = features[-1]
         outputs: list[Tensor] = []
         for level in reversed(range(len(self.blocks))):
@@ -167,7 +169,7 @@ class UNetDecoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and a shortcut; the first may be strided, on odd sizes too (output size rounded up)."""
+    """Two convolutions and a shortcut (arXiv 1512.03385); with a stride the output size is rounded up."""
 
     def __init__(self, in_channels: int, channels: int, kernel: Size3, stride: Size3 = (1, 1, 1)) -> None:
         super().__init__()
@@ -182,7 +184,7 @@ class ResidualBlock(nn.Module):
 
 
 def conv_norm_act(in_channels: int, channels: int, kernel: Size3, stride: Size3 = (1, 1, 1)) -> nn.Sequential:
-    """Convolution → InstanceNorm → LeakyReLU, nnU-Net's unit; size is kept (divided by the stride, rounded up)."""
+    """nnU-Net's convolution → InstanceNorm → LeakyReLU; the size is divided by the stride and rounded up."""
     padding = tuple(k // 2 for k in kernel)
     return nn.Sequential(
         nn.Conv3d(in_channels, channels, kernel, stride, padding, bias=False),  # type: ignore[arg-type]
@@ -192,10 +194,10 @@ def conv_norm_act(in_channels: int, channels: int, kernel: Size3, stride: Size3 
 
 
 def kernel_sizes(strides: Sequence[Sequence[int]]) -> list[Size3]:
-    """Kernel of each level: 3, but 1 along an axis that has not been downsampled and is not about to be.
+    """Kernel size of each level: 3, but 1 along an axis that no stride up to the next level downsamples.
 
-    That is the axis of thick slices while the others catch up, as in nnU-Net. Where no axis is downsampled next (the
-    lowest level) the kernel is 3.
+    That is the axis of thick slices while the others catch up, as in nnU-Net. Where this holds of all axes, as in a
+    network that never downsamples, the kernel is 3.
     """
     kernels: list[Size3] = []
     for level in range(len(strides)):
@@ -205,14 +207,11 @@ def kernel_sizes(strides: Sequence[Sequence[int]]) -> list[Size3]:
 
 
 def plans_architecture(network: NetworkConfig, patch_size: Sequence[int]) -> dict[str, Any]:
-    """The `architecture` block of a nnU-Net plans file.
+    """Make the `architecture` block of a nnU-Net plans file, plain JSON.
 
     Args:
-        network: sizes of the encoder; its decoder fields belong to pretraining and are not used.
-        patch_size: voxels per axis; decides on which axes there is room for a bottleneck below the token grid.
-
-    Returns:
-        Plain dict (JSON): network_class_name, arch_kwargs, _kw_requires_import (empty, but nnU-Net wants it).
+        network: sizes of the encoder; the decoder's belong to pretraining and are not used.
+        patch_size: voxels per axis; decides which axes have room for a bottleneck below the token grid.
     """
     tokens = [math.ceil(n / p) for n, p in zip(patch_size, network.token_size, strict=True)]
     bottleneck = [2 if n >= 4 else 1 for n in tokens]

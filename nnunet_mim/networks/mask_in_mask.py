@@ -1,41 +1,39 @@
 """MaskInMask: the network of MiM pretraining (arXiv 2404.15580), one level at a time.
 
-The method in short. A crop is seen at up to three levels: a wide view, views cut from its masked regions, and views cut
-from the masked tokens (or regions) of those: a mask in a mask. Each view is reconstructed from its visible tokens, and
-what the decoder says about a child view must agree with what it says about the masked place of the parent that the
-child was cut from. `pretraining/nested_crops.py` cuts the views, `pretraining/losses.py` holds the losses.
+A crop is seen at up to three levels: a wide view, views cut from its masked regions, and views cut from the masked
+tokens (or regions) of those: a mask in a mask. Each view is reconstructed from its visible tokens. The decoder's
+features of a child view must agree with those of the masked place in the parent that the child was cut from.
+`pretraining/objective/views.py` cuts the views, `pretraining/objective/losses.py` holds the losses.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.mim_decoder import MiMDecoder
+from nnunet_mim.networks.token_layout import take_tokens
 from nnunet_mim.networks.vit_blocks import MLP
 
 
 class LevelOutput(NamedTuple):
-    """What the network says about the N views of one level."""
+    """Outputs of a network of pretraining for the N views of one level."""
 
     prediction: Tensor
-    """(N, M, P) normalised voxels of the masked tokens, in the order of `ids_masked`; P = voxels of a token x
-    channels
-    """
+    """(N, M, P) normalised voxels of the masked tokens, in the order of `ids_masked`; P = voxels times channels"""
     features: Tensor
-    """(N, L, D) decoder features of all tokens, raster order"""
+    """(N, L, D) features of all tokens, in raster order"""
     child: Tensor | None
-    """(N, D) projected mean feature of each view, or None without an edge to a parent level"""
+    """(N, D) projected mean feature of each view; None without an edge to a parent level"""
     parent: Tensor | None
-    """(places, D) parent features, projected for `infonce`, detached and raw for `cosine`"""
+    """(places, D) detached features of the parents' places, projected for `infonce`, raw for `cosine`"""
 
 
 class Alignment(nn.Module):
-    """What both networks have: projectors between levels, and how the two sides are compared."""
+    """Base of both networks of pretraining: the projectors of MiM's alignment of levels (arXiv 2404.15580)."""
 
     alignment: str
     projectors: nn.ModuleDict
@@ -43,11 +41,11 @@ class Alignment(nn.Module):
     def align(
         self, features: Tensor, edge: int | None, parent_features: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The two sides that alignment compares, `LevelOutput.child` and `.parent`; (None, None) where there is none.
+        """Project what alignment compares: `LevelOutput.child` and `.parent`, or twice None without alignment.
 
         Args:
-            features: (N, L, D) decoder features of the children.
-            edge, parent_features: as in `forward`.
+            features: (N, L, D) features of the children.
+            edge, parent_features: as in `MaskInMask.forward`.
         """
         if edge is None or parent_features is None or self.alignment == "none":
             return None, None
@@ -59,7 +57,7 @@ class Alignment(nn.Module):
 
 
 def build_projectors(dim: int, n_edges: int, alignment: str) -> nn.ModuleDict:
-    """`child` and `parent`, one for each edge where the alignment needs it; dim: of the features."""
+    """Projectors of features of `dim` channels: `child` and `parent`, one per edge, as far as alignment needs them."""
     with_child, with_parent = alignment != "none", alignment == "infonce"
     return nn.ModuleDict(
         {
@@ -70,12 +68,12 @@ def build_projectors(dim: int, n_edges: int, alignment: str) -> nn.ModuleDict:
 
 
 class MaskInMask(Alignment):
-    """Encoder, decoder and projectors.
+    """Encoder, decoder and projectors of MiM (arXiv 2404.15580).
 
     Args:
-        network: sizes.
+        network: sizes of encoder and decoder.
         in_channels: image channels.
-        n_edges: pairs of adjacent levels of a full ladder; a skipped level leaves the projectors of its edge unused.
+        n_edges: pairs of adjacent levels in a full ladder; a skipped level leaves the projectors of its edge unused.
         alignment: `infonce` (child and parent each through a projector), `cosine` (only the child) or `none`.
     """
 
@@ -107,26 +105,24 @@ class MaskInMask(Alignment):
         """Reconstruct the masked tokens of the views of one level, and project what alignment compares.
 
         Args:
-            images: (N, C, X, Y, Z) views.
-            ids_keep, ids_masked: (N, K) and (N, M) int64 raster numbers of visible and masked tokens; together all.
+            images: (N, C, X, Y, Z) float, views.
+            ids_keep, ids_masked: (N, K) and (N, M) int64, raster numbers of the visible and of the masked tokens.
             edge: number of the edge to the parent level, or None.
-            parent_features: (places, D) mean decoder features of every place of every parent; no gradient flows into
-                them.
-            recompute: keep no activations inside blocks, compute them again in the backward pass: less memory, a third
+            parent_features: (places, D) mean decoder features of every place of every parent; they get no gradient.
+            recompute: keep no activations of blocks, compute them again in the backward pass: less memory, a third
                 more time.
         """
-        latent = self.encoder(images, ids_keep, recompute)
-        features = self.decoder(latent, ids_keep, self.encoder.grid(images), recompute)
-        rows = torch.arange(images.shape[0], device=images.device)[:, None]
-        prediction = self.decoder.head(features[rows, ids_masked])  # masked tokens only: the others have no loss
+        latent = self.encoder(images, ids_keep, recompute)  # (N, K, D_encoder)
+        features = self.decoder(latent, ids_keep, self.encoder.grid(images), recompute)  # (N, L, D)
+        prediction = self.decoder.head(take_tokens(features, ids_masked))  # (N, M, P): the others have no loss
         child, parent = self.align(features, edge, parent_features)
         return LevelOutput(prediction, features, child, parent)
 
     @property
     def feature_source(self) -> HybridEncoder:
-        """What has `forward_features`: the encoder."""
+        """The module whose `forward_features` a label probe reads."""
         return self.encoder
 
     def visible_features(self, images: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
-        """(N, K, D): what the encoder says about the visible tokens."""
+        """Features of the visible tokens, (N, K, D), from the encoder."""
         return self.encoder(images, ids_keep)

@@ -1,4 +1,4 @@
-"""MiMDecoder: from the latent of visible tokens to the voxels of masked ones."""
+"""MiMDecoder: predicts the voxels of masked tokens from the latent of visible ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nnunet_mim.networks.vit_blocks import ViTBlock, init_weights, sincos_positi
 
 
 class MiMDecoder(nn.Module):
-    """Linear, mask token, fixed position, transformer blocks, LayerNorm, and a linear head to a token's voxels.
+    """Decoder of MiM (arXiv 2404.15580), MAE's (arXiv 2111.06377) in 3-D: a transformer that sees mask tokens.
 
     Args:
         latent_dim: width of the encoder's latent.
-        embed_dim, depth, num_heads, mlp_ratio: of the decoder's transformer.
         token_voxels: outputs per token, voxels times channels (C order, channel last).
+        embed_dim, depth, num_heads, mlp_ratio: sizes of the transformer.
     """
 
     def __init__(
@@ -33,21 +33,21 @@ class MiMDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, ids_keep: Tensor, grid: Size3, recompute: bool = False) -> Tensor:
-        """Features of all tokens.
+        """Compute the features of all tokens; `head` turns them into voxels.
 
         Args:
-            latent: (N, K, D_encoder) of the visible tokens.
-            ids_keep: (N, K) int64, their raster numbers.
-            grid: tokens per axis.
-            recompute: keep no activations inside blocks, compute them again in the backward pass.
+            latent: (N, K, D_encoder) float, the encoder's latent of the visible tokens.
+            ids_keep: (N, K) int64, raster numbers of the visible tokens.
+            grid: tokens per axis; L is their product.
+            recompute: keep no activations of blocks, compute them again in the backward pass.
 
         Returns:
-            (N, L, D) decoder features after the LayerNorm, raster order.
+            (N, L, D) features after the LayerNorm, in raster order.
         """
-        n, n_tokens = latent.shape[0], grid[0] * grid[1] * grid[2]
-        visible = self.embed(latent)
-        rows = torch.arange(n, device=latent.device)[:, None]
-        x = self.mask_token.to(visible.dtype).expand(n, n_tokens, -1).index_put((rows, ids_keep), visible)
+        N, L = latent.shape[0], grid[0] * grid[1] * grid[2]
+        visible = self.embed(latent)  # (N, K, D)
+        rows = torch.arange(N, device=latent.device)[:, None]
+        x = self.mask_token.to(visible.dtype).expand(N, L, -1).index_put((rows, ids_keep), visible)  # (N, L, D)
         x = x + sincos_position(grid, x.shape[-1], x)
         for block in self.blocks:
             x = run_block(block, recompute, x)

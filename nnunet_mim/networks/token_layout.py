@@ -1,68 +1,88 @@
-"""Where the voxels of tokens lie in the grid that they were cut from. Voxels are rows of C channels."""
+"""Cuts grids of voxels into tokens and puts tokens back. A voxel is a row of C channels.
+
+A grid of gx, gy, gz tokens is numbered in raster (C) order; a token has X, Y, Z voxels.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_mim.config import Size3
 
 
+def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Select tokens by number: (N, L, ...) and ids (N, K) int64 → (N, K, ...)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], ids]
+
+
 def voxel_rows(ids: Tensor, grid: Size3, token: Size3, rim: int = 0) -> Tensor:
-    """Which row of the flattened dense grids every voxel of some tokens is.
+    """Compute which rows of the flattened dense grids the voxels of tokens are.
 
     Args:
-        ids: (N, K) int64, raster numbers of tokens in `grid`.
+        ids: (N, K) int64, raster numbers of the tokens.
         grid: tokens per axis.
         token: voxels of a token per axis.
         rim: voxels around each grid, on all sides.
 
     Returns:
-        (N*K*x*y*z,) int64, rows of N grids with rims, flattened.
+        (N*K*X*Y*Z,) int64, rows of the N grids with their rims.
     """
     device = ids.device
-    size = [g * t + 2 * rim for g, t in zip(grid, token, strict=True)]
+    (_, gy, gz), (X, Y, Z) = grid, token
+    GX, GY, GZ = (g * t + 2 * rim for g, t in zip(grid, token, strict=True))
     x, y, z = (torch.arange(t, device=device) for t in token)
-    inside = ((x[:, None, None] * size[1] + y[:, None]) * size[2] + z).flatten()
+    inside = ((x[:, None, None] * GY + y[:, None]) * GZ + z).flatten()  # (X*Y*Z,)
     views = torch.arange(ids.shape[0], device=device)[:, None]
-    x, y, z = ids // (grid[1] * grid[2]) * token[0], ids // grid[2] % grid[1] * token[1], ids % grid[2] * token[2]
-    first = ((views * size[0] + x + rim) * size[1] + y + rim) * size[2] + z + rim  # (N, K)
+    x, y, z = ids // (gy * gz) * X, ids // gz % gy * Y, ids % gz * Z
+    first = ((views * GX + x + rim) * GY + y + rim) * GZ + z + rim  # (N, K)
     return (first[..., None] + inside).flatten()
 
 
 def grid_from_rows(tokens: Tensor, rows: Tensor, grid: Size3, rim: int = 0) -> Tensor:
-    """Tokens (N, K, x, y, z, C) → dense grids with rims (N, X, Y, Z, C), zero where there is no token.
+    """Put tokens into dense grids, which are zero where there is no token.
 
     Args:
-        tokens: some tokens of N grids.
+        tokens: (N, K, X, Y, Z, C).
         rows: their `voxel_rows`, with the same rim.
         grid: tokens per axis.
         rim: voxels around each grid.
+
+    Returns:
+        (N, gx*X + 2*rim, gy*Y + 2*rim, gz*Z + 2*rim, C).
     """
-    n, _, tx, ty, tz, channels = tokens.shape
-    size = [g * t + 2 * rim for g, t in zip(grid, (tx, ty, tz), strict=True)]
-    dense = tokens.new_zeros(n * math.prod(size), channels)
-    return dense.index_copy_(0, rows, tokens.reshape(-1, channels)).view(n, *size, channels)
+    N, _, X, Y, Z, C = tokens.shape
+    size = [g * t + 2 * rim for g, t in zip(grid, (X, Y, Z), strict=True)]
+    dense = tokens.new_zeros(N * math.prod(size), C)
+    return dense.index_copy_(0, rows, tokens.reshape(-1, C)).view(N, *size, C)
 
 
 def rows_from_grid(x: Tensor, rows: Tensor) -> Tensor:
-    """(N, X, Y, Z, C) → (len(rows), C)."""
+    """Select voxels by row: (N, X, Y, Z, C) → (len(rows), C)."""
     return x.reshape(-1, x.shape[-1]).index_select(0, rows)
 
 
 def grid_from_tokens(tokens: Tensor, grid: Size3) -> Tensor:
-    """All tokens of a grid, (N, gx*gy*gz, x, y, z, C) → (N, gx*x, gy*y, gz*z, C)."""
-    n, _, tx, ty, tz, channels = tokens.shape
+    """Join all tokens of a grid: (N, gx*gy*gz, X, Y, Z, C) → (N, gx*X, gy*Y, gz*Z, C)."""
+    N, _, X, Y, Z, C = tokens.shape
     gx, gy, gz = grid
-    x = tokens.reshape(n, gx, gy, gz, tx, ty, tz, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(n, gx * tx, gy * ty, gz * tz, channels)
+    x = tokens.reshape(N, gx, gy, gz, X, Y, Z, C).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(N, gx * X, gy * Y, gz * Z, C)
 
 
 def tokens_from_grid(x: Tensor, token_size: Size3) -> Tensor:
-    """(N, gx*x, gy*y, gz*z, C) → (N, gx*gy*gz, x, y, z, C); inverse of `grid_from_tokens`."""
-    n, sx, sy, sz, channels = x.shape
-    tx, ty, tz = token_size
-    x = x.reshape(n, sx // tx, tx, sy // ty, ty, sz // tz, tz, channels).permute(0, 1, 3, 5, 2, 4, 6, 7)
-    return x.reshape(n, -1, tx, ty, tz, channels)
+    """Cut a grid into tokens: (N, gx*X, gy*Y, gz*Z, C) → (N, gx*gy*gz, X, Y, Z, C)."""
+    N, GX, GY, GZ, C = x.shape
+    X, Y, Z = token_size
+    x = x.reshape(N, GX // X, X, GY // Y, Y, GZ // Z, Z, C).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(N, -1, X, Y, Z, C)
+
+
+def pad_at_ends(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Repeat the last voxels of images (N, C, X, Y, Z) along each axis until they have this size."""
+    padding = [n for axis in (2, 1, 0) for n in (0, size[axis] - x.shape[2 + axis])]
+    return F.pad(x, padding, mode="replicate")

@@ -1,4 +1,4 @@
-"""Transformer blocks on token sequences (N, L, D), and fixed 3-D sine-cosine positions."""
+"""Transformer blocks on token sequences (N, L, D), and the fixed sine-cosine position embedding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nnunet_mim.networks.conv_blocks import DropPath
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, qkv with bias."""
+    """Multi-head self-attention (arXiv 1706.03762), qkv with bias: (N, L, D) → (N, L, D)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -20,15 +20,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, length, dim = x.shape
-        qkv = self.qkv(x).reshape(n, length, 3, self.num_heads, dim // self.num_heads)
+        N, L, D = x.shape
+        qkv = self.qkv(x).reshape(N, L, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, L, D/heads)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(n, length, dim))
+        return self.proj(x.transpose(1, 2).reshape(N, L, D))
 
 
 class MLP(nn.Module):
-    """Linear → GELU → Linear."""
+    """Linear → GELU → Linear: (..., D) → (..., out_dim), by default D."""
 
     def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class MLP(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block (arXiv 2010.11929), LayerNorm eps 1e-6."""
+    """Pre-norm transformer block (ViT, arXiv 2010.11929): (N, L, D) → (N, L, D)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -56,30 +56,30 @@ class ViTBlock(nn.Module):
 
 
 def sincos_position(grid: Size3, dim: int, like: Tensor) -> Tensor:
-    """Fixed position embedding of a token grid.
+    """Fixed position embedding of a token grid, MAE's (arXiv 2111.06377) with a third axis.
 
     Args:
         grid: tokens per axis.
-        dim: channels, divisible by 6: thirds for the three axes in array order, each [sin | cos] of the token's index
-            times ω_i = 10000^(-i / (dim/6)).
-        like: gives device and dtype.
+        dim: D, divisible by 6. Each axis gets a third, in array order: sine, then cosine, of the token's index times
+            ω_i = 10000^(-i / (D/6)).
+        like: tensor whose device and dtype the embedding gets.
 
     Returns:
-        (gx*gy*gz, dim), tokens in raster order.
+        (gx*gy*gz, D), tokens in raster order.
     """
     dtype = torch.float32 if like.device.type == "mps" else torch.float64  # MPS has no float64
     omega = 10000.0 ** (-torch.arange(dim // 6, device=like.device, dtype=dtype) / (dim // 6))
     axes = []
     for g in grid:
-        angle = torch.arange(g, device=like.device, dtype=dtype)[:, None] * omega
-        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))  # (g, dim/3)
+        angle = torch.arange(g, device=like.device, dtype=dtype)[:, None] * omega  # (g, D/6)
+        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))  # (g, D/3)
     x, y, z = axes
     parts = [x[:, None, None], y[None, :, None], z[None, None, :]]
     return torch.cat([part.expand(*grid, -1) for part in parts], dim=-1).reshape(-1, dim).to(like.dtype)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform weights (convolutions as if flattened) and zero biases, as in MAE (arXiv 2111.06377)."""
+    """Set Xavier-uniform weights (convolutions as if flattened) and zero biases, as MAE does (arXiv 2111.06377)."""
     if isinstance(module, (nn.Linear, nn.Conv3d)):
         nn.init.xavier_uniform_(module.weight.data.view(module.weight.shape[0], -1))
         if module.bias is not None:

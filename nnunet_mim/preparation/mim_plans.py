@@ -15,9 +15,9 @@ import numpy as np
 from nnunet_mim.checkpoint.format import HYBRID_KEYS, PretrainedCheckpoint
 from nnunet_mim.config import PRESETS, Size3
 from nnunet_mim.errors import MiMError
-from nnunet_mim.geometry import suitable_strides
+from nnunet_mim.geometry import cumulative_strides, suitable_strides
 from nnunet_mim.networks.hybrid_unet import plans_architecture
-from nnunet_mim.networks.resenc import check_resenc, cumulative_strides
+from nnunet_mim.networks.resenc import check_resenc
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW, WINDOW_FIELDS
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.system.files import write_atomically

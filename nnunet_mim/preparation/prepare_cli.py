@@ -13,7 +13,7 @@ from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.settings import parse_settings
-from nnunet_mim.system.locks import alone
+from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.machine import usable_cores
 
 DESCRIPTION = """\
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         for name in dict.fromkeys(names):
             lock = Path(os.environ["nnUNet_preprocessed"], f".mim_prepare_{name}.lock")
             busy = f"another mim_prepare is at work on {name}: repeat the command when it has ended"
-            locks.enter_context(alone(lock, busy))
+            locks.enter_context(exclusive_lock(lock, busy))
         if options.i:
             folders = [Path(os.path.expanduser(path)) for path in options.i]
             results = [prepare_folders(names[0], folders, config)]

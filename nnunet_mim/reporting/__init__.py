@@ -1,1 +1,1 @@
-"""Pages and figures: drawing only, nothing of the rest of the package."""
+"""Draws pages and figures from arrays and texts; knows nothing of runs and checkpoints."""

@@ -1,7 +1,7 @@
-"""Figures of losses and of organs.
+"""Figures of losses and of organs, and what all pictures of slices share.
 
-They take numpy arrays in nnU-Net's array order (z, y, x), z to the head, y to the back, x to the patient's left, and
-show them as radiologists look at them: the patient's right on the left of the picture, the head up.
+Arrays are (z, y, x) as in nnU-Net: z to the head, y to the back, x to the patient's left. Slices are shown as
+radiologists look at them: the patient's right is on the left of the picture, the head is up.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0
 
 @dataclass(frozen=True)
 class LossPanel:
-    """Curves of one level."""
+    """Curves of one level for `loss_figure`."""
 
     title: str
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     """name → (iterations, losses)"""
     baselines: Mapping[str, float]
-    """name → loss of a trivial guess, drawn as a level line"""
+    """name → loss of a trivial predictor, drawn as a horizontal line"""
 
 
 def loss_figure(panels: Sequence[LossPanel], ylabel: str = "reconstruction loss") -> Figure:
-    """Pretraining curves over iterations, one panel a level, with the trivial guesses as dashed lines."""
+    """Draw losses over iterations, one panel per level, with trivial predictors as dashed lines."""
     figure = Figure(figsize=(12.6, 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for column, panel in zip(axes, panels, strict=True):
@@ -58,37 +58,33 @@ def segmentation_figure(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     window: tuple[float, float] = (-180.0, 260.0),
 ) -> Figure:
-    """One case: CT, true organs, predicted organs, in the axial and the coronal slice that show most of the organs.
+    """Draw CT, true and predicted organs of a case, in the axial and the coronal slice that show most of the organs.
 
     Args:
         ct: (Z, Y, X) HU.
         truth: (Z, Y, X) integers, 0 = background, i + 1 = names[i].
-        prediction: as truth.
-        names: of the labels 1, 2, …
-        spacing: mm along (z, y, x), for the proportions.
-        window: lowest and highest HU of the grey scale.
+        prediction: like truth.
+        names: organs, in the order of their labels.
+        spacing: mm along (z, y, x).
+        window: minimum and maximum HU of the grey scale.
     """
     figure = Figure(figsize=(10.8, 7.4), layout="constrained")
     axes = figure.subplots(2, 3)
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
-    for axis, row, what in ((0, axes[0], "axial"), (1, axes[1], "coronal")):
+    contents = {"CT": None, "true organs": truth, "predicted organs": prediction}
+    for axis, row, direction in ((0, axes[0], "axial"), (1, axes[1], "coronal")):
         index = _organ_slice(truth, axis, len(names))
-        aspect = spacing[1] / spacing[2] if axis == 0 else spacing[0] / spacing[2]
+        layout = slice_layout(axis, spacing)
         picture = np.take(ct, index, axis)
-        for column, labels, title in zip(
-            row, (None, truth, prediction), ("CT", "true organs", "predicted organs"), strict=True
-        ):
-            origin = "lower" if axis == 1 else "upper"
-            column.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1], origin=origin, aspect=aspect)
+        for column, (title, labels) in zip(row, contents.items(), strict=True):
+            column.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1], **layout)
             if labels is not None:
-                _overlay(column, np.take(labels, index, axis), colours, origin, aspect)
+                _overlay(column, np.take(labels, index, axis), colours, layout)
             bare(column)
             if axis == 0:
                 column.set_title(title, fontsize=11)
-            side = {"color": "white", "fontsize": 9, "va": "center", "transform": column.transAxes}
-            column.text(0.02, 0.5, "R", ha="left", **side)
-            column.text(0.98, 0.5, "L", ha="right", **side)
-        row[0].set_ylabel(f"{what}, slice {index}", fontsize=10)
+            mark_sides(column, 0.02, 0.5)
+        row[0].set_ylabel(f"{direction}, slice {index}", fontsize=10)
     handles = [Patch(color=c, label=n.replace("_", " ")) for c, n in zip(colours, names, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 7), frameon=False, fontsize=10)
     figure.set_label(
@@ -98,26 +94,44 @@ def segmentation_figure(
 
 
 def _organ_slice(labels: np.ndarray, axis: int, n_organs: int) -> int:
-    """The slice with most organs, each counted by its area there relative to its largest area."""
+    """Index of the slice that shows most of the organs; each counts with the root of its share of its largest area."""
     others = tuple(a for a in range(3) if a != axis)
     areas = np.stack([(labels == organ).sum(axis=others) for organ in range(1, n_organs + 1)]).astype(float)
     score = np.sqrt(areas / np.maximum(areas.max(axis=1, keepdims=True), 1)).sum(axis=0)
     return int(score.argmax()) if score.any() else len(score) // 2
 
 
-def _overlay(column: Any, labels: np.ndarray, colours: Sequence[str], origin: str, aspect: float) -> None:
-    """Organs as a see-through fill with a solid outline."""
+def _overlay(column: Any, labels: np.ndarray, colours: Sequence[str], layout: dict[str, Any]) -> None:
+    """Draw organs as a transparent fill with a solid outline."""
     fill = np.zeros((*labels.shape, 4))
     for organ, colour in enumerate(colours, start=1):
         inside = labels == organ
         fill[inside] = (*to_rgb(colour), 0.45)
         if inside.any() and not inside.all():
             column.contour(inside, levels=[0.5], colors=colour, linewidths=1.2)
-    column.imshow(fill, origin=origin, aspect=aspect, interpolation="nearest")
+    column.imshow(fill, interpolation="nearest", **layout)
+
+
+def slice_layout(axis: int, spacing: Sequence[float]) -> dict[str, Any]:
+    """Arguments of `imshow` that show a slice across axis 0 or 1 upright and in proportion.
+
+    Args:
+        axis: axis of the volume (z, y, x) that the slice is taken along.
+        spacing: mm along (z, y, x).
+    """
+    z, y, x = spacing
+    return {"origin": "upper", "aspect": y / x} if axis == 0 else {"origin": "lower", "aspect": z / x}
+
+
+def mark_sides(column: Any, x: float, y: float) -> None:
+    """Write R and L, the patient's sides, at `x` from the edges and at height `y`, as shares of the picture."""
+    style = {"color": "white", "fontsize": 9, "va": "center", "transform": column.transAxes}
+    column.text(x, y, "R", ha="left", **style)
+    column.text(1 - x, y, "L", ha="right", **style)
 
 
 def bare(column: Any) -> None:
-    """No ticks and no frame around a picture."""
+    """Remove the ticks and the frame of a picture."""
     column.set_xticks([])
     column.set_yticks([])
     column.spines[:].set_visible(False)

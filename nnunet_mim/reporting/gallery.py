@@ -1,6 +1,6 @@
-"""Many volumes at a glance: a slice of each from the front and from below, and how their intensities are spread.
+"""Figures of many volumes: two slices of each, and the distribution of their intensities.
 
-Arrays are (z, y, x), z to the head, y to the back, x to the patient's left (`orientation.py` turns others).
+Arrays are (z, y, x): z to the head, y to the back, x to the patient's left (`nnunet/orientation.py` turns others).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nnunet_mim.reporting.views import CT_WINDOW
 
 @dataclass(frozen=True)
 class Slices:
-    """Two slices through the middle of one volume, HU where it is CT."""
+    """Two slices through the middle of a volume, in HU for CT."""
 
     name: str
     coronal: np.ndarray
@@ -29,10 +29,7 @@ class Slices:
 
 
 def gallery_figure(volumes: Sequence[Slices], window: tuple[float, float] = CT_WINDOW) -> Figure:
-    """One column a volume: from the front (head up), and from below; the patient's right is on the left.
-
-    Pictures are in proportion to each other in mm.
-    """
+    """Draw a column per volume: a coronal slice, head up, and an axial slice; all in the same scale of mm."""
     heights = [max(len(v.coronal) * v.spacing[0] for v in volumes), max(len(v.axial) * v.spacing[1] for v in volumes)]
     width = max(v.coronal.shape[1] * v.spacing[2] for v in volumes)
     column = min(2.2, 12.6 / len(volumes))
@@ -40,9 +37,9 @@ def gallery_figure(volumes: Sequence[Slices], window: tuple[float, float] = CT_W
     axes = figure.subplots(2, len(volumes), squeeze=False, gridspec_kw={"height_ratios": heights})
     for (above, below), volume in zip(axes.T, volumes, strict=True):
         z, y, x = volume.spacing
-        for place, picture, step, origin in (
-            (above, volume.coronal, z, "lower"),
-            (below, volume.axial, y, "upper"),
+        for place, picture, step, origin, height in (
+            (above, volume.coronal, z, "lower", heights[0]),
+            (below, volume.axial, y, "upper", heights[1]),
         ):
             high, wide = picture.shape[0] * step, picture.shape[1] * x
             place.imshow(
@@ -50,8 +47,7 @@ def gallery_figure(volumes: Sequence[Slices], window: tuple[float, float] = CT_W
                 extent=(0, wide, 0, high) if origin == "lower" else (0, wide, high, 0), origin=origin,
             )  # fmt: skip
             place.set_xlim((wide - width) / 2, (wide + width) / 2)
-            most = heights[0 if place is above else 1]
-            limits = (high - most) / 2, (high + most) / 2
+            limits = (high - height) / 2, (high + height) / 2
             place.set_ylim(limits if origin == "lower" else limits[::-1])
             place.set_facecolor("black")
             bare(place)
@@ -62,12 +58,12 @@ def gallery_figure(volumes: Sequence[Slices], window: tuple[float, float] = CT_W
 
 
 def histogram_figure(edges: np.ndarray, counts: np.ndarray, window: tuple[float, float]) -> Figure:
-    """Share of voxels by HU, and the window that the plans keep.
+    """Draw the share of voxels by HU, and the window of the plans.
 
     Args:
         edges: (N + 1,) HU; the first and the last bin hold everything beyond them.
         counts: (N,) voxels.
-        window: lowest and highest HU that are kept apart.
+        window: minimum and maximum HU; the plans clip what lies outside.
     """
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""One self-contained HTML file of texts, figures and tables."""
+"""Writes texts, figures and tables as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -46,18 +46,17 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; backg
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page.
+    """One part of a page.
 
     Attributes:
         title: heading.
         text: plain text; an empty line starts a new paragraph.
-        note: text under the figures, in smaller print.
-        figures: matplotlib figures (their label is the text for those who cannot see them) or the bytes of PNG files.
-        table: rows of cells, the first row being the heading (not shown where all its cells are empty); None for no
-            table.
-        marked: numbers of table rows that stand out, 1 being the first below the heading.
+        note: text below the figures, in smaller print.
+        figures: matplotlib figures, whose label becomes the alternative text, or bytes of PNG files.
+        table: rows of cells; the first row is the heading, not shown if all its cells are empty.
+        code: lines shown as they are.
+        marked: numbers of highlighted rows of the table; 1 is the first below the heading.
         words: the table holds words, not numbers.
-        code: lines to be shown as they are.
     """
 
     title: str
@@ -70,21 +69,21 @@ class Section:
     words: bool = False
 
 
-def write_page(path: Path, title: str, sections: Sequence[Section], lead: str = "") -> None:
-    """Write one HTML file that needs no other file and no network: pictures are inside it as base64 PNG.
+def write_page(path: Path, title: str, sections: Sequence[Section], summary: str = "") -> None:
+    """Write an HTML file that needs no other file and no network: pictures are inside it as base64 PNG.
 
     Args:
-        path: of the file; its folder is made. The former file stays until the new one is complete.
-        title: of the page.
-        sections: in their order.
-        lead: a sentence that stands out, under the title.
+        path: the file; its folder is made. The former file stays until the new one is complete.
+        title: title of the page.
+        sections: parts of the page, from top to bottom.
+        summary: highlighted sentence below the title.
     """
-    summary = f'<p class="lead">{html.escape(lead)}</p>\n' if lead else ""
+    first = f'<p class="lead">{html.escape(summary)}</p>\n' if summary else ""
     body = "\n".join(_section_html(section) for section in sections)
     page = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{summary}{body}\n</body>\n</html>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{first}{body}\n</body>\n</html>\n"
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +122,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def figure_png(figure: Figure, dpi: float = 110) -> bytes:
-    """The figure as the bytes of a PNG file."""
+    """Draw a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     return buffer.getvalue()

@@ -1,1 +1,1 @@
-"""What this machine gives: files, locks, processes, cores and memory."""
+"""Files, locks, processes, cores and memory of the machine, and flags of commands."""

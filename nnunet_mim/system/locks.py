@@ -1,4 +1,4 @@
-"""One process at a time for a piece of work."""
+"""Locks that let one process at a time do a piece of work."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from nnunet_mim.errors import MiMError
 
 
 @contextmanager
-def alone(path: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file. The lock ends with the process, however that ends; the empty file may stay. Where the file
-    system has no locks there is a note instead.
+def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file. The lock ends with the process, however that ends; the empty file may stay.
+
+    On a file system without locks a note is printed instead.
 
     Args:
-        path: of the lock file, its folder is made.
-        busy: the error where another process holds it.
+        path: lock file; its folder is made.
+        busy: message of the error if another process holds the lock.
 
     Raises:
-        MiMError: another process holds it, or the file cannot be written.
+        MiMError: another process holds the lock, or the file cannot be written.
     """
     lock = FileLock(path, mode=0o666)  # colleagues may hold it later
     try:

@@ -1,4 +1,4 @@
-"""How processes end: with the one that started them, or after the run that they read for has saved itself. No torch."""
+"""How processes end: with the process that started them, or after their run has saved itself. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ import signal
 import threading
 import time
 
-WATCH_EVERY = 0.5
-"""seconds"""
+SECONDS_BETWEEN_CHECKS = 0.5
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-"""what asks a run to save itself and to end"""
-GRACE = 30.0
-"""seconds that a process that reads crops lives on after SIGTERM; SLURM gives as much by default"""
+"""signals that ask a run to save itself and end"""
+SECONDS_AFTER_SIGTERM = 30.0
+"""how long a process that reads crops lives on; SLURM gives as much by default"""
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """End this process, and the worker processes that it has started, as soon as the one that started it is gone.
+    """End this process and the workers it has started as soon as its parent is gone.
 
     Args:
-        parent: its number, where this process may be orphaned already; None: as it is now.
+        parent: process id of the parent, for a process that may be orphaned already; None: the parent of now.
     """
     started_by = os.getppid() if parent is None else parent
 
     def watch() -> None:
         while os.getppid() == started_by:
-            time.sleep(WATCH_EVERY)
+            time.sleep(SECONDS_BETWEEN_CHECKS)
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(1)
@@ -35,8 +34,12 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def leave_stopping_to_parent(worker: int) -> None:
-    """For processes that read crops. A signal to the whole group must not end them before the run has saved itself:
-    they ignore it, but for SIGTERM, which ends them `GRACE` seconds later.
+    """Ignore the stop signals in a process that reads crops; SIGTERM ends it `SECONDS_AFTER_SIGTERM` later.
+
+    A signal to the whole process group would otherwise end it before the run has saved itself.
+
+    Args:
+        worker: number of the worker, which PyTorch's DataLoader passes.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -44,6 +47,6 @@ def leave_stopping_to_parent(worker: int) -> None:
 
 
 def _end_later() -> None:
-    timer = threading.Timer(GRACE, os._exit, (1,))
+    timer = threading.Timer(SECONDS_AFTER_SIGTERM, os._exit, (1,))
     timer.daemon = True
     timer.start()

@@ -21,7 +21,7 @@ from nnunet_mim.benchmarking.matrix import Place, build_matrix, subset
 from nnunet_mim.benchmarking.splits import nested_subset
 from nnunet_mim.benchmarking.training import FAILED, InterruptedTrainingError, Training
 from nnunet_mim.errors import MiMError
-from nnunet_mim.system.locks import alone
+from nnunet_mim.system.locks import exclusive_lock
 
 MIM, SCRATCH = ArmSpec("MiM", "nnUNetTrainerMiM", "P", "a.pth"), ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "P")
 TRAIN = tuple(f"case_{i:02d}" for i in range(40))
@@ -213,7 +213,7 @@ def test_a_training_that_another_command_has_finished_meanwhile_is_taken(bench, 
 def test_what_another_command_is_at_work_on_is_left_to_it(bench, trainings):
     matrix = build_matrix(bench)
     place = next(iter(matrix.cells))
-    with alone(matrix.training(place).folder / ".lock", "busy"):
+    with exclusive_lock(matrix.training(place).folder / ".lock", "busy"):
         _, results, failed, lines = run(bench, [place])
     assert (results, failed, trainings.done) == ({}, {}, [])
     assert lines == [f"left: {place}: another process is at work on it"]

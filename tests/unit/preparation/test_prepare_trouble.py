@@ -19,7 +19,7 @@ from nnunet_mim.preparation import prepare_case
 from nnunet_mim.preparation.case_log import CaseLog
 from nnunet_mim.preparation.cli import main as mim_plan
 from nnunet_mim.pretraining.data.case_index import read_index
-from nnunet_mim.system.locks import alone
+from nnunet_mim.system.locks import exclusive_lock
 
 NAME = "Dataset800_Mine"
 
@@ -140,7 +140,7 @@ def test_variables_that_are_not_set(preparing, images, refused, monkeypatch, nam
 def test_two_commands_at_once(preparing, images, here, refused):
     """The second one ends before it has touched anything; another dataset is not locked."""
     lock = preparing.root / "nnUNet_preprocessed" / f".mim_prepare_{NAME}.lock"
-    with alone(lock, "busy"):
+    with exclusive_lock(lock, "busy"):
         assert f"another mim_prepare is at work on {NAME}" in refused("-d", "800", "-n", "Mine", "-i", images)
         assert preparing(801, "-n", "Other", "-i", images) == 0
     assert not (preparing.root / "nnUNet_raw" / NAME).exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nnunet_mim.reporting.page import figure_png
-from nnunet_mim.reporting.views import ReconstructedView, comparison_figure, interest, telling_slice, views_figure
+from nnunet_mim.reporting.views import ReconstructedView, comparison_figure, interest, slice_to_show, views_figure
 
 RNG = np.random.default_rng(0)
 BOX = (slice(0, 8), slice(0, 8), slice(8, 16))
@@ -73,16 +73,16 @@ def test_slice_shown_goes_through_the_framed_place_and_shows_what_is_filled_in()
     mask[:, :8] = True
     image = np.zeros(mask.shape)
     image[5, :8] = RNG.random((8, 16))
-    assert telling_slice(image, mask, 0) == 5
-    assert telling_slice(image, mask, 0, (slice(8, 16), slice(0, 8), slice(0, 8))) == 10  # well inside, to the middle
-    assert telling_slice(image, np.zeros_like(mask), 0) == 7
+    assert slice_to_show(image, mask, 0) == 5
+    assert slice_to_show(image, mask, 0, (slice(8, 16), slice(0, 8), slice(0, 8))) == 10  # well inside, to the middle
+    assert slice_to_show(image, np.zeros_like(mask), 0) == 7
 
 
 def test_slice_shown_has_masked_and_visible_voxels() -> None:
     mask = np.zeros((16, 16, 16), bool)
     mask[:8] = True  # every axial slice is all masked or all visible
     mask[2, :8] = False
-    assert telling_slice(RNG.random(mask.shape), mask, 0) == 2
+    assert slice_to_show(RNG.random(mask.shape), mask, 0) == 2
 
 
 def test_air_is_of_no_interest() -> None:

@@ -1,6 +1,8 @@
 """FLOPs against a hand-computed case, and against what the modules really multiply."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +12,20 @@ from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.conv_blocks import PatchConv, PointwiseConv
 from nnunet_mim.networks.depthwise import DepthwiseConv3d
-from nnunet_mim.networks.flops import (
-    crop_flops,
-    decoder_flops,
-    dense_view_flops,
-    encoder_flops,
-    transformer_flops,
-    view_flops,
-)
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.networks.vit_blocks import Attention
 
+FILE = Path(__file__).parents[3] / "benchmarks" / "flops.py"
 ANISOTROPIC = NetworkConfig((3, 4, 5, 6), (1, 2, 1, 2), 2, 2.0, ((1, 2, 2), (2, 1, 2), (1, 2, 1), (2, 2, 1)), 12, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def flops():
+    """The module, which is not part of the package."""
+    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def counted_flops(model, images, ids_keep, ids_masked):
@@ -53,32 +57,33 @@ def counted_flops(model, images, ids_keep, ids_masked):
 
 @pytest.mark.parametrize("network", [ANISOTROPIC, PRESETS["tiny"]], ids=["anisotropic", "tiny"])
 @pytest.mark.parametrize("in_channels", [1, 2])
-def test_formula_equals_the_layers(network, in_channels):
+def test_formula_equals_the_layers(flops, network, in_channels):
     model = MaskInMask(network, in_channels, alignment="none")
     size = [2 * p for p in network.token_size]
     order = torch.rand(3, 8).argsort(dim=1)
     counted = counted_flops(model, torch.randn(3, in_channels, *size), order[:, :3], order[:, 3:])
-    assert counted == 3 * view_flops(network, in_channels, 3, 8)
+    assert counted == 3 * flops.view_flops(network, in_channels, 3, 8)
 
 
-def test_hand_computed():
+def test_hand_computed(flops):
     """One block of width 2, MLP of width 4, 3 tokens: qkv+proj 2*3*2*8, MLP 2*3*2*8, attention 2*2*3*3*2."""
-    assert transformer_flops(3, 2, 1, 2.0) == 96 + 96 + 72
+    assert flops.transformer_flops(3, 2, 1, 2.0) == 96 + 96 + 72
 
 
-def test_published_base():
+def test_published_base(flops):
     """Base, 96³, 86 of 216 tokens visible, in GFLOP: 28 in the dense encoder without stage 1's convolution to tokens
     (2·48·8³·384 a token), 15 to 16 in the decoder.
     """
     network = PRESETS["base"]
     to_token = 216 * 2 * 48 * 8**3 * 384
-    assert (encoder_flops(network, 1, 86, 216) - to_token) / 1e9 == pytest.approx(28, abs=0.1)
-    assert decoder_flops(network, 1, 86, 216, 216) / 1e9 == pytest.approx(15.7, abs=0.1)
-    assert dense_view_flops(network, 1, 86, 216) / view_flops(network, 1, 86, 216) == pytest.approx(1.58, abs=0.01)
+    assert (flops.encoder_flops(network, 1, 86, 216) - to_token) / 1e9 == pytest.approx(28, abs=0.1)
+    assert flops.decoder_flops(network, 1, 86, 216, 216) / 1e9 == pytest.approx(15.7, abs=0.1)
+    ratio = flops.dense_view_flops(network, 1, 86, 216) / flops.view_flops(network, 1, 86, 216)
+    assert ratio == pytest.approx(1.58, abs=0.01)
 
 
-def test_crop_adds_up_its_views():
+def test_crop_adds_up_its_views(flops):
     config = PretrainConfig(preset="tiny", view_size=(32, 32, 32), n_children=(3, 2))
     levels = levels_of(config)
-    one = [view_flops(config.network, 1, level.n_visible_tokens, level.n_tokens) for level in levels]
-    assert crop_flops(config.network, 1, levels) == 3 * (one[0] + 3 * one[1] + 6 * one[2])
+    one = [flops.view_flops(config.network, 1, level.n_visible_tokens, level.n_tokens) for level in levels]
+    assert flops.crop_flops(config.network, 1, levels) == 3 * (one[0] + 3 * one[1] + 6 * one[2])
