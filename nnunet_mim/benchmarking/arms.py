@@ -18,8 +18,8 @@ from nnunet_mim.benchmarking.seeded_training import installed_command
 from nnunet_mim.checkpoint.finetuning import find_checkpoint, no_checkpoint_error, read_checkpoint
 from nnunet_mim.checkpoint.locate import locate
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.nnunet.source import Source, find_source
-from nnunet_mim.trainers.resolve_plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.trainers.transfer import check_architecture
 
 MIM_PLANS = "nnUNetMiMPlans"

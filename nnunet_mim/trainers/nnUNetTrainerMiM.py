@@ -8,6 +8,7 @@ start, the optimiser with its schedule, and the mirroring axes. All numbers come
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nnunet_mim.checkpoint.identity import leak_warning, leaked_cases, unit_diff
 from nnunet_mim.errors import one_line_errors
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.nnunet.datasets import required_folder
-from nnunet_mim.trainers.finetune_config import default_mirror_axes, without_rest
+from nnunet_mim.trainers.finetune_config import default_mirror_axes
 from nnunet_mim.trainers.heads import start_from_prior
 from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
 from nnunet_mim.trainers.resolve_plans import resolve_plans
@@ -78,7 +79,8 @@ class nnUNetTrainerMiM(nnUNetTrainer):
                 self._load_pretrained_encoder(network)
         if not self.enable_deep_supervision:
             network.decoder.heads[1:].requires_grad_(False)  # unused, and DDP wants a gradient for every parameter
-        return build_optimizer(network, self.finetune if self.load_pretrained else without_rest(self.finetune))
+        recipe = self.finetune if self.load_pretrained else replace(self.finetune, decoder_first_fraction=0.0)
+        return build_optimizer(network, recipe)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Restore a finetuning run; a network that is not yet built needs no pretrained weights then."""
