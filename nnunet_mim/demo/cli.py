@@ -41,9 +41,11 @@ def run(options: argparse.Namespace) -> None:
         raise MiMError(f"--bodies {settings.bodies}: give at least {MIN_BODIES}, for nnU-Net's five folds")
     folders = Folders(Path(options.o).expanduser().resolve())
 
+    import torch
+
     from nnunet_mim.demo.runner import find_command, open_folder, run_stages
 
-    device = options.device or default_device()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     stages = make_stages(settings, folders, device)
     for stage in stages:
         if isinstance(stage.run, list):
@@ -64,13 +66,6 @@ def run(options: argparse.Namespace) -> None:
     say(f"look at {folders.page}")
 
 
-def default_device() -> str:
-    """`cuda` where there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def say(line: str) -> None:
     """Print at once, also into a pipe."""
     print(line, flush=True)
@@ -81,24 +76,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "mim_demo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "-o",
-        default="mim_demo",
-        metavar="FOLDER",
-        help="new folder for all that is made (default: ./mim_demo)",
-    )
-    parser.add_argument("-device", choices=["cpu", "cuda"], default=None, help="default: cuda if there is one")
-    parser.add_argument(
-        "--bodies", type=int, default=None, metavar="N",
-        help=f"made-up bodies to train on, at least {MIN_BODIES} "
-        f"(default: {DemoSettings().bodies}, {QUICK.bodies} with --quick)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller and shorter: shows that all runs, not what it can do"
-    )
-    parser.add_argument(
-        "--continue", action="store_true", dest="resume", help="skip the stages that are done; give the same options"
-    )
+    add = parser.add_argument
+    add("-o", default="mim_demo", metavar="FOLDER", help="new folder for all that is made (default: ./mim_demo)")
+    add("-device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--bodies", type=int, metavar="N",
+        help=f"number of made-up bodies to train on, at least {MIN_BODIES} "
+        f"(default: {DemoSettings().bodies}, {QUICK.bodies} with --quick)")  # fmt: skip
+    add("--quick", action="store_true", help="smaller and shorter: shows that all runs, not what it can do")
+    add("--c", "--continue", action="store_true", dest="resume",
+        help="skip the stages that are done; give the same options")  # fmt: skip
     return parser
 
 

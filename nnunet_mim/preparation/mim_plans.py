@@ -65,14 +65,14 @@ def make_mim_plans(
     notes: list[str] = []
     if checkpoint is not None:
         base_plans, notes = oriented_like(checkpoint, base_plans, configuration)
-        if checkpoint.in_channels not in (1, n_channels(dataset_json)):
-            raise MiMError(
-                f"checkpoint {checkpoint.path} was pretrained on {checkpoint.in_channels} channels, the dataset has "
-                f"{n_channels(dataset_json)}: pretrain on this dataset, or on one channel (which fits any number)"
-            )
+    config = deepcopy(configuration_of(base_plans, configuration))
+    if checkpoint is not None and checkpoint.in_channels not in (1, n_channels(dataset_json)):
+        raise MiMError(
+            f"checkpoint {checkpoint.path} was pretrained on {checkpoint.in_channels} channels, the dataset has "
+            f"{n_channels(dataset_json)}: pretrain on this dataset, or on one channel (which fits any number)"
+        )
     plans = {k: v for k, v in deepcopy(base_plans).items() if k not in ("configurations", "pretrain_info")}
     plans["plans_name"] = plans_name
-    config = deepcopy(configuration_of(base_plans, configuration))
     for key in ("inherits_from", "next_stage", "previous_stage"):
         config.pop(key, None)
     config["data_identifier"] = f"{plans_name}_{configuration}"

@@ -1,8 +1,7 @@
 """nnU-Net trainers that finetune a MiM-pretrained encoder, and their control from random weights.
 
-What differs from stock nnU-Net: the network (HybridUNet), where its encoder's weights come from and where its heads
-start, the optimiser with its schedule, and the mirroring axes. All numbers come from the plans' `mim_finetune` block
-(finetune_config.py).
+They differ from stock nnU-Net in the network (HybridUNet), the initial weights of its encoder and biases of its heads,
+the optimiser with its schedule, and the mirroring axes. All numbers come from `mim_finetune` in the plans.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TRANSFER_FILE = "mim_transfer.json"
 class nnUNetTrainerMiM(nnUNetTrainer):
     """Finetunes a HybridUNet whose encoder `mim_pretrain` trained.
 
-    The pretraining file is read when a training starts and never again: `--c`, `--val` and prediction work without it.
+    The pretraining checkpoint is read only when a training starts: `--c`, `--val` and prediction work without it.
     """
 
     load_pretrained = True
@@ -66,10 +65,10 @@ class nnUNetTrainerMiM(nnUNetTrainer):
             self._log(note)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationSchedule]:
-        """AdamW and its schedule, after the heads have been set and the weights transferred.
+        """Set the heads, transfer the weights, and make AdamW with its schedule.
 
         nnU-Net calls this once, on every rank, after building (and compiling) the network and before DDP wraps it: the
-        one place where pretrained weights can be put in.
+        only place to load pretrained weights.
         """
         network: HybridUNet = getattr(self.network, "_orig_mod", self.network)  # type: ignore[assignment]
         if self.finetune.foreground_prior:
@@ -83,7 +82,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         return build_optimizer(network, recipe)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Restore a finetuning run; a network that is not yet built needs no pretrained weights then."""
+        """Restore a finetuning run, which needs no pretrained weights."""
         self._fresh = False
         super().load_checkpoint(filename_or_checkpoint)
 
@@ -98,7 +97,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         return super().train_step(batch)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (the base class's name)
-        """nnU-Net's choices, with the mirroring axes of the recipe (default: all but left-right)."""
+        """Choices of nnU-Net, with the mirroring axes of the recipe (default: all but left-right)."""
         rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         axes = self.finetune.mirror_axes
         if axes is None:
@@ -130,7 +129,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
             self._log(line)
 
     def _check_provenance(self) -> None:
-        """Warn about validation cases the encoder has seen and about other units; record what was transferred."""
+        """Warn about validation cases that the encoder has seen and about other units; record what was transferred."""
         assert self._checkpoint is not None
         assert self._report is not None
         provenance, leaked = self._checkpoint.provenance, []
@@ -165,6 +164,6 @@ class nnUNetTrainerMiM(nnUNetTrainer):
 
 
 class nnUNetTrainerMiMScratch(nnUNetTrainerMiM):
-    """The control: same network, same recipe, random weights. Its encoder never rests: that would only hold it up."""
+    """The control: same network, same recipe, random weights; without the first phase that trains no encoder."""
 
     load_pretrained = False
