@@ -7,24 +7,27 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from nnunet_mim.demo.stages import MIN_BODIES, QUICK, DemoSettings, Folders, make_stages
 from nnunet_mim.errors import MiMError, exit_code
 
 DESCRIPTION = """\
-Shows the whole way on CT of made-up bodies, with the commands that you would use on your own data:
-nnU-Net plans, mim_plan adapts the plans, nnU-Net preprocesses, mim_pretrain pretrains without labels, nnUNetv2_train
-finetunes, nnUNetv2_predict finds the organs of bodies it has never seen. At the end FOLDER/index.html shows it all.
+Shows the whole way on CT of made-up bodies, with the commands that you would use on your own data: nnU-Net plans,
+mim_plan adapts the plans, nnU-Net preprocesses, mim_pretrain pretrains without labels, nnUNetv2_train finetunes,
+nnUNetv2_predict finds the organs of unseen bodies. At the end FOLDER/index.html shows it all.
 
-Everything is kept in FOLDER; nothing outside it is read or written. Takes minutes, on two CPU cores too."""
+Everything is kept in FOLDER; nothing outside it is read or written. It takes minutes, also on two CPU cores."""
+
+
+say = partial(print, flush=True)  # at once, also into a pipe
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns 0, 2 after a one-line error, 130 after Ctrl-C."""
     options = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         return exit_code(lambda: run(options))
     except KeyboardInterrupt:
@@ -66,11 +69,6 @@ def run(options: argparse.Namespace) -> None:
     say(f"look at {folders.page}")
 
 
-def say(line: str) -> None:
-    """Print at once, also into a pipe."""
-    print(line, flush=True)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of mim_demo."""
     parser = argparse.ArgumentParser(
@@ -86,10 +84,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--c", "--continue", action="store_true", dest="resume",
         help="skip the stages that are done; give the same options")  # fmt: skip
     return parser
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.utils import (
     create_paths_fn,
     get_filenames_of_train_images_and_targets,
@@ -25,19 +25,12 @@ from nnunet_mim.errors import MiMError
 
 def require_environment() -> None:
     """Raise MiMError unless nnUNet_preprocessed and nnUNet_results are set."""
-    for name, path in (("nnUNet_preprocessed", nnUNet_preprocessed), ("nnUNet_results", nnUNet_results)):
-        if not path.is_set():
-            raise MiMError(
-                f"environment variable {name} is not set: export it as for nnU-Net (see nnU-Net's setup page)"
-            )
+    required_folder("nnUNet_preprocessed")
+    required_folder("nnUNet_results")
 
 
 def required_folder(variable: str) -> str:
-    """Value of one of nnU-Net's environment variables.
-
-    Raises:
-        MiMError: not set.
-    """
+    """Value of one of nnU-Net's environment variables. Raises MiMError where it is not set."""
     folder = os.environ.get(variable)
     if not folder:
         raise MiMError(f"environment variable {variable} is not set: export {variable}=FOLDER (nnU-Net's own variable)")

@@ -291,14 +291,16 @@ def _choose_batch(base: int, given: Any) -> int:
 def _given_window(given: Any) -> tuple[float, float] | None:
     if given is None:
         return None
-    valid = isinstance(given, (list, tuple)) and len(given) == 2 and all(type(n) in (int, float) for n in given)
-    if not valid or given[0] >= given[1]:
+    if not _is_numbers(given, 2) or given[0] >= given[1]:
         raise MiMError(f"--set ct_window must be the lowest and the highest HU, e.g. ct_window=-1000,1000; got {given}")
     return float(given[0]), float(given[1])
 
 
 def _three(value: Any, name: str, unit: str) -> list:
-    valid = isinstance(value, (list, tuple)) and len(value) == 3
-    if not valid or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in value):
+    if not _is_numbers(value, 3):
         raise MiMError(f"--set {name} must be three numbers ({unit}, array order), e.g. {name}=96,96,96; got {value}")
     return list(value)
+
+
+def _is_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count and all(type(n) in (int, float) for n in value)

@@ -35,7 +35,7 @@ from nnunet_mim.preparation.mim_plans import check_can_write, write_plans
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps
 from nnunet_mim.preparation.screening import Header, read_header
 from nnunet_mim.preparation.workers import run_jobs
-from nnunet_mim.pretraining.data.case_index import body_threshold, info_from_json, write_index
+from nnunet_mim.pretraining.data.case_index import info_from_json, write_index
 from nnunet_mim.system.files import write_atomically
 
 MADE_BY = {"made_by": "mim_prepare"}
@@ -254,7 +254,7 @@ def _prepare(
     must_be_ct = not survey.labelled and source.normalization[0] == CT
     todo = [name for name in usable if not _is_done(log, name, keys[name], folder)]
     while todo:
-        jobs = [Job(usable[name], folder, plans, dataset_json, must_be_ct, body_threshold(source)) for name in todo]
+        jobs = [Job(usable[name], source, dataset_json, must_be_ct) for name in todo]
         progress = tqdm(
             run_jobs(jobs, survey.config.processes), total=len(usable), initial=len(usable) - len(jobs),
             desc=f"preparing {survey.dataset}", unit="case",

@@ -17,10 +17,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.finding import Volume, voxel_files
 from nnunet_mim.preparation.resampling import LeanConfiguration
 from nnunet_mim.preparation.screening import NOT_FINITE, damaged, last_line, voxel_problem
-from nnunet_mim.pretraining.data.case_index import BODY_HU, describe_voxels
+from nnunet_mim.pretraining.data.case_index import BODY_HU, body_threshold, describe_voxels
 
 CONFIGURATION = "3d_fullres"
 """the one configuration that mim_prepare makes"""
@@ -60,14 +61,11 @@ class Job:
     """One case to prepare."""
 
     case: RawCase
-    folder: Path
-    """folder of the preprocessed cases"""
-    plans: Mapping[str, Any]
+    source: Source
+    """plans, and the folder of the preprocessed cases"""
     dataset_json: Mapping[str, Any]
     must_be_ct: bool
     """whether to leave out images that are no CT of a body"""
-    body_threshold: float
-    """normalised intensity, see `case_index.body_threshold`"""
 
 
 def file_stamps(folder: Path, case: str) -> list[list[int]] | None:
@@ -84,7 +82,7 @@ def prepare_case(job: Job, partial: str) -> dict[str, Any]:
 
     Args:
         job: the case, and how.
-        partial: folder for half-written files, on the same disk as the job's folder.
+        partial: folder for half-written files, on the same disk as the folder of preprocessed cases.
 
     Returns:
         `{"problem": reason}`, or what the log keeps: hash, spacing and shape of the image, intensity sample and
@@ -118,7 +116,7 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
     for file in images if label is None else (*images, label):
         if problem := damaged(Path(file)):
             return {"problem": problem if file != label else f"{problem}: {file}"}
-    manager = PlansManager(dict(job.plans))
+    manager = PlansManager(job.source.plans)
     configuration = LeanConfiguration(manager.get_configuration(CONFIGURATION).configuration)
     reader = manager.image_reader_writer_class()
     data, properties = reader.read_images(images)
@@ -140,13 +138,13 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
         arrays.pop(), arrays.pop(), properties, manager, configuration, dict(job.dataset_json)
     )
     properties.setdefault("class_locations", {})  # nnU-Net's data loader needs it also without labels
-    info = describe_voxels(job.case.name, prepared, job.body_threshold)
+    info = describe_voxels(job.case.name, prepared, body_threshold(job.source))
     try:
         save(prepared, seg, properties, partial, tuple(configuration.patch_size))
-        stamps = move(partial, job.folder, job.case.name)
+        stamps = move(partial, job.source.folder, job.case.name)
     except (OSError, RuntimeError) as error:  # Blosc2's errors are RuntimeErrors
         raise MiMError(
-            f"cannot write {job.folder} ({last_line(error)}): free space, then repeat the command"
+            f"cannot write {job.source.folder} ({last_line(error)}): free space, then repeat the command"
         ) from error
     return {**image_facts, "info": asdict(info), "stamps": stamps}
 

@@ -26,7 +26,7 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, dict[st
     """
     if not jobs:
         return
-    partial = Path(f"{jobs[0].folder}.partial-{os.getpid()}")  # half-written cases
+    partial = Path(f"{jobs[0].source.folder}.partial-{os.getpid()}")  # half-written cases
     remove_abandoned(partial)
     partial.mkdir()
     os.environ.update(ONE_THREAD)  # of the workers; this process does not compute
