@@ -17,8 +17,8 @@ from nnunet_mim.benchmarking.seeded_training import installed_command
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.checkpoint.locate import find_checkpoint, locate, no_checkpoint_error
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.nnunet.source import Source, find_source
-from nnunet_mim.trainers.resolve_plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.trainers.transfer import check_architecture
 
 

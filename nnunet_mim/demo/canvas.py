@@ -1,4 +1,4 @@
-"""The volume a phantom is painted into, and the shapes it is painted with."""
+"""The volume that a phantom is painted into, and the shapes it is painted with."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 AIR_HU = -1000
 HALF = 144.0  # model mm from the middle of the volume to each of its faces
-BEND = (2.5, 2.0, 2.5)  # standard deviation (model mm; z, y, x) of the displacement field, which stops at twice that
+BEND = (2.5, 2.0, 2.5)  # standard deviation (model mm; z, y, x) of the displacement field; twice that is its maximum
 FULL = (slice(None),) * 3
 
 Numbers = Sequence[float] | np.ndarray  # a point (x, y, z), radii: model mm
 
 
 class Canvas:
-    """The volume being painted: HU, labels, and every voxel's place (x, y, z) in the undeformed body, in model mm."""
+    """The volume being painted: HU, labels, and every voxel's place (x, y, z) in the undeformed body in model mm."""
 
     def __init__(self, rng: np.random.Generator, shape: Sequence[int]) -> None:
         edges = [2 * HALF / n for n in shape]
@@ -34,7 +34,7 @@ class Canvas:
         self.labels = np.zeros(shape, np.uint8)
 
     def box(self, low: Numbers, high: Numbers) -> tuple[slice, ...]:
-        """Slices (z, y, x) that hold the structure between two corners (x, y, z) of the undeformed body."""
+        """Slices (z, y, x) around a structure between two corners (x, y, z) of the undeformed body."""
         margin = 2.5 * max(BEND) + self.soft
         spans = zip(self.axes, self.size, reversed([*low]), reversed([*high]), strict=True)
         return tuple(slice(*np.searchsorted(a, (lo * s - margin, hi * s + margin))) for a, s, lo, hi in spans)
@@ -42,7 +42,7 @@ class Canvas:
     def paint(
         self, f: np.ndarray, value: float | np.ndarray, label: int | None = None, box: tuple[slice, ...] = FULL
     ) -> None:
-        """Blend `value` (HU; a number or a full volume) in where `f` is negative, over one voxel; label the inside."""
+        """Paint `value` (HU; a number or a full volume) and the label where `f` is negative, blended over one voxel."""
         weight = np.clip(0.5 - f / self.soft, 0, 1)
         hu = self.hu[box]
         hu += weight * ((value[box] if isinstance(value, np.ndarray) else value) - hu)
@@ -58,7 +58,7 @@ class Canvas:
         lumps: float = 0.0,
         box: tuple[slice, ...] = FULL,
     ) -> np.ndarray:
-        """Ellipsoid turned by `turn` radians about z, sheared by `lean` mm in x per mm of z, rough by `lumps` mm."""
+        """Ellipsoid, turned by `turn` rad about z, sheared by `lean` mm in x per mm of z, rough by `lumps` mm."""
         x, y, z = (axis[box] - c for axis, c in zip((self.x, self.y, self.z), centre, strict=True))
         x = x - lean * z
         u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
@@ -77,7 +77,7 @@ class Canvas:
         lumps: float = 0.0,
         grow: float = 0.0,
     ) -> None:
-        """Paint an ellipsoid, `grow` mm larger than its radii, inside its own box; see `ellipsoid`."""
+        """Paint an `ellipsoid`, `grow` mm larger than its radii."""
         wide = max(radii[:2]) + abs(lean) * radii[2]
         reach = np.array([wide, wide, radii[2]]) + grow + 2 * lumps
         box = self.box(np.asarray(centre) - reach, np.asarray(centre) + reach)
@@ -90,7 +90,7 @@ class Canvas:
         value: float | np.ndarray,
         label: int | None = None,
     ) -> None:
-        """Paint a chain of capsules through points (x, y, z), of one radius or a radius per point."""
+        """Paint a chain of capsules through points (x, y, z), with one radius or one per point."""
         path = np.asarray(points, float)
         radius = np.broadcast_to(np.asarray(radii, float), len(path))
         for a, b, ra, rb in zip(path[:-1], path[1:], radius[:-1], radius[1:], strict=True):
@@ -103,7 +103,7 @@ class Canvas:
 
 
 def oval(x: np.ndarray, y: np.ndarray, a: np.ndarray | float, b: np.ndarray | float, power: float) -> np.ndarray:
-    """Implicit superellipse in the axial plane, with half-axes that may change with height."""
+    """Implicit superellipse in the axial plane; its half-axes may change with height."""
     r = (np.abs(x / a) ** power + np.abs(y / b) ** power) ** (1 / power)
     return (r - 1) * np.minimum(a, b)
 
@@ -114,7 +114,7 @@ def distance(x: np.ndarray, y: np.ndarray, unit: float) -> np.ndarray:
 
 
 def smooth_field(rng: np.random.Generator, cells: int, shape: Sequence[int]) -> np.ndarray:
-    """Random field (Z, Y, X) float32 with mean 0, variance 1 and `cells` bumps an axis, the same at every shape."""
+    """Random field (Z, Y, X) float32 of mean 0 and variance 1, with `cells` bumps per axis at every shape."""
     field = rng.standard_normal((cells + 2,) * 3).astype(np.float32)
     for n in shape:  # each pass interpolates the leading axis and moves it to the end
         place = (np.arange(n) + 0.5) / n * cells + 0.5

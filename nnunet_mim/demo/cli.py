@@ -7,24 +7,27 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from nnunet_mim.demo.stages import MIN_BODIES, QUICK, DemoSettings, Folders, make_stages
 from nnunet_mim.errors import MiMError, exit_code
 
 DESCRIPTION = """\
-Shows the whole way on CT of made-up bodies, with the commands that you would use on your own data:
-nnU-Net plans, mim_plan adapts the plans, nnU-Net preprocesses, mim_pretrain pretrains without labels, nnUNetv2_train
-finetunes, nnUNetv2_predict finds the organs of bodies it has never seen. At the end FOLDER/index.html shows it all.
+Shows the whole way on CT of made-up bodies, with the commands that you would use on your own data: nnU-Net plans,
+mim_plan adapts the plans, nnU-Net preprocesses, mim_pretrain pretrains without labels, nnUNetv2_train finetunes,
+nnUNetv2_predict finds the organs of unseen bodies. At the end FOLDER/index.html shows it all.
 
-Everything is kept in FOLDER; nothing outside it is read or written. Takes minutes, on two CPU cores too."""
+Everything is kept in FOLDER; nothing outside it is read or written. It takes minutes, also on two CPU cores."""
+
+
+say = partial(print, flush=True)  # at once, also into a pipe
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns 0, 2 after a one-line error, 130 after Ctrl-C."""
     options = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         return exit_code(lambda: run(options))
     except KeyboardInterrupt:
@@ -41,9 +44,11 @@ def run(options: argparse.Namespace) -> None:
         raise MiMError(f"--bodies {settings.bodies}: give at least {MIN_BODIES}, for nnU-Net's five folds")
     folders = Folders(Path(options.o).expanduser().resolve())
 
+    import torch
+
     from nnunet_mim.demo.runner import find_command, open_folder, run_stages
 
-    device = options.device or default_device()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     stages = make_stages(settings, folders, device)
     for stage in stages:
         if isinstance(stage.run, list):
@@ -64,46 +69,21 @@ def run(options: argparse.Namespace) -> None:
     say(f"look at {folders.page}")
 
 
-def default_device() -> str:
-    """`cuda` where there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def say(line: str) -> None:
-    """Print at once, also into a pipe."""
-    print(line, flush=True)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of mim_demo."""
     parser = argparse.ArgumentParser(
         "mim_demo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "-o",
-        default="mim_demo",
-        metavar="FOLDER",
-        help="new folder for all that is made (default: ./mim_demo)",
-    )
-    parser.add_argument("-device", choices=["cpu", "cuda"], default=None, help="default: cuda if there is one")
-    parser.add_argument(
-        "--bodies", type=int, default=None, metavar="N",
-        help=f"made-up bodies to train on, at least {MIN_BODIES} "
-        f"(default: {DemoSettings().bodies}, {QUICK.bodies} with --quick)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller and shorter: shows that all runs, not what it can do"
-    )
-    parser.add_argument(
-        "--continue", action="store_true", dest="resume", help="skip the stages that are done; give the same options"
-    )
+    add = parser.add_argument
+    add("-o", default="mim_demo", metavar="FOLDER", help="new folder for all that is made (default: ./mim_demo)")
+    add("-device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--bodies", type=int, metavar="N",
+        help=f"number of made-up bodies to train on, at least {MIN_BODIES} "
+        f"(default: {DemoSettings().bodies}, {QUICK.bodies} with --quick)")  # fmt: skip
+    add("--quick", action="store_true", help="smaller and shorter: shows that all runs, not what it can do")
+    add("--c", "--continue", action="store_true", dest="resume",
+        help="skip the stages that are done; give the same options")  # fmt: skip
     return parser
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

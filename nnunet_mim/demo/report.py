@@ -1,4 +1,4 @@
-"""The page of the demonstration: what the stages have made, in pictures, curves and tables."""
+"""The page of the demonstration: pictures, curves and tables of what the stages have made."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.reporting.views import views_figure
 
 ORGANS = {name: label for name, label in LABELS.items() if label}
-Dice = dict[str, dict[str, float]]  # test body → organ → Dice
+Dice = dict[str, dict[str, float]]  # file name of a test body → organ → Dice
 
 
 def write_report(folders: Folders, settings: DemoSettings, state: dict[str, Any]) -> float:
-    """Write FOLDER/index.html.
+    """Write FOLDER/index.html of a demonstration whose stages are all done.
 
     Args:
-        folders: of a demonstration whose stages are all done.
-        settings: of the same.
-        state: its record (runner.open_folder).
+        folders, settings: those of the demonstration.
+        state: record of its stages, from `runner.open_folder`.
 
     Returns:
         Mean Dice over organs and test bodies.
@@ -59,20 +58,16 @@ def write_report(folders: Folders, settings: DemoSettings, state: dict[str, Any]
 
 
 def dice_of_case(folders: Folders, label_file: Path) -> dict[str, float]:
-    """Dice of every organ of one test body: twice the common voxels over the sum of both sides' voxels.
-
-    Raises:
-        MiMError: the prediction is missing.
-    """
+    """Dice of every organ of one test body. Raises MiMError where the prediction is missing."""
     predicted_file = folders.predictions / label_file.name
     if not predicted_file.is_file():
         raise MiMError(f"no prediction {predicted_file}: delete {folders.root} and run mim_demo again")
     truth, predicted = read_image(label_file), read_image(predicted_file)
-    return {
-        name: float(2 * ((truth == label) & (predicted == label)).sum())
-        / max(1, int((truth == label).sum() + (predicted == label).sum()))
-        for name, label in ORGANS.items()
-    }
+    dice = {}
+    for name, label in ORGANS.items():
+        a, b = truth == label, predicted == label
+        dice[name] = float(2 * (a & b).sum()) / max(1, int(a.sum() + b.sum()))
+    return dice
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -90,6 +85,7 @@ def held_out_case(cases: Path, checkpoint: dict[str, Any]) -> tuple[str, np.ndar
 
 def _summary(settings: DemoSettings, state: dict[str, Any], mean: float) -> Section:
     seconds = sum(stage["seconds"] for stage in state["stages"])
+    duration = f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     machine = f"{os.cpu_count()} CPU cores{' and a GPU' if state['device'] == 'cuda' else ''}"
     text = f"""\
 MiM (Mask in Mask, arXiv 2404.15580) teaches a network about CT without labels: most of a scan is hidden, and the
@@ -97,7 +93,7 @@ network has to fill it in. It does so at three levels at once, from the whole bo
 cut from a hidden place of the level above. The encoder that has learnt this is then finetuned by nnU-Net to find
 organs.
 
-Here the whole way was run on {settings.bodies} made-up bodies, in {_minutes(seconds)} on {machine}. On
+Here the whole way was run on {settings.bodies} made-up bodies, in {duration} on {machine}. On
 {settings.test_bodies} more bodies, which no part of the training has seen, the mean Dice over {len(ORGANS)} organs is
 {mean:.2f} (1 is perfect)."""
     if settings.quick:
@@ -156,31 +152,26 @@ def _organs_section(folders: Folders, settings: DemoSettings, dice: Dice, mean: 
         values = [case[organ] for case in dice.values()]
         rows.append([organ.replace("_", " "), *(f"{value:.2f}" for value in (*values, np.mean(values)))])
     rows.append(["all organs", *(f"{np.mean(list(case.values())):.2f}" for case in dice.values()), f"{mean:.2f}"])
+    transfer = json.loads((folders.finetuning / "mim_transfer.json").read_text())
+    n_loaded, n_fresh = len(transfer["loaded"]) + len(transfer["adapted"]), len(transfer["fresh"])
     text = f"""\
 The encoder of the pretraining, inside a U-Net, finetuned by nnUNetv2_train with nnUNetTrainerMiM for
-{settings.epochs * settings.epoch_iterations} iterations{_transferred(folders)}. nnUNetv2_predict then found the organs
-of these bodies, which were in neither training."""
+{settings.epochs * settings.epoch_iterations} iterations ({n_loaded} pretrained parameter tensors were loaded,
+{n_fresh} started from random values). nnUNetv2_predict then found the organs of these bodies, which were in neither
+training."""
     note = """\
 Made-up bodies are far more alike than patients, and minutes are no training: the figures show that the way works from
 end to end. They say nothing about real CT, nor about what pretraining adds."""
     return Section("Organs of bodies it has never seen", text, note, figures, rows)
 
 
-def _transferred(folders: Folders) -> str:
-    record = json.loads((folders.finetuning / "mim_transfer.json").read_text())
-    n_loaded = len(record["loaded"]) + len(record["adapted"])
-    return f" ({n_loaded} pretrained parameter tensors were loaded, {len(record['fresh'])} started from random values)"
-
-
 def _commands_section(folders: Folders, state: dict[str, Any]) -> Section:
     stages = state["stages"]
     rows = [["step", "command", "seconds", "CPU seconds"]]
-    rows += [
-        [s["title"], s["command"].split(" ")[0] or "(mim_demo)", f"{s['seconds']:.0f}", f"{s['cpu_seconds']:.0f}"]
-        for s in stages
-    ]
-    totals = (f"{sum(s[column] for s in stages):.0f}" for column in ("seconds", "cpu_seconds"))
-    rows.append(["all", "", *totals])
+    for stage in stages:
+        command = stage["command"].split(" ")[0] or "(mim_demo)"
+        rows.append([stage["title"], command, f"{stage['seconds']:.0f}", f"{stage['cpu_seconds']:.0f}"])
+    rows.append(["all", "", *(f"{sum(stage[name] for stage in stages):.0f}" for name in ("seconds", "cpu_seconds"))])
     exports = [f"export {name}={value}" for name, value in folders.environment().items()]
     code = "\n".join([*exports, *(s["command"] for s in stages if s["command"])])
     packages = ", ".join(f"{name} {version(name)}" for name in ("nnunet_mim", "nnunetv2", "torch", "numpy"))
@@ -191,7 +182,3 @@ in {folders.logs}.
 {packages}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores, device
 {state["device"]}."""
     return Section("Every step", text, table=rows, code=code)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"

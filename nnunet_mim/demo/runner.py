@@ -1,4 +1,4 @@
-"""Running the stages one after the other: commands as child processes, logs, times, and what is done already."""
+"""Run the stages one after the other, as child processes, with logs, times and a record of finished stages."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from typing import Any
 
 from nnunet_mim.demo.stages import DemoSettings, Folders, Stage
 from nnunet_mim.errors import MiMError
+from nnunet_mim.system.files import write_atomically
 
 STATE_FILE = "demo.json"
-FORGET = ("nnUNet_mim_checkpoint", "NNUNET_MIM_NO_AUTOREGISTER")  # would lead the finetuning elsewhere
+REMOVED_VARIABLES = ("nnUNet_mim_checkpoint", "NNUNET_MIM_NO_AUTOREGISTER")  # they would change the finetuning
 
 
 def open_folder(folder: Path, settings: DemoSettings, device: str, resume: bool) -> dict[str, Any]:
-    """Check that the demonstration may write into its folder, and read or make the record of its stages.
+    """Check that the demonstration may write into its folder, and read or make its record.
 
     Returns:
-        `settings`, `device` and `stages`, a list of what is done: name, title, command, seconds, cpu_seconds.
+        `settings`, `device` and `stages`: name, title, command, seconds and cpu_seconds of each finished stage.
 
     Raises:
-        MiMError: the folder holds something (and `resume` is not set), nothing to continue, or another demonstration.
+        MiMError: the folder is not empty; with `resume`: it is empty, or holds another demonstration.
     """
     wanted = {"settings": json.loads(json.dumps(asdict(settings))), "device": device}
     file = folder / STATE_FILE
@@ -57,11 +58,9 @@ def open_folder(folder: Path, settings: DemoSettings, device: str, resume: bool)
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write the record of what is done."""
+    """Write the record of finished stages."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{STATE_FILE}.tmp"
-    temporary.write_text(json.dumps(state, indent=2) + "\n")
-    temporary.replace(folder / STATE_FILE)
+    write_atomically(folder / STATE_FILE, (json.dumps(state, indent=2) + "\n").encode())
 
 
 def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -69,12 +68,12 @@ def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any],
 
     Args:
         stages: in their order.
-        folders: of the demonstration.
-        state: from `open_folder`; added to and written after each stage.
+        folders: where.
+        state: record from `open_folder`; extended and written after each stage.
         say: prints one line.
 
     Raises:
-        MiMError: a stage failed; the last lines of its log have been said.
+        MiMError: a stage failed; the last lines of its log have been printed.
     """
     folders.logs.mkdir(parents=True, exist_ok=True)
     done = {stage["name"]: stage for stage in state["stages"]}
@@ -83,23 +82,27 @@ def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any],
         if stage.name in done:
             say(f"      done before, in {done[stage.name]['seconds']:.0f} s")
             continue
-        remove(stage.output)
+        if stage.output.is_dir():
+            shutil.rmtree(stage.output)
+        stage.output.unlink(missing_ok=True)
         log = folders.logs / f"{number:02d}_{stage.name}.log"
         command = shlex.join(stage.run) if isinstance(stage.run, list) else ""
         if command:
             say(f"      {command}")
-        wall, cpu = time.perf_counter(), _cpu_seconds()
+        wall, cpu = time.perf_counter(), sum(os.times()[:4])  # user and system, of this process and ended children
         if isinstance(stage.run, list):
             code = run_command(stage.run, log, child_environment(folders))
             if code:
                 for line in last_lines(log):
                     say(f"      | {line}")
-                raise MiMError(f"stage {stage.name} failed (exit code {code}), all it said is in {log}; "
-                               f"to try again: mim_demo -o {folders.root} --continue")  # fmt: skip
+                raise MiMError(
+                    f"stage {stage.name} failed (exit code {code}), all it said is in {log}; to try again: "
+                    f"mim_demo -o {folders.root} --continue"
+                )
         else:
             stage.run()
             log.write_text(f"{stage.title}: {stage.output}\n")
-        seconds, cpu_seconds = time.perf_counter() - wall, _cpu_seconds() - cpu
+        seconds, cpu_seconds = time.perf_counter() - wall, sum(os.times()[:4]) - cpu
         say(f"      {seconds:.0f} s")
         record = {"name": stage.name, "title": stage.title, "command": command}
         state["stages"].append({**record, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)})
@@ -107,8 +110,8 @@ def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any],
 
 
 def child_environment(folders: Folders) -> dict[str, str]:
-    """This process's environment with nnU-Net's folders, and settings that suit a small machine and a short run."""
-    environment = {name: value for name, value in os.environ.items() if name not in FORGET}
+    """This process's environment, with nnU-Net's folders and settings for a small machine and a short run."""
+    environment = {name: value for name, value in os.environ.items() if name not in REMOVED_VARIABLES}
     return {
         "GOMP_SPINCOUNT": "30000",  # waiting threads soon leave their core to the process that prepares the data
         **environment,
@@ -121,11 +124,7 @@ def child_environment(folders: Folders) -> dict[str, str]:
 
 
 def find_command(name: str) -> str:
-    """Path of a command of the Python that runs this.
-
-    Raises:
-        MiMError: it is not installed.
-    """
+    """Path of a command installed beside the running Python. Raises MiMError where there is none."""
     places = [str(Path(sys.executable).parent), sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
     found = shutil.which(name, path=os.pathsep.join(places))
     if found is None:
@@ -134,7 +133,7 @@ def find_command(name: str) -> str:
 
 
 def run_command(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-    """Run a command, its output in `log`, and return its exit code. It is ended, with its children, if this one is."""
+    """Exit code of a command, whose output goes to `log`. It and its children are ended if this process is."""
     program = [find_command(command[0]), *command[1:]]
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -153,18 +152,10 @@ def run_command(command: Sequence[str], log: Path, environment: Mapping[str, str
 
 
 def last_lines(log: Path, count: int = 12) -> list[str]:
-    """The last lines of a log that are not empty; of a progress bar only its last state."""
+    """The last lines of a log that are not empty, of a progress bar its last state."""
     text = log.read_bytes().decode(errors="replace")
     lines = [re.split("\r", line.rstrip("\r"))[-1].rstrip() for line in text.split("\n")]
     return [line for line in lines if line][-count:]
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _end(child: subprocess.Popen) -> None:
@@ -177,8 +168,3 @@ def _end(child: subprocess.Popen) -> None:
     else:
         child.kill()
     child.wait()
-
-
-def _cpu_seconds() -> float:
-    """User and system seconds of this process and of its children that have ended."""
-    return sum(os.times()[:4])

@@ -1,4 +1,4 @@
-"""What the demonstration runs: its sizes, and the commands of every stage."""
+"""The sizes of the demonstration, its folders, and the commands of its stages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ CONFIGURATION = "3d_fullres"
 TRAINER = "nnUNetTrainerMiM"
 FOLD = 0
 MIN_BODIES = 5  # nnU-Net splits the cases into five folds
+NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class DemoSettings:
 
     quick: bool = False
     bodies: int = 12
-    """phantoms to train on, a fifth of them held out of both trainings (fold 0)"""
+    """number of phantoms to train on; fold 0 holds a fifth of them out of both trainings"""
     test_bodies: int = 2
     shape: int = 64
-    """voxels along each axis of a phantom; a phantom is 288 mm wide"""
+    """voxels per axis of a phantom, which is 288 mm wide"""
     view: int = 32
-    """voxels per axis that the encoder sees; half of `shape`, so that level 1 shows the whole body"""
+    """voxels per axis of a view: half of `shape`, so that level 1 shows the whole body"""
     children: tuple[int, int] = (2, 2)
     batch: int = 4
     lr: float = 2e-3
@@ -47,82 +48,43 @@ QUICK = DemoSettings(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Folders:
-    """Where the demonstration keeps what it makes."""
+    """Where the demonstration keeps what it makes.
 
-    root: Path
+    Attributes:
+        images, labels: CT and true organs of the test bodies.
+        cases: preprocessed training bodies.
+    """
 
-    @property
-    def raw(self) -> Path:
-        return self.root / "nnUNet_raw"
-
-    @property
-    def preprocessed(self) -> Path:
-        return self.root / "nnUNet_preprocessed"
-
-    @property
-    def results(self) -> Path:
-        return self.root / "nnUNet_results"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
-
-    @property
-    def page(self) -> Path:
-        return self.root / "index.html"
-
-    @property
-    def images(self) -> Path:
-        """CT of the test bodies."""
-        return self.raw / DATASET / "imagesTs"
-
-    @property
-    def labels(self) -> Path:
-        """True organs of the test bodies."""
-        return self.raw / DATASET / "labelsTs"
-
-    @property
-    def predictions(self) -> Path:
-        return self.root / "predictions"
-
-    @property
-    def cases(self) -> Path:
-        """Preprocessed training bodies."""
-        return self.preprocessed / DATASET / f"{PLANS}_{CONFIGURATION}"
-
-    @property
-    def pretraining(self) -> Path:
-        return self.results / DATASET / f"MiMPretrain__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
-
-    @property
-    def finetuning(self) -> Path:
-        return self.results / DATASET / f"{TRAINER}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.logs, self.page, self.predictions = root / "logs", root / "index.html", root / "predictions"
+        self.raw, self.preprocessed, self.results = (root / name for name in NNUNET_FOLDERS)
+        self.images, self.labels = self.raw / DATASET / "imagesTs", self.raw / DATASET / "labelsTs"
+        self.cases = self.preprocessed / DATASET / f"{PLANS}_{CONFIGURATION}"
+        results = self.results / DATASET
+        self.pretraining = results / f"MiMPretrain__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
+        self.finetuning = results / f"{TRAINER}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
 
     def environment(self) -> dict[str, str]:
         """nnU-Net's three variables."""
-        return {
-            "nnUNet_raw": str(self.raw),
-            "nnUNet_preprocessed": str(self.preprocessed),
-            "nnUNet_results": str(self.results),
-        }
+        return {name: str(self.root / name) for name in NNUNET_FOLDERS}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the way."""
+    """One step of the demonstration."""
 
     name: str
     title: str
     run: list[str] | Callable[[], None]
     """a command with its arguments, or a function of this package"""
     output: Path
-    """what it makes; removed before a stage that was cut off starts again"""
+    """file or folder that the stage makes; removed before the stage runs"""
 
 
 def make_stages(settings: DemoSettings, folders: Folders, device: str) -> list[Stage]:
-    """All stages but the page, in their order."""
+    """All stages in their order; the page is none of them."""
 
     def make_phantoms() -> None:
         from nnunet_mim.demo.phantoms import write_phantom_dataset
@@ -133,34 +95,33 @@ def make_stages(settings: DemoSettings, folders: Folders, device: str) -> list[S
             folders.raw, DATASET_ID, name, settings.bodies, settings.test_bodies, shape=shape, spacing=spacing
         )
 
-    d, s = str(DATASET_ID), settings
     recipe = {
-        "patch_size": f"{s.patch},{s.patch},{s.patch}", "batch_size": 1, "num_epochs": s.epochs,
-        "iterations_per_epoch": s.epoch_iterations, "val_iterations_per_epoch": 2, "lr": 0.002,
+        "patch_size": ",".join([str(settings.patch)] * 3), "batch_size": 1, "num_epochs": settings.epochs,
+        "iterations_per_epoch": settings.epoch_iterations, "val_iterations_per_epoch": 2, "lr": 0.002,
         "oversample_foreground": 1.0, "mirror_axes": "[]",  # mirroring needs longer schedules
     }  # fmt: skip
-    plan = ["nnUNetv2_plan_and_preprocess", "-d", d, "-c", CONFIGURATION, "--no_pp", "-npfp", "2"]
-    mim_plan = ["mim_plan", "-d", d, "--preset", "tiny", "--set", *(f"{key}={value}" for key, value in recipe.items())]
-    preprocess = ["nnUNetv2_preprocess", "-d", d, "-plans_name", PLANS, "-c", CONFIGURATION, "-np", "2"]
-    pretrain = [
-        "mim_pretrain", "-d", d, "-p", PLANS, "-f", str(FOLD), "--preset", "tiny", "--view", str(s.view),
-        "--children", *map(str, s.children), "--batch", str(s.batch), "--lr", str(s.lr),
-        "--iterations", str(s.iterations), "--val_every", str(s.val_every), "-device", device,
-    ]  # fmt: skip
-    finetune = [
-        "nnUNetv2_train", d, CONFIGURATION, str(FOLD), "-tr", TRAINER, "-p", PLANS, "-device", device,
-    ]  # fmt: skip
+    changes = " ".join(f"{key}={value}" for key, value in recipe.items())
+    sizes = (
+        f"--view {settings.view} --children {settings.children[0]} {settings.children[1]} --batch {settings.batch} "
+        f"--lr {settings.lr} --iterations {settings.iterations} --val_every {settings.val_every}"
+    )
+    model = f"-tr {TRAINER} -p {PLANS}"
+    plan = f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c {CONFIGURATION} --no_pp -npfp 2"
+    mim_plan = f"mim_plan -d {DATASET_ID} --preset tiny --set {changes}"
+    preprocess = f"nnUNetv2_preprocess -d {DATASET_ID} -plans_name {PLANS} -c {CONFIGURATION} -np 2"
+    pretrain = f"mim_pretrain -d {DATASET_ID} -p {PLANS} -f {FOLD} --preset tiny {sizes} -device {device}"
+    finetune = f"nnUNetv2_train {DATASET_ID} {CONFIGURATION} {FOLD} {model} -device {device}"
     predict = [
-        "nnUNetv2_predict", "-d", d, "-i", str(folders.images), "-o", str(folders.predictions), "-tr", TRAINER,
-        "-p", PLANS, "-c", CONFIGURATION, "-f", str(FOLD), "-npp", "1", "-nps", "1", "-device", device,
+        "nnUNetv2_predict", "-d", str(DATASET_ID), "-i", str(folders.images), "-o", str(folders.predictions),
+        *f"{model} -c {CONFIGURATION} -f {FOLD} -npp 1 -nps 1 -device {device}".split(),
     ]  # fmt: skip
     dataset = folders.preprocessed / DATASET
     return [
         Stage("phantoms", "Make bodies", make_phantoms, folders.raw / DATASET),
-        Stage("plan", "nnU-Net looks at the data and plans", plan, dataset),
-        Stage("mim_plan", "Adapt the plans to MiM", mim_plan, dataset / f"{PLANS}.json"),
-        Stage("preprocess", "Preprocess the bodies", preprocess, folders.cases),
-        Stage("pretrain", "Pretrain without labels", pretrain, folders.pretraining),
-        Stage("finetune", "Finetune on the organs", finetune, folders.finetuning),
+        Stage("plan", "nnU-Net looks at the data and plans", plan.split(), dataset),
+        Stage("mim_plan", "Adapt the plans to MiM", mim_plan.split(), dataset / f"{PLANS}.json"),
+        Stage("preprocess", "Preprocess the bodies", preprocess.split(), folders.cases),
+        Stage("pretrain", "Pretrain without labels", pretrain.split(), folders.pretraining),
+        Stage("finetune", "Finetune on the organs", finetune.split(), folders.finetuning),
         Stage("predict", "Predict organs of unseen bodies", predict, folders.predictions),
     ]

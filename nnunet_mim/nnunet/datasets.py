@@ -1,7 +1,7 @@
-"""Datasets in nnU-Net's folders: where the folders are, what a dataset is called, and which raw files it has.
+"""nnU-Net's folders, and the names and raw files of the datasets in them.
 
-nnU-Net's own function forks a pool of twelve processes to sort file names. A forked child of a process that has threads
-(torch, OpenMP, a progress bar) can wait for ever for a lock that one of them held, so nothing here makes processes.
+Nothing here makes processes. nnU-Net's own function forks twelve to sort file names, and a forked child of a process
+with threads (torch, OpenMP, a progress bar) can wait for ever for a lock.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.utils import (
     create_paths_fn,
     get_filenames_of_train_images_and_targets,
@@ -24,20 +24,13 @@ from nnunet_mim.errors import MiMError
 
 
 def require_environment() -> None:
-    """Raise MiMError unless nnU-Net's folders for preprocessed data and results are set."""
-    for name, path in (("nnUNet_preprocessed", nnUNet_preprocessed), ("nnUNet_results", nnUNet_results)):
-        if not path.is_set():
-            raise MiMError(
-                f"environment variable {name} is not set: export it as for nnU-Net (see nnU-Net's setup page)"
-            )
+    """Raise MiMError unless nnUNet_preprocessed and nnUNet_results are set."""
+    required_folder("nnUNet_preprocessed")
+    required_folder("nnUNet_results")
 
 
 def required_folder(variable: str) -> str:
-    """Value of one of nnU-Net's environment variables.
-
-    Raises:
-        MiMError: not set.
-    """
+    """Value of one of nnU-Net's environment variables. Raises MiMError where it is not set."""
     folder = os.environ.get(variable)
     if not folder:
         raise MiMError(f"environment variable {variable} is not set: export {variable}=FOLDER (nnU-Net's own variable)")
@@ -45,33 +38,32 @@ def required_folder(variable: str) -> str:
 
 
 def dataset_name(given: str) -> str:
-    """Number (`501`) or name (`Dataset501_Name`) → name, looked up in nnUNet_raw and nnUNet_preprocessed.
+    """Name of a dataset in nnUNet_raw or nnUNet_preprocessed, from its number (`501`) or name (`Dataset501_Name`).
 
     Raises:
         MiMError: no such dataset, or several with this number.
     """
     roots = [Path(str(root)) for root in (nnUNet_raw, nnUNet_preprocessed) if root.is_set()]
-    known = sorted({path.name for root in roots for path in root.glob("Dataset[0-9][0-9][0-9]_*") if path.is_dir()})
-    found = [name for name in known if name == given or (given.isdigit() and int(name[7:10]) == int(given))]
+    names = sorted({path.name for root in roots for path in root.glob("Dataset[0-9][0-9][0-9]_*") if path.is_dir()})
+    found = [name for name in names if name == given or (given.isdigit() and int(name[7:10]) == int(given))]
     if len(found) > 1:
         raise MiMError(f"dataset number {given} is ambiguous ({', '.join(found)}): give the whole name")
     if not found:
         raise MiMError(
             f"unknown dataset '{given}': not in nnUNet_raw or nnUNet_preprocessed ({', '.join(map(str, roots))}), "
-            f"which hold {', '.join(known) or 'none'}"
+            f"which hold {', '.join(names) or 'none'}"
         )
     return found[0]
 
 
 def raw_files(raw: Path, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
-    """What nnU-Net's `get_filenames_of_train_images_and_targets` returns, without a pool of processes.
+    """For every training case its "images", one file per channel, and its "label".
+
+    The result is that of nnU-Net's `get_filenames_of_train_images_and_targets`.
 
     Args:
         raw: the dataset's folder.
-        dataset_json: its content; not changed.
-
-    Returns:
-        for every training case its "images", one file for each channel, and its "label".
+        dataset_json: content of its dataset.json; not changed.
 
     Raises:
         MiMError: there is no imagesTr.
@@ -92,7 +84,7 @@ def raw_files(raw: Path, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def raw_images(dataset: str) -> dict[str, list[str]]:
-    """The image files of every training case in nnUNet_raw; empty where the dataset or its images are not there."""
+    """Image files of every training case in nnUNet_raw; empty where the dataset or its images are missing."""
     folder = Path(str(nnUNet_raw), dataset) if nnUNet_raw.is_set() else None
     if folder is None or not (folder / "dataset.json").is_file():
         return {}

@@ -1,26 +1,38 @@
-"""Files of medical images: which endings, which name for a case, whether a compressed file is whole."""
+"""Files of medical images: endings, case names, headers, damage."""
 
 from __future__ import annotations
 
 import gzip
 from pathlib import Path
 
+import SimpleITK as sitk
+
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl")
 
 
 def case_name(path: Path) -> str:
-    """File name without its ending and nnU-Net's channel number."""
+    """File name without its ending and without _0000, nnU-Net's first channel."""
     name = next((path.name[: -len(e)] for e in ENDINGS if path.name.lower().endswith(e)), path.stem)
     return name.removesuffix("_0000") or name
 
 
-def check_gzip(path: Path) -> None:
-    """Raise an error for a compressed file that ends early or has another checksum: SimpleITK fills up with zeros.
-
-    Files that are not compressed pass unread.
+def header_of(path: str | Path) -> sitk.ImageFileReader:
+    """A reader that has read the header of an image file.
 
     Raises:
-        OSError, EOFError, zlib.error: it is damaged.
+        RuntimeError: SimpleITK cannot read it.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return reader
+
+
+def check_gzip(path: Path) -> None:
+    """Read a compressed file to its end, as SimpleITK says nothing where one is damaged. Other files pass unread.
+
+    Raises:
+        OSError, EOFError, zlib.error: it ends early or has another checksum.
     """
     if path.suffix == ".gz":
         with gzip.open(path) as file:

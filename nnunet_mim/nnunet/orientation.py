@@ -1,6 +1,6 @@
-"""How images and arrays lie in the patient: which axis is left-right, and how pictures are turned upright.
+"""How images and arrays lie in the patient: the left-right axis, and turning arrays upright for pictures.
 
-Pictures want (z, y, x): z to the head, y to the back, x to the patient's left.
+Upright is (z, y, x): z to the head, y to the back, x to the patient's left.
 """
 
 from __future__ import annotations
@@ -12,48 +12,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnunet_mim.nnunet.datasets import raw_files
+from nnunet_mim.nnunet.image_files import header_of
 
 REORIENTING = {"SimpleITKIO": "SimpleITKIOWithReorient", "NibabelIO": "NibabelIOWithReorient"}
-"""nnU-Net's readers that turn every image to the same orientation (RAS), by those that leave it as it is"""
+"""nnU-Net's readers that turn every image to RAS, by those that leave it as it is"""
 
 MIRRORING_IS_OFF = (
     "WARNING: images are not all stored in axial slices, so that mirroring could exchange left and right: none in the "
     "recipe (mim_prepare turns images; stock nnU-Net mirrors all axes)"
 )
 
-MOST_IMAGES = 50
-"""whose headers are read; a dataset is stored one way, as a rule"""
+MAX_HEADERS = 50
+"""maximum number of headers that are read; most datasets are stored in one way"""
 
 
 def left_right_axes(images: Iterable[Path]) -> set[int]:
-    """Axes of arrays (z, y, x as nnU-Net reads them) that run from right to left in the first images.
+    """Array axes (z, y, x as nnU-Net reads them) that run along left-right in the first images.
 
-    Images stored in axial slices have it last: {2}. What SimpleITK cannot read, or is not 3-D, is passed over: nnU-Net
-    itself says what is wrong with it.
+    It is {2} for images stored in axial slices. Unreadable and 2-D images are skipped: nnU-Net itself reports them.
     """
     found = set()
-    for path in islice(images, MOST_IMAGES):
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(str(path))
+    for path in islice(images, MAX_HEADERS):
         try:
-            reader.ReadImageInformation()
+            reader = header_of(path)
         except RuntimeError:
             continue
         if reader.GetDimension() == 3:
-            to_left = np.abs(np.reshape(reader.GetDirection(), (3, 3))[0])  # of the steps along x, y, z
-            found.add(2 - int(to_left.argmax()))
+            left_right = np.abs(np.reshape(reader.GetDirection(), (3, 3))[0])  # share in the steps along x, y, z
+            found.add(2 - int(left_right.argmax()))
     return found
 
 
 def mirroring_is_unsafe(raw: Path, dataset_json: dict[str, Any]) -> bool:
-    """Whether the default mirroring axes, which are for images stored in axial slices, would exchange left and right.
+    """Whether the default mirroring axes would exchange left and right, as some images are not in axial slices.
 
     Args:
-        raw: the dataset in nnUNet_raw; nothing is known where it is gone.
-        dataset_json: its content.
+        raw: the dataset's folder in nnUNet_raw; False where it is gone.
+        dataset_json: content of its dataset.json.
     """
     if "dataset" in dataset_json:
         images = [Path(case["images"][0]) for case in raw_files(raw, dataset_json).values() if case["images"]]
@@ -61,30 +58,31 @@ def mirroring_is_unsafe(raw: Path, dataset_json: dict[str, Any]) -> bool:
         images = sorted((raw / "imagesTr").glob(f"*_0000{dataset_json['file_ending']}"))
     return not left_right_axes(images) <= {2}
 
+
 TO_LPS = np.diag([-1.0, -1.0, 1.0])
-"""from NIfTI's axes, which point to right, anterior, superior"""
+"""turns directions of NIfTI, (right, anterior, superior), into those of SimpleITK, (left, posterior, superior)"""
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """How to turn arrays in the order of nnU-Net's preprocessed cases for a picture."""
+    """How to turn arrays of nnU-Net's preprocessed cases upright."""
 
     axes: tuple[int, int, int] = (0, 1, 2)
-    """array axes that lie nearest to foot–head, front–back and right–left"""
+    """array axes nearest to foot–head, front–back and right–left"""
     flipped: tuple[bool, bool, bool] = (False, False, False)
-    """which of these run the other way"""
+    """whether each of these runs the other way"""
 
     def array(self, volume: np.ndarray) -> np.ndarray:
-        """A volume (three axes) as (z, y, x)."""
+        """A volume, turned to (Z, Y, X)."""
         turned = volume.transpose(self.axes)
         return turned[tuple(slice(None, None, -1 if flip else 1) for flip in self.flipped)]
 
     def triple(self, values: Sequence[float]) -> tuple[float, float, float]:
-        """One number an axis, e.g. the spacing, in the order (z, y, x)."""
+        """One number per axis, such as the spacing, in the order (z, y, x)."""
         return tuple(float(values[axis]) for axis in self.axes)  # type: ignore[return-value]
 
     def box(self, box: Sequence[slice], shape: Sequence[int]) -> tuple[slice, slice, slice]:
-        """A box of voxels of a volume of `shape` (both before turning)."""
+        """A box of voxels, turned; box and shape of its volume are those before turning."""
         turned = []
         for axis, flip in zip(self.axes, self.flipped, strict=True):
             low, high = box[axis].start, box[axis].stop
@@ -93,13 +91,12 @@ class Orientation:
 
 
 def orientation_of(transpose_forward: Sequence[int], direction: np.ndarray | None = None) -> Orientation:
-    """From the plans' order of axes and the direction of the image.
+    """Orientation of preprocessed cases, from the order of axes in the plans and the direction of the image.
 
     Args:
-        transpose_forward: array axis i of a preprocessed case is axis transpose_forward[i] of the image read as (z, y,
-            x).
-        direction: (3, 3), columns are the directions of the image's index axes x, y, z in the patient (to left, back,
-            head), as in SimpleITK. None: the identity.
+        transpose_forward: array axis i of a case is axis transpose_forward[i] of the image read as (z, y, x).
+        direction: (3, 3); columns are where the image's axes x, y, z point in the patient (left, back, head), as in
+            SimpleITK. None: the identity.
     """
     columns = np.eye(3) if direction is None else np.asarray(direction, dtype=float).reshape(3, 3)
     order = list(transpose_forward) or [0, 1, 2]
@@ -111,7 +108,7 @@ def orientation_of(transpose_forward: Sequence[int], direction: np.ndarray | Non
 
 
 def direction_of(properties: Mapping[str, Any]) -> np.ndarray | None:
-    """Direction (3, 3) of a preprocessed case from what nnU-Net's readers keep of the image; None if they keep none."""
+    """Direction (3, 3) of the image of a preprocessed case; None if nnU-Net's reader has not kept it."""
     if direction := properties.get("sitk_stuff", {}).get("direction"):
         return np.array(direction, dtype=float).reshape(3, 3) if len(direction) == 9 else None
     stuff = properties.get("nibabel_stuff", {})

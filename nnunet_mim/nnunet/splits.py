@@ -1,4 +1,4 @@
-"""Training and validation cases of a fold, as nnU-Net's own split has them."""
+"""Training and validation cases of nnU-Net's folds."""
 
 from __future__ import annotations
 
@@ -8,26 +8,17 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source, read_json
 
 N_FOLDS = 5
-"""of nnU-Net's own split"""
+"""number of folds of nnU-Net's own split"""
 
 
 def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
-    """Validation cases of nnU-Net's own split; empty for a dataset without labels. Raises MiMError as `fold_cases`."""
-    return fold_cases(source, fold)[1]
-
-
-def fold_cases(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Training and validation cases of nnU-Net's own split that are preprocessed; both empty for a dataset without
-    labels. Raises MiMError as `split_of`.
-    """
-    known = set(source.cases)
-    train, val = (tuple(case for case in part if case in known) for part in split_of(source, fold))
-    return train, val
+    """Preprocessed validation cases of a fold; empty for a dataset without labels. Raises MiMError as `split_of`."""
+    preprocessed = set(source.cases)
+    return tuple(case for case in split_of(source, fold)[1] if case in preprocessed)
 
 
 def split_of(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Training and validation cases of nnU-Net's own split, preprocessed or not; both empty for a dataset without
-    labels.
+    """Training and validation cases of a fold, preprocessed or not; both empty for a dataset without labels.
 
     Reads `splits_final.json`, or computes what nnU-Net would write there.
 

@@ -1,4 +1,4 @@
-"""What has become of every case of a preparation: one line of JSON a case, so that a killed one can go on."""
+"""The log of a preparation: one line of JSON per case, so that a killed preparation can go on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from nnunet_mim.errors import MiMError
 
 Entry = dict[str, Any]
-"""case, key, files, and either reason (skipped) or what `prepare_case` returns"""
+"""case, key, files, images, and either reason (left out) or what `prepare_case` returns"""
 
 
 class CaseLog:
@@ -45,29 +45,29 @@ class CaseLog:
         self.entries[entry["case"]] = entry
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete all entries."""
         self.path.unlink(missing_ok=True)
         self.entries.clear()
 
     @property
     def prepared(self) -> dict[str, Entry]:
-        """Entries of cases that are preprocessed, by name."""
+        """Entries of preprocessed cases, sorted by name."""
         return {case: entry for case, entry in sorted(self.entries.items()) if "reason" not in entry}
 
     @property
     def skipped(self) -> dict[str, Entry]:
-        """Entries of cases that are left out, by name."""
+        """Entries of cases that were left out, sorted by name."""
         return {case: entry for case, entry in sorted(self.entries.items()) if "reason" in entry}
 
 
-def known_names(folder: Path) -> dict[str, str]:
-    """Names that all logs in a folder have given, by the first file of the case."""
+def earlier_names(folder: Path) -> dict[str, str]:
+    """Names of cases in all logs of a folder, by the first file of the case."""
     logs = [CaseLog(path) for path in sorted(folder.glob("*.jsonl"))]
     return {entry["files"][0]: case for log in logs for case, entry in log.entries.items()}
 
 
 def input_key(files: Sequence[str], settings: Any) -> str:
-    """Changes with the size or time of any file, and with the settings (plain values) that decide the result."""
+    """A hash of the size and time of all files and of the settings (plain values) that decide the result."""
     stamps = []
     for file in files:
         try:

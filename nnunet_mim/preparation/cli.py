@@ -1,4 +1,4 @@
-"""`mim_plan`: finetuning plans."""
+"""`mim_plan`: plans to pretrain and finetune with."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from nnunet_mim.trainers.finetune_config import FinetuneConfig
 DESCRIPTION = """\
 Writes nnU-Net plans for pretraining and finetuning with MiM: nnUNet_preprocessed/DATASET/nnUNetMiMPlans.json.
 
-They take the dataset's own nnU-Net plans (-p) and change: the network (HybridUNet, of --preset, or of the checkpoint
-given with -pc), the patch size (multiples of the network's token, at most 16 voxels an axis), the CT window (-1000…1000
-HU instead of the foreground's percentiles; with -pc the window of pretraining), and add a block mim_finetune with every
-number of the finetuning recipe. With -pc the spacing of pretraining is used if it is within a factor of 1.5 of the
-dataset's own."""
+They are the dataset's own nnU-Net plans (-p), changed in four places:
+  network       HybridUNet of --preset, or of the checkpoint given with -pc
+  patch size    multiples of the network's token, at most 16 voxels an axis
+  CT window     -1000…1000 HU instead of the foreground's percentiles; with -pc that of pretraining
+  mim_finetune  a new block with every number of the finetuning recipe
+With -pc the spacing of pretraining is used if it is within a factor of 1.5 of the dataset's own."""
 
 EXAMPLES = """\
 examples:
@@ -51,99 +52,92 @@ def run(options: argparse.Namespace) -> None:
     dataset = Path(required_folder("nnUNet_preprocessed"), dataset_name(options.d))
     if "__" in options.o or not options.o.replace("_", "").isalnum() or options.o == options.p:
         raise MiMError(f"-o {options.o}: choose a name of letters, digits and single underscores, other than -p")
-    number = dataset.name[7:10]
-    command = f"nnUNetv2_plan_and_preprocess -d {number} --no_pp"
-    if not (dataset / f"{options.p}.json").is_file() and (dataset / "mim_prepare").is_dir():
-        again = f"change its plans with mim_prepare -d {number} -s SPACING --set KEY=VALUE, or "
-        remedy = f"{'' if options.pc else again}run `{command}` first"
-        raise MiMError(f"{dataset.name} was prepared by mim_prepare and has no {options.p}: {remedy}")
-    base_plans = _load(dataset / f"{options.p}.json", command)
-    fingerprint = _load(dataset / "dataset_fingerprint.json", command)
-    if options.encoder == "resenc" and (options.pc or options.preset):
+    base_plans, fingerprint, dataset_json = _read_plans(dataset, options.p, options.pc)
+    hybrid = options.encoder == "hybrid"
+    if not hybrid and (options.pc or options.preset):
         raise MiMError("--encoder resenc keeps the network of the base plans: leave out -pc and --preset")
     checkpoint = PretrainedCheckpoint.load(options.pc) if options.pc else None
     if checkpoint is not None and options.preset and PRESETS[options.preset] != checkpoint.network:
         raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
+    preset = (options.preset or "base") if hybrid else None
 
-    dataset_json = _load(dataset / "dataset.json", command)
-    pretrained_with = checkpoint.provenance.get("image_reader_writer") if checkpoint is not None else None
-    turned = not {base_plans.get("image_reader_writer"), pretrained_with}.isdisjoint(REORIENTING.values())
+    readers = {base_plans.get("image_reader_writer")}
+    if checkpoint is not None:
+        readers.add(checkpoint.provenance.get("image_reader_writer"))
+    turned = not readers.isdisjoint(REORIENTING.values())
     raw = Path(os.environ.get("nnUNet_raw", ""), dataset.name)
-    unsafe = options.encoder == "hybrid" and not turned and "mirror_axes" not in settings
-    unsafe = unsafe and mirroring_is_unsafe(raw, dataset_json)
+    unsafe = hybrid and not turned and "mirror_axes" not in settings and mirroring_is_unsafe(raw, dataset_json)
     if unsafe:
         settings["mirror_axes"] = []
 
     plans, notes = make_mim_plans(
-        base_plans, fingerprint, dataset_json, options.o, options.c, options.preset or "base", checkpoint, settings,
-        options.encoder,
-    )  # fmt: skip
+        base_plans, fingerprint, dataset_json, options.o, options.c, preset, checkpoint, settings
+    )
     if unsafe:
         notes.append(MIRRORING_IS_OFF)
     plans_file = dataset / f"{options.o}.json"
     preprocessed = check_can_write(plans, plans_file, options.overwrite)
     write_plans(plans, plans_file)
-    size = checkpoint.preset if checkpoint is not None else options.preset or "base"
-    network = f"HybridUNet {size}" if options.encoder == "hybrid" else f"nnU-Net's own, of {options.p}"
-    print(f"wrote {plans_file}\n  network: {network}")
-    for note in notes:
+    size = preset if checkpoint is None else checkpoint.preset
+    print(f"wrote {plans_file}")
+    for note in [f"network: HybridUNet {size}" if hybrid else f"network: nnU-Net's own, of {options.p}", *notes]:
         print(f"  {note}")
+
+    number = dataset.name[7:10]
     print("next:")
-    how = f"--encoder {options.encoder}" if options.encoder != "hybrid" else f"--preset {size}"
-    for line in next_commands(number, options.o, options.c, how, preprocessed, checkpoint is not None):
-        print(f"  {line}")
-
-
-def next_commands(
-    number: str, plans: str, configuration: str, network: str, preprocessed: bool, pretrained: bool
-) -> list[str]:
-    """What to run after mim_plan."""
-    commands = []
     if not preprocessed:
-        commands.append(f"nnUNetv2_preprocess -d {number} -plans_name {plans} -c {configuration}")
-    if not pretrained:
-        commands.append(f"mim_pretrain -d {number} -p {plans} -c {configuration} {network} -f 0")
-    how = "-pretrained_weights CHECKPOINT" if "resenc" in network else "-tr nnUNetTrainerMiM"
-    commands.append(f"nnUNetv2_train {number} {configuration} 0 {how} -p {plans}")
-    return commands
+        print(f"  nnUNetv2_preprocess -d {number} -plans_name {options.o} -c {options.c}")
+    if checkpoint is None:
+        network = f"--preset {size}" if hybrid else "--encoder resenc"
+        print(f"  mim_pretrain -d {number} -p {options.o} -c {options.c} {network} -f 0")
+    weights = "-tr nnUNetTrainerMiM" if hybrid else "-pretrained_weights CHECKPOINT"
+    print(f"  nnUNetv2_train {number} {options.c} 0 {weights} -p {options.o}")
 
 
-def _load(path: Path, command: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise MiMError(f"{path} does not exist: run `{command}` first")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise MiMError(f"{path} is not valid JSON ({error}): run `{command}` again") from error
-
-
-def _recipe() -> str:
-    return "\n".join(f"  {f.name} ({f.default})" for f in fields(FinetuneConfig))
+def _read_plans(dataset: Path, plans: str, checkpoint: str | None) -> list[dict[str, Any]]:
+    """Base plans, fingerprint and dataset.json of a preprocessed folder. `checkpoint` is the value of -pc."""
+    number = dataset.name[7:10]
+    command = f"nnUNetv2_plan_and_preprocess -d {number} --no_pp"
+    if not (dataset / f"{plans}.json").is_file() and (dataset / "mim_prepare").is_dir():
+        again = f"change its plans with mim_prepare -d {number} -s SPACING --set KEY=VALUE, or "
+        remedy = f"{'' if checkpoint else again}run `{command}` first"
+        raise MiMError(f"{dataset.name} was prepared by mim_prepare and has no {plans}: {remedy}")
+    contents = []
+    for path in (dataset / f"{plans}.json", dataset / "dataset_fingerprint.json", dataset / "dataset.json"):
+        if not path.is_file():
+            raise MiMError(f"{path} does not exist: run `{command}` first")
+        try:
+            contents.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise MiMError(f"{path} is not valid JSON ({error}): run `{command}` again") from error
+    return contents
 
 
 def _parser() -> argparse.ArgumentParser:
+    recipe = "\n".join(f"  {field.name} ({field.default})" for field in fields(FinetuneConfig))
     parser = argparse.ArgumentParser(
-        "mim_plan", description=DESCRIPTION, epilog=EXAMPLES + _recipe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
-    parser.add_argument("-pc", metavar="CHECKPOINT",
-                        help="checkpoint_final.pth of a mim_pretrain run, a folder of mim_export, or the name of a "
-                        "repository on Hugging Face")  # fmt: skip
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="base plans (default: nnUNetPlans)")
-    parser.add_argument("-o", "-overwrite_plans_name", dest="o", default="nnUNetMiMPlans", metavar="NAME",
-                        help="name of the new plans (default: nnUNetMiMPlans)")  # fmt: skip
-    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION",
-                        help="the configuration to keep (default: 3d_fullres)")  # fmt: skip
-    parser.add_argument("--preset", choices=list(PRESETS),
-                        help="network size (default: base, or that of the checkpoint)")  # fmt: skip
-    parser.add_argument("--encoder", choices=ENCODERS, default="hybrid",
-                        help="hybrid, for nnUNetTrainerMiM, or resenc: keep the residual encoder U-Net of -p, for "
-                        "mim_pretrain --encoder resenc and stock nnU-Net (default: hybrid)")  # fmt: skip
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="change a setting, see below")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace plans even if data was preprocessed with another spacing or window")  # fmt: skip
+        "mim_plan",
+        description=DESCRIPTION,
+        epilog=EXAMPLES + recipe,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-d", required=True, metavar="DATASET", help="dataset number or name")
+    add("-pc", metavar="CHECKPOINT",
+        help="checkpoint_final.pth of a mim_pretrain run, a folder of mim_export, or the name of a repository on "
+        "Hugging Face")  # fmt: skip
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="base plans (default: nnUNetPlans)")
+    add("-o", "-overwrite_plans_name", dest="o", default="nnUNetMiMPlans", metavar="NAME",
+        help="name of the new plans (default: nnUNetMiMPlans)")  # fmt: skip
+    add("-c", default="3d_fullres", metavar="CONFIGURATION", help="the configuration to keep (default: 3d_fullres)")
+    add("--preset", choices=list(PRESETS), help="network size (default: base, or that of the checkpoint)")
+    add("--encoder", choices=ENCODERS, default="hybrid",
+        help="hybrid, for nnUNetTrainerMiM; or resenc: keep the residual encoder U-Net of -p, for mim_pretrain "
+        "--encoder resenc and stock nnU-Net (default: hybrid)")  # fmt: skip
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change a setting, see below")
+    add("--overwrite", action="store_true",
+        help="replace plans even if data was preprocessed with another spacing or window")  # fmt: skip
     return parser
 
 

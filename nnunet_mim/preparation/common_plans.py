@@ -21,31 +21,31 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.intensities import WIDE_CT_WINDOW
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.preparation.mim_plans import make_mim_plans
+from nnunet_mim.preparation.prepare_case import CONFIGURATION
 
-CONFIGURATION = "3d_fullres"
 DATASET_JSON, FINGERPRINT = "dataset.json", "dataset_fingerprint.json"
 
 
 def fingerprint_of(
     spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]], samples: Sequence[Sequence[float]] = ((),)
 ) -> dict[str, Any]:
-    """A dataset fingerprint as nnU-Net's, made without labels.
+    """A dataset fingerprint like nnU-Net's, made without labels.
 
     Args:
         spacings: mm, array order, per case.
-        shapes: voxels per case.
-        samples: intensities inside the body, per channel; an empty one where they are not known yet.
+        shapes: voxels per axis, per case.
+        samples: intensities inside the body, per channel; empty where unknown: those of the wide CT window.
     """
     properties = {}
     for channel, values in enumerate(samples):
-        stated: dict[str, Any] = dict(WIDE_CT_WINDOW)
+        statistics: dict[str, Any] = WIDE_CT_WINDOW
         if len(values):
             low, median, high = np.percentile(values, (0.5, 50, 99.5))
-            stated = {
+            statistics = {
                 "mean": np.mean(values), "median": median, "std": np.std(values), "min": np.min(values),
                 "max": np.max(values), "percentile_99_5": high, "percentile_00_5": low,
             }  # fmt: skip
-        properties[str(channel)] = {name: float(value) for name, value in stated.items()}
+        properties[str(channel)] = {name: float(value) for name, value in statistics.items()}
     return {
         "spacings": [list(map(float, s)) for s in spacings],
         "shapes_after_crop": [list(map(int, s)) for s in shapes],
@@ -58,21 +58,18 @@ def common_plans(
     dataset: str, dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], plans_name: str,
     spacing: Sequence[float], preset: str, settings: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
-    """MiM plans at a given spacing in the images' own order of axes, read in RAS orientation. Nothing is written.
+    """MiM plans at a given spacing for images turned to RAS, and lines that say what was chosen. Writes nothing.
 
     Patch and batch size are those of nnU-Net's planner at this spacing.
 
     Args:
-        dataset: its name.
+        dataset: name of the dataset.
         dataset_json: with absolute paths under `dataset`.
-        fingerprint: of `fingerprint_of`, in RAS order.
-        plans_name: of the new plans.
+        fingerprint: from `fingerprint_of`, axes of the turned images.
+        plans_name: name of the new plans.
         spacing: mm, array order.
         preset: network size.
         settings: as for `make_mim_plans`.
-
-    Returns:
-        (plans, lines that say what was chosen).
 
     Raises:
         MiMError: bad settings, or nnU-Net cannot plan this dataset.
@@ -81,7 +78,7 @@ def common_plans(
     cases = list(zip(fingerprint["shapes_after_crop"], fingerprint["spacings"], strict=True))
     shape = np.median([compute_new_shape(n, s, target) for n, s in cases], axis=0)
     n_voxels = float(np.prod(shape)) * dataset_json["numTraining"]
-    with folders_of_its_own(dataset, dataset_json) as preprocessed:
+    with temporary_folders(dataset, dataset_json) as preprocessed:
         (preprocessed / FINGERPRINT).write_text(json.dumps(fingerprint))
         try:
             planner = ExperimentPlanner(
@@ -107,24 +104,21 @@ def common_plans(
         "foreground_intensity_properties_per_channel": fingerprint["foreground_intensity_properties_per_channel"],
     }
     recursive_fix_for_json_export(base)
+    settings = {"spacing": target, **settings}
     return make_mim_plans(
-        base, dict(fingerprint), dict(dataset_json), plans_name, CONFIGURATION, preset, None,
-        {"spacing": target, **settings},
-    )  # fmt: skip
+        base, dict(fingerprint), dict(dataset_json), plans_name, CONFIGURATION, preset, settings=settings
+    )
 
 
 def extracted_fingerprint(dataset: str, dataset_json: Mapping[str, Any], processes: int) -> bytes:
-    """nnU-Net's own fingerprint of a labelled dataset, as the content of its file.
+    """Content of nnU-Net's own fingerprint file of a labelled dataset, made with this number of processes.
 
-    Args:
-        dataset: its name.
-        dataset_json: with absolute paths under `dataset`, of the cases to look at.
-        processes: that read.
+    `dataset_json` lists the cases to read under `dataset`, with absolute paths.
 
     Raises:
         MiMError: nnU-Net cannot make it.
     """
-    with folders_of_its_own(dataset, dataset_json) as preprocessed:
+    with temporary_folders(dataset, dataset_json) as preprocessed:
         try:
             DatasetFingerprintExtractor(dataset, processes).run()
             return (preprocessed / FINGERPRINT).read_bytes()
@@ -135,12 +129,11 @@ def extracted_fingerprint(dataset: str, dataset_json: Mapping[str, Any], process
 
 
 @contextmanager
-def folders_of_its_own(dataset: str, dataset_json: Mapping[str, Any]) -> Iterator[Path]:
+def temporary_folders(dataset: str, dataset_json: Mapping[str, Any]) -> Iterator[Path]:
     """Temporary nnU-Net folders in which a dataset has this dataset.json; yields its preprocessed folder.
 
-    nnU-Net's planner and extractor read and write files. The user's are not to be written before it is known that they
-    may be; and where dataset.json lists no paths nnU-Net forks a pool of processes to find them, which can hang in a
-    process that has threads.
+    nnU-Net's planner and extractor write files, and the user's files must not change yet. Where dataset.json lists no
+    paths, nnU-Net forks processes to find them, which can hang in a process with threads.
     """
     before = {name: os.environ.get(name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_n_proc_DA")}
     with tempfile.TemporaryDirectory() as temporary, redirect_stdout(StringIO()):

@@ -23,39 +23,36 @@ class Volume:
     """One image as it lies in the user's folders, not read yet."""
 
     name: str
-    """of the case: letters, digits, - and _"""
+    """name of the case: letters, digits, - and _"""
     files: tuple[str, ...]
-    """absolute; an image file, or the slices of a DICOM series in their order"""
+    """absolute paths: one image file, or the slices of a DICOM series in their order"""
     series: str = ""
     """SeriesInstanceUID; empty for an image file"""
-
     unreadable: bool = False
-    """the files look like DICOM, but cannot be read or hold no image"""
+    """whether the files look like DICOM but cannot be read or hold no image"""
 
 
-def find_volumes(folders: Sequence[Path], known: dict[str, str] | None = None) -> list[Volume]:
-    """All image files and DICOM series in folders.
+def find_volumes(folders: Sequence[Path], earlier_names: dict[str, str] | None = None) -> list[Volume]:
+    """All image files and DICOM series in folders, sorted by name.
+
+    A name is the path below the folder in letters, digits, - and _. A second one of the same name gets a number.
 
     Args:
         folders: searched to any depth, links included; hidden files are left out.
-        known: names that earlier calls have given, by the first file: they are kept.
-
-    Returns:
-        Volumes by name. The name is the path below the folder, made of letters, digits, - and _; where two would have
-        the same name the later one gets a number.
+        earlier_names: names from earlier calls, by the first file of the volume; they are kept.
 
     Raises:
         MiMError: a folder is missing, or there is nothing in any of them.
     """
-    known = known or {}
-    names = dict.fromkeys(known.values(), "")
+    earlier_names = earlier_names or {}
+    taken = set(earlier_names.values())
     volumes = []
     for folder in folders:
         if not folder.is_dir():
             raise MiMError(f"-i {folder} is not a folder: give folders with CT (NIfTI, NRRD, MHA, DICOM)")
         for stem, found in _found(folder.resolve()):
-            name = known.get(found.files[0]) or _new_name(stem, names)
-            names[name] = ""
+            name = earlier_names.get(found.files[0]) or _new_name(stem, taken)
+            taken.add(name)
             volumes.append(replace(found, name=name))
     if not volumes:
         shown = ", ".join(map(str, folders))
@@ -64,8 +61,8 @@ def find_volumes(folders: Sequence[Path], known: dict[str, str] | None = None) -
     return sorted(unique.values(), key=lambda volume: volume.name)
 
 
-def beside(image: str) -> list[str]:
-    """Files that hold the voxels of a header file (`.mhd`, `.nhdr`)."""
+def voxel_files(image: str) -> list[str]:
+    """Files with the voxels of a header file (`.mhd`, `.nhdr`); none for any other image file."""
     path = Path(image)
     if path.suffix.lower() not in (".mhd", ".nhdr"):
         return []
@@ -73,7 +70,7 @@ def beside(image: str) -> list[str]:
 
 
 def _found(root: Path) -> Iterator[tuple[str, Volume]]:
-    """(path below the root, volume without a name) of every volume, in the order of the folders' names."""
+    """(path below the root, volume without a name) of every volume, sorted by folder."""
 
     def stop(error: OSError) -> None:
         raise MiMError(f"cannot look into {error.filename} ({error.strerror}): make it readable, or move it away")
@@ -110,20 +107,20 @@ def _is_dicom(path: Path) -> bool:
 
 
 def _series(folder: Path, stem: str, dicom: list[str]) -> Iterator[tuple[str, Volume]]:
-    """The series in one folder, slices in the order of their positions; and what of its DICOM files is in none."""
+    """The DICOM series of one folder, slices sorted by position; and its DICOM files that belong to none."""
     uids = sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
-    left = set(dicom)
+    unused = set(dicom)
     for uid in uids:
         files = tuple(map(str, sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)))
-        left.difference_update(files)
+        unused.difference_update(files)
         if files:
-            own = f"{stem}_{hashlib.sha256(uid.encode()).hexdigest()[:8]}" if len(uids) > 1 else stem
-            yield own, Volume("", files, uid)
-    if left:
-        yield f"{stem}_unreadable", Volume("", tuple(sorted(left)), unreadable=True)
+            name = f"{stem}_{hashlib.sha256(uid.encode()).hexdigest()[:8]}" if len(uids) > 1 else stem
+            yield name, Volume("", files, uid)
+    if unused:
+        yield f"{stem}_unreadable", Volume("", tuple(sorted(unused)), unreadable=True)
 
 
-def _new_name(stem: str, taken: dict[str, str]) -> str:
+def _new_name(stem: str, taken: set[str]) -> str:
     name = re.sub(r"[^A-Za-z0-9-]+", "_", stem).strip("_") or "case"
     if name.endswith("_seg"):  # nnU-Net keeps the segmentation of case X in X_seg
         name += "_image"

@@ -1,4 +1,4 @@
-"""nnU-Net plans for MiM: a wide CT window, HybridUNet as architecture, a patch that suits it, the finetuning recipe."""
+"""nnU-Net plans for MiM: a wide CT window, HybridUNet, a patch size that fits it, the finetuning recipe."""
 
 from __future__ import annotations
 
@@ -13,25 +13,20 @@ from typing import Any
 import numpy as np
 
 from nnunet_mim.checkpoint.format import HYBRID_KEYS, PretrainedCheckpoint
-from nnunet_mim.config import PRESETS, Size3
+from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import cumulative_strides, suitable_strides
 from nnunet_mim.networks.hybrid_unet import plans_architecture
 from nnunet_mim.networks.resenc import check_resenc
-from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW, WINDOW_FIELDS
+from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW
 from nnunet_mim.nnunet.orientation import REORIENTING
+from nnunet_mim.nnunet.plans import configuration_of, n_channels, spacings_alike, voxels_key
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, check_known_keys, default_mirror_axes
-from nnunet_mim.trainers.resolve_plans import configuration_of, n_channels, network_for, spacings_alike
+from nnunet_mim.trainers.resolve_plans import network_for
 
 PLAN_SETTINGS = ("patch_size", "spacing", "batch_size", "ct_window")
-DECIDES_VOXELS = (
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-)
+RECIPE_SETTINGS = tuple(field.name for field in fields(FinetuneConfig))
 
 
 def make_mim_plans(
@@ -40,25 +35,23 @@ def make_mim_plans(
     dataset_json: dict[str, Any],
     plans_name: str,
     configuration: str = "3d_fullres",
-    preset: str = "base",
+    preset: str | None = "base",
     checkpoint: PretrainedCheckpoint | None = None,
     settings: dict[str, Any] | None = None,
-    encoder: str = "hybrid",
 ) -> tuple[dict[str, Any], list[str]]:
     """Plans with one configuration, from a dataset's base plans and fingerprint.
 
     Args:
-        base_plans: plans of a nnU-Net planner.
+        base_plans: plans of an nnU-Net planner.
         fingerprint: dataset_fingerprint.json.
         dataset_json: dataset.json.
         plans_name: name of the new plans.
         configuration: the one configuration they hold.
-        preset: network size; a checkpoint decides it itself.
+        preset: network size, unless there is a checkpoint. None: keep the residual encoder U-Net of the base plans,
+            without a recipe.
         checkpoint: pretraining to finetune; its network, spacing and intensity windows are used where they suit.
-        settings: overrides: fields of FinetuneConfig, patch_size (voxels), spacing (mm), batch_size, ct_window (lowest
-            and highest HU; other intensities are clipped).
-        encoder: `hybrid`, or `resenc`: nnU-Net's residual encoder U-Net of the base plans is kept, and there is no
-            recipe.
+        settings: overrides: fields of FinetuneConfig, patch_size (voxels), spacing (mm), batch_size, ct_window (HU,
+            lowest and highest).
 
     Returns:
         (plans, lines that say what was chosen and why).
@@ -67,85 +60,90 @@ def make_mim_plans(
         MiMError: bad settings, a 2-D configuration, a checkpoint that does not fit.
     """
     settings = dict(settings or {})
-    recipe_fields = [f.name for f in fields(FinetuneConfig)]
-    keep_network = encoder == "resenc"
-    check_known_keys(settings, [*([] if keep_network else recipe_fields), *PLAN_SETTINGS], "--set")
+    keep_network = preset is None and checkpoint is None
+    check_known_keys(settings, [*(() if keep_network else RECIPE_SETTINGS), *PLAN_SETTINGS], "--set")
     notes: list[str] = []
     if checkpoint is not None:
         base_plans, notes = oriented_like(checkpoint, base_plans, configuration)
     config = deepcopy(configuration_of(base_plans, configuration))
-    for key in ("inherits_from", "next_stage", "previous_stage"):
-        config.pop(key, None)
     if checkpoint is not None and checkpoint.in_channels not in (1, n_channels(dataset_json)):
         raise MiMError(
             f"checkpoint {checkpoint.path} was pretrained on {checkpoint.in_channels} channels, the dataset has "
             f"{n_channels(dataset_json)}: pretrain on this dataset, or on one channel (which fits any number)"
         )
-
-    spacing, reason = _choose_spacing(config["spacing"], checkpoint, settings.get("spacing"))
-    notes.append(f"spacing (mm, array order): {[round(s, 3) for s in spacing]} ({reason})")
-    if list(spacing) != list(config["spacing"]):
-        config["median_image_size_in_voxels"] = median_shape(fingerprint, spacing, base_plans["transpose_forward"])
-    config["spacing"] = list(spacing)
-    config["data_identifier"] = f"{plans_name}_{configuration}"
-    if checkpoint is not None:
-        network, lines = network_for(checkpoint, tuple(spacing))
-        notes.extend(lines)
-    else:
-        network = replace(PRESETS[preset], strides=suitable_strides(tuple(spacing)))
-
-    median = config["median_image_size_in_voxels"]
-    if keep_network:
-        check_resenc(config["architecture"])
-        least = cumulative_strides(config["architecture"]["arch_kwargs"]["strides"])[-1]
-    else:
-        least = network.token_size
-    config["patch_size"] = _choose_patch(config["patch_size"], median, least, settings.get("patch_size"))
-    config["batch_size"] = _choose_batch(config["batch_size"], settings.get("batch_size"))
-    notes.append(f"patch {config['patch_size']}, batch {config['batch_size']} (base plans: median image {median})")
-    if not keep_network:
-        config["architecture"] = plans_architecture(network, config["patch_size"])
-
-    recipe = FinetuneConfig(**{key: value for key, value in settings.items() if key in recipe_fields})
-    if recipe.mirror_axes is None:
-        recipe = replace(recipe, mirror_axes=default_mirror_axes(base_plans["transpose_forward"]))
-
     plans = {k: v for k, v in deepcopy(base_plans).items() if k not in ("configurations", "pretrain_info")}
     plans["plans_name"] = plans_name
-    plans["foreground_intensity_properties_per_channel"], lines = intensity_windows(
+    for key in ("inherits_from", "next_stage", "previous_stage"):
+        config.pop(key, None)
+    config["data_identifier"] = f"{plans_name}_{configuration}"
+    plans["foreground_intensity_properties_per_channel"], window_notes = intensity_windows(
         plans["foreground_intensity_properties_per_channel"],
         config["normalization_schemes"],
         checkpoint,
-        _checked_window(settings.get("ct_window")),
+        _given_window(settings.get("ct_window")),
     )
-    notes.extend(lines)
+
+    spacing, reason = _choose_spacing(config["spacing"], checkpoint, settings.get("spacing"))
+    notes.append(f"spacing (mm, array order): {[round(s, 3) for s in spacing]} ({reason})")
+    if spacing != list(config["spacing"]):
+        config["median_image_size_in_voxels"] = median_shape(fingerprint, spacing, base_plans["transpose_forward"])
+    config["spacing"] = spacing
+    notes.extend(_fit_network(config, preset, checkpoint, settings))
     plans["configurations"] = {configuration: config}
     if checkpoint is not None:
         plans["pretrain_info"] = pretrain_info(checkpoint)
     if not keep_network:
+        recipe = FinetuneConfig(**{key: value for key, value in settings.items() if key in RECIPE_SETTINGS})
+        if recipe.mirror_axes is None:
+            recipe = replace(recipe, mirror_axes=default_mirror_axes(base_plans["transpose_forward"]))
         plans[PLANS_KEY] = recipe.to_dict()
-    return plans, notes
+    return plans, [*notes, *window_notes]
+
+
+def _fit_network(
+    config: dict[str, Any], preset: str | None, checkpoint: PretrainedCheckpoint | None, settings: dict[str, Any]
+) -> list[str]:
+    """Set architecture, patch size and batch size of a configuration whose spacing is settled. Returns notes."""
+    notes: list[str] = []
+    network = None
+    if checkpoint is not None:
+        network, notes = network_for(checkpoint, tuple(config["spacing"]))
+    elif preset is not None:
+        network = replace(PRESETS[preset], strides=suitable_strides(tuple(config["spacing"])))
+    if network is not None:
+        step = network.token_size
+    else:
+        check_resenc(config["architecture"])
+        step = cumulative_strides(config["architecture"]["arch_kwargs"]["strides"])[-1]
+    median = config["median_image_size_in_voxels"]
+    config["patch_size"] = _choose_patch(config["patch_size"], median, step, settings.get("patch_size"))
+    config["batch_size"] = _choose_batch(config["batch_size"], settings.get("batch_size"))
+    if network is not None:
+        config["architecture"] = plans_architecture(network, config["patch_size"])
+    return [
+        *notes,
+        f"patch {config['patch_size']}, batch {config['batch_size']} (base plans: median image {median})",
+    ]
 
 
 def oriented_like(
     checkpoint: PretrainedCheckpoint, base_plans: dict[str, Any], configuration: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Base plans with the order of axes, and the orientation of images, that a network was pretrained with.
+    """Base plans with the order of axes and the orientation of images that a network was pretrained with, and notes.
 
-    Returns:
-        (plans, notes); the plans as they are where the checkpoint does not say.
+    What the checkpoint does not say stays as it is.
     """
     plans, notes = deepcopy(base_plans), []
     before = plans["transpose_forward"]
     order = [int(axis) for axis in checkpoint.provenance.get("transpose_forward", before)]
     if order != before:
-        moved = [before.index(axis) for axis in order]
+        positions = [before.index(axis) for axis in order]
         config = configuration_of(plans, configuration)
         for key in ("spacing", "patch_size", "median_image_size_in_voxels"):
-            config[key] = [config[key][i] for i in moved]
+            config[key] = [config[key][i] for i in positions]
         for key in ("original_median_spacing_after_transp", "original_median_shape_after_transp"):
             if key in plans:
-                plans[key] = [plans[key][i] for i in moved]
+                plans[key] = [plans[key][i] for i in positions]
         plans["configurations"] = {configuration: {k: v for k, v in config.items() if k != "inherits_from"}}
         plans |= {"transpose_forward": order, "transpose_backward": np.argsort(order).tolist()}
         notes.append(f"order of axes {order} (as in pretraining; base plans: {before})")
@@ -162,16 +160,13 @@ def intensity_windows(
     checkpoint: PretrainedCheckpoint | None,
     given: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Intensity properties per channel: CT channels get the given window, the checkpoint's, or the wide one.
+    """Intensity properties per channel, and notes. CT channels get the given window, the checkpoint's, or the wide one.
 
     Args:
         base: foreground_intensity_properties_per_channel of the base plans.
         schemes: normalization_schemes of the configuration.
-        checkpoint: if any.
-        given: HU to clip at, from --set.
-
-    Returns:
-        (properties per channel, notes).
+        checkpoint: pretraining to finetune, or None.
+        given: lowest and highest HU from --set, or None.
     """
     windows, notes = deepcopy(base), []
     provenance = checkpoint.provenance if checkpoint is not None else {}
@@ -200,7 +195,7 @@ def intensity_windows(
 
 
 def pretrain_info(checkpoint: PretrainedCheckpoint) -> dict[str, Any]:
-    """The block that nnU-Net's development branch and nnUNetTrainerMiM read."""
+    """The block of plans that nnU-Net's development branch and nnUNetTrainerMiM read."""
     return {
         "checkpoint_path": checkpoint.path,
         "pt_num_in_channels": checkpoint.in_channels,
@@ -212,14 +207,14 @@ def pretrain_info(checkpoint: PretrainedCheckpoint) -> dict[str, Any]:
 def median_shape(
     fingerprint: dict[str, Any], spacing: Sequence[float], transpose_forward: Sequence[int]
 ) -> list[float]:
-    """Median voxels per axis (transposed array order) after resampling every case to `spacing` (mm, same order)."""
+    """Median number of voxels per axis (transposed array order) after resampling to `spacing` (mm, same order)."""
     order = list(transpose_forward)
     sizes_mm = np.array(fingerprint["spacings"])[:, order] * np.array(fingerprint["shapes_after_crop"])[:, order]
     return [float(n) for n in np.median(np.round(sizes_mm / np.array(spacing)), axis=0)]
 
 
 def suitable_patch(base_patch: Sequence[int], median: Sequence[float], token_size: Sequence[int]) -> list[int]:
-    """Nearest multiple of the token size to the base patch, and no larger than holds the median image."""
+    """The multiple of the token size nearest to the base patch, and no larger than the median image needs."""
     patch = []
     for size, n, token in zip(base_patch, median, token_size, strict=True):
         nearest = math.floor(size / token + 0.5) * token
@@ -228,10 +223,7 @@ def suitable_patch(base_patch: Sequence[int], median: Sequence[float], token_siz
 
 
 def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool, name_flag: str = "-o") -> bool:
-    """Refuse to change what an existing preprocessed folder was made with.
-
-    Returns:
-        Whether that folder exists and was made with the same spacing and normalisation.
+    """Whether the preprocessed folder exists and was made with the same spacing and normalisation.
 
     Raises:
         MiMError: it was made with others, and `overwrite` is off.
@@ -255,7 +247,7 @@ def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool, na
 
 
 def write_plans(plans: dict[str, Any], plans_file: Path) -> None:
-    """Write a plans file; it appears whole or not at all."""
+    """Write a plans file."""
     write_atomically(plans_file, json.dumps(plans, indent=4).encode())
 
 
@@ -276,12 +268,12 @@ def _choose_spacing(
     return list(base), f"base plans; WARNING: pretrained at {shown}, too far from this dataset's own to be taken over"
 
 
-def _choose_patch(base: Sequence[int], median: Sequence[float], token: Size3, given: Any) -> list[int]:
+def _choose_patch(base: Sequence[int], median: Sequence[float], step: Sequence[int], given: Any) -> list[int]:
     if given is None:
-        return suitable_patch(base, median, token)
+        return suitable_patch(base, median, step)
     patch = _three(given, "patch_size", "voxels")
-    if any(not isinstance(n, int) or n < p or n % p for n, p in zip(patch, token, strict=True)):
-        raise MiMError(f"--set patch_size must be multiples of the token size {list(token)}, got {given}")
+    if any(not isinstance(n, int) or n < p or n % p for n, p in zip(patch, step, strict=True)):
+        raise MiMError(f"--set patch_size must be multiples of the token size {list(step)}, got {given}")
     return patch
 
 
@@ -293,33 +285,19 @@ def _choose_batch(base: int, given: Any) -> int:
     return given
 
 
-def _checked_window(given: Any) -> tuple[float, float] | None:
+def _given_window(given: Any) -> tuple[float, float] | None:
     if given is None:
         return None
-    valid = isinstance(given, (list, tuple)) and len(given) == 2 and all(type(n) in (int, float) for n in given)
-    if not valid or given[0] >= given[1]:
+    if not _is_numbers(given, 2) or given[0] >= given[1]:
         raise MiMError(f"--set ct_window must be the lowest and the highest HU, e.g. ct_window=-1000,1000; got {given}")
     return float(given[0]), float(given[1])
 
 
 def _three(value: Any, name: str, unit: str) -> list:
-    valid = isinstance(value, (list, tuple)) and len(value) == 3
-    if not valid or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in value):
+    if not _is_numbers(value, 3):
         raise MiMError(f"--set {name} must be three numbers ({unit}, array order), e.g. {name}=96,96,96; got {value}")
     return list(value)
 
 
-def voxels_key(plans: dict[str, Any], configuration: str) -> list[Any]:
-    """Everything in plans that decides what the preprocessed voxels are."""
-    config = plans["configurations"][configuration]
-    windows = plans["foreground_intensity_properties_per_channel"]
-    ct_windows = [
-        [windows[str(c)][name] for name in WINDOW_FIELDS] if scheme == CT_NORMALIZATION else None
-        for c, scheme in enumerate(config["normalization_schemes"])
-    ]
-    return [
-        plans["transpose_forward"],
-        plans.get("image_reader_writer"),
-        ct_windows,
-        *[config.get(name) for name in DECIDES_VOXELS],
-    ]
+def _is_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count and all(type(n) in (int, float) for n in value)

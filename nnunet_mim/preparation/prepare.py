@@ -19,26 +19,26 @@ from tqdm import tqdm
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import raw_files
+from nnunet_mim.nnunet.plans import voxels_key
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.preparation.case_log import CaseLog, Entry, input_key, known_names
+from nnunet_mim.preparation.case_log import CaseLog, Entry, earlier_names, input_key
 from nnunet_mim.preparation.common_plans import (
-    CONFIGURATION,
     DATASET_JSON,
     FINGERPRINT,
     common_plans,
     extracted_fingerprint,
     fingerprint_of,
 )
-from nnunet_mim.preparation.finding import Volume, beside, find_volumes
-from nnunet_mim.preparation.mim_plans import check_can_write, voxels_key, write_plans
-from nnunet_mim.preparation.prepare_case import ENDINGS, Job, file_stamps
+from nnunet_mim.preparation.finding import find_volumes
+from nnunet_mim.preparation.mim_plans import check_can_write, write_plans
+from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps
 from nnunet_mim.preparation.screening import Header, read_header
 from nnunet_mim.preparation.workers import run_jobs
-from nnunet_mim.pretraining.data.case_index import body_threshold, info_from_json, write_index
+from nnunet_mim.pretraining.data.case_index import info_from_json, write_index
 from nnunet_mim.system.files import write_atomically
 
 MADE_BY = {"made_by": "mim_prepare"}
-"""in dataset.json: the dataset may be rewritten by a later call"""
+"""entry in dataset.json of datasets that later calls may rewrite"""
 
 
 @dataclass(frozen=True)
@@ -49,42 +49,19 @@ class PrepareConfig:
     """mm, array order (z, y, x)"""
     plans_name: str = "nnUNetMiMPlans"
     preset: str | None = None
-    """network size in the plans; None: that of plans which are there already, else mim_pretrain's default"""
+    """network size in the plans; None: that of existing plans, else mim_pretrain's default"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """for the plans, as in mim_plan --set"""
+    """settings of the plans, as in mim_plan --set"""
     processes: int = 1
     min_slices: int = 16
-    """least voxels along every axis of an image"""
+    """minimum number of voxels along every axis of an image"""
     overwrite: bool = False
-    """begin anew where cases were prepared with another spacing or window"""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One case of a dataset to prepare."""
-
-    name: str
-    images: tuple[str, ...]
-    """a file a channel, as nnU-Net reads them"""
-    label: str | None = None
-    series: Volume | None = None
-    """what the image has to be made from first"""
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Files of the user that decide the result."""
-        images = self.images if self.series is None else self.series.files
-        more = () if self.label is None else (self.label,)
-        return (*images, *more, *(file for image in images for file in beside(image)))
-
-    @property
-    def volume(self) -> Volume:
-        return self.series or Volume(self.name, self.images[:1])
+    """whether to begin anew where cases were prepared with another spacing or window"""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What has been done."""
+    """A prepared dataset."""
 
     source: Source
     log: CaseLog
@@ -94,20 +71,24 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """A dataset, before anything is written."""
+class _Survey:
+    """A dataset whose headers have been read. Nothing is written yet."""
 
     dataset: str
-    raw: Path
     base: Path
+    """its folder in nnUNet_preprocessed"""
     log: CaseLog
-    cases: Sequence[Case]
+    cases: Sequence[RawCase]
     headers: Mapping[str, Header]
-    """of those cases that can be used, by name"""
+    """headers of the usable cases, by name"""
     problems: Mapping[str, str]
-    """of the others"""
+    """reasons against the other cases, by name"""
     labelled: bool
     config: PrepareConfig
+
+    @property
+    def plans_file(self) -> Path:
+        return self.base / f"{self.config.plans_name}.json"
 
 
 def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig) -> Prepared:
@@ -126,29 +107,30 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
     """
     raw, base = Path(str(nnUNet_raw), dataset), Path(str(nnUNet_preprocessed), dataset)
     earlier = _earlier_dataset(raw)
-    volumes = find_volumes(folders, known_names(base / "mim_prepare"))
-    copies = {v.name: str(raw / "imagesTr" / f"{v.name}_0000.nii.gz") for v in volumes if v.series}
-    cases = [Case(v.name, (copies[v.name],), None, v) if v.series else Case(v.name, v.files) for v in volumes]
-    work = _look(dataset, raw, base, cases, False, config)
+    cases = []
+    for volume in find_volumes(folders, earlier_names(base / "mim_prepare")):
+        copy = str(raw / "imagesTr" / f"{volume.name}_0000.nii.gz")
+        series = volume if volume.series else None
+        cases.append(RawCase(volume.name, (copy,) if series else volume.files, series=series))
+    survey = _survey(dataset, base, cases, False, config)
     images = {name: entry["images"] for name, entry in earlier.items()}
-    images |= {case.name: list(case.images) for case in cases if case.name in work.headers}
+    images |= {case.name: list(case.images) for case in cases if case.name in survey.headers}
     dataset_json = unlabelled_dataset(images)
-    plans, notes, same = _plan(work, dataset_json)
+    plans, notes, same = _plan(survey, dataset_json)
 
     (raw / "imagesTr").mkdir(parents=True, exist_ok=True)
     if not earlier:
         _write_json(raw / DATASET_JSON, unlabelled_dataset({}))
-    prepared = _prepare(work, plans, notes, same, dataset_json)
-    drop_duplicates(work.log, prepared.source.folder)
-    entries = work.log.prepared
-    _require_any(prepared)
-    others = {name: files for name, files in images.items() if name in earlier and name not in work.log.skipped}
-    final = unlabelled_dataset({**others, **{name: entry["images"] for name, entry in entries.items()}})
+    prepared = _prepare(survey, plans, notes, same, dataset_json)
+    drop_duplicates(prepared.log, prepared.source.folder)
+    entries, skipped = prepared.log.prepared, prepared.log.skipped
+    images = {name: files for name, files in images.items() if name in earlier and name not in skipped}
+    images |= {name: entry["images"] for name, entry in entries.items()}
     for case in cases:  # series that turned out to be of no use
-        if case.series is not None and case.name not in final["dataset"]:
+        if case.series is not None and case.name not in images:
             Path(case.images[0]).unlink(missing_ok=True)
-    _write_json(raw / DATASET_JSON, final)
-    _write_json(base / DATASET_JSON, final)
+    _write_json(raw / DATASET_JSON, unlabelled_dataset(images))
+    _write_json(base / DATASET_JSON, unlabelled_dataset(images))
     _write_json(base / FINGERPRINT, _final_fingerprint(entries))
     return _indexed(prepared)
 
@@ -164,40 +146,41 @@ def prepare_dataset(dataset: str, config: PrepareConfig) -> Prepared:
         raise MiMError(f"{raw / DATASET_JSON} does not exist: give the number of a dataset in nnUNet_raw, or -i FOLDER")
     dataset_json = _read_json(raw / DATASET_JSON)
     files = raw_files(raw, dataset_json)
-    have = {name: os.path.isfile(entry["label"]) for name, entry in files.items()}
-    labelled = any(have.values())
-    if labelled and not all(have.values()):
-        missing = next(name for name, is_there in have.items() if not is_there)
-        raise MiMError(f"{files[missing]['label']} is missing, others are there: add it, or move its image away")
+    missing = [entry["label"] for entry in files.values() if not os.path.isfile(entry["label"])]
+    labelled = len(missing) < len(files)
+    if labelled and missing:
+        raise MiMError(f"{missing[0]} is missing, others are there: add it, or move its image away")
     cases = [
-        Case(str(name), tuple(map(str, entry["images"])), str(entry["label"]) if labelled else None)
+        RawCase(str(name), tuple(map(str, entry["images"])), str(entry["label"]) if labelled else None)
         for name, entry in sorted(files.items())
     ]
     if not cases:
         raise MiMError(f"no image in {raw}: see nnU-Net's page on its dataset format")
-    work = _look(dataset, raw, base, cases, labelled, config)
-    first = next(case for case in cases if case.name in work.headers)
+    survey = _survey(dataset, base, cases, labelled, config)
+    first = next(case for case in cases if case.name in survey.headers)
     example = {"images": list(first.images), "label": first.label or ""}
-    plans, notes, same = _plan(work, {**dataset_json, "dataset": {first.name: example}})
+    plans, notes, same = _plan(survey, {**dataset_json, "dataset": {first.name: example}})
     base.mkdir(parents=True, exist_ok=True)
     _write_json(base / DATASET_JSON, dataset_json)
     if labelled:
         copy_labels(cases, base / "gt_segmentations", dataset_json["file_ending"])
-    prepared = _prepare(work, plans, notes, same, dataset_json)
-    _require_any(prepared)
-    if labelled and not (base / FINGERPRINT).is_file():
+    prepared = _prepare(survey, plans, notes, same, dataset_json)
+    entries = prepared.log.prepared
+    if not labelled:
+        _write_json(base / FINGERPRINT, _final_fingerprint(entries))
+    elif not (base / FINGERPRINT).is_file():
         # nnU-Net's trainer copies it, and its planner would take one made without labels for its own
-        sound = {name: entry for name, entry in files.items() if name in work.log.prepared}
-        write_atomically(
-            base / FINGERPRINT, extracted_fingerprint(dataset, {**dataset_json, "dataset": sound}, config.processes)
-        )
-    elif not labelled:
-        _write_json(base / FINGERPRINT, _final_fingerprint(work.log.prepared))
+        dataset_json = {**dataset_json, "dataset": {name: entry for name, entry in files.items() if name in entries}}
+        write_atomically(base / FINGERPRINT, extracted_fingerprint(dataset, dataset_json, config.processes))
     return _indexed(prepared)
 
 
 def _earlier_dataset(raw: Path) -> dict[str, Any]:
-    """Cases that `mim_prepare -i` has listed in dataset.json before. MiMError where the dataset is somebody else's."""
+    """Cases that `mim_prepare -i` has listed in dataset.json before.
+
+    Raises:
+        MiMError: the folder holds another dataset.
+    """
     if not raw.is_dir() or not any(path.name != "imagesTr" or any(path.iterdir()) for path in raw.iterdir()):
         return {}
     content = _read_json(raw / DATASET_JSON) if (raw / DATASET_JSON).is_file() else {}
@@ -206,85 +189,92 @@ def _earlier_dataset(raw: Path) -> dict[str, Any]:
     return content["dataset"]
 
 
-def _look(dataset: str, raw: Path, base: Path, cases: Sequence[Case], labelled: bool, config: PrepareConfig) -> _Work:
-    """Read all headers."""
+def _survey(dataset: str, base: Path, cases: Sequence[RawCase], labelled: bool, config: PrepareConfig) -> _Survey:
+    """Read all headers.
+
+    Raises:
+        MiMError: no case can be used, now or from earlier calls.
+    """
     log = CaseLog(base / "mim_prepare" / f"{config.plans_name}_{CONFIGURATION}.jsonl")
     with ThreadPoolExecutor(8) as pool:
-        looked = pool.map(lambda case: read_header(case.volume, config.min_slices), cases)
-        found = list(tqdm(looked, total=len(cases), desc=f"looking at {dataset}", unit="image"))
-    pairs = [(case.name, header) for case, header in zip(cases, found, strict=True)]
-    headers = {name: header for name, header in pairs if isinstance(header, Header)}
-    problems = {name: header for name, header in pairs if isinstance(header, str)}
+        reading = pool.map(lambda case: read_header(case.volume, config.min_slices), cases)
+        results = list(tqdm(reading, total=len(cases), desc=f"looking at {dataset}", unit="image"))
+    found = {case.name: result for case, result in zip(cases, results, strict=True)}
+    headers = {name: result for name, result in found.items() if isinstance(result, Header)}
+    problems = {name: result for name, result in found.items() if isinstance(result, str)}
     if not headers and not log.prepared:
         reasons = "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:3])
         raise MiMError(f"none of {len(cases)} images can be used ({reasons}): give CT volumes in Hounsfield units")
-    return _Work(dataset, raw, base, log, cases, headers, problems, labelled, config)
+    return _Survey(dataset, base, log, cases, headers, problems, labelled, config)
 
 
-def _plan(work: _Work, dataset_json: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], bool]:
-    """Plans, how they were made, and whether the cases that are there were made with them. Writes nothing."""
-    config, plans_file = work.config, work.base / f"{work.config.plans_name}.json"
-    sizes = {name: (entry["spacing"], entry["shape"]) for name, entry in work.log.prepared.items()}
-    sizes |= {name: (header.spacing, header.size) for name, header in work.headers.items()}
+def _plan(survey: _Survey, dataset_json: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], bool]:
+    """Plans, how they were made, and whether existing cases were made with them. Writes nothing."""
+    config = survey.config
+    sizes = {name: (entry["spacing"], entry["shape"]) for name, entry in survey.log.prepared.items()}
+    sizes |= {name: (header.spacing, header.size) for name, header in survey.headers.items()}
     spacings, shapes = zip(*(sizes[name] for name in sorted(sizes)), strict=True)
-    channels = max(len(case.images) for case in work.cases)
+    n_channels = max(len(case.images) for case in survey.cases)
     plans, notes = common_plans(
-        work.dataset, dataset_json, fingerprint_of(spacings, shapes, [()] * channels), config.plans_name,
+        survey.dataset, dataset_json, fingerprint_of(spacings, shapes, [()] * n_channels), config.plans_name,
         config.spacing, config.preset or PretrainConfig().preset, config.settings,
     )  # fmt: skip
-    same = check_can_write(plans, plans_file, config.overwrite, "-p")
+    same = check_can_write(plans, survey.plans_file, config.overwrite, "-p")
     if same and not config.settings and config.preset is None:
-        return _read_json(plans_file), ["the plans that are there already"], True
+        return _read_json(survey.plans_file), ["the plans that are there already"], True
     return plans, notes, same
 
 
 def _prepare(
-    work: _Work, plans: dict[str, Any], notes: list[str], same: bool, dataset_json: Mapping[str, Any]
+    survey: _Survey, plans: dict[str, Any], notes: list[str], same: bool, dataset_json: Mapping[str, Any]
 ) -> Prepared:
-    """Preprocess every case that has not been yet."""
-    chosen, log = plans["configurations"][CONFIGURATION], work.log
-    folder = work.base / chosen["data_identifier"]
+    """Preprocess every case that has not been yet.
+
+    Raises:
+        MiMError: no case is left.
+    """
+    chosen, log = plans["configurations"][CONFIGURATION], survey.log
+    folder = survey.base / chosen["data_identifier"]
     if folder.is_dir() and not same:
         shutil.rmtree(folder)
         log.clear()
     folder.mkdir(parents=True, exist_ok=True)
-    write_plans(plans, work.base / f"{work.config.plans_name}.json")
+    write_plans(plans, survey.plans_file)
     source = Source(
-        work.dataset, work.config.plans_name, CONFIGURATION, folder, nnUNetDatasetBlosc2, (), tuple(chosen["spacing"]),
-        tuple(chosen["normalization_schemes"]), plans["foreground_intensity_properties_per_channel"], plans,
+        survey.dataset, survey.config.plans_name, CONFIGURATION, folder, nnUNetDatasetBlosc2, (),
+        tuple(chosen["spacing"]), tuple(chosen["normalization_schemes"]),
+        plans["foreground_intensity_properties_per_channel"], plans,
     )  # fmt: skip
-    for case in work.cases:
-        if (problem := work.problems.get(case.name)) and log.entries.get(case.name, {}).get("reason") != problem:
-            _leave_out(log, folder, case.name, _entry(case, "", {"problem": problem}))
-    decides = voxels_key(plans, CONFIGURATION)
-    usable = {case.name: case for case in work.cases if case.name in work.headers}
-    keys = {name: input_key(case.inputs, decides) for name, case in usable.items()}
-    must_be_ct = not work.labelled and source.intensities.is_ct()
-    todo = [name for name in usable if not _done(log, name, keys[name], folder)]
+    for case in survey.cases:
+        if (problem := survey.problems.get(case.name)) and log.entries.get(case.name, {}).get("reason") != problem:
+            _leave_out(log, folder, _entry(case, "", {"problem": problem}))
+    usable = {case.name: case for case in survey.cases if case.name in survey.headers}
+    keys = {name: input_key(case.inputs, voxels_key(plans, CONFIGURATION)) for name, case in usable.items()}
+    must_be_ct = not survey.labelled and source.intensities.is_ct()
+    todo = [name for name in usable if not _is_done(log, name, keys[name], folder)]
     while todo:
-        jobs = [
-            Job(
-                name, usable[name].images, usable[name].label, usable[name].series, str(folder), plans, CONFIGURATION,
-                dataset_json, must_be_ct, body_threshold(source),
-            )
-            for name in todo
-        ]  # fmt: skip
+        jobs = [Job(usable[name], source, dataset_json, must_be_ct) for name in todo]
         progress = tqdm(
-            run_jobs(jobs, work.config.processes), total=len(usable), initial=len(usable) - len(jobs),
-            desc=f"preparing {work.dataset}", unit="case",
+            run_jobs(jobs, survey.config.processes), total=len(usable), initial=len(usable) - len(jobs),
+            desc=f"preparing {survey.dataset}", unit="case",
         )  # fmt: skip
         for name, result in progress:
             entry = _entry(usable[name], keys[name], result)
             if "reason" in entry:
-                _leave_out(log, folder, name, entry)
+                _leave_out(log, folder, entry)
             else:
                 log.add(entry)
-        duplicates = [name for name in usable if "same_as" in log.entries[name]]  # of images that have changed now
-        todo = [name for name in duplicates if not _done(log, name, keys[name], folder)]
-    return Prepared(source, log, work.labelled, notes)
+        duplicates = [name for name in usable if "same_as" in log.entries[name]]  # of images that may have changed
+        todo = [name for name in duplicates if not _is_done(log, name, keys[name], folder)]
+    if not log.prepared:
+        reasons = "; ".join(f"{entry['case']}: {entry['reason']}" for entry in list(log.skipped.values())[:3])
+        raise MiMError(
+            f"no case of {survey.dataset} could be prepared ({reasons}): give CT volumes in Hounsfield units"
+        )
+    return Prepared(source, log, survey.labelled, notes)
 
 
-def _done(log: CaseLog, case: str, key: str, folder: Path) -> bool:
+def _is_done(log: CaseLog, case: str, key: str, folder: Path) -> bool:
     """Whether nothing has changed since a case was prepared, or left out for good."""
     entry = log.entries.get(case)
     if entry is None or entry["key"] != key:
@@ -296,10 +286,10 @@ def _done(log: CaseLog, case: str, key: str, folder: Path) -> bool:
     return entry["stamps"] == file_stamps(folder, case)
 
 
-def _leave_out(log: CaseLog, folder: Path, case: str, entry: Entry) -> None:
-    """Take the files of a case away, then note why."""
+def _leave_out(log: CaseLog, folder: Path, entry: Entry) -> None:
+    """Remove the preprocessed files of a case, then log why."""
     for ending in reversed(ENDINGS):
-        (folder / f"{case}{ending}").unlink(missing_ok=True)
+        (folder / f"{entry['case']}{ending}").unlink(missing_ok=True)
     log.add(entry)
 
 
@@ -313,10 +303,10 @@ def drop_duplicates(log: CaseLog, folder: Path) -> None:
         for name in others:
             entry = {k: log.entries[name][k] for k in ("case", "key", "files", "images", "image_sha256")}
             reason = f"a duplicate (the same image as {kept})"
-            _leave_out(log, folder, name, {**entry, "reason": reason, "same_as": kept})
+            _leave_out(log, folder, {**entry, "reason": reason, "same_as": kept})
 
 
-def copy_labels(cases: Sequence[Case], folder: Path, ending: str) -> None:
+def copy_labels(cases: Sequence[RawCase], folder: Path, ending: str) -> None:
     """Copy labels to where nnU-Net's validation looks for them, as its preprocessing does."""
     folder.mkdir(exist_ok=True)
     for case in cases:
@@ -340,17 +330,9 @@ def unlabelled_dataset(images: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     }
 
 
-def _entry(case: Case, key: str, result: Mapping[str, Any]) -> Entry:
+def _entry(case: RawCase, key: str, result: Mapping[str, Any]) -> Entry:
     found = {"reason": result["problem"]} if "problem" in result else dict(result)
     return {"case": case.name, "key": key, "files": list(case.inputs[:1]), "images": list(case.images), **found}
-
-
-def _require_any(prepared: Prepared) -> None:
-    if not prepared.log.prepared:
-        reasons = "; ".join(f"{e['case']}: {e['reason']}" for e in list(prepared.log.skipped.values())[:3])
-        raise MiMError(
-            f"no case of {prepared.source.dataset} could be prepared ({reasons}): give CT volumes in Hounsfield units"
-        )
 
 
 def _final_fingerprint(entries: Mapping[str, Entry]) -> dict[str, Any]:
@@ -360,7 +342,7 @@ def _final_fingerprint(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def _indexed(prepared: Prepared) -> Prepared:
-    """With the index of its cases written, so that opening a run reads no voxels."""
+    """With its cases, whose index is written so that opening a run reads no voxels."""
     infos = [info_from_json(entry["info"], entry["image_sha256"]) for entry in prepared.log.prepared.values()]
     source = replace(prepared.source, cases=tuple(info.case for info in infos))
     write_index(source, infos)

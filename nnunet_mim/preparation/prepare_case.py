@@ -1,4 +1,4 @@
-"""One case: read, check, preprocess with nnU-Net's own code, save. Runs in a worker process."""
+"""Read, check, preprocess and save one case, with nnU-Net's own code, in a worker process."""
 
 from __future__ import annotations
 
@@ -17,47 +17,59 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.errors import MiMError
-from nnunet_mim.preparation.finding import Volume
+from nnunet_mim.nnunet.source import Source
+from nnunet_mim.preparation.finding import Volume, voxel_files
 from nnunet_mim.preparation.resampling import LeanConfiguration
 from nnunet_mim.preparation.screening import NOT_FINITE, damaged, last_line, voxel_problem
-from nnunet_mim.pretraining.data.case_index import BODY_HU, describe_voxels
+from nnunet_mim.pretraining.data.case_index import BODY_HU, body_threshold, describe_voxels
 
+CONFIGURATION = "3d_fullres"
+"""the one configuration that mim_prepare makes"""
 HISTOGRAM_HU = np.arange(-1050.0, 2051.0, 25.0)
-"""edges of the bins; lower and higher voxels count in the first and last one"""
+"""edges of the histogram's bins; the first and the last bin hold everything beyond them"""
 SAMPLE = 200
-"""voxels of the body whose intensities are kept for the fingerprint"""
+"""number of voxels in the body whose intensities are kept for the fingerprint"""
 ENDINGS = ("_seg.b2nd", ".pkl", ".b2nd")
-"""files of a preprocessed case; the last one makes it visible to nnU-Net"""
+"""endings of the files of a preprocessed case; the last one makes it visible to nnU-Net"""
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """One case as it lies in the user's folders."""
+
+    name: str
+    images: tuple[str, ...]
+    """one file per channel, as nnU-Net reads them"""
+    label: str | None = None
+    series: Volume | None = None
+    """DICOM series that `images` has to be made from first"""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The user's files that decide the result."""
+        images = self.images if self.series is None else self.series.files
+        labels = () if self.label is None else (self.label,)
+        return (*images, *labels, *(file for image in images for file in voxel_files(image)))
+
+    @property
+    def volume(self) -> Volume:
+        return self.series or Volume(self.name, self.images[:1])
 
 
 @dataclass(frozen=True)
 class Job:
     """One case to prepare."""
 
-    case: str
-    images: tuple[str, ...]
-    """a file a channel"""
-    label: str | None
-    series: Volume | None
-    """DICOM series that `images` has to be made from first"""
-    folder: str
-    """of the preprocessed cases"""
-    plans: Mapping[str, Any]
-    configuration: str
+    case: RawCase
+    source: Source
+    """plans, and the folder of the preprocessed cases"""
     dataset_json: Mapping[str, Any]
     must_be_ct: bool
-    """skip images that are no CT of a body"""
-    body_threshold: float
-    """normalised, see `case_index.body_threshold`"""
-
-
-def partial_folder(folder: str, process: int) -> Path:
-    """Where the cases of `folder` are written first by the command with this process number."""
-    return Path(f"{folder}.partial-{process}")
+    """whether to leave out images that are no CT of a body"""
 
 
 def file_stamps(folder: Path, case: str) -> list[list[int]] | None:
-    """Size and time of a preprocessed case's files; None where one is missing."""
+    """Sizes and modification times of a preprocessed case's files; None where one is missing."""
     try:
         status = [(folder / f"{case}{ending}").stat() for ending in ENDINGS]
     except OSError:
@@ -69,25 +81,27 @@ def prepare_case(job: Job, partial: str) -> dict[str, Any]:
     """Prepare one case.
 
     Args:
-        job: what.
-        partial: folder for half-written files, on the same disk as the job's.
+        job: the case, and how.
+        partial: folder for half-written files, on the same disk as the folder of preprocessed cases.
 
     Returns:
-        `{"problem": reason}`, or what the log keeps: hash, spacing and shape of the image, an intensity sample and
-        histogram, the preprocessed case's CaseInfo, sizes and times of its files, seconds.
+        `{"problem": reason}`, or what the log keeps: hash, spacing and shape of the image, intensity sample and
+        histogram, CaseInfo of the preprocessed case, stamps of its files, seconds.
 
     Raises:
         MiMError: out of memory, or the output cannot be written.
     """
     began = time.perf_counter()
-    running = Path(partial, f"{job.case}.running")
+    running = Path(partial, f"{job.case.name}.running")
     running.touch()
     try:
-        result = _prepare(job, Path(partial, job.case))
+        result = _prepare(job, Path(partial, job.case.name))
     except MiMError:
         raise
     except MemoryError as error:
-        raise MiMError(f"out of memory at {job.images[0]}: repeat the command with fewer processes (-np)") from error
+        raise MiMError(
+            f"out of memory at {job.case.images[0]}: repeat the command with fewer processes (-np)"
+        ) from error
     except Exception as error:  # whatever is wrong with one image must not stop the others
         return {"problem": f"cannot be read or prepared ({last_line(error)})"}
     finally:
@@ -96,46 +110,47 @@ def prepare_case(job: Job, partial: str) -> dict[str, Any]:
 
 
 def _prepare(job: Job, partial: Path) -> dict[str, Any]:
-    if job.series is not None:
-        write_series(job.series, Path(job.images[0]))
-    for file in (*job.images, *([job.label] if job.label is not None else [])):
+    images, label = job.case.images, job.case.label
+    if job.case.series is not None:
+        write_series(job.case.series, Path(images[0]))
+    for file in images if label is None else (*images, label):
         if problem := damaged(Path(file)):
-            return {"problem": problem if file != job.label else f"{problem}: {file}"}
-    manager = PlansManager(dict(job.plans))
-    configuration = LeanConfiguration(manager.get_configuration(job.configuration).configuration)
+            return {"problem": problem if file != label else f"{problem}: {file}"}
+    manager = PlansManager(job.source.plans)
+    configuration = LeanConfiguration(manager.get_configuration(CONFIGURATION).configuration)
     reader = manager.image_reader_writer_class()
-    data, properties = reader.read_images(job.images)
-    seg = reader.read_seg(job.label)[0].astype(np.int16) if job.label is not None else None
+    data, properties = reader.read_images(images)
+    seg = None if label is None else reader.read_seg(label)[0].astype(np.int16)
     if job.must_be_ct and (problem := voxel_problem(data[0])):
         return {"problem": problem}
     if not np.isfinite([data.min(), data.max()]).all():
         return {"problem": NOT_FINITE}
-    known = {
+    image_facts = {
         "image_sha256": voxel_sha256(data),
         "spacing": [float(s) for s in properties["spacing"]],
         "shape": list(data.shape[1:]),
         "sample": body_sample(data),
         "histogram": np.sum([histogram(part) for part in data[0]], axis=0).tolist(),
     }
-    only = [seg, data]  # nnU-Net makes copies; without another reference the originals need not stay in memory
+    arrays = [seg, data]  # nnU-Net makes copies; without a reference here the originals need not stay in memory
     del data, seg
     prepared, seg, properties = DefaultPreprocessor(verbose=False).run_case_npy(
-        only.pop(), only.pop(), properties, manager, configuration, dict(job.dataset_json)
+        arrays.pop(), arrays.pop(), properties, manager, configuration, dict(job.dataset_json)
     )
-    properties.setdefault("class_locations", {})  # nnU-Net's data loader looks for it, labels or not
-    info = describe_voxels(job.case, prepared, job.body_threshold)
+    properties.setdefault("class_locations", {})  # nnU-Net's data loader needs it also without labels
+    info = describe_voxels(job.case.name, prepared, body_threshold(job.source))
     try:
         save(prepared, seg, properties, partial, tuple(configuration.patch_size))
-        stamps = move(partial, Path(job.folder), job.case)
+        stamps = move(partial, job.source.folder, job.case.name)
     except (OSError, RuntimeError) as error:  # Blosc2's errors are RuntimeErrors
         raise MiMError(
-            f"cannot write {job.folder} ({last_line(error)}): free space, then repeat the command"
+            f"cannot write {job.source.folder} ({last_line(error)}): free space, then repeat the command"
         ) from error
-    return {**known, "info": asdict(info), "stamps": stamps}
+    return {**image_facts, "info": asdict(info), "stamps": stamps}
 
 
 def write_series(series: Volume, path: Path) -> None:
-    """Write a DICOM series as an image file, in Hounsfield units. It appears whole or not at all."""
+    """Write a DICOM series as an image file, in Hounsfield units, atomically."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(series.files)
     image = reader.Execute()
@@ -149,12 +164,12 @@ def write_series(series: Volume, path: Path) -> None:
 
 
 def histogram(voxels: np.ndarray) -> np.ndarray:
-    """Voxels by HISTOGRAM_HU."""
+    """Number of voxels in each bin of HISTOGRAM_HU."""
     return np.histogram(voxels.clip(HISTOGRAM_HU[0], HISTOGRAM_HU[-1]), HISTOGRAM_HU)[0]
 
 
 def body_sample(data: np.ndarray) -> list[list[float]]:
-    """Intensities of up to SAMPLE voxels inside the body (by channel 0), per channel (C lists)."""
+    """Intensities of up to SAMPLE random voxels inside the body, which channel 0 shows; one list per channel."""
     random = np.random.default_rng(0)
     places = random.integers(data[0].size, size=20 * SAMPLE)
     first = data[0].reshape(-1)[places]
@@ -165,12 +180,9 @@ def body_sample(data: np.ndarray) -> list[list[float]]:
 def save(
     data: np.ndarray, seg: np.ndarray, properties: dict[str, Any], partial: Path, patch_size: tuple[int, ...]
 ) -> None:
-    """Write a case with nnU-Net's own function, chunks included.
+    """Write a preprocessed case with nnU-Net's own function to `partial`, a path without an ending.
 
-    Args:
-        data, seg, properties: of nnU-Net's preprocessing.
-        partial: path without an ending.
-        patch_size: of the plans, which decides the chunks.
+    The patch size of the plans decides the chunks of the files.
     """
     seg = seg.astype(np.int16, copy=False)
     blocks, chunks = comp_blosc2_params(data.shape, patch_size, data.itemsize)
@@ -181,8 +193,9 @@ def save(
 
 
 def move(partial: Path, folder: Path, case: str) -> list[list[int]] | None:
-    """Move the files of a case to where they belong, when they are safe on the disk; the one that shows the case to
-    nnU-Net last. Returns their stamps.
+    """Move the files of a case into its folder once they are safe on the disk. Returns their stamps.
+
+    The file that makes the case visible to nnU-Net moves last.
     """
     for ending in ENDINGS:
         with open(f"{partial}{ending}", "rb") as file:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError, exit_code
-from nnunet_mim.nnunet.datasets import dataset_name
+from nnunet_mim.nnunet.datasets import dataset_name, required_folder
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.machine import usable_cores
@@ -45,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Prepare as the command line says."""
-    from nnunet_mim.nnunet.datasets import required_folder
     from nnunet_mim.preparation.prepare import PrepareConfig, prepare_dataset, prepare_folders
     from nnunet_mim.preparation.prepare_report import next_command, skipped_lines, write_report
 
@@ -83,17 +82,17 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _new_dataset(given: list[str], name: str | None) -> str:
-    """DatasetXXX_Name of the dataset that -i makes or goes on with."""
+    """DatasetXXX_Name of the dataset that -i makes or adds to."""
     if len(given) != 1:
         raise MiMError("-i makes one dataset: give one number with -d")
     try:
-        known = dataset_name(given[0])
+        existing = dataset_name(given[0])
     except MiMError:
-        known = None
-    if known is not None:
-        if name and known != f"{known[:10]}_{name}":
-            raise MiMError(f"dataset {given[0]} is {known}: leave out -n, or take a number that is free")
-        return known
+        existing = None
+    if existing is not None:
+        if name and existing != f"{existing[:10]}_{name}":
+            raise MiMError(f"dataset {given[0]} is {existing}: leave out -n, or take a number that is free")
+        return existing
     if not given[0].isdigit() or not 0 < int(given[0]) < 1000:
         raise MiMError(f"-d {given[0]}: give a number from 1 to 999")
     if not name or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -109,30 +108,30 @@ def _spacing(given: list[float]) -> tuple[float, float, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "mim_prepare", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
+        "mim_prepare",
+        description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("-d", nargs="+", required=True, metavar="DATASET", help="number of the new dataset, or datasets in nnUNet_raw")
     add("-n", metavar="NAME", help="name of the new dataset")
     add("-i", nargs="+", metavar="FOLDER", help="folders with CT, searched to any depth")
     add("-s", nargs="+", type=float, default=[1.5], metavar="MM",
         help="spacing: one number, or three in array order (z y x) (default: 1.5)")  # fmt: skip
-    cores = usable_cores()
-    add("-np", type=int, default=min(8, cores), metavar="N",
-        help=f"worker processes (default: 8, or the number of cores it may use; here {min(8, cores)})")  # fmt: skip
+    cores = min(8, usable_cores())
+    add("-np", type=int, default=cores, metavar="N",
+        help=f"worker processes (default: 8, or the number of cores it may use; here {cores})")  # fmt: skip
     add("-p", default="nnUNetMiMPlans", metavar="PLANS", help="name of the plans (default: nnUNetMiMPlans)")
     add("--preset", choices=list(PRESETS),
-        help="network size in the plans (default: that of plans which are there already, else base)")  # fmt: skip
+        help="network size in the plans (default: that of existing plans, else base)")  # fmt: skip
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="settings of the plans, as for mim_plan, such as ct_window=-1000,1000 patch_size=96,96,96")  # fmt: skip
-    add("--min_slices", type=int, default=16, metavar="N", help="least voxels on every axis (default: 16)")
-    add(
-        "--overwrite",
-        action="store_true",
-        help="begin anew where cases were prepared with another spacing or window under the same name of plans",
-    )
-    add("--strict", action="store_true", help="end with exit code 2 if anything was left out")  # fmt: skip
+    add("--min_slices", type=int, default=16, metavar="N", help="minimum number of voxels on every axis (default: 16)")
+    add("--overwrite", action="store_true",
+        help="begin anew where cases of these plans were prepared with another spacing or window")  # fmt: skip
+    add("--strict", action="store_true", help="end with exit code 2 if anything was left out")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What `mim_prepare` has made of a dataset: one page, and a table of what was left out."""
+"""The page of a prepared dataset, and the table of what was left out."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.nnunet.orientation import direction_of, orientation_of
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import Entry
-from nnunet_mim.preparation.common_plans import CONFIGURATION
 from nnunet_mim.preparation.prepare import Prepared
-from nnunet_mim.preparation.prepare_case import HISTOGRAM_HU
+from nnunet_mim.preparation.prepare_case import CONFIGURATION, HISTOGRAM_HU
 from nnunet_mim.reporting.gallery import Slices, gallery_figure, histogram_figure
-from nnunet_mim.reporting.page import Section, write_atomically, write_page
+from nnunet_mim.reporting.page import Section, write_page
+from nnunet_mim.system.files import write_atomically
 
 SHOWN_CASES = 6
 
 
 def reason_kind(reason: str) -> str:
-    """A reason without its figures, to count by."""
+    """The kind of a reason: its text without figures and details."""
     return reason.split(" (")[0].split(":")[0]
 
 
 def skipped_lines(skipped: Mapping[str, Entry]) -> list[str]:
-    """How many cases were left out and why, for the eyes of the user: one line a reason, with an example."""
+    """One line per kind of reason: the number of cases that were left out, and an example."""
     kinds = Counter(reason_kind(entry["reason"]) for entry in skipped.values())
     lines = []
     for kind, count in kinds.most_common():
@@ -39,18 +39,16 @@ def skipped_lines(skipped: Mapping[str, Entry]) -> list[str]:
 
 
 def write_report(prepared: Prepared, preset: str | None) -> Path:
-    """Write a page and `…_skipped.csv` beside the log. Returns the page's path."""
+    """Write the page and `…_skipped.csv` into the folder of the log. Returns the path of the page."""
     entries, skipped, source = prepared.log.prepared, prepared.log.skipped, prepared.source
-    folder = prepared.log.path.parent
-    stem = prepared.log.path.stem
+    folder, stem = prepared.log.path.parent, prepared.log.path.stem
     write_atomically(folder / f"{stem}_skipped.csv", skipped_table(skipped))
+    gallery = gallery_figure([slices_of(source, name) for name in evenly(list(entries), SHOWN_CASES)])
+    views = "From the front and from below, all in the same scale. The patient's right is on the left."
     sections = [
         Section("Cases", table=facts_table(prepared), words=True),
-        Section(
-            "Pictures", "From the front and from below, all in the same scale. The patient's right is on the left.",
-            figures=[gallery_figure([slices_of(source, name) for name in evenly(list(entries), SHOWN_CASES)])],
-        ),
-    ]  # fmt: skip
+        Section("Pictures", views, figures=[gallery]),
+    ]
     if source.intensities.is_ct():
         counts = np.sum([entry["histogram"] for entry in entries.values()], axis=0)
         properties = source.intensity_properties["0"]
@@ -64,26 +62,26 @@ def write_report(prepared: Prepared, preset: str | None) -> Path:
         sections.append(Section("Intensities", text, figures=[histogram_figure(HISTOGRAM_HU, counts, window)]))
     if skipped:
         table = [["file", "reason"], *([entry["files"][0], entry["reason"]] for entry in skipped.values())]
-        more = f"The first 200 of {len(skipped)}; {stem}_skipped.csv holds all." if len(table) > 201 else ""
-        sections.append(Section("Left out", more, table=table[:201], words=True))
+        text = f"The first 200 of {len(skipped)}; {stem}_skipped.csv holds all." if len(table) > 201 else ""
+        sections.append(Section("Left out", text, table=table[:201], words=True))
     sections.append(Section("Plans", code="\n".join(prepared.notes)))
     sections.append(Section("Next", code=next_command([source], preset)))
     path = folder / f"{stem}.html"
     left_out = f"{len(skipped)} images were left out" if skipped else "no image was left out"
-    lead = f"{len(entries)} cases are ready for pretraining, {left_out}."
-    write_page(path, f"{source.dataset}, prepared", sections, lead)
+    summary = f"{len(entries)} cases are ready for pretraining, {left_out}."
+    write_page(path, f"{source.dataset}, prepared", sections, summary)
     return path
 
 
 def next_command(sources: Sequence[Source], preset: str | None) -> str:
-    """How to go on: the command that pretrains the network of the plans."""
+    """The command that pretrains the network of the plans."""
     numbers = " ".join(source.dataset[7:].split("_")[0] for source in sources)
     size = "" if preset in (None, PretrainConfig().preset) else f" --preset {preset}"
     return f"mim_pretrain -d {numbers} -p {sources[0].plans_name}{size}"
 
 
 def skipped_table(skipped: Mapping[str, Entry]) -> bytes:
-    """CSV of what was left out: case, file, reason."""
+    """CSV with case, file and reason of what was left out."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["case", "file", "reason"])
@@ -92,7 +90,7 @@ def skipped_table(skipped: Mapping[str, Entry]) -> bytes:
 
 
 def facts_table(prepared: Prepared) -> list[list[str]]:
-    """Counts and sizes."""
+    """Counts, spacings and sizes of a prepared dataset, as rows of a table."""
     entries, source = prepared.log.prepared, prepared.source
     shapes = np.array([entry["info"]["shape"] for entry in entries.values()])
     before = np.array([entry["spacing"] for entry in entries.values()])
@@ -112,12 +110,12 @@ def facts_table(prepared: Prepared) -> list[list[str]]:
 
 
 def evenly(names: Sequence[str], count: int) -> list[str]:
-    """Up to `count` of the names, from all over the list."""
+    """Up to `count` of the names, evenly spread over the list."""
     return [names[int(i)] for i in np.unique(np.linspace(0, len(names) - 1, count).round())]
 
 
 def slices_of(source: Source, case: str) -> Slices:
-    """Two slices through the middle of a preprocessed case, turned for the picture, in HU where it is CT."""
+    """Two slices through the middle of a preprocessed case, turned upright; HU where it is CT."""
     data, _, _, properties = source.dataset_class(str(source.folder), [case]).load_case(case)
     turn = orientation_of((0, 1, 2), direction_of(properties))
     std, mean = source.to_hounsfield()

@@ -1,7 +1,7 @@
-"""nnU-Net's default resampling of images in bounded memory, equal to it up to rounding.
+"""nnU-Net's default resampling of images in bounded memory, with the same result up to rounding.
 
-Interpolation by cubic splines is a linear map along each axis, one axis after the other: a small matrix, whose columns
-SciPy's own `zoom` gives. nnU-Net resamples all axes at once in float64, with several copies of the volume.
+Spline interpolation is a linear map along each axis in turn, so a small matrix per axis, made with SciPy's `zoom`, does
+it. nnU-Net resamples all axes at once in float64, with several copies of the volume.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_SEG_KWARGS = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_
 
 
 class LeanConfiguration(ConfigurationManager):
-    """A configuration whose default resampling needs less memory; any other is left as it is."""
+    """A configuration whose default resampling needs less memory; other resampling is left as it is."""
 
     @property
     def resampling_fn_data(self) -> Any:
@@ -52,9 +52,9 @@ class LeanConfiguration(ConfigurationManager):
 def resample_image(
     image: np.ndarray, new_shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
 ) -> np.ndarray:
-    """What nnU-Net's `resample_data_or_seg_to_shape` returns for images with its usual settings.
+    """Resample images like nnU-Net's `resample_data_or_seg_to_shape` with its default settings.
 
-    Cubic splines; along an axis with much larger spacing than the others the nearest slice instead.
+    That is cubic splines, but the nearest slice along an axis with much larger spacing than the others.
 
     Args:
         image: (C, X, Y, Z) float32.
@@ -78,8 +78,9 @@ def resample_image(
 
 
 def resample_outside(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
-    """A segmentation of a case without labels, in which nnU-Net marks voxels outside the image with -1: linear
-    interpolation of the mask, as nnU-Net's, a few slices at a time.
+    """Resample the segmentation of a case without labels, where nnU-Net marks voxels outside the image with -1.
+
+    The mask is interpolated linearly, as nnU-Net does, a few slices at a time.
 
     Args:
         seg: (1, X, Y, Z) integer, 0 and -1.
@@ -88,9 +89,11 @@ def resample_outside(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
     Returns:
         (1, *new_shape), same type.
     """
+    if tuple(seg.shape[1:]) == tuple(new_shape):
+        return seg
     result = np.zeros((1, *new_shape), seg.dtype)
-    if tuple(seg.shape[1:]) == tuple(new_shape) or not seg.any():
-        return seg if tuple(seg.shape[1:]) == tuple(new_shape) else result
+    if not seg.any():
+        return result
     across, rows, columns = (spline_matrix(n, m, 1) for n, m in zip(seg.shape[1:], new_shape, strict=True))
     for first in range(0, new_shape[0], SLICES_AT_ONCE):
         part = across[first : first + SLICES_AT_ONCE]
@@ -102,15 +105,10 @@ def resample_outside(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
 
 
 def resample_labels(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
-    """What nnU-Net's `resample_data_or_seg_to_shape` returns for labels with its usual settings where no axis is much
-    thicker than the others: the same function, without a copy of the whole volume in float64.
+    """Resample labels (C, X, Y, Z) to (C, *new_shape) like nnU-Net's `resample_data_or_seg_to_shape`.
 
-    Args:
-        seg: (C, X, Y, Z) integer.
-        new_shape: voxels per axis.
-
-    Returns:
-        (C, *new_shape), same type.
+    That holds for its default settings where no axis has much larger spacing than the others. The function is the same,
+    without a copy of the whole volume in float64.
     """
     if tuple(seg.shape[1:]) == tuple(new_shape):
         return seg
@@ -118,7 +116,7 @@ def resample_labels(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
 
 
 def _slice_by_slice(volume: np.ndarray, new_shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """Each slice by itself, and no values beyond its own; then the nearest slices."""
+    """Resample each slice within the range of its own values, then take the nearest slices."""
     in_plane = tuple(a for a in range(3) if a != axis)
     limits = volume.min(in_plane, keepdims=True), volume.max(in_plane, keepdims=True)
     resized = _along_axes(volume, new_shape, in_plane)
@@ -129,7 +127,7 @@ def _slice_by_slice(volume: np.ndarray, new_shape: tuple[int, ...], axis: int) -
 
 
 def _along_axes(volume: np.ndarray, new_shape: tuple[int, ...], axes: Sequence[int]) -> np.ndarray:
-    for axis in sorted(axes, key=lambda a: new_shape[a] / volume.shape[a]):  # those that shrink most first
+    for axis in sorted(axes, key=lambda a: new_shape[a] / volume.shape[a]):  # the axis that shrinks most first
         matrix = spline_matrix(volume.shape[axis], new_shape[axis]).astype(np.float32)
         if axis == 0:
             volume = (matrix @ volume.reshape(volume.shape[0], -1)).reshape(-1, *volume.shape[1:])
@@ -142,8 +140,9 @@ def _along_axes(volume: np.ndarray, new_shape: tuple[int, ...], axes: Sequence[i
 
 @lru_cache(maxsize=16)
 def spline_matrix(old: int, new: int, order: int = 3) -> np.ndarray:
-    """(new, old): interpolation by splines of this order of `old` values, continued at the edges, at the centres of
-    `new` equal parts.
+    """Matrix (new, old) that interpolates `old` values with splines of this order at the centres of `new` equal parts.
+
+    Beyond the edges values are constant.
     """
     if old == 1:
         return np.ones((new, 1))

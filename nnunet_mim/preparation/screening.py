@@ -1,4 +1,4 @@
-"""Which images are CT volumes that can be pretrained on. Every check returns the reason against, or None."""
+"""Checks whether an image is a CT volume to pretrain on. Each returns the reason against it, or None."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_mim.nnunet.image_files import check_gzip
+from nnunet_mim.nnunet.image_files import check_gzip, header_of
 from nnunet_mim.preparation.finding import Volume
 from nnunet_mim.pretraining.data.case_index import BODY_HU
 
 HIGHEST_MINIMUM_HU = -200.0
-"""every CT of a body has fat or air in it; label maps, MR and raw scanner values do not go below 0"""
+"""every CT of a body has fat or air in it; label maps, MR and raw scanner values have nothing below 0"""
 SMALLEST_BODY = 0.002
-"""share of voxels above BODY_HU"""
+"""minimum share of voxels above BODY_HU"""
 LARGEST_SPACING = 20.0
 """mm"""
 PART_BYTES = 1 << 26
@@ -30,27 +30,23 @@ MODALITY, IMAGE_TYPE, INTERCEPT, POSITION, ORIENTATION = "0008|0060", "0008|0008
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its image."""
+    """Size and spacing of an image, from its header."""
 
     size: tuple[int, ...]
-    """voxels, array order (z, y, x) after turning to RAS"""
+    """voxels per axis; array order (z, y, x) after turning to RAS"""
     spacing: tuple[float, ...]
-    """mm, in the same order"""
+    """mm, same order"""
 
 
 def read_header(volume: Volume, min_slices: int) -> Header | str:
-    """Size and spacing of an image without reading its voxels, or why it cannot be used.
+    """Size and spacing of a volume without reading its voxels, or why it cannot be used.
 
-    Args:
-        volume: file or DICOM series.
-        min_slices: least voxels on every axis.
+    `min_slices` is the minimum number of voxels on every axis.
     """
     if volume.unreadable:
         return f"cannot be read ({len(volume.files)} DICOM files that are damaged or hold no image)"
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(volume.files[0])
     try:
-        reader.ReadImageInformation()
+        reader = header_of(volume.files[0])
     except RuntimeError as error:
         return f"cannot be read ({last_line(error)})"
     size, spacing = list(reader.GetSize()), list(reader.GetSpacing())
@@ -71,14 +67,14 @@ def read_header(volume: Volume, min_slices: int) -> Header | str:
 
 
 def turned_axes(direction: tuple[float, ...]) -> list[int]:
-    """Which axes of an image (0: x, 1: y, 2: z as stored) become z, y, x when it is turned to RAS."""
+    """The axes of an image (0: x, 1: y, 2: z, as stored) that become z, y, x when it is turned to RAS."""
     letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(direction)
     place = {"S": 0, "I": 0, "A": 1, "P": 1, "R": 2, "L": 2}
     return sorted(range(3), key=lambda axis: place[letters[axis]])
 
 
 def header_problem(size: list[int], spacing: list[float], components: int, min_slices: int) -> str | None:
-    """Why an image of this size (x, y, z) and spacing (mm) is no CT volume, or None."""
+    """Why an image of this size (voxels), spacing (mm) and number of values per voxel is no CT volume, or None."""
     shown = " x ".join(map(str, size))
     if components > 1:
         return f"in colour ({components} values a voxel)"
@@ -94,7 +90,7 @@ def header_problem(size: list[int], spacing: list[float], components: int, min_s
 
 
 def dicom_problem(reader: sitk.ImageFileReader) -> str | None:
-    """Why the series of a slice, whose header has been read, is no CT in Hounsfield units, or None."""
+    """Why a DICOM series is no CT in Hounsfield units, or None. The reader has read the header of one slice."""
 
     def tag(name: str) -> str:
         return reader.GetMetaData(name).strip() if reader.HasMetaDataKey(name) else ""
@@ -109,13 +105,11 @@ def dicom_problem(reader: sitk.ImageFileReader) -> str | None:
 
 
 def slice_gap(files: tuple[str, ...]) -> float | str:
-    """Distance of the slices of a DICOM series in mm, or why they do not make a volume."""
+    """Distance between the slices of a DICOM series in mm, or why they do not make a volume."""
     positions, normal = [], np.zeros(3)
     for file in files:
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(file)
         try:
-            reader.ReadImageInformation()
+            reader = header_of(file)
             positions.append([float(v) for v in reader.GetMetaData(POSITION).split("\\")])
             rows = np.array([float(v) for v in reader.GetMetaData(ORIENTATION).split("\\")]).reshape(2, 3)
         except (RuntimeError, ValueError) as error:
@@ -135,8 +129,9 @@ def slice_gap(files: tuple[str, ...]) -> float | str:
 
 
 def damaged(path: Path) -> str | None:
-    """What SimpleITK does not say about a file: that it ends early or fails its checksum (it fills up with zeros), or
-    that it is NIfTI with NaN or infinite voxels (it makes zeros of them).
+    """Why a file is damaged, or None: it ends early, fails its checksum, or is NIfTI with NaN or infinite voxels.
+
+    SimpleITK reads zeros in all these cases.
     """
     try:
         if path.name.lower().endswith((".nii", ".nii.gz")):
@@ -148,7 +143,11 @@ def damaged(path: Path) -> str | None:
 
 
 def nifti_problem(path: Path) -> str | None:
-    """Read a NIfTI file once, in parts: is it whole, and are all voxels finite? Errors of gzip come through."""
+    """Why a NIfTI file is incomplete or has voxels that are not finite, or None. Reads the file once, in parts.
+
+    Raises:
+        OSError, EOFError, zlib.error: a compressed file is damaged.
+    """
     image: Any = nibabel.load(path)
     dtype, missing = image.get_data_dtype(), math.prod(image.shape)
     is_float = dtype.kind in "fc"
@@ -163,11 +162,7 @@ def nifti_problem(path: Path) -> str | None:
 
 
 def voxel_problem(ct: np.ndarray) -> str | None:
-    """Why voxels are not those of a body in Hounsfield units, or None.
-
-    Args:
-        ct: (Z, Y, X) float32.
-    """
+    """Why voxels (Z, Y, X) are not those of a body in Hounsfield units, or None."""
     low, high = float(ct.min()), float(ct.max())
     if not np.isfinite([low, high]).all():  # min and max of an array with NaN are NaN
         return NOT_FINITE
@@ -179,6 +174,6 @@ def voxel_problem(ct: np.ndarray) -> str | None:
 
 
 def last_line(error: Exception) -> str:
-    """Of an error's message, in one line."""
+    """The last line of an error's message, at most 200 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[-1].split())[:200]

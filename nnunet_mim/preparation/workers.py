@@ -12,27 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.preparation.prepare_case import Job, partial_folder, prepare_case
+from nnunet_mim.preparation.prepare_case import Job, prepare_case
 from nnunet_mim.system.processes import end_with_parent
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prepare cases in worker processes of their own; yields (case, result) as they are finished.
+    """Prepare cases in worker processes; yields (case, result) as they are finished.
 
     Raises:
         MiMError: a worker died, or could not write. Finished cases are kept.
     """
     if not jobs:
         return
-    partial = partial_folder(jobs[0].folder, os.getpid())
+    partial = Path(f"{jobs[0].source.folder}.partial-{os.getpid()}")  # half-written cases
     remove_abandoned(partial)
     partial.mkdir()
     os.environ.update(ONE_THREAD)  # of the workers; this process does not compute
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, initializer=end_with_parent) as pool:
-        futures = {pool.submit(prepare_case, job, str(partial)): job.case for job in jobs}
+        futures = {pool.submit(prepare_case, job, str(partial)): job.case.name for job in jobs}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -48,8 +48,8 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, dict[st
 
 
 def remove_abandoned(partial: Path) -> None:
-    """Remove what killed preparations of the same folder have left half-written."""
-    if os.name == "nt":  # there os.kill(…, 0) is no question
+    """Remove the folders NAME-PROCESS beside `partial`, which has such a name, whose process has ended."""
+    if os.name == "nt":  # os.kill(…, 0) ends a process there
         return
     stem = partial.name.rsplit("-", 1)[0]
     for folder in partial.parent.glob(f"{stem}-*"):

@@ -1,10 +1,10 @@
-"""The `mim_finetune` block of a plans file: every number of a finetuning run. Standard library only."""
+"""The finetuning recipe: the `mim_finetune` block of a plans file. Standard library only."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nnunet_mim.errors import MiMError
@@ -12,11 +12,21 @@ from nnunet_mim.errors import MiMError
 PLANS_KEY = "mim_finetune"
 NNUNET_GRAD_CLIP = 12.0
 """gradient norm at which nnU-Net's own training step clips before anything else"""
+FRACTIONS = ("warmup_fraction", "decoder_first_fraction", "drop_path", "foreground_prior")
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (lambda value: value > 0, "above 0"),
+    "layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "weight_decay": (lambda value: value >= 0, "0 or more"),
+    "grad_clip": (lambda value: 0 < value <= NNUNET_GRAD_CLIP, f"above 0 and at most {NNUNET_GRAD_CLIP:g}"),
+    "oversample_foreground": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    **dict.fromkeys(FRACTIONS, (lambda value: 0 <= value < 1, "0 or more and below 1")),
+}
+"""numbers of the recipe: whether a value is valid, and what is"""
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Recipe of nnUNetTrainerMiM and nnUNetTrainerMiMScratch; lives at the top level of the plans file."""
+    """Recipe of nnUNetTrainerMiM and nnUNetTrainerMiMScratch, at the top level of the plans file."""
 
     num_epochs: int = 1000
     iterations_per_epoch: int = 250
@@ -24,65 +34,46 @@ class FinetuneConfig:
     lr: float = 1e-3
     """peak learning rate"""
     layer_decay: float = 1.0
-    """the encoder's layer at distance d from its end learns with lr * layer_decay ** d; 1.0: all with lr"""
+    """learning rate of the encoder's layer at distance d from its end: lr * layer_decay ** d"""
     weight_decay: float = 0.05
-    """of AdamW; not on biases, norms and other 1-d parameters"""
+    """weight decay of AdamW; 0 on biases, norms and other 1-d parameters"""
     warmup_fraction: float = 0.05
-    """share of the iterations (after those of decoder_first_fraction) in which the learning rate rises linearly"""
+    """share of the iterations after decoder_first_fraction in which the learning rate rises linearly"""
     decoder_first_fraction: float = 0.0
-    """share of all iterations, before the warm-up, in which the encoder rests and all else warms up (OpenMind's
-    sawtooth, arXiv 2412.17041)"""
+    """share of all iterations, before the warm-up, in which the encoder is not trained and all else warms up
+    (the sawtooth of OpenMind, arXiv 2412.17041)"""
     schedule: str = "cosine"
-    """after the warm-up: cosine, or poly (exponent 0.9, nnU-Net's); both end at 0"""
+    """fall of the learning rate to 0 after the warm-up: cosine, or poly (nnU-Net's, exponent 0.9)"""
     grad_clip: float = 1.0
-    """largest gradient norm, at most 12 (nnU-Net clips there already)"""
+    """maximum gradient norm; nnU-Net itself clips at 12"""
     drop_path: float = 0.0
     """stochastic depth of the encoder's last block"""
     foreground_prior: float = 0.04
-    """share of voxels that the heads' biases call foreground at first; 0: they start at 0, as nnU-Net's"""
+    """share of voxels that the heads' initial biases predict as foreground; 0: biases start at 0, as in nnU-Net"""
     oversample_foreground: float = 0.33
-    """share of patches centred on a labelled voxel, as in nnU-Net; raise it for small organs and short schedules (with
-    batch_size 1 nnU-Net's rounding makes 0.33 none at all)"""
+    """share of patches centred on a labelled voxel, as in nnU-Net; with batch_size 1 nnU-Net rounds 0.33 to none"""
     deep_supervision: bool = True
     mirror_axes: tuple[int, ...] | None = None
-    """mirrored in augmentation and prediction; axes of the preprocessed arrays; None: all but left-right (none at
-    all if images are not stored in axial slices: resolve_plans)"""
+    """array axes mirrored in augmentation and prediction; None: all but left-right, or none at all if images are
+    not stored in axial slices (see resolve_plans)"""
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
             _check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number above 0", self)
-        numbers = (
-            "lr",
-            "layer_decay",
-            "weight_decay",
-            "warmup_fraction",
-            "decoder_first_fraction",
-            "grad_clip",
-            "drop_path",
-        )
-        for name in (*numbers, "oversample_foreground", "foreground_prior"):
+        for name, (is_valid, wanted) in LIMITS.items():
             _check(name, _is_number(getattr(self, name)), "a number", self)
-        _check("lr", self.lr > 0, "above 0", self)
-        _check("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1", self)
-        _check("weight_decay", self.weight_decay >= 0, "0 or more", self)
-        _check("warmup_fraction", 0 <= self.warmup_fraction < 1, "0 or more and below 1", self)
-        _check("decoder_first_fraction", 0 <= self.decoder_first_fraction < 1, "0 or more and below 1", self)
-        _check("grad_clip", 0 < self.grad_clip <= NNUNET_GRAD_CLIP, f"above 0 and at most {NNUNET_GRAD_CLIP:g}", self)
-        _check("drop_path", 0 <= self.drop_path < 1, "0 or more and below 1", self)
-        _check("foreground_prior", 0 <= self.foreground_prior < 1, "0 or more and below 1", self)
-        _check("oversample_foreground", 0 <= self.oversample_foreground <= 1, "between 0 and 1", self)
+            _check(name, is_valid(getattr(self, name)), wanted, self)
         _check("schedule", self.schedule in ("cosine", "poly"), "cosine or poly", self)
         _check("deep_supervision", isinstance(self.deep_supervision, bool), "true or false", self)
-        if self.mirror_axes is not None:
-            valid = isinstance(self.mirror_axes, (list, tuple)) and all(
-                _is_int(a) and 0 <= a <= 2 for a in self.mirror_axes
-            )
+        axes = self.mirror_axes
+        if axes is not None:
+            valid = isinstance(axes, (list, tuple)) and all(_is_int(axis) and 0 <= axis <= 2 for axis in axes)
             _check("mirror_axes", valid, "a list of axes 0, 1, 2 (or null: all but left-right)", self)
-            object.__setattr__(self, "mirror_axes", tuple(sorted(set(self.mirror_axes))))
+            object.__setattr__(self, "mirror_axes", tuple(sorted(set(axes))))
 
     @classmethod
     def from_plans(cls, plans: dict[str, Any]) -> FinetuneConfig:
-        """Read `plans["mim_finetune"]`; what is missing there has its default.
+        """Read `plans["mim_finetune"]`; missing settings have their defaults.
 
         Raises:
             MiMError: unknown key, or a value of the wrong kind.
@@ -98,11 +89,6 @@ class FinetuneConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-def without_rest(config: FinetuneConfig) -> FinetuneConfig:
-    """The same recipe without the first phase in which the encoder rests."""
-    return replace(config, decoder_first_fraction=0.0)
-
-
 def check_known_keys(given: Sequence[str] | dict[str, Any], known: Sequence[str], where: str) -> None:
     """Raise MiMError naming the first unknown key, with the nearest known one if there is one."""
     for key in given:
@@ -113,16 +99,15 @@ def check_known_keys(given: Sequence[str] | dict[str, Any], known: Sequence[str]
 
 
 def left_right_axis(transpose_forward: Sequence[int]) -> int:
-    """Array axis of left-right in preprocessed data.
+    """Array axis of left-right in preprocessed data, for images stored in axial slices.
 
-    nnU-Net's readers give (z, y, x) for images stored in the usual axial order, and the plans then transpose; so it is
-    wherever axis 2 went.
+    nnU-Net reads those as (z, y, x) and then transposes; left-right is where axis 2 went.
     """
     return list(transpose_forward).index(2)
 
 
 def default_mirror_axes(transpose_forward: Sequence[int]) -> tuple[int, ...]:
-    """All array axes but left-right: mirroring that one would teach that left and right organs are the same."""
+    """All array axes but left-right, whose mirroring would exchange left and right organs."""
     return tuple(axis for axis in range(3) if axis != left_right_axis(transpose_forward))
 
 

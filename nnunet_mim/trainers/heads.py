@@ -1,4 +1,4 @@
-"""Where segmentation heads start: nearly everything is background."""
+"""Initial biases of the segmentation heads."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from torch import nn
 
 
 def start_from_prior(heads: nn.ModuleList, foreground: float, regions: bool) -> None:
-    """Set the biases of the heads so that they give the foreground about the share of voxels that it has (the prior of
-    RetinaNet, arXiv 1708.02002, for a softmax).
+    """Set the biases of the heads so that they predict about the true share of foreground.
 
-    AdamW moves a bias by about the learning rate in a step: a short training otherwise spends its first hundreds
-    of steps on learning that most voxels are background (benchmarks/results/2026-11-26_head_prior_cpu.md). The weights
-    stay as they are: with RetinaNet's small ones a training begins more slowly.
+    This is the prior of RetinaNet (arXiv 1708.02002) for a softmax. AdamW moves a bias by about the learning rate per
+    step, so short trainings would need hundreds of steps to learn that most voxels are background
+    (benchmarks/results/2026-11-26_head_prior_cpu.md). Weights are not changed: RetinaNet's small ones slow the start.
 
     Args:
-        heads: 1x1x1 convolutions, their outputs are classes (background first) or regions.
-        foreground: probability of all foreground classes together, or of each region, where the features say nothing;
-            above 0 and below 1.
-        regions: outputs are regions with a sigmoid each, without background.
+        heads: 1x1x1 convolutions; their outputs are classes (background first) or regions.
+        foreground: probability of all foreground classes together, or of each region; above 0 and below 1.
+        regions: whether outputs are regions with a sigmoid each, without background.
     """
     for head in heads:
         assert isinstance(head, nn.Conv3d)

@@ -1,13 +1,13 @@
 """nnU-Net trainers that finetune a MiM-pretrained encoder, and their control from random weights.
 
-What differs from stock nnU-Net: the network (HybridUNet), where its encoder's weights come from and where its heads
-start, the optimiser with its schedule, and the mirroring axes. All numbers come from the plans' `mim_finetune` block
-(finetune_config.py).
+They differ from stock nnU-Net in the network (HybridUNet), the initial weights of its encoder and biases of its heads,
+the optimiser with its schedule, and the mirroring axes. All numbers come from `mim_finetune` in the plans.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from nnunet_mim.checkpoint.units import unit_differences, units_warning
 from nnunet_mim.errors import one_line_errors
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.nnunet.datasets import required_folder
-from nnunet_mim.trainers.finetune_config import default_mirror_axes, without_rest
+from nnunet_mim.trainers.finetune_config import default_mirror_axes
 from nnunet_mim.trainers.heads import start_from_prior
 from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
 from nnunet_mim.trainers.resolve_plans import resolve_plans
@@ -33,7 +33,7 @@ TRANSFER_FILE = "mim_transfer.json"
 class nnUNetTrainerMiM(nnUNetTrainer):
     """Finetunes a HybridUNet whose encoder `mim_pretrain` trained.
 
-    The pretraining file is read when a training starts and never again: `--c`, `--val` and prediction work without it.
+    The pretraining checkpoint is read only when a training starts: `--c`, `--val` and prediction work without it.
     """
 
     load_pretrained = True
@@ -67,10 +67,10 @@ class nnUNetTrainerMiM(nnUNetTrainer):
             self._log(note)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, IterationSchedule]:
-        """AdamW and its schedule, after the heads have been set and the weights transferred.
+        """Set the heads, transfer the weights, and make AdamW with its schedule.
 
         nnU-Net calls this once, on every rank, after building (and compiling) the network and before DDP wraps it: the
-        one place where pretrained weights can be put in.
+        only place to load pretrained weights.
         """
         network: HybridUNet = getattr(self.network, "_orig_mod", self.network)  # type: ignore[assignment]
         if self.finetune.foreground_prior:
@@ -80,10 +80,11 @@ class nnUNetTrainerMiM(nnUNetTrainer):
                 self._load_pretrained_encoder(network)
         if not self.enable_deep_supervision:
             network.decoder.heads[1:].requires_grad_(False)  # unused, and DDP wants a gradient for every parameter
-        return build_optimizer(network, self.finetune if self.load_pretrained else without_rest(self.finetune))
+        recipe = self.finetune if self.load_pretrained else replace(self.finetune, decoder_first_fraction=0.0)
+        return build_optimizer(network, recipe)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Restore a finetuning run; a network that is not yet built needs no pretrained weights then."""
+        """Restore a finetuning run, which needs no pretrained weights."""
         self._fresh = False
         super().load_checkpoint(filename_or_checkpoint)
 
@@ -98,7 +99,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         return super().train_step(batch)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (the base class's name)
-        """nnU-Net's choices, with the mirroring axes of the recipe (default: all but left-right)."""
+        """Choices of nnU-Net, with the mirroring axes of the recipe (default: all but left-right)."""
         rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         axes = self.finetune.mirror_axes
         if axes is None:
@@ -130,7 +131,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
             self._log(line)
 
     def _check_provenance(self) -> None:
-        """Warn about validation cases the encoder has seen and about other units; record what was transferred."""
+        """Warn about validation cases that the encoder has seen and about other units; record what was transferred."""
         assert self._checkpoint is not None
         assert self._report is not None
         provenance, leaked = self._checkpoint.provenance, []
@@ -165,6 +166,6 @@ class nnUNetTrainerMiM(nnUNetTrainer):
 
 
 class nnUNetTrainerMiMScratch(nnUNetTrainerMiM):
-    """The control: same network, same recipe, random weights. Its encoder never rests: that would only hold it up."""
+    """The control: same network, same recipe, random weights; without the first phase that trains no encoder."""
 
     load_pretrained = False

@@ -1,4 +1,4 @@
-"""Optimiser groups with layer-wise learning rates, and a schedule that knows the global iteration."""
+"""AdamW with layer-wise learning rates, and its schedule."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ POLY_EXPONENT = 0.9
 
 
 def lr_factor(iteration: int, total: int, config: FinetuneConfig, encoder: bool = True) -> float:
-    """Share of the peak learning rate at an iteration.
+    """Learning rate at an iteration, as a share of the peak.
 
-    Linear from 1/w to 1 over the first w = round(total * warmup_fraction) iterations, then cosine or poly, reaching 0
-    at `total`. With `decoder_first_fraction` that is what happens after a first phase, in which the encoder rests while
-    the rate of all else rises linearly to 1.
+    It rises linearly from 1/w to 1 over w = round(total * warmup_fraction) iterations, then falls to 0 at `total`
+    (cosine or poly). With `decoder_first_fraction` a first phase comes before that: 0 for the encoder, a linear rise to
+    1 for all else.
 
     Args:
         iteration: number of optimiser steps already done, 0 … total - 1.
-        total: optimiser steps of the whole training.
+        total: number of optimiser steps of the whole training.
         config: recipe.
-        encoder: of the encoder, or of all else.
+        encoder: whether this is the rate of the encoder, or of all else.
     """
     first = round(total * config.decoder_first_fraction)
     if iteration < first:
@@ -41,11 +41,11 @@ def lr_factor(iteration: int, total: int, config: FinetuneConfig, encoder: bool 
 
 
 class IterationSchedule:
-    """Sets the learning rate of every group from the global iteration, so that `--c` needs no state of its own.
+    """Sets the learning rate of every group from the global iteration, so that `--c` needs no saved state.
 
     Args:
-        optimizer: its groups may have an `lr_scale`, and say that they are of the `encoder`.
-        config: recipe; its number of epochs and iterations decide the total.
+        optimizer: its groups may have an `lr_scale`, and `encoder` (whether they belong to it).
+        config: recipe, with the numbers of epochs and iterations.
     """
 
     def __init__(self, optimizer: Optimizer, config: FinetuneConfig) -> None:
@@ -72,11 +72,11 @@ class IterationSchedule:
 
 
 def encoder_layer(name: str, n_vit_blocks: int) -> int:
-    """Depth of an encoder parameter: stages 0-2, token embedding 3, transformer blocks from 4 on, last the final norm.
+    """Layer of an encoder parameter: 0-2 stages, 3 token embedding, from 4 transformer blocks, last the final norm.
 
     Args:
-        name: of the parameter inside HybridEncoder, e.g. `stages.1.blocks.0.conv1.weight`.
-        n_vit_blocks: transformer blocks of that encoder.
+        name: name of the parameter in HybridEncoder, e.g. `stages.1.blocks.0.conv1.weight`.
+        n_vit_blocks: number of transformer blocks of that encoder.
     """
     parts = name.split(".")
     if parts[0] == "stages":
@@ -91,11 +91,10 @@ def encoder_layer(name: str, n_vit_blocks: int) -> int:
 
 
 def parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]:
-    """AdamW groups of a HybridUNet: every trainable parameter exactly once.
+    """AdamW groups of a HybridUNet, which hold every trainable parameter once.
 
-    Groups differ in `lr_scale` (layer_decay ** distance from the encoder's end; 1 outside the encoder) and weight decay
-    (none on 1-d parameters), and know whether they are of the `encoder`. The first group is outside of it and has the
-    full learning rate: nnU-Net logs that one.
+    They differ in `encoder`, `lr_scale` (layer_decay ** distance from the encoder's end; 1 outside it) and weight decay
+    (0 for 1-d parameters). The first group, whose rate nnU-Net logs, is outside the encoder.
     """
     n_vit_blocks = len(network.encoder.vit_blocks)
     groups: dict[tuple[bool, float, float], dict] = {}

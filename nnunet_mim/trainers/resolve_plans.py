@@ -1,8 +1,7 @@
-"""From the plans nnU-Net hands over to the plans a trainer runs with and saves: architecture and recipe filled in."""
+"""Fill in what plans leave open before a training: the architecture and the recipe."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from copy import deepcopy
@@ -10,22 +9,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.checkpoint.locate import FINAL, find_checkpoint, no_checkpoint_error
 from nnunet_mim.config import PRESETS, NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_strides
-from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
+from nnunet_mim.networks.hybrid_unet import plans_architecture
 from nnunet_mim.nnunet.datasets import required_folder
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
+from nnunet_mim.nnunet.plans import (
+    configuration_of,
+    n_channels,
+    require_preprocessed,
+    same_architecture,
+    saved_architecture,
+    saved_plans,
+    spacings_alike,
+    uses_hybrid_unet,
+)
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
 from nnunet_mim.trainers.transfer import check_architecture, describe
 
 DEFAULT_PRESET = "base"
-MAX_SPACING_RATIO = 1.5
-"""up to which, on every axis, a checkpoint's spacing is taken as that of a dataset"""
 
 
 @dataclass
@@ -36,7 +41,7 @@ class ResolvedPlans:
     """a copy with HybridUNet as the configuration's architecture, and a complete `mim_finetune`"""
     finetune: FinetuneConfig
     checkpoint: PretrainedCheckpoint | None
-    """already read and checked where this is surely a fresh training"""
+    """read and checked already, if this is a fresh training"""
     notes: list[str]
     """lines for the training log"""
 
@@ -49,12 +54,12 @@ def resolve_plans(
     trainer: str,
     pretrained: bool,
 ) -> ResolvedPlans:
-    """Check everything that can be wrong before nnU-Net does anything, and fill in what the plans leave open.
+    """Check all input before nnU-Net does anything, and fill in what the plans leave open.
 
-    Plans of `mim_plan` name HybridUNet already, and mirroring axes. Other plans give patch, batch and spacing; the
-    architecture is then, first hit: that of folds trained in the same output folder, (control) that of
-    nnUNetTrainerMiM's output folder, that of the pretraining checkpoint, (control) the default preset. Mirroring axes
-    are those of these folders too, and of a new training none where the raw images are not stored in axial slices.
+    Plans of `mim_plan` name HybridUNet and mirroring axes. With other plans the architecture is, first hit: that of
+    folds trained in the same output folder; (control) that of nnUNetTrainerMiM's output folder; that of the pretraining
+    checkpoint; (control) the default preset. Mirroring axes come from the same folders. A new training has none where
+    the raw images are not stored in axial slices.
 
     Args:
         plans: content of the plans file, with `continue_training` as nnU-Net adds it; not changed.
@@ -62,7 +67,7 @@ def resolve_plans(
         fold: number or "all".
         dataset_json: content of dataset.json.
         trainer: class name, part of the output folder's name.
-        pretrained: whether this trainer starts from a pretraining checkpoint.
+        pretrained: whether this trainer starts from a pretraining checkpoint; False: the control.
 
     Raises:
         MiMError: any bad input; one line.
@@ -72,14 +77,12 @@ def resolve_plans(
     config = configuration_of(plans, configuration)
     require_preprocessed(plans, configuration, config)
     results = required_folder("nnUNet_results")
-    run_folder = Path(results, plans["dataset_name"], f"{trainer}__{plans['plans_name']}__{configuration}")
-    fold_folder = run_folder / f"fold_{fold}"
+    trainers = dict.fromkeys([trainer] if pretrained else [trainer, "nnUNetTrainerMiM"])
+    folders = [Path(results, plans["dataset_name"], f"{t}__{plans['plans_name']}__{configuration}") for t in trainers]
+    fold_folder = folders[0] / f"fold_{fold}"
     if plans.get("continue_training") and not any(fold_folder.glob("checkpoint_*.pth")):
         raise MiMError(f"--c: nothing to continue in {fold_folder}: start the training without --c")
-
-    sibling = Path(results, plans["dataset_name"], f"nnUNetTrainerMiM__{plans['plans_name']}__{configuration}")
-    control_of = None if pretrained else sibling
-    architecture, notes = _planned_or_saved_architecture(plans, configuration, config, run_folder, control_of)
+    architecture, notes = _settled_architecture(plans, configuration, config, folders)
 
     checkpoint = None
     surely_fresh = not plans.get("continue_training") and not (fold_folder / FINAL).is_file()
@@ -90,14 +93,11 @@ def resolve_plans(
         elif pretrained:
             raise no_checkpoint_error(plans, configuration, fold, results)
     if architecture is None:
-        architecture, origin, network_notes = _architecture_for_other_plans(config, checkpoint)
-        notes.append(f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {origin}")
-        notes += network_notes + _deep_supervision_note(architecture, config["patch_size"])
-
+        architecture, notes = _new_architecture(plans, config, checkpoint)
     if finetune.mirror_axes is None:
-        axes, axes_notes = _mirror_axes(plans, dataset_json, [run_folder] if pretrained else [run_folder, sibling])
+        axes, mirroring_notes = _mirror_axes(plans, dataset_json, folders)
         finetune = replace(finetune, mirror_axes=axes)
-        notes += axes_notes
+        notes.extend(mirroring_notes)
 
     architecture["arch_kwargs"]["drop_path"] = finetune.drop_path
     if checkpoint is not None and pretrained:
@@ -108,11 +108,9 @@ def resolve_plans(
 
 
 def network_for(checkpoint: PretrainedCheckpoint, spacing: tuple[float, ...]) -> tuple[NetworkConfig, list[str]]:
-    """The pretrained network at a spacing (mm, array order): with strides of its own where pretraining had voxels of
-    another shape, as its tokens would be long and thin.
+    """Sizes of the pretrained network at a spacing (mm, array order), and notes.
 
-    Returns:
-        (sizes, notes).
+    Where pretraining had voxels of another shape the strides suit the new spacing: tokens would be long and thin.
     """
     network, pretrained = checkpoint.network, checkpoint.provenance.get("spacing")
     if not pretrained or spacings_alike(pretrained, spacing):
@@ -125,98 +123,57 @@ def network_for(checkpoint: PretrainedCheckpoint, spacing: tuple[float, ...]) ->
     return replace(network, strides=strides), [note]
 
 
-def spacings_alike(pretrained: Sequence[float], spacing: Sequence[float]) -> bool:
-    """Whether two spacings (mm, same order of axes) differ by no more than MAX_SPACING_RATIO on any axis."""
-    return all(1 / MAX_SPACING_RATIO <= p / s <= MAX_SPACING_RATIO for p, s in zip(pretrained, spacing, strict=True))
-
-
-def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
-    """A 3-D configuration of the plans, inheritance resolved.
+def _settled_architecture(
+    plans: dict[str, Any], configuration: str, config: dict[str, Any], folders: Sequence[Path]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Architecture of the plans, or of earlier trainings in these output folders, and notes; None where all are silent.
 
     Raises:
-        MiMError: not in the plans, 2-D, or the second stage of a cascade.
-    """
-    available = sorted(plans["configurations"])
-    if configuration not in available:
-        raise MiMError(
-            f"configuration {configuration} is not in plans {plans['plans_name']}: available are {', '.join(available)}"
-        )
-    config = PlansManager(deepcopy(plans)).get_configuration(configuration).configuration
-    if len(config["patch_size"]) != 3:
-        raise MiMError(f"configuration {configuration} is 2-D and MiM networks are 3-D: use 3d_fullres")
-    if config.get("previous_stage"):
-        raise MiMError(f"configuration {configuration} is a cascade, unknown to MiM: use 3d_fullres or 3d_lowres")
-    return config
-
-
-def require_preprocessed(plans: dict[str, Any], configuration: str, config: dict[str, Any]) -> None:
-    """Raise MiMError unless the cases of this configuration have been preprocessed."""
-    dataset, plans_name = plans["dataset_name"], plans["plans_name"]
-    folder = Path(required_folder("nnUNet_preprocessed"), dataset, config["data_identifier"])
-    if not folder.is_dir() or not any(folder.iterdir()):
-        raise MiMError(
-            f"{dataset} is not preprocessed for {plans_name} {configuration} ({folder} is missing or empty): run "
-            f"nnUNetv2_preprocess -d {dataset[7:10]} -plans_name {plans_name} -c {configuration}"
-        )
-
-
-def n_channels(dataset_json: dict[str, Any]) -> int:
-    """Image channels of a dataset (`modality` is the old name of `channel_names`)."""
-    return len(dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"])
-
-
-def uses_hybrid_unet(config: dict[str, Any]) -> bool:
-    """Whether a configuration of a plans file names our network."""
-    return config.get("architecture", {}).get("network_class_name", "").rsplit(".", 1)[-1] == HybridUNet.__name__
-
-
-def saved_plans(run_folder: Path) -> dict[str, Any] | None:
-    """Content of the plans.json of an output folder in which at least one fold has a checkpoint."""
-    plans_file = run_folder / "plans.json"
-    if not plans_file.is_file() or not any(run_folder.glob("fold_*/checkpoint_*.pth")):
-        return None
-    return json.loads(plans_file.read_text())
-
-
-def saved_architecture(run_folder: Path, configuration: str) -> dict[str, Any] | None:
-    """Architecture of `saved_plans`."""
-    config = (saved_plans(run_folder) or {"configurations": {}})["configurations"].get(configuration, {})
-    return config["architecture"] if uses_hybrid_unet(config) else None
-
-
-def same_architecture(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Equal but for drop_path, which belongs to the recipe and changes no parameter."""
-    kwargs = [{k: v for k, v in block["arch_kwargs"].items() if k != "drop_path"} for block in (a, b)]
-    return a["network_class_name"] == b["network_class_name"] and kwargs[0] == kwargs[1]
-
-
-def _planned_or_saved_architecture(
-    plans: dict[str, Any], configuration: str, config: dict[str, Any], run_folder: Path, control_of: Path | None
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Architecture of the plans, else of folds trained in the output folder, else of the training that this one is the
-    control of; and notes.
+        MiMError: the plans and the trainings in the first folder disagree.
     """
     planned = config["architecture"] if uses_hybrid_unet(config) else None
-    saved = saved_architecture(run_folder, configuration)
+    saved = saved_architecture(folders[0], configuration)
     if planned and saved and not same_architecture(planned, saved):
         raise MiMError(
-            f"{run_folder} holds folds of another architecture than the plans {plans['plans_name']} have now: "
+            f"{folders[0]} holds folds of another architecture than the plans {plans['plans_name']} have now: "
             f"move that folder away, or write plans under another name (mim_plan -o NAME)"
         )
-    if planned or saved or control_of is None:
+    if planned or saved:
         return planned or saved, []
-    architecture = saved_architecture(control_of, configuration)
-    if architecture is None:
-        return None, []
-    note = f"Plans {plans['plans_name']} name another network, replaced by that of {control_of.name}, whose control "
-    return architecture, [f"{note}this is", *_deep_supervision_note(architecture, config["patch_size"])]
+    for folder in folders[1:]:
+        architecture = saved_architecture(folder, configuration)
+        if architecture is not None:
+            network = f"that of {folder.name}, whose control this is"
+            note = f"Plans {plans['plans_name']} name another network, replaced by {network}"
+            return architecture, [note, *_deep_supervision_note(architecture, config["patch_size"])]
+    return None, []
+
+
+def _new_architecture(
+    plans: dict[str, Any], config: dict[str, Any], checkpoint: PretrainedCheckpoint | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Architecture of the checkpoint, or of the default preset, for plans that name another network; and notes."""
+    spacing = tuple(config["spacing"])
+    if checkpoint is not None:
+        network, notes = network_for(checkpoint, spacing)
+        origin = f"the checkpoint ({checkpoint.preset}: {describe(network)})"
+    else:
+        network, notes = replace(PRESETS[DEFAULT_PRESET], strides=suitable_strides(spacing)), []
+        origin = (
+            f"the default preset {DEFAULT_PRESET} ({describe(network)}); the control of a pretrained network needs the "
+            f"same one: set nnUNet_mim_checkpoint or use plans of mim_plan"
+        )
+    note = f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {origin}"
+    architecture = plans_architecture(network, config["patch_size"])
+    return architecture, [note, *notes, *_deep_supervision_note(architecture, config["patch_size"])]
 
 
 def _mirror_axes(
     plans: dict[str, Any], dataset_json: dict[str, Any], folders: Sequence[Path]
 ) -> tuple[tuple[int, ...] | None, list[str]]:
-    """Axes where the plans name none, and notes. All trainings in these folders have the same, whatever has become of
-    the raw images since the first of them.
+    """Mirroring axes for plans that name none, and notes.
+
+    Earlier trainings in these output folders decide: the raw images may have changed or gone since.
     """
     for folder in folders:
         saved = saved_plans(folder)
@@ -229,25 +186,8 @@ def _mirror_axes(
     return (), [MIRRORING_IS_OFF]
 
 
-def _architecture_for_other_plans(
-    config: dict[str, Any], checkpoint: PretrainedCheckpoint | None
-) -> tuple[dict[str, Any], str, list[str]]:
-    """(architecture, what it is of, notes)"""
-    if checkpoint is not None:
-        network, notes = network_for(checkpoint, tuple(config["spacing"]))
-        architecture = plans_architecture(network, config["patch_size"])
-        return architecture, f"the checkpoint ({checkpoint.preset}: {describe(network)})", notes
-    preset = replace(PRESETS[DEFAULT_PRESET], strides=suitable_strides(tuple(config["spacing"])))
-    return (
-        plans_architecture(preset, config["patch_size"]),
-        f"the default preset {DEFAULT_PRESET} ({describe(preset)}); the control of a pretrained network needs the same "
-        f"one: set nnUNet_mim_checkpoint or use plans of mim_plan",
-        [],
-    )
-
-
 def _deep_supervision_note(architecture: dict[str, Any], patch_size: list[int]) -> list[str]:
-    """nnU-Net rounds the size of low-resolution targets; say where that shifts them against the network's grid."""
+    """A note where nnU-Net's rounding of low-resolution target sizes shifts the targets against the network's grid."""
     strides = architecture["arch_kwargs"]["strides"]
     steps = [1, 1, 1]
     for stride in strides[: len(strides) - 2]:  # the lowest supervised level has no weight in the loss

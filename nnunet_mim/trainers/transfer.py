@@ -1,4 +1,4 @@
-"""Weight transfer: pretrained HybridEncoder → encoder of a HybridUNet. No weight is skipped silently."""
+"""Transfer of pretrained weights into the encoder of a HybridUNet. No weight is skipped silently."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ INPUT_LAYER = f"{HybridUNet.keys_to_in_proj[0]}.weight".removeprefix(ENCODER_PRE
 
 @dataclass
 class TransferReport:
-    """Where each parameter of the network comes from (names as in its state dict)."""
+    """Origin of every parameter of the network; names as in its state dict."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
     adapted: dict[str, str] = field(default_factory=dict)
-    """name → what was done to it"""
+    """what was done to a parameter, by name"""
     fresh: list[str] = field(default_factory=list)
     n_values: dict[str, int] = field(default_factory=dict)
-    """number of values per parameter"""
+    """number of values of a parameter, by name"""
 
     def lines(self) -> list[str]:
-        """Text for the training log: counts, then every name."""
+        """Lines for the training log: counts and names."""
         lines = [f"Pretrained weights: {self.source}"]
         for title, names in (("loaded", self.loaded), ("adapted", list(self.adapted)), ("fresh", self.fresh)):
             lines.append(f"  {title}: {len(names)} parameters, {sum(self.n_values[n] for n in names):,} values")
@@ -65,14 +65,11 @@ def check_architecture(checkpoint: PretrainedCheckpoint, arch_kwargs: dict[str, 
 
 @torch.no_grad()
 def transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> TransferReport:
-    """Copy all pretrained encoder weights into `network.encoder`, adapting what channels or strides change.
+    """Copy all pretrained encoder weights into `network.encoder`, adapted where channels or strides differ.
 
     Args:
-        network: HybridUNet, on any device; changed in place.
+        network: on any device; changed in place.
         checkpoint: of the same widths and depths (`check_architecture`).
-
-    Returns:
-        Which parameters were loaded, adapted and left fresh.
 
     Raises:
         MiMError: a parameter is missing on either side, or its shape differs in a way no rule covers.
@@ -112,24 +109,20 @@ def transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> T
 
 
 def is_patch_kernel(name: str) -> bool:
-    """True for weights of the encoder's non-overlapping convolutions, whose kernel is a stride."""
+    """Whether a parameter is the weight of an encoder convolution with kernel = stride."""
     return name.endswith((".embed.proj.weight", ".to_token.weight", "token_embed.proj.weight"))
 
 
 def repeat_input_channel(weight: Tensor, channels: int) -> Tensor:
-    """(out, 1, …) → (out, channels, …), divided: an image copied into every channel gives the same response."""
+    """Weight (out, 1, …) → (out, channels, …), divided so that an image in every channel gives the same response."""
     return weight.expand(-1, channels, *weight.shape[2:]) / channels
 
 
 def resize_kernel(weight: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Resize a kernel = stride convolution to another stride, keeping its response.
+    """Resize the weight (out, in, kx, ky, kz) of a kernel = stride convolution to a new kx, ky, kz.
 
-    Each value is spread over the cells its voxel overlaps, so a smaller kernel answers to an image as the original does
-    to its nearest-neighbour enlargement, and a larger one as the original does to its area average; sums are unchanged.
-
-    Args:
-        weight: (out, in, kx, ky, kz).
-        size: new kx, ky, kz.
+    Each value is spread over the cells that its voxel overlaps; sums are unchanged. A smaller kernel responds to an
+    image as the original does to its nearest-neighbour enlargement, a larger one as it does to its area average.
     """
     for axis, new in enumerate(size):
         old = weight.shape[2 + axis]
@@ -143,6 +136,6 @@ def resize_kernel(weight: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def describe(network: NetworkConfig) -> str:
-    """One line on an encoder, for logs."""
+    """Sizes of an encoder in one line, for logs."""
     sizes = f"embed_dims {network.embed_dims}, depths {network.depths}, heads {network.num_heads}"
     return f"{sizes}, token {network.token_size}"

@@ -154,7 +154,7 @@ def here(monkeypatch, tmp_path):
 
     def run_jobs(jobs, processes):
         for job in jobs:
-            yield job.case, prepare_case.prepare_case(job, tempfile.mkdtemp(dir=tmp_path))
+            yield job.case.name, prepare_case.prepare_case(job, tempfile.mkdtemp(dir=tmp_path))
 
     monkeypatch.setattr(prepare, "run_jobs", run_jobs)
 

@@ -17,7 +17,7 @@ from nnunet_mim.preparation import prepare
 from nnunet_mim.preparation.prepare_case import prepare_case
 from pathlib import Path
 def main():
-    prepare.run_jobs = lambda jobs, *_: ((job.case, prepare_case(job, sys.argv[2])) for job in jobs)
+    prepare.run_jobs = lambda jobs, *_: ((job.case.name, prepare_case(job, sys.argv[2])) for job in jobs)
     config = PrepareConfig(preset="tiny")
     if sys.argv[1] == "labelled":
         done = prepare_dataset("Dataset800_Large", config)

@@ -169,7 +169,7 @@ def test_the_hash_of_an_image_outlives_a_copy_of_its_case_and_is_in_checkpoints(
 def test_only_what_is_new_or_changed_is_prepared_again(preparing, images, ct, here, monkeypatch):
     preparing.new(images)
     done, original = [], prepare_case.prepare_case
-    monkeypatch.setattr(prepare_case, "prepare_case", lambda job, to: done.append(job.case) or original(job, to))
+    monkeypatch.setattr(prepare_case, "prepare_case", lambda job, to: done.append(job.case.name) or original(job, to))
     preparing.new(images)
     assert done == []
     sitk.WriteImage(ct(9), str(images / "another.nii.gz"))

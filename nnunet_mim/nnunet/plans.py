@@ -1,0 +1,106 @@
+"""What this package reads out of nnU-Net's plans and dataset.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.datasets import required_folder
+
+HYBRID_UNET = "HybridUNet"
+"""class name of this package's network in plans"""
+MAX_SPACING_RATIO = 1.5
+"""two spacings count as alike up to this ratio on every axis"""
+VOXEL_SETTINGS = (
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+)
+"""entries of a configuration that decide the preprocessed voxels"""
+
+
+def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """A 3-D configuration of the plans, with what it inherits filled in.
+
+    Raises:
+        MiMError: not in the plans, 2-D, or the second stage of a cascade.
+    """
+    available = sorted(plans["configurations"])
+    if configuration not in available:
+        raise MiMError(
+            f"configuration {configuration} is not in plans {plans['plans_name']}: available are {', '.join(available)}"
+        )
+    config = PlansManager(deepcopy(plans)).get_configuration(configuration).configuration
+    if len(config["patch_size"]) != 3:
+        raise MiMError(f"configuration {configuration} is 2-D and MiM networks are 3-D: use 3d_fullres")
+    if config.get("previous_stage"):
+        raise MiMError(f"configuration {configuration} is a cascade, unknown to MiM: use 3d_fullres or 3d_lowres")
+    return config
+
+
+def require_preprocessed(plans: dict[str, Any], configuration: str, config: dict[str, Any]) -> None:
+    """Raise MiMError unless the cases of this configuration have been preprocessed."""
+    dataset, plans_name = plans["dataset_name"], plans["plans_name"]
+    folder = Path(required_folder("nnUNet_preprocessed"), dataset, config["data_identifier"])
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise MiMError(
+            f"{dataset} is not preprocessed for {plans_name} {configuration} ({folder} is missing or empty): run "
+            f"nnUNetv2_preprocess -d {dataset[7:10]} -plans_name {plans_name} -c {configuration}"
+        )
+
+
+def n_channels(dataset_json: dict[str, Any]) -> int:
+    """Number of image channels of a dataset; `modality` is the old name of `channel_names`."""
+    return len(dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"])
+
+
+def uses_hybrid_unet(config: dict[str, Any]) -> bool:
+    """Whether a configuration names this package's network."""
+    return config.get("architecture", {}).get("network_class_name", "").rsplit(".", 1)[-1] == HYBRID_UNET
+
+
+def saved_plans(run_folder: Path) -> dict[str, Any] | None:
+    """The plans.json of an output folder of nnUNetv2_train; None where no fold in it has a checkpoint."""
+    plans_file = run_folder / "plans.json"
+    if not plans_file.is_file() or not any(run_folder.glob("fold_*/checkpoint_*.pth")):
+        return None
+    return json.loads(plans_file.read_text())
+
+
+def saved_architecture(run_folder: Path, configuration: str) -> dict[str, Any] | None:
+    """Architecture in the saved plans of an output folder; None where there is none, or of another network."""
+    plans = saved_plans(run_folder) or {"configurations": {}}
+    config = plans["configurations"].get(configuration, {})
+    return config["architecture"] if uses_hybrid_unet(config) else None
+
+
+def same_architecture(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two architectures are equal but for drop_path, which belongs to the recipe and changes no parameter."""
+    kwargs = [{k: v for k, v in block["arch_kwargs"].items() if k != "drop_path"} for block in (a, b)]
+    return a["network_class_name"] == b["network_class_name"] and kwargs[0] == kwargs[1]
+
+
+def spacings_alike(pretrained: Sequence[float], spacing: Sequence[float]) -> bool:
+    """Whether two spacings (mm, same order of axes) differ by no more than MAX_SPACING_RATIO on any axis."""
+    return all(1 / MAX_SPACING_RATIO <= p / s <= MAX_SPACING_RATIO for p, s in zip(pretrained, spacing, strict=True))
+
+
+def voxels_key(plans: dict[str, Any], configuration: str) -> list[Any]:
+    """Everything in plans that decides the preprocessed voxels, as plain values to compare."""
+    config = plans["configurations"][configuration]
+    windows = plans["foreground_intensity_properties_per_channel"]
+    used = ("percentile_00_5", "percentile_99_5", "mean", "std")
+    ct_windows = [
+        [windows[str(channel)][name] for name in used] if scheme == "CTNormalization" else None
+        for channel, scheme in enumerate(config["normalization_schemes"])
+    ]
+    settings = [config.get(name) for name in VOXEL_SETTINGS]
+    return [plans["transpose_forward"], plans.get("image_reader_writer"), ct_windows, *settings]
