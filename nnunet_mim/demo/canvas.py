@@ -84,11 +84,7 @@ class Canvas:
         self.paint(self.ellipsoid(centre, radii, turn, lean, lumps, box) - grow, value, label, box)
 
     def tube(
-        self,
-        points: Sequence[Numbers],
-        radii: float | Numbers,
-        value: float | np.ndarray,
-        label: int | None = None,
+        self, points: Sequence[Numbers], radii: float | Numbers, value: float | np.ndarray, label: int | None = None
     ) -> None:
         """Paint a chain of capsules through points (x, y, z), with one radius or one per point."""
         path = np.asarray(points, float)

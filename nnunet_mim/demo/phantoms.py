@@ -73,17 +73,10 @@ def write_phantom_dataset(
 ) -> Path:
     """Write phantoms as an nnU-Net raw dataset: imagesTr, labelsTr, imagesTs, labelsTs and dataset.json.
 
-    Args:
-        raw_folder: nnUNet_raw.
-        dataset_id: 1 to 999.
-        name: what follows "DatasetXXX_".
-        n_train: number of bodies in imagesTr; case i is `make_phantom(seed + i)`.
-        n_test: number of bodies in imagesTs, numbered after the training cases.
-        seed: seed of the first case.
-        shape, spacing: voxels and mm along (z, y, x).
+    Case i is `make_phantom(seed + i, shape, spacing)`; test cases are numbered after the training cases.
 
     Returns:
-        The dataset folder.
+        The dataset folder, raw_folder/DatasetXXX_NAME.
 
     Raises:
         MiMError: the folder exists already, or the number is out of range.

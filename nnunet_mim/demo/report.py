@@ -31,11 +31,7 @@ Dice = dict[str, dict[str, float]]  # file name of a test body → organ → Dic
 
 
 def write_report(folders: Folders, settings: DemoSettings, state: dict[str, Any]) -> float:
-    """Write FOLDER/index.html of a demonstration whose stages are all done.
-
-    Args:
-        folders, settings: those of the demonstration.
-        state: record of its stages, from `runner.open_folder`.
+    """Write FOLDER/index.html of a demonstration whose stages are all done; `state` is their record.
 
     Returns:
         Mean Dice over organs and test bodies.

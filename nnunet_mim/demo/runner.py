@@ -64,13 +64,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Run every stage that is not done yet.
-
-    Args:
-        stages: in their order.
-        folders: where.
-        state: record from `open_folder`; extended and written after each stage.
-        say: prints one line.
+    """Run every stage that is not done yet; `state` is extended and written after each, `say` prints one line.
 
     Raises:
         MiMError: a stage failed; the last lines of its log have been printed.

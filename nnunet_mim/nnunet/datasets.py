@@ -57,13 +57,9 @@ def dataset_name(given: str) -> str:
 
 
 def raw_files(raw: Path, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
-    """For every training case its "images", one file per channel, and its "label".
+    """For every training case of a folder in nnUNet_raw its "images", one file per channel, and its "label".
 
     The result is that of nnU-Net's `get_filenames_of_train_images_and_targets`.
-
-    Args:
-        raw: the dataset's folder.
-        dataset_json: content of its dataset.json; not changed.
 
     Raises:
         MiMError: there is no imagesTr.

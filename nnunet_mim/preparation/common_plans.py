@@ -55,21 +55,18 @@ def fingerprint_of(
 
 
 def common_plans(
-    dataset: str, dataset_json: Mapping[str, Any], fingerprint: Mapping[str, Any], plans_name: str,
-    spacing: Sequence[float], preset: str, settings: Mapping[str, Any],
-) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    dataset: str,
+    dataset_json: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    plans_name: str,
+    spacing: Sequence[float],
+    preset: str,
+    settings: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
     """MiM plans at a given spacing for images turned to RAS, and lines that say what was chosen. Writes nothing.
 
-    Patch and batch size are those of nnU-Net's planner at this spacing.
-
-    Args:
-        dataset: name of the dataset.
-        dataset_json: with absolute paths under `dataset`.
-        fingerprint: from `fingerprint_of`, axes of the turned images.
-        plans_name: name of the new plans.
-        spacing: mm, array order.
-        preset: network size.
-        settings: as for `make_mim_plans`.
+    Patch and batch size are those of nnU-Net's planner at this spacing (mm, array order). `dataset_json` lists cases
+    under `dataset`, with absolute paths; the fingerprint is that of the turned images.
 
     Raises:
         MiMError: bad settings, or nnU-Net cannot plan this dataset.

@@ -47,7 +47,7 @@ def make_mim_plans(
         dataset_json: dataset.json.
         plans_name: name of the new plans.
         configuration: the one configuration they hold.
-        preset: network size, unless there is a checkpoint. None: keep the residual encoder U-Net of the base plans,
+        preset: network size where there is no checkpoint. None: keep the residual encoder U-Net of the base plans,
             without a recipe.
         checkpoint: pretraining to finetune; its network, spacing and intensity windows are used where they suit.
         settings: overrides: fields of FinetuneConfig, patch_size (voxels), spacing (mm), batch_size, ct_window (HU,
@@ -160,13 +160,9 @@ def intensity_windows(
     checkpoint: PretrainedCheckpoint | None,
     given: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Intensity properties per channel, and notes. CT channels get the given window, the checkpoint's, or the wide one.
+    """foreground_intensity_properties_per_channel of new plans, from those of the base plans, and notes.
 
-    Args:
-        base: foreground_intensity_properties_per_channel of the base plans.
-        schemes: normalization_schemes of the configuration.
-        checkpoint: pretraining to finetune, or None.
-        given: lowest and highest HU from --set, or None.
+    CT channels get the window given with --set (lowest and highest HU), else that of the checkpoint, else the wide one.
     """
     windows, notes = deepcopy(base), []
     provenance = checkpoint.provenance if checkpoint is not None else {}
@@ -232,12 +228,10 @@ def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool, na
     folder = plans_file.parent / plans["configurations"][configuration]["data_identifier"]
     if not folder.is_dir():
         return False
-    same = False
-    if plans_file.is_file():
-        try:
-            same = voxels_key(json.loads(plans_file.read_text()), configuration) == voxels_key(plans, configuration)
-        except (KeyError, ValueError):
-            same = False
+    try:
+        same = voxels_key(json.loads(plans_file.read_text()), configuration) == voxels_key(plans, configuration)
+    except (FileNotFoundError, KeyError, ValueError):
+        same = False
     if not same and not overwrite:
         raise MiMError(
             f"{folder} was preprocessed with another spacing or normalisation than the new {plans['plans_name']}: "

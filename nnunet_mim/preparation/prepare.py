@@ -92,15 +92,10 @@ class _Survey:
 
 
 def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig) -> Prepared:
-    """Make an nnU-Net dataset without labels from all CT in some folders, and preprocess it.
+    """Make an nnU-Net dataset (DatasetXXX_Name) without labels from all CT in some folders, and preprocess it.
 
     Cases of earlier calls for the same dataset are kept. Image files stay where they are; DICOM series, which nnU-Net
     cannot read, are written into `imagesTr`.
-
-    Args:
-        dataset: DatasetXXX_Name.
-        folders: searched to any depth.
-        config: how.
 
     Raises:
         MiMError: nothing usable, or the dataset holds something else.
@@ -176,11 +171,7 @@ def prepare_dataset(dataset: str, config: PrepareConfig) -> Prepared:
 
 
 def _earlier_dataset(raw: Path) -> dict[str, Any]:
-    """Cases that `mim_prepare -i` has listed in dataset.json before.
-
-    Raises:
-        MiMError: the folder holds another dataset.
-    """
+    """Cases that `mim_prepare -i` has listed in dataset.json before. Raises MiMError for any other dataset."""
     if not raw.is_dir() or not any(path.name != "imagesTr" or any(path.iterdir()) for path in raw.iterdir()):
         return {}
     content = _read_json(raw / DATASET_JSON) if (raw / DATASET_JSON).is_file() else {}
@@ -190,11 +181,7 @@ def _earlier_dataset(raw: Path) -> dict[str, Any]:
 
 
 def _survey(dataset: str, base: Path, cases: Sequence[RawCase], labelled: bool, config: PrepareConfig) -> _Survey:
-    """Read all headers.
-
-    Raises:
-        MiMError: no case can be used, now or from earlier calls.
-    """
+    """Read all headers. Raises MiMError where no case can be used, now or from earlier calls."""
     log = CaseLog(base / "mim_prepare" / f"{config.plans_name}_{CONFIGURATION}.jsonl")
     with ThreadPoolExecutor(8) as pool:
         reading = pool.map(lambda case: read_header(case.volume, config.min_slices), cases)
@@ -228,11 +215,7 @@ def _plan(survey: _Survey, dataset_json: Mapping[str, Any]) -> tuple[dict[str, A
 def _prepare(
     survey: _Survey, plans: dict[str, Any], notes: list[str], same: bool, dataset_json: Mapping[str, Any]
 ) -> Prepared:
-    """Preprocess every case that has not been yet.
-
-    Raises:
-        MiMError: no case is left.
-    """
+    """Preprocess every case that has not been yet. Raises MiMError where no case is left."""
     chosen, log = plans["configurations"][CONFIGURATION], survey.log
     folder = survey.base / chosen["data_identifier"]
     if folder.is_dir() and not same:

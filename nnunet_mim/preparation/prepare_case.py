@@ -78,11 +78,7 @@ def file_stamps(folder: Path, case: str) -> list[list[int]] | None:
 
 
 def prepare_case(job: Job, partial: str) -> dict[str, Any]:
-    """Prepare one case.
-
-    Args:
-        job: the case, and how.
-        partial: folder for half-written files, on the same disk as the folder of preprocessed cases.
+    """Prepare one case. `partial` is a folder for half-written files, on the disk of the preprocessed cases.
 
     Returns:
         `{"problem": reason}`, or what the log keeps: hash, spacing and shape of the image, intensity sample and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,19 +23,14 @@ from nnunet_mim.system.files import write_atomically
 SHOWN_CASES = 6
 
 
-def reason_kind(reason: str) -> str:
-    """The kind of a reason: its text without figures and details."""
-    return reason.split(" (")[0].split(":")[0]
-
-
 def skipped_lines(skipped: Mapping[str, Entry]) -> list[str]:
     """One line per kind of reason: the number of cases that were left out, and an example."""
-    kinds = Counter(reason_kind(entry["reason"]) for entry in skipped.values())
-    lines = []
-    for kind, count in kinds.most_common():
-        first = next(entry for entry in skipped.values() if reason_kind(entry["reason"]) == kind)
-        lines.append(f"  {count:5} {kind:32} e.g. {first['files'][0]}: {first['reason']}")
-    return lines
+    kinds = defaultdict(list)
+    for entry in skipped.values():
+        kind = entry["reason"].split(" (")[0].split(":")[0]  # without figures and details
+        kinds[kind].append(f"e.g. {entry['files'][0]}: {entry['reason']}")
+    by_number = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    return [f"  {len(examples):5} {kind:32} {examples[0]}" for kind, examples in by_number]
 
 
 def write_report(prepared: Prepared, preset: str | None) -> Path:
