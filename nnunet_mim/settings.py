@@ -99,6 +99,16 @@ def settings_table(config: type, prefix: str = "") -> list[str]:
     return rows
 
 
+def settings_help(config: type) -> str:
+    """The fields that can be set, a line each, for the end of a command's help."""
+    lines = []
+    for entry in fields(config):
+        if "meaning" in entry.metadata:
+            text = entry.metadata["default_text"] or yaml_value(entry.default)
+            lines.append(f"  {entry.name} (default: {text})\n      {entry.metadata['meaning']}")
+    return "\n".join(lines)
+
+
 def yaml_value(value: Any) -> str:
     """A value as it stands in a YAML file, in one line."""
     plain = json.loads(json.dumps(value))  # without tuples, and nothing shared that YAML would name

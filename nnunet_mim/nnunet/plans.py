@@ -12,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import required_folder
+from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS
 
 HYBRID_UNET = "HybridUNet"
 """class name of this package's network in plans"""
@@ -97,9 +98,8 @@ def voxels_key(plans: dict[str, Any], configuration: str) -> list[Any]:
     """Everything in plans that decides the preprocessed voxels, as plain values to compare."""
     config = plans["configurations"][configuration]
     windows = plans["foreground_intensity_properties_per_channel"]
-    used = ("percentile_00_5", "percentile_99_5", "mean", "std")
     ct_windows = [
-        [windows[str(channel)][name] for name in used] if scheme == "CTNormalization" else None
+        [windows[str(channel)][name] for name in WINDOW_FIELDS] if scheme == CT_NORMALIZATION else None
         for channel, scheme in enumerate(config["normalization_schemes"])
     ]
     settings = [config.get(name) for name in VOXEL_SETTINGS]

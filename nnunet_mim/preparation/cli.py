@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from nnunet_mim.config import ENCODERS, PRESETS
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.nnunet.datasets import dataset_name, required_folder
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
-from nnunet_mim.preparation.mim_plans import check_can_write, make_mim_plans, write_plans
-from nnunet_mim.settings import parse_settings
+from nnunet_mim.preparation.mim_plans import PlanSettings, check_can_write, make_mim_plans, write_plans
+from nnunet_mim.settings import parse_settings, settings_help
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
 DESCRIPTION = """\
@@ -36,8 +35,7 @@ examples:
   mim_plan -d 501 -p nnUNetResEncUNetLPlans --encoder resenc -o nnUNetMiMResEncPlans     for stock nnU-Net
   mim_plan -d 501 --set num_epochs=100 lr=0.0005 patch_size=64,64,64
 
-settings for --set: patch_size, spacing (mm), batch_size, ct_window (HU), and the recipe:
-"""
+settings for --set, of the plans and of the finetuning recipe:"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,11 +112,10 @@ def _read_plans(dataset: Path, plans: str, checkpoint: str | None) -> list[dict[
 
 
 def _parser() -> argparse.ArgumentParser:
-    recipe = "\n".join(f"  {field.name} ({field.default})" for field in fields(FinetuneConfig))
     parser = argparse.ArgumentParser(
         "mim_plan",
         description=DESCRIPTION,
-        epilog=EXAMPLES + recipe,
+        epilog="\n".join([EXAMPLES, settings_help(PlanSettings), settings_help(FinetuneConfig)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

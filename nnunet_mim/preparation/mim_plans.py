@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,29 @@ from nnunet_mim.networks.resenc import check_resenc
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.nnunet.plans import configuration_of, n_channels, spacings_alike, voxels_key
+from nnunet_mim.settings import check_known_keys, setting
 from nnunet_mim.system.files import write_atomically
-from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, check_known_keys, default_mirror_axes
+from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, default_mirror_axes
 from nnunet_mim.trainers.resolve_plans import network_for
 
-PLAN_SETTINGS = ("patch_size", "spacing", "batch_size", "ct_window")
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What `mim_plan --set` and `mim_prepare --set` can change in plans, beside the recipe (FinetuneConfig)."""
+
+    patch_size: tuple[int, int, int] | None = setting(
+        None, "voxels per axis, multiples of the network's strides", default_text="the base plans', made to fit"
+    )
+    spacing: tuple[float, float, float] | None = setting(
+        None, "mm per axis in the plans' order of axes", default_text="the base plans', or pretraining's"
+    )
+    batch_size: int | None = setting(None, "patches per step", default_text="the base plans'")
+    ct_window: tuple[float, float] | None = setting(
+        None, "lowest and highest HU of a CT channel", default_text="-1000, 1000, or pretraining's"
+    )
+
+
+PLAN_SETTINGS = tuple(field.name for field in fields(PlanSettings))
 RECIPE_SETTINGS = tuple(field.name for field in fields(FinetuneConfig))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.settings import check_known_keys, setting
 
 PLANS_KEY = "mim_finetune"
 NNUNET_GRAD_CLIP = 12.0
@@ -28,34 +28,41 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
 class FinetuneConfig:
     """Recipe of nnUNetTrainerMiM and nnUNetTrainerMiMScratch, at the top level of the plans file."""
 
-    num_epochs: int = 1000
-    iterations_per_epoch: int = 250
-    val_iterations_per_epoch: int = 50
-    lr: float = 1e-3
-    """peak learning rate"""
-    layer_decay: float = 1.0
-    """learning rate of the encoder's layer at distance d from its end: lr * layer_decay ** d"""
-    weight_decay: float = 0.05
-    """weight decay of AdamW; 0 on biases, norms and other 1-d parameters"""
-    warmup_fraction: float = 0.05
-    """share of the iterations after decoder_first_fraction in which the learning rate rises linearly"""
-    decoder_first_fraction: float = 0.0
-    """share of all iterations, before the warm-up, in which the encoder is not trained and all else warms up
-    (the sawtooth of OpenMind, arXiv 2412.17041)"""
-    schedule: str = "cosine"
-    """fall of the learning rate to 0 after the warm-up: cosine, or poly (nnU-Net's, exponent 0.9)"""
-    grad_clip: float = 1.0
-    """maximum gradient norm; nnU-Net itself clips at 12"""
-    drop_path: float = 0.0
-    """stochastic depth of the encoder's last block"""
-    foreground_prior: float = 0.04
-    """share of voxels that the heads' initial biases predict as foreground; 0: biases start at 0, as in nnU-Net"""
-    oversample_foreground: float = 0.33
-    """share of patches centred on a labelled voxel, as in nnU-Net; with batch_size 1 nnU-Net rounds 0.33 to none"""
-    deep_supervision: bool = True
-    mirror_axes: tuple[int, ...] | None = None
-    """array axes mirrored in augmentation and prediction; None: all but left-right, or none at all if images are
-    not stored in axial slices (see resolve_plans)"""
+    num_epochs: int = setting(1000, "epochs")
+    iterations_per_epoch: int = setting(250, "optimiser steps per epoch")
+    val_iterations_per_epoch: int = setting(50, "validation batches per epoch")
+    lr: float = setting(1e-3, "peak learning rate of AdamW")
+    layer_decay: float = setting(
+        1.0, "learning rate of the encoder's layer at distance d from its end: lr * layer_decay ** d"
+    )
+    weight_decay: float = setting(0.05, "weight decay of AdamW; 0 on biases, norms and other 1-d parameters")
+    warmup_fraction: float = setting(
+        0.05, "share of the iterations after decoder_first_fraction in which the learning rate rises linearly"
+    )
+    decoder_first_fraction: float = setting(
+        0.0,
+        "share of all iterations, before the warm-up, in which the encoder is not trained and all else warms up "
+        "(the sawtooth of OpenMind, arXiv 2412.17041); not in the control",
+    )
+    schedule: str = setting(
+        "cosine", "fall of the learning rate to 0 after the warm-up: cosine, or poly (nnU-Net's, exponent 0.9)"
+    )
+    grad_clip: float = setting(1.0, "maximum gradient norm; nnU-Net itself clips at 12")
+    drop_path: float = setting(0.0, "stochastic depth of the encoder's last block")
+    foreground_prior: float = setting(
+        0.04,
+        "share of voxels that the heads' initial biases predict as foreground; 0: biases start at 0, as in nnU-Net",
+    )
+    oversample_foreground: float = setting(
+        0.33,
+        "share of patches centred on a labelled voxel, as in nnU-Net; with batch_size 1 nnU-Net rounds 0.33 to none",
+    )
+    deep_supervision: bool = setting(True, "losses at lower resolutions too, as in nnU-Net")
+    mirror_axes: tuple[int, ...] | None = setting(
+        None,
+        "array axes mirrored in augmentation and prediction; none at all where images are not stored in axial slices",
+        default_text="all but left-right",
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
@@ -87,15 +94,6 @@ class FinetuneConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-
-def check_known_keys(given: Sequence[str] | dict[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise MiMError naming the first unknown key, with the nearest known one if there is one."""
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-            raise MiMError(f"unknown setting '{key}' in {where}: {hint}")
 
 
 def left_right_axis(transpose_forward: Sequence[int]) -> int:
