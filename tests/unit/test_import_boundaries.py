@@ -106,7 +106,7 @@ READERS = {
     "checkpoint/format.py": {"torch.load"},
     "checkpoint/published.py": {"torch.load"},
     "checkpoint/share.py": {"safetensors.torch.load"},
-    "benchmarking/cell.py": {"torch.load"},  # of nnU-Net's own training
+    "benchmarking/training.py": {"torch.load"},  # of nnU-Net's own training
 }
 
 
