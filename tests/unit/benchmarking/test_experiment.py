@@ -145,6 +145,21 @@ def test_what_failed_and_how_to_go_on(monkeypatch, tmp_path, retry, broken, says
         run_experiment(bench, retry)
 
 
+def test_the_experiment_as_text_is_kept_once_it_is_checked(monkeypatch, tmp_path):
+    bench = Bench((DatasetSpec("D"),), (ArmSpec("A", "nnUNetTrainer", "P"),), device="cpu", output=tmp_path / "out")
+
+    def refuse(_):
+        raise MiMError("no such dataset")
+
+    monkeypatch.setattr(experiment, "prepare", refuse)
+    with pytest.raises(MiMError, match="no such dataset"):
+        run_experiment(bench, bench_yaml="seeds: 1")
+    assert not bench.output.exists()
+    monkeypatch.setattr(experiment, "prepare", lambda _: (Matrix(bench, {}, "A"), None, {}))
+    run_experiment(bench, bench_yaml="seeds: 1")
+    assert (bench.output / "bench.yaml").read_text() == "seeds: 1"
+
+
 def test_gpus_that_are_not_there(monkeypatch, tmp_path):
     bench = Bench((), (), gpus=("0", "3"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
