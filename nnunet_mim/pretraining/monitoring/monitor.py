@@ -42,7 +42,7 @@ class Monitor:
         self.held_out = HeldOut(crops, fill, flat_threshold, width, config, views_per_pass)
         self.probe = label_probe(data, config, fabric.device)
         self.seconds: dict[str, list[float]] = defaultdict(list)
-        """how long every measurement has taken, by kind"""
+        """duration of every measurement, by kind"""
 
     def measure(self, model: PretrainingNetwork, iteration: int) -> Measurement[float]:
         """Measure with HeldOut and, where it is due, LabelProbe.
