@@ -172,8 +172,8 @@ def _commands_section(folders: Folders, state: dict[str, Any]) -> Section:
     code = "\n".join([*exports, *(s["command"] for s in stages if s["command"])])
     packages = ", ".join(f"{name} {version(name)}" for name in ("nnunet_mim", "nnunetv2", "torch", "numpy"))
     text = f"""\
-These are the commands for one's own data too; only the small sizes are the demonstration's. What each of them said is
-in {folders.logs}.
+These are the commands for one's own data too; only the small sizes are the demonstration's. Their output is in
+{folders.logs}.
 
 {packages}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores, device
 {state["device"]}."""

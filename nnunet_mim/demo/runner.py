@@ -90,7 +90,7 @@ def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any],
                 for line in last_lines(log):
                     say(f"      | {line}")
                 raise MiMError(
-                    f"stage {stage.name} failed (exit code {code}), all it said is in {log}; to try again: "
+                    f"stage {stage.name} failed (exit code {code}), its output is in {log}; to try again: "
                     f"mim_demo -o {folders.root} --continue"
                 )
         else:

@@ -21,8 +21,9 @@ def test_existing_folder(tmp_path, capsys) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["something"]
 
 
-def test_nothing_to_continue(tmp_path, capsys) -> None:
-    assert "leave out --continue" in refused(capsys, "-o", str(tmp_path / "new"), "--continue")
+@pytest.mark.parametrize("flag", ["--c", "--continue"])
+def test_nothing_to_continue(tmp_path, capsys, flag) -> None:
+    assert "leave out --continue" in refused(capsys, "-o", str(tmp_path / "new"), flag)
     assert not (tmp_path / "new").exists()
 
 
