@@ -16,11 +16,11 @@ from nnunet_mim.nnunet.orientation import orientation_of
 from nnunet_mim.pretraining.report.page import (
     REPORT,
     facts_section,
-    lead,
     levels_section,
     losses_section,
     next_section,
     settings_section,
+    verdict_text,
     views_sections,
 )
 from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
@@ -71,7 +71,8 @@ def show(
         *views_sections(facts, shown), settings_section(facts), next_section(facts, path),
     ]  # fmt: skip
     try:
-        write_page(folder / REPORT, f"The checkpoint {path.name}", sections, lead(facts) if facts.history else "")
+        verdict = verdict_text(facts) if facts.history else ""
+        write_page(folder / REPORT, f"The checkpoint {path.name}", sections, verdict)
     except OSError as error:
         raise MiMError(f"cannot write {folder / REPORT} ({error.strerror}): choose another folder with -o") from error
     yield f"wrote {folder / REPORT}"

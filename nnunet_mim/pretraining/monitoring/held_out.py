@@ -118,21 +118,21 @@ class HeldOut:
 
     def _constants(self, position: int) -> HeldOutLevel[float]:
         """What does not depend on the network: trivial predictors, and alignment by chance."""
-        targets = self._n_targets(position)
-        found = [
+        crops = [
             trivial_losses(views[position], is_target[position], self.width)
             for views, is_target in zip(self.views, self.is_target, strict=True)
         ]
-        losses, errors = (
-            {name: weighted_mean([guess[name][i] for guess in found], targets) for name in found[0]} for i in (0, 1)
-        )
-        guesses = GuessFigures(**losses, **{f"{name}_psnr": decibel(error) for name, error in errors.items()})
+        guesses = {}
+        for name in crops[0]:
+            losses, errors = zip(*(crop[name] for crop in crops), strict=True)
+            guesses[name] = weighted_mean(losses, self._n_targets(position))
+            guesses[f"{name}_psnr"] = decibel(weighted_mean(errors, self._n_targets(position)))
         chance = None
         if position and self.config.alignment == "infonce":
             parent = self.views[0][position - 1]
             chance = 1 / (parent.images.shape[0] * parent.level.n_places)
         number = level_number(position, len(self.views[0]))
-        return HeldOutLevel(number, alignment_chance=chance, guesses=guesses)
+        return HeldOutLevel(number, alignment_chance=chance, guesses=GuessFigures(**guesses))
 
     def _n_targets(self, position: int) -> list[float]:
         """Number of target tokens of each crop at one level."""

@@ -49,7 +49,7 @@ class Monitor:
         if sharded:
             self.whole = build_network(config).to(fabric.device)
         self.seconds: dict[str, list[float]] = defaultdict(list)
-        """how long every measurement has taken, by kind"""
+        """duration of every measurement, by kind"""
 
     def measure(self, model: PretrainingNetwork, iteration: int) -> Measurement[float]:
         """Measure with HeldOut and, where it is due, LabelProbe.

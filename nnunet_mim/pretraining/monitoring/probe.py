@@ -27,16 +27,16 @@ from nnunet_mim.pretraining.monitoring.figures import ProbeFigures
 
 RIDGE = 1e-3
 """penalty on the coefficients of standardised features; the weights of all voxels sum to 1"""
-MOST_LABELS = 16
-"""the ones in most boxes are probed"""
-PER_LABEL, NEAR, FAR = 1000, 2000, 4000
-"""most voxels of a training box that are regressed on: of each label, of background near labels, of all background"""
+MAX_LABELS = 16
+"""of more labels, those in the largest number of boxes are probed"""
+MAX_PER_LABEL, MAX_NEAR, MAX_BACKGROUND = 1000, 2000, 4000
+"""voxels of a training box that are regressed on: of each label, of background near labels, of all background"""
 NEAR_DISTANCE = 3
 """voxels along an axis"""
-LEFT_OUT = -1
+IGNORED = -1
 """stands for nnU-Net's ignore label"""
-TRIES = 4
-"""cases that are looked at, in search of labels, for each that is needed"""
+MAX_TRIES = 4
+"""number of cases that are searched for labels for each that is needed"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LabelledBox:
     image: Tensor
     """(C, X, Y, Z) float32, normalised"""
     labels: Tensor
-    """(X, Y, Z) int64; 0 background, LEFT_OUT where nothing is known"""
+    """(X, Y, Z) int64; 0 background, IGNORED where nothing is known"""
 
 
 class LabelProbe:
@@ -55,7 +55,7 @@ class LabelProbe:
     Args:
         train, held_out: labelled cases of one dataset, see `probe_cases`.
         fill: per channel, the window's minimum, which boxes are padded with to whole tokens.
-        box_size: most voxels per axis.
+        box_size: maximum number of voxels per axis.
         seed: of the boxes' places and the voxels that are regressed on.
         device: of the encoders.
 
@@ -92,7 +92,7 @@ class LabelProbe:
         finally:
             encoder.train(was_training)
         labels = torch.cat([box.labels.flatten() for box in self.held_out]).to(self.device)
-        is_labelled = labels != LEFT_OUT
+        is_labelled = labels != IGNORED
         dice = {}
         for number, label in enumerate(self.labels):  # one at a time: scores of whole boxes are large
             dense = [
@@ -135,24 +135,23 @@ class LabelProbe:
 def probe_cases(
     train: Cases, held_out: Cases, counts: tuple[int, int] = (6, 4), seed: int = 0
 ) -> tuple[list[Case], list[Case]] | None:
-    """Choose labelled cases, at random, for the two sides of a probe.
+    """Choose labelled cases to fit on and to test on, at random.
 
-    They are of one dataset, the first of which both sides have labelled cases: another's labels mean something else. On
-    each side, at most TRIES times as many cases as are needed are looked at.
+    All are of one dataset, the first with labelled cases on both sides: another's labels mean something else.
 
     Args:
         train, held_out: cases of a run.
-        counts: most cases to choose on each side.
+        counts: maximum number of cases of each.
         seed: of the choice.
 
     Returns:
-        Cases to fit on and cases to try on, or None where there are no labels.
+        Cases of each, or None where there are no labels.
     """
     for dataset in range(len(train.sources)):
         chosen = []
         for cases, count in zip((train, held_out), counts, strict=True):
             candidates = cases.of_dataset(dataset)
-            order = np.random.default_rng(seed).permutation(len(candidates))[: TRIES * count]
+            order = np.random.default_rng(seed).permutation(len(candidates))[: MAX_TRIES * count]
             chosen.append(list(islice(filter(has_labels, (candidates[int(n)] for n in order)), count)))
         if all(chosen):
             return chosen[0], chosen[1]
@@ -166,7 +165,7 @@ def has_labels(case: Case) -> bool:
 
 
 def read_labels(case: Case) -> np.ndarray | None:
-    """(X, Y, Z) int16 labels of a case as in LabelledBox; None without a segmentation that can be read."""
+    """(X, Y, Z) int16 labels of a case as in LabelledBox; None where no segmentation can be read."""
     source, name = case.source, case.info.case
     try:
         segmentation = source.dataset_class(str(source.folder), [name]).load_case(name)[1]
@@ -175,17 +174,17 @@ def read_labels(case: Case) -> np.ndarray | None:
         return None
     file = source.folder.parent / "dataset.json"
     ignore = json.loads(file.read_text()).get("labels", {}).get("ignore") if file.is_file() else None
-    return np.where(labels == ignore, LEFT_OUT, labels.clip(min=0)).astype(np.int16)
+    return np.where(labels == ignore, IGNORED, labels.clip(min=0)).astype(np.int16)
 
 
-def read_box(case: Case, most: Size3, seed: int) -> LabelledBox:
-    """Read a box of at most `most` voxels per axis, inside the volume, that holds the labels or, where they spread
-    wider, some of them. Its place is random: where in a box an organ lies must say nothing.
+def read_box(case: Case, max_size: Size3, seed: int) -> LabelledBox:
+    """Read a box inside the volume with all labels or, where they spread wider, some of them. Its place is random:
+    where in a box an organ lies must say nothing.
     """
     labels = read_labels(case)
     if labels is None or not (labels > 0).any():
         raise MiMError(f"case '{case.info.case}' of {case.source.dataset} has no labels for the label probe")
-    size = np.minimum(most, labels.shape)
+    size = np.minimum(max_size, labels.shape)
     start = box_start(labels > 0, size, np.random.default_rng([seed, int(case.info.sha256[:8], 16)]))
     image, _ = read_crop(case, start, size)
     inside = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
@@ -208,10 +207,10 @@ def box_start(foreground: np.ndarray, size: np.ndarray, random: np.random.Genera
 
 
 def common_labels(train: Sequence[LabelledBox], held_out: Sequence[LabelledBox]) -> list[int]:
-    """Labels in boxes of both sides, ascending; of many, the MOST_LABELS that are in most training boxes."""
+    """Labels in boxes of both sides, ascending; at most MAX_LABELS, those in the largest number of training boxes."""
     counts = Counter(label for box in train for label in box.labels.unique().tolist() if label > 0)
     tried = {label for box in held_out for label in box.labels.unique().tolist()}
-    return sorted(sorted(counts.keys() & tried, key=lambda label: (-counts[label], label))[:MOST_LABELS])
+    return sorted(sorted(counts.keys() & tried, key=lambda label: (-counts[label], label))[:MAX_LABELS])
 
 
 def sample_voxels(labels: Tensor, wanted: Sequence[int], seed: int) -> Tensor:
@@ -220,7 +219,8 @@ def sample_voxels(labels: Tensor, wanted: Sequence[int], seed: int) -> Tensor:
     volume = labels.numpy()
     background = volume == 0
     near = background & maximum_filter(volume > 0, size=2 * NEAR_DISTANCE + 1)
-    pools = [(volume == label, PER_LABEL) for label in wanted] + [(near, NEAR), (background, FAR)]
+    pools = [(volume == label, MAX_PER_LABEL) for label in wanted]
+    pools += [(near, MAX_NEAR), (background, MAX_BACKGROUND)]
     chosen = [random.permutation(np.flatnonzero(pool))[:count] for pool, count in pools]
     return torch.from_numpy(np.stack(np.unravel_index(np.concatenate(chosen), volume.shape), axis=-1))
 

@@ -27,9 +27,9 @@ def mean_figures(
     """
     # levels are shares of a sum over ranks already, all else is the same on every rank
     rows = [mapped(lambda value: value / ranks.world, step).row() for step in steps]
-    values = ranks.sum(torch.stack([torch.stack([value.float() for value in row.values()]) for row in rows])).cpu()
-    read = [TrainingFigures.from_row(dict(zip(rows[0], row, strict=True))) for row in values.tolist()]
-    used = [step for step in read if not step.skipped]
+    local = torch.stack([torch.stack([value.float() for value in row.values()]) for row in rows])  # (steps, figures)
+    on_host = [TrainingFigures.from_row(dict(zip(rows[0], row, strict=True))) for row in ranks.sum(local).tolist()]
+    used = [step for step in on_host if not step.skipped]
 
     def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
         if not used:
@@ -38,17 +38,17 @@ def mean_figures(
         return float((torch.tensor(values) * weight).sum() / weight.sum().clamp(min=1))
 
     numbers = [level.number for level in steps[0].levels]
-    levels = tuple(averaged([step.level(number) for step in used or read], mean) for number in numbers)
+    levels = tuple(averaged([step.level(number) for step in used or on_host], mean) for number in numbers)
     means = replace(
-        mapped(lambda *values: mean(values), *(used or read)),
+        mapped(lambda *values: mean(values), *(used or on_host)),
         levels=levels,
-        skipped=float(len(read) - len(used)),
+        skipped=float(len(on_host) - len(used)),
         loss=sum(level.loss or 0.0 for level in levels),
     )
     nonfinite = [[level.nonfinite for level in step.levels if level.nonfinite is not None] for step in steps]
-    local = torch.stack([torch.stack(counts).sum(dim=0) for counts in nonfinite])  # (steps, crops of this rank)
-    crops = ranks.gather(local.T.contiguous()).T.cpu()  # (steps, batch)
-    return means, {i: (crops[i] > 0).tolist() for i, step in enumerate(read) if step.skipped}
+    own = torch.stack([torch.stack(counts).sum(dim=0) for counts in nonfinite])  # (steps, crops of this rank)
+    crops = ranks.gather(own.T.contiguous()).T.cpu()  # (steps, batch)
+    return means, {i: (crops[i] > 0).tolist() for i, step in enumerate(on_host) if step.skipped}
 
 
 def culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size: int) -> list[str]:

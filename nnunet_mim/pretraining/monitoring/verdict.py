@@ -21,26 +21,26 @@ PLATEAUED = "plateaued"
 COLLAPSED = "collapsed"
 WORSE = "worse than in-filling"
 
-FEWEST = 3
-"""measurements, below which nothing is said"""
-STRETCH = 5
-"""fewest measurements that a plateau is judged on; the last quarter where that is more"""
-SMALL = 0.01
-"""a relative change that counts as none"""
-SURE = 3.0
-"""standard errors that a change must be away from none"""
+MIN_MEASUREMENTS = 3
+"""with fewer there is no verdict"""
+MIN_STRETCH = 5
+"""minimum number of measurements that a trend is judged on; the last quarter of them where that is more"""
+MIN_CHANGE = 0.01
+"""a smaller relative change counts as none"""
+STANDARD_ERRORS = 3.0
+"""a change by fewer may be noise"""
 JUMP = 4.0
-"""median steps from one measurement to the next, above both neighbours, that make a jump"""
+"""times the median step between measurements: a value that far above both its neighbours is an outlier"""
 NOISE_ROWS = 8
-"""fewest measurements that the noise is estimated from; the last quarter where that is more"""
-LOWEST_RANK = 3.0
+"""minimum number of measurements that the noise is estimated from; the last quarter of them where that is more"""
+MIN_RANK = 3.0
 """effective rank of the features below which they say next to nothing"""
-LOWEST_STD = 0.05
+MIN_STD = 0.05
 """spread of the features (1 = all directions) below which all of them are the same"""
 AT_CHANCE = 0.02
-"""relative distance from the alignment loss of a blind guess that counts as none"""
-WAS_BETTER = 0.9
-"""share of the alignment loss of a blind guess that a network that has learnt something has been below"""
+"""maximum relative distance from the alignment loss of a blind guess that counts as none"""
+BETTER_THAN_CHANCE = 0.9
+"""share of the alignment loss of a blind guess; a network with a lower one has learnt something"""
 
 
 class Verdict(NamedTuple):
@@ -76,13 +76,13 @@ class Trend(NamedTuple):
 
     @property
     def falls(self) -> bool:
-        """Falls by more than a little and more than the noise explains."""
-        return self.fall > SMALL and self.first - self.last > SURE * self.error
+        """Whether it falls by more than MIN_CHANGE and than the noise explains."""
+        return self.fall > MIN_CHANGE and self.first - self.last > STANDARD_ERRORS * self.error
 
     @property
     def rises(self) -> bool:
-        """The same, upwards."""
-        return -self.fall > SMALL and self.last - self.first > SURE * self.error
+        """Whether it rises by as much."""
+        return -self.fall > MIN_CHANGE and self.last - self.first > STANDARD_ERRORS * self.error
 
 
 def verdict(rows: Rows, warmup_iterations: float = 0, level_weights: Sequence[float] = (1.0, 1.0, 1.0)) -> Verdict:
@@ -104,43 +104,47 @@ def verdict(rows: Rows, warmup_iterations: float = 0, level_weights: Sequence[fl
         for row in rows
         if math.isfinite(row.iteration)
     ]
-    if broken := _collapse(rows):
-        return Verdict(COLLAPSED, f"{COLLAPSED}: {broken}")
-    if len(rows) < FEWEST:
-        return Verdict(TOO_EARLY, f"{TOO_EARLY}: {len(rows)} measurements on held-out cases, {FEWEST} are needed")
-    last = rows[-1].iteration
-    if last <= warmup_iterations:
-        warmup = f"{last:.0f} of {warmup_iterations:.0f} warm-up iterations done"
-        return Verdict(TOO_EARLY, f"{TOO_EARLY}: {warmup}")
+    kind, text = _judge(rows, warmup_iterations)
+    return Verdict(kind, f"{kind}: {text}")
 
-    if len(rows) > STRETCH and rows[0].iteration == 0:
+
+def _judge(rows: Rows, warmup_iterations: float) -> tuple[str, str]:
+    """Kind of verdict, and what follows it in the sentence."""
+    if broken := _collapse(rows):
+        return COLLAPSED, broken
+    if len(rows) < MIN_MEASUREMENTS:
+        return TOO_EARLY, f"{len(rows)} measurements on held-out cases, {MIN_MEASUREMENTS} are needed"
+    if rows[-1].iteration <= warmup_iterations:
+        return TOO_EARLY, f"{rows[-1].iteration:.0f} of {warmup_iterations:.0f} warm-up iterations done"
+
+    if len(rows) > MIN_STRETCH and rows[0].iteration == 0:
         rows = rows[1:]  # the untrained network: what it takes to say nothing wrong is no progress
     iterations, losses = [row.iteration for row in rows], _losses(rows)
     start, stop, trends = _last_stretch(iterations, losses)
     if not trends:
-        return Verdict(TOO_EARLY, f"{TOO_EARLY}: no reconstruction loss on held-out cases")
-    if len(rows) <= 2 * STRETCH and _no_better(rows, "token_mean").keys() == trends.keys():
-        return Verdict(TOO_EARLY, f"{TOO_EARLY}: no level is better than predicting each token's mean yet")
+        return TOO_EARLY, "no reconstruction loss on held-out cases"
+    if len(rows) <= 2 * MIN_STRETCH and _no_better(rows, "token_mean").keys() == trends.keys():
+        return TOO_EARLY, "no level is better than predicting each token's mean yet"
     worse = _no_better(rows, "infill")
     if any(trend.falls for trend in trends.values()):
         ends = f"from iteration {iterations[start]:.0f} to {iterations[stop - 1]:.0f}"
-        return Verdict(LEARNING, f"{LEARNING}: {ends} the held-out loss {_changes(trends)}{_compared(rows, worse)}")
+        return LEARNING, f"{ends} the held-out loss {_changes(trends)}{_compared(rows, worse)}"
     if better := _new_bests(losses, iterations[start]):
         falls = _and([f"{fall:.1%} at {name}" for name, fall in better.items()])
         since = f"since iteration {iterations[start]:.0f} the best held-out loss fell by {falls}"
-        return Verdict(LEARNING, f"{LEARNING}: {since}{_compared(rows, worse)}")
-    if len(rows) < STRETCH:
-        return Verdict(TOO_EARLY, f"{TOO_EARLY}: {len(rows)} measurements, and no level improved")
+        return LEARNING, f"{since}{_compared(rows, worse)}"
+    if len(rows) < MIN_STRETCH:
+        return TOO_EARLY, f"{len(rows)} measurements, and no level improved"
 
     flat = _flat_since(iterations, losses, start)
-    sentence = f"no level improved beyond its noise since iteration {iterations[flat]:.0f}"
+    text = f"no level improved beyond its noise since iteration {iterations[flat]:.0f}"
     if useless := _no_better(rows, "token_mean"):
-        sentence += f", and {_and(list(useless))} no better than predicting each token's mean"
+        text += f", and {_and(list(useless))} no better than predicting each token's mean"
     if rising := [name for name, trend in _trends(losses, iterations[flat:]).items() if trend.rises]:
-        sentence += f", and {_and(rising)} got worse (the network learns the training cases by heart)"
+        text += f", and {_and(rising)} got worse (the network learns the training cases by heart)"
     if worse:
-        return Verdict(WORSE, f"{WORSE}: {_beside(worse)}; {sentence}")
-    return Verdict(PLATEAUED, f"{PLATEAUED}: {sentence}{_compared(rows, worse)}")
+        return WORSE, f"{_beside(worse)}; {text}"
+    return PLATEAUED, f"{text}{_compared(rows, worse)}"
 
 
 def verdict_on(rows: Rows, config: PretrainConfig) -> Verdict:
@@ -172,7 +176,7 @@ def _losses(rows: Rows) -> dict[str, Series]:
 
 def _last_stretch(iterations: Sequence[float], losses: Mapping[str, Series]) -> tuple[int, int, dict[str, Trend]]:
     """First and one-past-last number of the rows that are judged, and their trends: the last quarter, at least
-    `STRETCH` rows; but where no fall is seen there, the same without the very last one, which may be a bad measurement.
+    MIN_STRETCH rows; where no loss falls there, the same without the last row, which may be a bad measurement.
     """
     stop = len(iterations)
     start = stop - _shortest(stop)
@@ -184,7 +188,7 @@ def _last_stretch(iterations: Sequence[float], losses: Mapping[str, Series]) -> 
 
 
 def _flat_since(iterations: Sequence[float], losses: Mapping[str, Series], start: int) -> int:
-    """Number of the earliest row from which on no level falls, neither to the end nor over the first few rows."""
+    """Number of the earliest row after which no level falls, neither to the end nor over the first rows."""
     length = _shortest(len(iterations))
     while start > 0:
         earlier = iterations[start - 1 :]
@@ -196,20 +200,20 @@ def _flat_since(iterations: Sequence[float], losses: Mapping[str, Series], start
 
 
 def _shortest(n_rows: int) -> int:
-    """Number of rows that are judged at least."""
-    return min(n_rows, max(STRETCH, math.ceil(n_rows / 4)))
+    """Minimum number of rows that are judged."""
+    return min(n_rows, max(MIN_STRETCH, math.ceil(n_rows / 4)))
 
 
 def _new_bests(losses: Mapping[str, Series], start: float) -> dict[str, float]:
-    """Levels whose lowest loss from iteration `start` on is below the lowest before by more than a little and than the
-    noise, and the relative fall: what a slow fall with much noise looks like.
+    """Relative fall, by level, of the lowest loss from iteration `start` on below the lowest one before, where it is
+    more than MIN_CHANGE and than noise: what a slow fall with much noise looks like.
     """
     falls = {}
     for name, (x, y) in losses.items():
         before, after = y[x < start], y[x >= start]
         if len(before) and len(after):
             fall = before.min() - after.min()
-            if fall > max(SMALL * abs(before.min()), SURE * _noise(_without_jumps(y))):
+            if fall > max(MIN_CHANGE * abs(before.min()), STANDARD_ERRORS * _noise(_without_jumps(y))):
                 falls[name] = float(fall / abs(before.min()))
     return falls
 
@@ -237,8 +241,8 @@ def _trend(x: np.ndarray, y: np.ndarray, noise: float) -> Trend | None:
 
 
 def _without_jumps(y: np.ndarray) -> np.ndarray:
-    """A column in which a measurement that lies far above both its neighbours is their mean: at a high learning rate a
-    held-out loss jumps now and then, and is back at the next measurement.
+    """Replace values far above both neighbours by the mean of these: at a high learning rate a held-out loss jumps now
+    and then, and is back at the next measurement.
     """
     if len(y) < 4:
         return y
@@ -250,22 +254,22 @@ def _without_jumps(y: np.ndarray) -> np.ndarray:
 
 
 def _noise(y: np.ndarray) -> float:
-    """Standard deviation of the end of a column about its own smooth course, from its second differences; 0 below three
-    points.
+    """Standard deviation of the last values about their own smooth course, from second differences; 0 for fewer than
+    three values.
     """
     later = y[-max(NOISE_ROWS, len(y) // 4) :]
     return float(np.sqrt(np.mean(np.diff(later, 2) ** 2) / 6)) if len(later) > 2 else 0.0
 
 
 def _no_better(rows: Rows, guess: str) -> dict[str, tuple[float, float]]:
-    """Levels that are no better than a trivial guess, `token_mean` or `infill`: their loss and that of the guess, means
-    of the last two measurements.
+    """Loss of each level that is no better than a trivial guess (an attribute of GuessFigures), and that of the guess;
+    means of the last two measurements.
     """
     levels = {}
     for level in rows[-1].reconstructed:
         _, loss = _level_series(rows[-2:], level, lambda one: one.reconstruction)
         _, other = _level_series(rows[-2:], level, lambda one: getattr(one.guesses, guess))
-        if len(loss) and len(other) and loss.mean() > (1 - SMALL) * other.mean():
+        if len(loss) and len(other) and loss.mean() > (1 - MIN_CHANGE) * other.mean():
             levels[level.title] = float(loss.mean()), float(other.mean())
     return levels
 
@@ -280,9 +284,9 @@ def _collapse(rows: Rows) -> str:
         return f"at iteration {last.iteration:.0f} the held-out loss is no finite number"
     _, rank = _series(rows[-2:], lambda row: row.feature_rank)
     _, std = _series(rows[-2:], lambda row: row.feature_std)
-    if len(rank) and rank.max() < LOWEST_RANK:
+    if len(rank) and rank.max() < MIN_RANK:
         return f"the encoder's features have an effective rank of {rank[-1]:.1f}: they say next to nothing"
-    if len(std) and std.max() < LOWEST_STD:
+    if len(std) and std.max() < MIN_STD:
         return f"the encoder's features are all but the same everywhere (spread {std[-1]:.3f}, 1 would be good)"
     aligned = [level for level in last.reconstructed if level.alignment_chance is not None]
     if aligned and all(_fell_to_chance(rows, level) for level in aligned):
@@ -294,10 +298,10 @@ def _fell_to_chance(rows: Rows, level: HeldOutLevel[float]) -> bool:
     """Whether the last two alignment losses are those of a blind guess, after better ones; `level` of the last row."""
     _, loss = _level_series(rows, level, lambda one: one.alignment)
     chance = level.alignment_chance
-    if len(loss) < FEWEST or chance is None or not 0 < chance < 1:
+    if len(loss) < MIN_MEASUREMENTS or chance is None or not 0 < chance < 1:
         return False
     blind = -math.log(chance)
-    return bool(loss.min() < WAS_BETTER * blind and (np.abs(loss[-2:] - blind) < AT_CHANCE * blind).all())
+    return bool(loss.min() < BETTER_THAN_CHANCE * blind and (np.abs(loss[-2:] - blind) < AT_CHANCE * blind).all())
 
 
 def _changes(trends: Mapping[str, Trend]) -> str:

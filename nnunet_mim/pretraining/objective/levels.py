@@ -29,10 +29,9 @@ def level_losses(
 ) -> Iterator[tuple[Tensor, LevelFigures[Tensor], LevelOutput]]:
     """Run the levels in turn, outermost first, each in one pass or in several.
 
-    The features of a parent level are detached, and every view's loss is a share of its level's mean. So the losses
-    that are yielded sum to the objective, and each can be back-propagated before the next pass runs: memory is that of
-    one pass, whatever the number of views, and the gradients are those of the sum. With several ranks the sum is over
-    theirs too, and children are contrasted with the places of all ranks' parents.
+    Features of a parent level are detached, and every view's loss is a share of its level's mean. So the losses sum to
+    the objective, also over ranks, and each can be back-propagated before the next pass runs: memory is that of one
+    pass. Children are contrasted with the places of all ranks' parents.
 
     Args:
         model: MaskInMask, or what calls it.
@@ -57,10 +56,9 @@ def level_losses(
         n_inside = ranks.sum(inside.sum())
         own_place = place_index(views[position - 1], ranks.rank) if position else None  # (N,)
         features = []
-        for part in passes(view.images.shape[0], views_per_pass):
-            edge = number - 2 if position else None
-            inputs = view.images[part], view.ids_keep[part], view.ids_masked[part]
-            output = model(*inputs, edge, parent_features, number in recompute)
+        for part in passes(len(view.images), views_per_pass):  # n of the N views
+            inputs = view.images[part], view.ids_keep[part], view.ids_masked[part]  # (n, C, X, Y, Z), (n, K), (n, M)
+            output = model(*inputs, number - 2 if position else None, parent_features, number in recompute)
             tokens = view.masked_tokens(part)  # (n, M, P)
             reconstruction = reconstruction_loss(output.prediction, tokens, is_target[part], n_targets)
             loss = config.level_weights[number - 1] * reconstruction
@@ -68,17 +66,18 @@ def level_losses(
             if output.child is not None and own_place is not None:
                 alignment, top1 = alignment_loss(output, own_place[part], inside[part], n_inside, config)
                 loss = loss + config.alignment_weight * alignment
-            yield loss, LevelFigures(
+            figures = LevelFigures(
                 number,
-                reconstruction=reconstruction.detach(),
+                reconstruction=reconstruction,
                 targets=is_target[part].float().sum(),
                 padded_share=padded_share[part].sum() / ranks.world,
                 flat_share=flat_share[part].sum() / ranks.world,
-                alignment_top1=None if top1 is None else top1.detach(),
-                alignment=None if alignment is None else alignment.detach(),
-                loss=loss.detach(),
-                nonfinite=nonfinite_views(output.features, view.crop[part], views[0].images.shape[0]),
-            ), output
+                alignment_top1=top1,
+                alignment=alignment,
+                loss=loss,
+                nonfinite=nonfinite_views(output.features, view.crop[part], n_crops=len(views[0].images)),
+            )
+            yield loss, mapped(torch.detach, figures), output
             features.append(place_features(output.features.detach(), view.level))  # (n * places, D)
         parent_features = ranks.gather(torch.cat(features))  # (ranks * N * places, D)
 
@@ -151,16 +150,15 @@ def place_features(features: Tensor, level: Level) -> Tensor:
 @torch.no_grad()
 def nonfinite_views(features: Tensor, crop: Tensor, n_crops: int) -> Tensor:
     """(n_crops,) number of views of each crop whose features (N, L, D) are not finite; crop (N,) int64."""
-    bad = ~torch.isfinite(features).flatten(1).all(dim=1)
+    bad = ~torch.isfinite(features).flatten(1).all(dim=1)  # (N,)
     return torch.zeros(n_crops, device=features.device).index_add_(0, crop, bad.float())
 
 
 def place_index(parent: LevelViews, rank: int = 0) -> Tensor:
     """(N_child,) int64: the row of `place_features` of all ranks' parents that each child of a rank was cut from."""
-    n_parents = parent.places.shape[0]
-    number = torch.arange(rank * n_parents, (rank + 1) * n_parents, device=parent.places.device)
-    first = number * parent.level.n_places
-    return (first[:, None] + parent.places).flatten()
+    N, _ = parent.places.shape
+    row = torch.arange(rank * N, (rank + 1) * N, device=parent.places.device)  # of each parent among those of all ranks
+    return (row[:, None] * parent.level.n_places + parent.places).flatten()
 
 
 def level_number(position: int, n_levels: int) -> int:

@@ -32,9 +32,7 @@ class LevelViews:
     ids_masked: Tensor
     """(N, M) int64: raster numbers of masked tokens"""
     places: Tensor
-    """(N, n_children) int64: masked regions that the children were cut from; child i of view n is view n*n_children
-    + i
-    """
+    """(N, n_children) int64: masked regions of the children; child i of view n is view n*n_children + i"""
     padded: Tensor
     """(N, L) bool: True = the token has a voxel outside the volume in it"""
     outside: Tensor
@@ -96,11 +94,12 @@ def nested_views(
 
 def fill_padding(crops: Tensor, valid: Tensor, fill: Tensor) -> Tensor:
     """Replace every voxel outside the volume by the window's minimum. Shapes as in `nested_views`."""
-    inside = torch.ones(crops.shape[0], 1, *crops.shape[2:], dtype=torch.bool, device=crops.device)
+    B, _, *size = crops.shape
+    inside = torch.ones(B, 1, *size, dtype=torch.bool, device=crops.device)
     for axis in range(3):
-        index = torch.arange(crops.shape[2 + axis], device=crops.device)
-        within = (index >= valid[:, axis, :1]) & (index < valid[:, axis, 1:])  # (B, size)
-        inside &= within.reshape(crops.shape[0], 1, *(-1 if a == axis else 1 for a in range(3)))
+        index = torch.arange(size[axis], device=crops.device)
+        within = (index >= valid[:, axis, :1]) & (index < valid[:, axis, 1:])  # (B, size of the axis)
+        inside &= within.reshape(B, 1, *(-1 if a == axis else 1 for a in range(3)))
     return torch.where(inside, crops, fill.to(crops.dtype).reshape(1, -1, 1, 1, 1))
 
 
@@ -108,9 +107,7 @@ def cut(crops: Tensor, crop: Tensor, offset: Tensor, fov: Size3) -> Tensor:
     """Cut one box per view: (B, C, …), (N,), (N, 3) → (N, C, *fov)."""
     if fov == tuple(crops.shape[2:]):
         return crops
-    x, y, z = (
-        offset[:, axis, None] + torch.arange(fov[axis], device=crops.device) for axis in range(3)
-    )  # each (N, fov)
+    x, y, z = (offset[:, a, None] + torch.arange(fov[a], device=crops.device) for a in range(3))  # each (N, fov)
     boxes = crops[crop[:, None, None, None], :, x[:, :, None, None], y[:, None, :, None], z[:, None, None, :]]
     return boxes.permute(0, 4, 1, 2, 3)  # (N, fx, fy, fz, C) → (N, C, fx, fy, fz)
 
@@ -142,7 +139,7 @@ def empty_places(images: Tensor, padded: Tensor, level: Level, flat_threshold: T
 
 
 def padded_tokens(offset: Tensor, valid: Tensor, level: Level) -> Tensor:
-    """Which tokens are made of any voxel outside the volume.
+    """Which tokens have a voxel outside the volume in them.
 
     Args:
         offset: (N, 3) first voxel of each view's box in its crop.
@@ -152,9 +149,10 @@ def padded_tokens(offset: Tensor, valid: Tensor, level: Level) -> Tensor:
     Returns:
         (N, L) bool, True = padding in the token.
     """
-    padded = torch.zeros(offset.shape[0], *level.grid, dtype=torch.bool, device=offset.device)
+    N, _ = offset.shape
+    padded = torch.zeros(N, *level.grid, dtype=torch.bool, device=offset.device)
     for axis, bounds in enumerate(on_device(level, offset.device).token_bounds):
         low, high = (bounds[:, i] + offset[:, axis, None] for i in (0, 1))
         outside = (low < valid[:, axis, :1]) | (high > valid[:, axis, 1:])  # (N, g)
-        padded |= outside.reshape(offset.shape[0], *(-1 if a == axis else 1 for a in range(3)))
+        padded |= outside.reshape(N, *(-1 if a == axis else 1 for a in range(3)))
     return padded.flatten(1)

@@ -15,17 +15,15 @@ from nnunet_mim.reporting.page import figure_png, write_atomically
 
 PROGRESS = "progress.png"
 MAX_ROWS = 3000
-"""of a CSV file that are read for a picture, evenly spread: it has no more pixels"""
+"""maximum number of rows of a CSV file that are read, evenly spread: a picture has no more pixels"""
 MAX_POINTS = 300
-"""of a curve; each is the mean of several rows"""
+"""maximum number of points of a curve; each is the mean of several rows"""
 TRAIN, HELD_OUT, GREY = "#a9c4d8", "#0072b2", "#555555"
 LEVEL_COLOURS = {1: "#009e73", 2: "#0072b2", 3: "#d55e00"}
 LABEL_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")
 
 Columns = Mapping[str, np.ndarray]
 """name → one value per row, NaN where there is none"""
-Values = np.ndarray | None
-"""of a column"""
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def _speed(train: TrainingFigures[np.ndarray]) -> Panel:
 
 
 def _line(
-    iterations: np.ndarray, values: Values, name: str, colour: str, style: str = "-", width: float = 1.6
+    iterations: np.ndarray, values: np.ndarray | None, name: str, colour: str, style: str = "-", width: float = 1.6
 ) -> list[Line]:
     """A column as a curve, or nothing where it has no values."""
     if values is None or not np.isfinite(values).any():
@@ -185,26 +183,26 @@ def progress_figure(panels: Sequence[Panel], width: float = 10.0, height: float 
 def _draw(axis: Any, panel: Panel) -> None:
     axes = [(axis, panel.lines), *([(axis.twinx(), panel.right)] if panel.right else [])]
     handles = []
-    for where, lines in axes:
+    for side, lines in axes:
         for line in lines:
             marker = "o" if len(line.x) < 12 and line.style == "-" else ""
-            handles += where.plot(
+            handles += side.plot(
                 line.x, line.y, color=line.colour, linestyle=line.style, linewidth=line.width, marker=marker,
                 markersize=3, label=line.name,
             )  # fmt: skip
     axis.set_title(panel.title, fontsize=10, loc="left", pad=4)
     axis.grid(alpha=0.25)
-    for one, _ in axes:
-        one.tick_params(labelsize=8)
-        one.ticklabel_format(axis="y", scilimits=(-3, 4))
-        one.spines["top"].set_visible(False)
+    for side, _ in axes:
+        side.tick_params(labelsize=8)
+        side.ticklabel_format(axis="y", scilimits=(-3, 4))
+        side.spines["top"].set_visible(False)
     if panel.from_zero:
         axis.set_ylim(bottom=0)
-    for other, lines in axes[1:]:
+    for side, lines in axes[1:]:
         if panel.logarithmic and all((line.y > 0).all() for line in lines):
-            other.set_yscale("log")
+            side.set_yscale("log")
         else:
-            other.set_ylim(bottom=0)
+            side.set_ylim(bottom=0)
     columns = min(len(handles), 6)
     axis.legend(
         handles=handles, loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=columns, fontsize=8, frameon=False,

@@ -53,7 +53,7 @@ def write_run_report(folder: Path, checkpoint: Mapping[str, Any], data: RunData,
             settings_section(facts),
             next_section(facts, folder / FINAL),
         ]
-        write_page(path, run_title(facts), sections, lead(facts))
+        write_page(path, run_title(facts), sections, verdict_text(facts))
     except (OSError, MiMError) as error:
         print(f"note: {path} could not be written ({error})", flush=True)
         return None
@@ -67,8 +67,8 @@ def run_title(facts: Facts) -> str:
     return f"MiM pretraining of {where}: {facts.config.preset}, {'all cases' if fold == 'all' else f'fold {fold}'}"
 
 
-def lead(facts: Facts) -> str:
-    """The verdict as a sentence."""
+def verdict_text(facts: Facts) -> str:
+    """The verdict with a capital and a full stop."""
     sentence = facts.verdict().sentence
     return f"{sentence[0].upper()}{sentence[1:]}."
 
@@ -169,7 +169,7 @@ something looks better than the nearest visible voxels."""
 
 def settings_section(facts: Facts) -> Section:
     """All settings, those that are not the default standing out."""
-    table, marked = summary.settings_table(facts)
+    table, marked = summary.settings_and_defaults(facts)
     text = f"{len(marked)} settings differ from their defaults and are marked."
     return Section("Settings", text, table=table, marked=marked, words=True)
 

@@ -24,7 +24,7 @@ from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 from nnunet_mim.reporting.views import ReconstructedView, interest
 
 CANDIDATES = (4, 8)
-"""children to choose from, per edge"""
+"""number of children to choose from, per edge"""
 TISSUE = 0.1
 """grey value, black being 0 and white 1, above which a voxel is no air"""
 
@@ -131,31 +131,27 @@ def reconstruct_crop(
     )  # fmt: skip
 
     (scale, shift), (black, white) = units.scale(), units.grey(inside[0])
-    number, pictures = 0, []
-    for i, view in enumerate(views):
-        mask, *filled = (a.cpu().numpy() for a in fill_in(model, one_view(view, number)))
-        image, made, given, infill = (a * scale + shift for a in (view.images[number, 0].cpu().numpy(), *filled))
-        first = tuple(int(v) for v in start + view.offset[number].cpu().numpy())
+    row, pictures = 0, []  # number of the view among those of its level
+    for position, view in enumerate(views):
+        mask, *filled = (a.cpu().numpy() for a in fill_in(model, one_view(view, row)))
+        image, made, given, infill = (a * scale + shift for a in (view.images[row, 0].cpu().numpy(), *filled))
+        first = tuple(int(v) for v in start + view.offset[row].cpu().numpy())
         box = None
-        if i + 1 < len(views):
+        if position + 1 < len(views):
             n = view.level.n_children
-            children = views[i + 1].images[number * n : (number + 1) * n, 0].cpu().numpy() * scale + shift
+            children = views[position + 1].images[row * n : (row + 1) * n, 0].cpu().numpy() * scale + shift
             chosen = int(np.argmax([interest(np.clip((c - black) / (white - black), 0, 1)) for c in children]))
-            box = place_in_view(view.level, int(view.places[number, chosen]))
-            number = number * n + chosen
-        level = level_number(i, len(views))
+            box = place_in_view(view.level, int(view.places[row, chosen]))
+            row = row * n + chosen
+        level = level_number(position, len(views))
         pictures.append(LevelPicture(level, view.level, image, mask, made, given, infill, first, box))  # type: ignore[arg-type]
     return pictures
 
 
-def one_view(views: LevelViews, number: int) -> LevelViews:
-    """View `number` of a level alone."""
-    row = slice(number, number + 1)
-    tensors = {
-        name: getattr(views, name)[row]
-        for name in ("images", "crop", "offset", "ids_keep", "ids_masked", "places", "padded", "outside")
-    }
-    return replace(views, **tensors)
+def one_view(views: LevelViews, row: int) -> LevelViews:
+    """One of the views of a level (N = 1)."""
+    tensors = {name: value[row : row + 1] for name, value in vars(views).items() if torch.is_tensor(value)}
+    return LevelViews(level=views.level, **tensors)
 
 
 def fill_in(model: PretrainingNetwork, view: LevelViews) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,7 +170,7 @@ def fill_in(model: PretrainingNetwork, view: LevelViews) -> tuple[Tensor, Tensor
     tokens = tokens_from_grid(view.images.permute(0, 2, 3, 4, 1), view.level.token_size)
     masked, grid = view.ids_masked[0], view.level.grid
 
-    def whole(values: Tensor) -> Tensor:
+    def view_with(values: Tensor) -> Tensor:
         filled = tokens.clone()
         filled[:, masked] = values.reshape(1, len(masked), *tokens.shape[2:]).to(tokens.dtype)
         return grid_from_tokens(filled, grid)[0, ..., 0]
@@ -182,7 +178,7 @@ def fill_in(model: PretrainingNetwork, view: LevelViews) -> tuple[Tensor, Tensor
     hidden = torch.zeros_like(tokens)
     hidden[:, masked] = 1
     ways = predicted * spread + mean, mean.expand_as(truth), nearest * spread + mean
-    filled, given, infill = (whole(values) for values in ways)
+    filled, given, infill = (view_with(values) for values in ways)
     return grid_from_tokens(hidden, grid)[0, ..., 0] > 0, filled, given, infill
 
 
@@ -229,14 +225,13 @@ def upright(
         spacing: mm between voxels of the preprocessed volume, per axis.
         orientation: of its arrays.
     """
-    shown = []
+    views = []
     for picture in pictures:
         mm = orientation.triple([s * t for s, t in zip(spacing, picture.step, strict=True)])
         width = orientation.triple([f * s for f, s in zip(picture.level.fov, spacing, strict=True)])
-        title = f"level {picture.number}\n{size_text(width)}"
         box = picture.child_box
         view = ReconstructedView(
-            title=title,
+            title=f"level {picture.number}\n{size_text(width)}",
             input=orientation.array(picture.input),
             mask=orientation.array(picture.mask),
             reconstruction=orientation.array(picture.reconstruction),
@@ -245,8 +240,8 @@ def upright(
             given=orientation.array(picture.given),
             infill=orientation.array(picture.infill),
         )
-        shown.append(view)
-    return shown
+        views.append(view)
+    return views
 
 
 def size_text(size: Sequence[float]) -> str:

@@ -165,8 +165,8 @@ def losses_table(facts: Facts) -> Table:
     for level in facts.last.reconstructed:
         losses = level.guesses.token_mean, level.guesses.infill, level.reconstruction
         start = facts.history[0].level(level.number).reconstruction
-        psnr = f"{shown(level.psnr, 1)} ({shown(level.guesses.infill_psnr, 1)}) dB"
-        table.append([level.title, *(shown(loss) for loss in (*losses, start)), psnr])
+        psnr = f"{figure_text(level.psnr, 1)} ({figure_text(level.guesses.infill_psnr, 1)}) dB"
+        table.append([level.title, *(figure_text(loss) for loss in (*losses, start)), psnr])
     if all(level.psnr is None for level in facts.last.reconstructed):
         table = [row[:-1] for row in table]
     return table
@@ -176,8 +176,8 @@ def losses_text(last: Measurement[float]) -> str:
     """Held-out reconstruction beside the trivial predictors, one line per level, for a terminal."""
     lines = ["held-out reconstruction loss   token mean   in-filling   network"]
     for level in last.reconstructed:
-        guesses = f"{shown(level.guesses.token_mean):>10}   {shown(level.guesses.infill):>10}"
-        lines.append(f"  {level.name:28} {guesses}   {shown(level.reconstruction):>7}")
+        guesses = f"{figure_text(level.guesses.token_mean):>10}   {figure_text(level.guesses.infill):>10}"
+        lines.append(f"  {level.name:28} {guesses}   {figure_text(level.reconstruction):>7}")
     return "\n".join(lines)
 
 
@@ -187,7 +187,7 @@ def datasets_table(facts: Facts) -> Table:
     table = [["dataset", "cases", "crops", *(level.title for level in levels)]]
     trained = Counter(case["dataset"] for case in facts.provenance["cases"])
     for dataset, crops in facts.provenance.get("crops_seen", {}).items():
-        losses = [shown(level.datasets.get(dataset)) for level in levels]
+        losses = [figure_text(level.datasets.get(dataset)) for level in levels]
         table.append([dataset, str(trained[dataset]), str(crops), *losses])
     return table
 
@@ -213,7 +213,7 @@ def probe_dice(facts: Facts) -> list[float]:
     return [row.probe.dice for row in facts.history if row.probe.dice is not None]
 
 
-def settings_table(facts: Facts) -> tuple[Table, list[int]]:
+def settings_and_defaults(facts: Facts) -> tuple[Table, list[int]]:
     """Every setting with its default and meaning.
 
     Returns:
@@ -235,8 +235,8 @@ def settings_table(facts: Facts) -> tuple[Table, list[int]]:
             by_data = field.name in ("view_size", "scale", "in_channels")
             if value != default and not by_data:
                 marked.append(len(table))
-            name, text = prefix + field.name, BY_DATA if by_data else plain(default)
-            table.append([name, plain(value), text, notes.get(field.name, "")])
+            name, text = prefix + field.name, BY_DATA if by_data else setting_text(default)
+            table.append([name, setting_text(value), text, notes.get(field.name, "")])
     return table, marked
 
 
@@ -266,7 +266,7 @@ def commands(facts: Facts, path: Path) -> list[str]:
     ]
 
 
-def shown(figure: float | None, digits: int = 3) -> str:
+def figure_text(figure: float | None, digits: int = 3) -> str:
     """A figure, or a dash."""
     return "–" if figure is None else f"{figure:.{digits}f}"
 
@@ -275,10 +275,10 @@ def join(values: Sequence[Any], by: str = " × ") -> str:
     return by.join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
 
-def plain(value: Any) -> str:
-    """A setting as a word: 64, 64, 64."""
+def setting_text(value: Any) -> str:
+    """A setting, such as `64, 64, 64`."""
     if isinstance(value, tuple):
-        return ", ".join(f"({plain(v)})" if isinstance(v, tuple) else plain(v) for v in value) or "none"
+        return ", ".join(f"({setting_text(v)})" if isinstance(v, tuple) else setting_text(v) for v in value) or "none"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value) or "none"

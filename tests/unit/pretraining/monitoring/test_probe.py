@@ -17,7 +17,7 @@ from nnunet_mim.pretraining.data.crops import Cases
 from nnunet_mim.pretraining.monitoring import probe as probe_module
 from nnunet_mim.pretraining.monitoring.figures import ProbeFigures
 from nnunet_mim.pretraining.monitoring.probe import (
-    LEFT_OUT,
+    IGNORED,
     LabelledBox,
     LabelProbe,
     best_dice,
@@ -221,7 +221,7 @@ def test_labels_are_read_with_the_ignore_label_left_out(cases_of, storage):
     (case.source.folder.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "ignore": 3}}))
     labels = read_labels(case)
     assert (labels[0] == 0).all()
-    assert (labels[1] == LEFT_OUT).all()
+    assert (labels[1] == IGNORED).all()
     assert set(np.unique(labels[2:])) == {0, 1, 2}
 
 
@@ -258,16 +258,16 @@ def box_with(*labels):
 
 
 def test_labels_of_both_sides_are_probed(monkeypatch):
-    train, held_out = [box_with(1, 2, 3), box_with(2, 3), box_with(3, LEFT_OUT)], [box_with(2, 4), box_with(3, 1)]
+    train, held_out = [box_with(1, 2, 3), box_with(2, 3), box_with(3, IGNORED)], [box_with(2, 4), box_with(3, 1)]
     assert common_labels(train, held_out) == [1, 2, 3]
     assert common_labels(train, [box_with(2)]) == [2]
-    monkeypatch.setattr(probe_module, "MOST_LABELS", 2)
+    monkeypatch.setattr(probe_module, "MAX_LABELS", 2)
     assert common_labels(train, held_out) == [2, 3]
 
 
 def test_sampled_voxels():
     labels = torch.zeros(40, 40, 40, dtype=torch.int64)
-    labels[5:8, 5:8, 5:8], labels[20:31, 20:31, 20:31], labels[:, :, 39] = 1, 2, LEFT_OUT
+    labels[5:8, 5:8, 5:8], labels[20:31, 20:31, 20:31], labels[:, :, 39] = 1, 2, IGNORED
     voxels = sample_voxels(labels, [1, 2], seed=0)
     found = labels[tuple(voxels.T)]
     assert found.bincount().tolist() == [6000, 27, 1000]  # all of label 1

@@ -107,7 +107,7 @@ def test_losses_beside_trivial_guesses() -> None:
 
 
 def test_settings_mark_what_is_not_the_default() -> None:
-    table, marked = summary.settings_table(make_facts(batch_size=4, seed=3))
+    table, marked = summary.settings_and_defaults(make_facts(batch_size=4, seed=3))
     assert {table[i][0] for i in marked} == {"preset", "batch_size", "seed"}  # the learning rate is the preset's own
     batch = next(r for r in table if r[0] == "batch_size")
     assert batch[1:3] == ["4", "2"]
