@@ -37,7 +37,7 @@ The val columns are measured on held-out cases; level1 is the widest view. A rec
 Bad input ends with exit code 2 and one line that says what to do."""
 
 
-class ListSettings(argparse.Action):
+class _ListSettings(argparse.Action):
     """Print all settings and exit, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="any setting (see --list_settings), such as weight_decay=0.1 or network.depths=2,2,2,6",
     )
-    add("--list_settings", action=ListSettings, nargs=0, help="print every setting with its default, then exit")
+    add("--list_settings", action=_ListSettings, nargs=0, help="print every setting with its default, then exit")
     return parser
 
 
@@ -135,7 +135,7 @@ def run(typed: argparse.Namespace) -> None:
         setup.point_to(folder, sources, where)
     say(losses_text(result.figures))
     say(result.verdict)
-    say(measuring_text(result.measuring_share, job.config))
+    say(_measuring_text(result.measuring_share, job.config))
     say(f"wrote {folder / FINAL}")
     how = f"-pretrained_weights {folder / FINAL}" if job.config.encoder == "resenc" else "-tr nnUNetTrainerMiM"
     fold = where.fold_number or 0
@@ -143,7 +143,7 @@ def run(typed: argparse.Namespace) -> None:
     end_process_group()
 
 
-def measuring_text(share: float, config: PretrainConfig) -> str:
+def _measuring_text(share: float, config: PretrainConfig) -> str:
     """What the measurements have cost, and what to change where that is much."""
     text = f"measurements on held-out cases took {share:.1%} of the time"
     rarer = [f"--val_every ({config.val_every})"] if config.val_every < config.iterations else []

@@ -89,10 +89,10 @@ def config_for_data(settings: Mapping[str, Any], source: Source, shapes: np.ndar
         MiMError: the settings cannot work.
     """
     strides = suitable_strides(source.spacing)
-    network = network_of(settings, strides)
+    network = _network_of(settings, strides)
     if shapes is None:
         smallest: Size3 = tuple(2 * p for p in network.token_size)  # type: ignore[assignment]
-        return build_config(settings, source.in_channels, smallest, PretrainConfig.scale, strides)
+        return _build_config(settings, source.in_channels, smallest, PretrainConfig.scale, strides)
     median = tuple(np.median(shapes, axis=0))
     if "view_size" in settings:
         view = _triple(settings["view_size"])
@@ -102,10 +102,10 @@ def config_for_data(settings: Mapping[str, Any], source: Source, shapes: np.ndar
             view = fitting_view(settings["architecture"], view, network.token_size)
     ladder = settings.get("ladder", PretrainConfig.ladder)
     scale = settings.get("scale") or suitable_scale(ladder, view, median, network.token_size)
-    return build_config(settings, source.in_channels, view, scale, strides)
+    return _build_config(settings, source.in_channels, view, scale, strides)
 
 
-def build_config(
+def _build_config(
     settings: Mapping[str, Any], in_channels: int, view: Size3, scale: Size3, strides: tuple[Size3, ...] | None = None
 ) -> PretrainConfig:
     """The config of a run.
@@ -118,15 +118,15 @@ def build_config(
     Raises:
         MiMError: the settings cannot work.
     """
-    network = network_of(settings, strides)
+    network = _network_of(settings, strides)
     preset = settings.get("preset", PretrainConfig.preset)
     defaults = {"view_size": view, "scale": scale, "learning_rate": DEFAULT_LEARNING_RATE[preset]}
     values = {**defaults, **settings, "network": asdict(network), "in_channels": in_channels}
     return PretrainConfig.from_dict({**values, "view_size": _triple(values["view_size"])})
 
 
-def network_of(settings: Mapping[str, Any], strides: tuple[Size3, ...] | None = None) -> NetworkConfig:
-    """Sizes of the preset, with these strides, and what `network` changes. Raises MiMError as `build_config`."""
+def _network_of(settings: Mapping[str, Any], strides: tuple[Size3, ...] | None = None) -> NetworkConfig:
+    """Sizes of the preset, with these strides, and what `network` changes. Raises MiMError as `_build_config`."""
     preset = settings.get("preset", PretrainConfig.preset)
     if preset not in PRESETS:
         raise MiMError(f"unknown preset '{preset}': choose one of {', '.join(PRESETS)}")

@@ -38,7 +38,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Trial:
+class _Trial:
     """A few steps of a run."""
 
     step_s: float
@@ -91,7 +91,7 @@ def dry_run(run: Run, fabric: Fabric) -> str:
     )
 
 
-def _try(run: Run, fabric: Fabric, steps: int) -> Trial:
+def _try(run: Run, fabric: Fabric, steps: int) -> _Trial:
     """Run `steps` iterations of the real loop with one held-out crop."""
     short = replace(
         run.config, iterations=steps, val_every=steps, save_every=steps + 1, val_crops=1, probe_every=0,
@@ -115,7 +115,7 @@ def _try(run: Run, fabric: Fabric, steps: int) -> Trial:
     durations = [b - a for a, b in pairwise(times)]
     memory = torch.cuda.max_memory_reserved() if cuda else _peak_rss()
     measure_s = median(result.measuring["held_out"]) / _datasets(run.data)  # one crop of each
-    return Trial(median(durations[WARM_UP - 1 :]), measure_s, memory, weights)
+    return _Trial(median(durations[WARM_UP - 1 :]), measure_s, memory, weights)
 
 
 def _datasets(data: RunData) -> int:
@@ -136,7 +136,7 @@ def _seconds_of_data(run: Run, fabric: Fabric, steps: int) -> float:
     return (time.perf_counter() - since) / max(1, count)
 
 
-def _largest_batch(config: PretrainConfig, trial: Trial, doubled: Trial, fabric: Fabric) -> int:
+def _largest_batch(config: PretrainConfig, trial: _Trial, doubled: _Trial, fabric: Fabric) -> int:
     """Crops a step that fill the memory of all devices, by the growth from one batch to twice as much."""
     here = config.batch_size // fabric.world_size
     levels = levels_of(config)

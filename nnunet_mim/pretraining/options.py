@@ -127,13 +127,13 @@ class RunOptions:
         Args:
             n_devices: devices of this machine that the run uses.
         """
-        workers = default_workers(self.device, n_devices) if self.workers is None else self.workers
+        workers = _default_workers(self.device, n_devices) if self.workers is None else self.workers
         views = VIEWS_PER_PASS.get(self.device, 32) if self.views_per_pass is None else self.views_per_pass
         precision = self.precision or ("bf16-mixed" if self.device == "cuda" else "32-true")
         return replace(self, workers=workers, views_per_pass=views, precision=precision)
 
 
-def default_workers(device: str, n_devices: int = 1) -> int:
+def _default_workers(device: str, n_devices: int = 1) -> int:
     """Worker processes for each device: one on a CPU, where computing takes the cores; beside a GPU its share of the
     cores that this process may use but one, at most MAX_WORKERS.
     """

@@ -106,16 +106,16 @@ def set_up(
     if given.get("init_checkpoint"):
         given = {**given, "init_checkpoint": str(locate(given["init_checkpoint"]))}
     given = with_architecture(given, first)
-    check_settings(given, first, n_devices)
+    _check_settings(given, first, n_devices)
     if where.fold_number is not None:
         for source in sources:
             fold_validation_cases(source, where.fold_number)  # says now what is wrong with the fold
-    stored = resumable_checkpoint(folder) if where.resume else None
+    stored = _resumable_checkpoint(folder) if where.resume else None
     settings = merge_settings(stored["mim_config"], given) if stored is not None else given
     if settings.get("encoder") == "resenc" and options.recompute:
         raise MiMError("--recompute is for --encoder hybrid: leave it out")
     if settings.get("init_checkpoint") and stored is None:
-        check_init(settings, first)
+        _check_init(settings, first)
     for warning in [*map(window_warning, sources), orientation_warning(sources)]:
         if warning:
             say(f"warning: {warning}")
@@ -128,11 +128,11 @@ def set_up(
     config = config_for_data(settings, first, cases.column("shapes"))
     data = run_data(cases, "all" if where.fold_number is None else where.fold_number, config)
     if stored is not None:
-        check_same_run(stored, config, data.train)
+        _check_same_run(stored, config, data.train)
     return Run(config, data, folder, options, where.strict, stored)
 
 
-def check_settings(given: Mapping[str, Any], source: Source, n_devices: int) -> None:
+def _check_settings(given: Mapping[str, Any], source: Source, n_devices: int) -> None:
     """Raise MiMError where settings cannot work on data with the spacing of this one."""
     config = config_for_data(given, source)
     levels_of(config)
@@ -140,7 +140,7 @@ def check_settings(given: Mapping[str, Any], source: Source, n_devices: int) -> 
         raise MiMError(f"--batch {config.batch_size} is the batch of all {n_devices} devices: make it a multiple of it")
 
 
-def resumable_checkpoint(folder: Path) -> dict[str, Any]:
+def _resumable_checkpoint(folder: Path) -> dict[str, Any]:
     """The checkpoint that `--c` continues from. Raises MiMError where it is damaged or cannot be continued."""
     stored = load_checkpoint(folder / LATEST)
     if "resume_state" not in stored:
@@ -148,7 +148,7 @@ def resumable_checkpoint(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def check_same_run(stored: Mapping[str, Any], config: PretrainConfig, train: Cases) -> None:
+def _check_same_run(stored: Mapping[str, Any], config: PretrainConfig, train: Cases) -> None:
     """Raise MiMError unless an interrupted run was started with these settings and cases.
 
     Args:
@@ -170,7 +170,7 @@ def check_same_run(stored: Mapping[str, Any], config: PretrainConfig, train: Cas
         )
 
 
-def check_init(settings: Mapping[str, Any], source: Source) -> None:
+def _check_init(settings: Mapping[str, Any], source: Source) -> None:
     """Raise MiMError unless a run with these settings can start from the weights of its `init_checkpoint`."""
     path = settings["init_checkpoint"]
     stored = load_checkpoint(Path(path))["mim_config"]

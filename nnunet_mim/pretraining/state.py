@@ -49,7 +49,7 @@ class TrainingState:
         provenance["crops_seen"] = dict(self.crops_seen)
         checkpoint = build_checkpoint(self.model.state_dict(), run.config, provenance)
         if resumable:
-            checkpoint["resume_state"] = {"optimizer": optimizer_state(self.model, self.optimizer)}
+            checkpoint["resume_state"] = {"optimizer": _optimizer_state(self.model, self.optimizer)}
         return checkpoint
 
     def save(self, run: Run, file: Path, resumable: bool = False) -> None:
@@ -74,7 +74,7 @@ def initial_state(run: Run, fabric: Fabric) -> TrainingState:
     if stored is None:
         return TrainingState(model, optimizer, 0, [], SkippedSteps([], config.max_skipped), crops_seen, cases)
     provenance = stored["provenance"]
-    load_optimizer_state(model, optimizer, stored["resume_state"]["optimizer"])
+    _load_optimizer_state(model, optimizer, stored["resume_state"]["optimizer"])
     crops_seen.update(provenance.get("crops_seen", {}))
     skipped = SkippedSteps(provenance["skipped_steps"], config.max_skipped)
     return TrainingState(
@@ -93,7 +93,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """State by parameter name, on the CPU."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -102,10 +102,10 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def load_optimizer_state(
+def _load_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Inverse of `optimizer_state`."""
+    """Inverse of `_optimizer_state`."""
     for name, parameter in model.named_parameters():
         if name in stored:
             values = {key: value.to(parameter.device, copy=True) for key, value in stored[name].items()}

@@ -58,7 +58,7 @@ def learning_rates(iterations: int, peak: float, warmup_fraction: float) -> np.n
 def build_step(state: TrainingState, run: Run, fabric: Fabric) -> TrainStep:
     """The step of a run: on one GPU recorded as a CUDA graph, unless options are against it."""
     options, ranks = run.options, ranks_of(fabric)
-    forward = forward_on(fabric, compiled(state.model) if options.compile else state.model)
+    forward = forward_on(fabric, _compiled(state.model) if options.compile else state.model)
     flat_threshold = torch.tensor(run.data.flat_threshold, device=fabric.device)
     step = ordinary_step(
         forward, state.model, state.optimizer, flat_threshold, run.config, ranks, options.views_per_pass,
@@ -97,7 +97,7 @@ def ordinary_step(
     return step
 
 
-def compiled(model: nn.Module) -> Any:
+def _compiled(model: nn.Module) -> Any:
     """torch.compile of the network: a graph for every level, and for a last pass with fewer views."""
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     return torch.compile(model, dynamic=False)

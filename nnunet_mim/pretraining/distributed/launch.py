@@ -55,7 +55,7 @@ def launched_fabric(device: str, devices: int, nodes: int, precision: Any) -> Fa
         strategy = DDPStrategy(process_group_backend="nccl" if device == "cuda" else "gloo")
     fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
     fabric.launch()
-    if is_child():
+    if _is_child():
         end_with_parent()
     return fabric
 
@@ -69,7 +69,7 @@ def end_process_group() -> None:
         dist.destroy_process_group()
 
 
-def is_child() -> bool:
+def _is_child() -> bool:
     """Whether another process of this command has started this one."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 

@@ -8,7 +8,7 @@ import yaml
 
 from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.pretraining.configure import all_settings_table, build_config, merge_settings, write_config
+from nnunet_mim.pretraining.configure import _build_config, all_settings_table, merge_settings, write_config
 from nnunet_mim.settings import read_yaml
 
 VIEW, SCALE = (96, 96, 96), (2, 2, 2)
@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "config.md"
 
 
 def build(*parts):
-    return build_config(merge_settings(*parts), 1, VIEW, SCALE)
+    return _build_config(merge_settings(*parts), 1, VIEW, SCALE)
 
 
 def test_nothing_set_gives_the_defaults():

@@ -7,7 +7,7 @@ from lightning_fabric import Fabric
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.pretraining import cli
-from nnunet_mim.pretraining.dry_run import GIB, Trial, _duration, _largest_batch
+from nnunet_mim.pretraining.dry_run import GIB, _duration, _largest_batch, _Trial
 
 
 def figures(text):
@@ -35,8 +35,8 @@ def test_the_largest_batch_by_hand(monkeypatch):
     """2 crops take 3 GiB, 4 take 5: 1 GiB a crop, and nine tenths of 16 GiB leave room for 2 + 11."""
     monkeypatch.setattr("nnunet_mim.pretraining.dry_run.physical_memory", lambda: 16 * GIB)
     config, fabric = PretrainConfig(batch_size=2), Fabric(accelerator="cpu", devices=1)
-    assert _largest_batch(config, Trial(1, 1, 3 * GIB, 1), Trial(1, 1, 5 * GIB, 1), fabric) == 13
-    without_growth = _largest_batch(config, Trial(1, 1, 3 * GIB, 1), Trial(1, 1, 3 * GIB, 1), fabric)
+    assert _largest_batch(config, _Trial(1, 1, 3 * GIB, 1), _Trial(1, 1, 5 * GIB, 1), fabric) == 13
+    without_growth = _largest_batch(config, _Trial(1, 1, 3 * GIB, 1), _Trial(1, 1, 3 * GIB, 1), fabric)
     assert without_growth == 2 + int(11.4 * GIB / (4 * (21 * 96**3 + 2 * 192**3)))  # the views, and the crop twice
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from nnunet_mim.pretraining import options
 from nnunet_mim.pretraining.data.loading import batches_ahead
-from nnunet_mim.pretraining.options import default_workers
+from nnunet_mim.pretraining.options import _default_workers
 from nnunet_mim.system import machine
 
 GB = 10**9
@@ -17,8 +17,8 @@ GB = 10**9
 )
 def test_workers_share_the_cores_beside_gpus(monkeypatch, cores, devices, workers):
     monkeypatch.setattr(options, "usable_cores", lambda: cores)
-    assert default_workers("cuda", devices) == workers
-    assert default_workers("cpu", devices) == 1
+    assert _default_workers("cuda", devices) == workers
+    assert _default_workers("cpu", devices) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")

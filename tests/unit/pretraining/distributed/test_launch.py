@@ -16,7 +16,7 @@ from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.launch import device_count
-from nnunet_mim.pretraining.state import load_optimizer_state, optimizer_state
+from nnunet_mim.pretraining.state import _load_optimizer_state, _optimizer_state
 
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
 SETTINGS = ("--iterations", "4", "--val_every", "2", "--save_every", "1", "--set", "val_crops=2")
@@ -162,10 +162,10 @@ def test_the_state_of_the_optimiser_goes_by_name():
         optimizer.step()
 
     step(first, optimizers[0], 0)
-    state = optimizer_state(first, optimizers[0])
+    state = _optimizer_state(first, optimizers[0])
     assert len(state) == len(used)
     second.load_state_dict(first.state_dict())
-    load_optimizer_state(second, optimizers[1], state)
+    _load_optimizer_state(second, optimizers[1], state)
     for model, optimizer in zip((first, second), optimizers, strict=True):
         step(model, optimizer, 1)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
