@@ -47,7 +47,7 @@ def test_durations(seconds, text):
 
 def test_much_measuring_is_said_with_what_to_change():
     def said(share, **settings):
-        return cli.measuring_text(share, PretrainConfig(iterations=100, **settings))
+        return cli._measuring_text(share, PretrainConfig(iterations=100, **settings))
 
     took = "measurements on held-out cases took 35.3% of the time"
     assert said(0.353, val_every=20, probe_every=40) == f"{took}: raise --val_every (20) and --set probe_every (40)"
