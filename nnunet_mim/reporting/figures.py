@@ -1,4 +1,4 @@
-"""Figures of losses and of organs, and what all pictures of slices share.
+"""Pictures of organs, and what all pictures of slices share.
 
 Arrays are (z, y, x) as in nnU-Net: z to the head, y to the back, x to the patient's left. Slices are shown as
 radiologists look at them: the patient's right is on the left of the picture, the head is up.
@@ -6,8 +6,7 @@ radiologists look at them: the patient's right is on the left of the picture, th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,45 +17,8 @@ from matplotlib.patches import Patch
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2", "#999999")
 
 
-@dataclass(frozen=True)
-class LossPanel:
-    """Curves of one level for `loss_figure`."""
-
-    title: str
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    """name → (iterations, losses)"""
-    baselines: Mapping[str, float]
-    """name → loss of a trivial predictor, drawn as a horizontal line"""
-
-
-def loss_figure(panels: Sequence[LossPanel], ylabel: str = "reconstruction loss") -> Figure:
-    """Draw losses over iterations, one panel per level, with trivial predictors as dashed lines."""
-    figure = Figure(figsize=(12.6, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for column, panel in zip(axes, panels, strict=True):
-        for (name, (x, y)), colour in zip(panel.curves.items(), ("#9dbcd4", "#0072b2", "#d55e00"), strict=False):
-            column.plot(x, y, color=colour, linewidth=1.8, label=name)
-        for (name, value), dashes in zip(panel.baselines.items(), ("--", ":"), strict=False):
-            column.axhline(value, color="#555555", linewidth=1.2, linestyle=dashes, label=name)
-        column.set_title(panel.title, fontsize=11)
-        column.set_xlabel("iteration")
-        column.grid(alpha=0.25)
-        column.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(ylabel)
-    axes[0].set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
-    ends = [f"{p.title}: {name} ends at {y[-1]:.3g}" for p in panels for name, (_, y) in p.curves.items() if len(y)]
-    figure.set_label(f"Curves of the {ylabel} over iterations: {'; '.join(ends)}. Dashed lines are trivial guesses.")
-    return figure
-
-
 def segmentation_figure(
-    ct: np.ndarray,
-    truth: np.ndarray,
-    prediction: np.ndarray,
-    names: Sequence[str],
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    window: tuple[float, float] = (-180.0, 260.0),
+    ct: np.ndarray, truth: np.ndarray, prediction: np.ndarray, names: Sequence[str], spacing: Sequence[float]
 ) -> Figure:
     """Draw CT, true and predicted organs of a case, in the axial and the coronal slice that show most of the organs.
 
@@ -66,7 +28,6 @@ def segmentation_figure(
         prediction: like truth.
         names: organs, in the order of their labels.
         spacing: mm along (z, y, x).
-        window: minimum and maximum HU of the grey scale.
     """
     figure = Figure(figsize=(10.8, 7.4), layout="constrained")
     axes = figure.subplots(2, 3)
@@ -77,7 +38,7 @@ def segmentation_figure(
         layout = slice_layout(axis, spacing)
         picture = np.take(ct, index, axis)
         for column, (title, labels) in zip(row, contents.items(), strict=True):
-            column.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1], **layout)
+            column.imshow(picture, cmap="gray", vmin=-180, vmax=260, **layout)
             if labels is not None:
                 _overlay(column, np.take(labels, index, axis), colours, layout)
             bare(column)
@@ -113,12 +74,7 @@ def _overlay(column: Any, labels: np.ndarray, colours: Sequence[str], layout: di
 
 
 def slice_layout(axis: int, spacing: Sequence[float]) -> dict[str, Any]:
-    """Arguments of `imshow` that show a slice across axis 0 or 1 upright and in proportion.
-
-    Args:
-        axis: axis of the volume (z, y, x) that the slice is taken along.
-        spacing: mm along (z, y, x).
-    """
+    """Arguments of `imshow` that show a slice across axis 0 or 1 of (z, y, x) upright; spacing: mm along each axis."""
     z, y, x = spacing
     return {"origin": "upper", "aspect": y / x} if axis == 0 else {"origin": "lower", "aspect": z / x}
 

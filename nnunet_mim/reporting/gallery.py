@@ -37,18 +37,17 @@ def gallery_figure(volumes: Sequence[Slices], window: tuple[float, float] = CT_W
     axes = figure.subplots(2, len(volumes), squeeze=False, gridspec_kw={"height_ratios": heights})
     for (above, below), volume in zip(axes.T, volumes, strict=True):
         z, y, x = volume.spacing
-        for place, picture, step, origin, height in (
-            (above, volume.coronal, z, "lower", heights[0]),
-            (below, volume.axial, y, "upper", heights[1]),
+        for place, picture, step, height in (
+            (above, volume.coronal, z, heights[0]),
+            (below, volume.axial[::-1], y, heights[1]),
         ):
             high, wide = picture.shape[0] * step, picture.shape[1] * x
             place.imshow(
-                picture, cmap="gray", vmin=window[0], vmax=window[1], interpolation="nearest", aspect="equal",
-                extent=(0, wide, 0, high) if origin == "lower" else (0, wide, high, 0), origin=origin,
+                picture, cmap="gray", vmin=window[0], vmax=window[1], interpolation="nearest", origin="lower",
+                extent=(0, wide, 0, high),
             )  # fmt: skip
             place.set_xlim((wide - width) / 2, (wide + width) / 2)
-            limits = (high - height) / 2, (high + height) / 2
-            place.set_ylim(limits if origin == "lower" else limits[::-1])
+            place.set_ylim((high - height) / 2, (high + height) / 2)
             place.set_facecolor("black")
             bare(place)
         above.set_title(volume.name if len(volume.name) < 22 else f"…{volume.name[-20:]}", fontsize=8)
