@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from nnunet_mim.demo.runner import find_command, open_folder, run_stages
 from nnunet_mim.demo.stages import MIN_BODIES, QUICK, DemoSettings, Folders, make_stages
 from nnunet_mim.errors import MiMError, exit_code
 
@@ -44,8 +45,6 @@ def _run(options: argparse.Namespace) -> None:
     folders = Folders(Path(options.o).expanduser().resolve())
 
     import torch
-
-    from nnunet_mim.demo.runner import find_command, open_folder, run_stages
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     stages = make_stages(settings, folders, device)

@@ -26,43 +26,37 @@ from nnunet_mim.reporting.figures import segmentation_figure
 from nnunet_mim.reporting.page import Section, write_page
 
 ORGANS = {name: label for name, label in LABELS.items() if label}
-Dice = dict[str, dict[str, float]]
-"""file name of a test body → organ → Dice"""
 
 
 def write_report(folders: Folders, settings: DemoSettings, state: dict[str, Any]) -> float:
     """Write FOLDER/index.html of a demonstration whose stages are all done; `state` is their record.
 
-    Returns:
-        Mean Dice over organs and test bodies.
-
-    Raises:
-        MiMError: a prediction is missing.
+    Returns the mean Dice over organs and test bodies.
     """
-    facts = Facts.of(load_checkpoint(folders.pretraining / FINAL))
-    dice = {case.name: _dice_of_case(folders, case) for case in sorted(folders.labels.glob("*.nii.gz"))}
-    mean = float(np.mean([list(organs.values()) for organs in dice.values()]))
+    facts = Facts(load_checkpoint(folders.pretraining / FINAL))
+    bodies = sorted(path.name for path in folders.labels.glob("*.nii.gz"))
+    dice = np.array([_dice_of_organs(folders, body) for body in bodies])  # (bodies, organs)
     sections = [
-        _summary(settings, state, mean),
+        _summary(settings, state, dice.mean()),
         _views_section(folders, facts),
         _loss_section(folders, facts, settings),
-        _organs_section(folders, settings, dice, mean),
+        _organs_section(folders, settings, bodies, dice),
         _commands_section(folders, state),
     ]
     write_page(folders.page, "MiM from start to end, on made-up bodies", sections)
-    return mean
+    return float(dice.mean())
 
 
-def _dice_of_case(folders: Folders, label_file: Path) -> dict[str, float]:
-    """Dice of every organ of one test body."""
-    predicted_file = folders.predictions / label_file.name
+def _dice_of_organs(folders: Folders, body: str) -> list[float]:
+    """Dice of every organ of one test body, which has this file name."""
+    predicted_file = folders.predictions / body
     if not predicted_file.is_file():
         raise MiMError(f"no prediction {predicted_file}: delete {folders.root} and run mim_demo again")
-    truth, predicted = _read_image(label_file), _read_image(predicted_file)
-    dice = {}
-    for name, label in ORGANS.items():
+    truth, predicted = _read_image(folders.labels / body), _read_image(predicted_file)
+    dice = []
+    for label in ORGANS.values():
         a, b = truth == label, predicted == label
-        dice[name] = float(2 * (a & b).sum()) / max(1, int(a.sum() + b.sum()))
+        dice.append(float(2 * (a & b).sum()) / max(1, int(a.sum() + b.sum())))
     return dice
 
 
@@ -114,18 +108,15 @@ times as many."""
     return replace(section, title="Pretraining: the loss falls", text=text)
 
 
-def _organs_section(folders: Folders, settings: DemoSettings, dice: Dice, mean: float) -> Section:
+def _organs_section(folders: Folders, settings: DemoSettings, bodies: list[str], dice: np.ndarray) -> Section:
     figures = []
-    for name in list(dice)[:2]:
-        image = _read_image(folders.images / name.replace(".nii.gz", "_0000.nii.gz"))
-        truth, predicted = _read_image(folders.labels / name), _read_image(folders.predictions / name)
+    for body in bodies[:2]:
+        image = _read_image(folders.images / body.replace(".nii.gz", "_0000.nii.gz"))
+        truth, predicted = _read_image(folders.labels / body), _read_image(folders.predictions / body)
         figures.append(segmentation_figure(image, truth, predicted, list(ORGANS), (settings.spacing,) * 3))
-    cases = [name.removesuffix(".nii.gz") for name in dice]
-    rows = [["Dice", *cases, "mean"]]
-    for organ in ORGANS:
-        values = [case[organ] for case in dice.values()]
-        rows.append([organ.replace("_", " "), *(f"{value:.2f}" for value in (*values, np.mean(values)))])
-    rows.append(["all organs", *(f"{np.mean(list(case.values())):.2f}" for case in dice.values()), f"{mean:.2f}"])
+    rows = [["Dice", *(body.removesuffix(".nii.gz") for body in bodies), "mean"]]
+    for organ, values in zip([*ORGANS, "all organs"], [*dice.T, dice.mean(axis=1)], strict=True):
+        rows.append([organ.replace("_", " "), *(f"{value:.2f}" for value in (*values, values.mean()))])
     transfer = json.loads((folders.finetuning / "mim_transfer.json").read_text())
     n_loaded, n_fresh = len(transfer["loaded"]) + len(transfer["adapted"]), len(transfer["fresh"])
     text = f"""\

@@ -27,11 +27,8 @@ STATE_FILE = "demo.json"
 def open_folder(folder: Path, settings: DemoSettings, device: str, resume: bool) -> dict[str, Any]:
     """Check that the demonstration may write into its folder, and read or make its record.
 
-    Returns:
-        `settings`, `device` and `stages`: name, title, command, seconds and cpu_seconds of each finished stage.
-
-    Raises:
-        MiMError: the folder is not empty; with `resume`: it is empty, or holds another demonstration.
+    The record holds `settings`, `device` and `stages`: name, title, command, seconds and cpu_seconds of each finished
+    stage.
     """
     wanted = {"settings": json.loads(json.dumps(asdict(settings))), "device": device}
     file = folder / STATE_FILE
@@ -61,11 +58,7 @@ def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Run every stage that is not done yet; `state` is extended and written after each, `say` prints one line.
-
-    Raises:
-        MiMError: a stage failed; the last lines of its log have been printed.
-    """
+    """Run every stage that is not done yet; `state` is extended and written after each, `say` prints one line."""
     folders.logs.mkdir(parents=True, exist_ok=True)
     done = {stage["name"]: stage for stage in state["stages"]}
     for number, stage in enumerate(stages, start=1):

@@ -15,11 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
-from nnunet_mim.reporting.figures import COLOURS, bare, mark_sides, slice_layout
+from nnunet_mim.reporting.figures import COLOURS, CT_WINDOW, bare, mark_sides, slice_layout
 
 CHILD_COLOUR = "#4db8ff"
-CT_WINDOW = (-450.0, 350.0)
-"""HU of the grey scale"""
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,8 @@ class ReconstructedView:
 def views_figure(views: Sequence[ReconstructedView], window: tuple[float, float] = CT_WINDOW) -> Figure:
     """Draw one row per level: original, masked, reconstructed of an axial slice, and the same of a coronal slice.
 
-    The slices go through what the next row is cut from, which is framed in blue.
-
-    Args:
-        views: one view per level, outermost first.
-        window: minimum and maximum HU of the grey scale.
+    The slices go through what the next row is cut from, which is framed in blue. `window` is the minimum and maximum HU
+    of the grey scale.
     """
     contents = ("original", "masked", "reconstructed")
     titles = [(f"{name}: {content}", axis) for axis, name in enumerate(("axial", "coronal")) for content in contents]
@@ -84,12 +79,7 @@ def views_figure(views: Sequence[ReconstructedView], window: tuple[float, float]
 
 
 def comparison_figure(views: Sequence[ReconstructedView], window: tuple[float, float] = CT_WINDOW) -> Figure:
-    """Draw one row per level: an axial slice, its masked tokens filled in trivially, and by the network.
-
-    Args:
-        views: one view per level, outermost first.
-        window: minimum and maximum HU of the grey scale.
-    """
+    """Draw one row per level: an axial slice, its masked tokens filled in trivially, and by the network."""
     titles = ("original", "given: mean of each token", "nearest visible voxels", "network")
     figure, axes = _grid(views, [(title, 0) for title in titles])
     for row, view in zip(axes, views, strict=True):
@@ -107,13 +97,13 @@ def comparison_figure(views: Sequence[ReconstructedView], window: tuple[float, f
 
 
 def slice_to_show(image: np.ndarray, mask: np.ndarray, axis: int, box: tuple[slice, slice, slice] | None = None) -> int:
-    """Index of the slice with the highest contrast of masked voxels and a balanced share of visible ones.
+    """Index of the slice along an axis with the highest contrast of masked voxels and a balanced share of visible ones.
 
     Args:
         image: (Z, Y, X) grey values from 0 to 1.
         mask: (Z, Y, X) bool, True = masked.
-        axis: axis that the slices are taken along.
-        box: take only slices well inside this box of voxels.
+        axis: 0 or 1.
+        box: only slices well inside this box of voxels count.
     """
     first, last = 0, image.shape[axis] - 1
     if box is not None:
@@ -131,11 +121,7 @@ def slice_to_show(image: np.ndarray, mask: np.ndarray, axis: int, box: tuple[sli
 
 
 def interest(image: np.ndarray) -> float:
-    """Contrast within the tissue times its share of the voxels.
-
-    Args:
-        image: (Z, Y, X) grey values from 0 to 1, where air is 0.
-    """
+    """Contrast within the tissue times its share of the voxels of an image (Z, Y, X), from 0 (air) to 1."""
     tissue = image > 0.1
     return float(image[tissue].std() * tissue.mean()) if tissue.any() else 0.0
 

@@ -28,21 +28,18 @@ CASES = 3
 """held-out cases that are shown"""
 
 
-def write_run_report(folder: Path, checkpoint: Mapping[str, Any], data: RunData, device: str = "cpu") -> Path | None:
-    """Write FOLDER/report.html; a report that fails is no reason to lose a run.
+def write_run_report(folder: Path, checkpoint: Mapping[str, Any], data: RunData, device: str = "cpu") -> None:
+    """Write FOLDER/report.html; a report that fails is a note, no reason to lose a run.
 
     Args:
         folder: of the run, with train.csv.
         checkpoint: of the run, as `load_checkpoint` returns it.
         data: cases of the run; the first few held-out ones are shown.
         device: to run the network on.
-
-    Returns:
-        path of the page; None where it could not be written (a note is printed).
     """
     path = folder / REPORT
     try:
-        facts = Facts.of(checkpoint)
+        facts = Facts(checkpoint)
         held_out = {source.dataset: int(n) for source, n in zip(data.val.sources, data.val.counts, strict=True)}
         cases = _shown_cases(facts, data, device)
         provenance, fold = facts.provenance, facts.provenance["fold"]
@@ -52,8 +49,6 @@ def write_run_report(folder: Path, checkpoint: Mapping[str, Any], data: RunData,
         write_page(path, title, sections, verdict_text(facts))
     except (OSError, MiMError) as error:
         print(f"note: {path} could not be written ({error})", flush=True)
-        return None
-    return path
 
 
 def verdict_text(facts: Facts) -> str:

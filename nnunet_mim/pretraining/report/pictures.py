@@ -23,9 +23,6 @@ from nnunet_mim.pretraining.objective.losses import VARIANCE_EPS, normalize_toke
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 from nnunet_mim.reporting.views import ReconstructedView, interest
 
-CANDIDATES = (4, 8)
-"""number of children to choose from, per edge"""
-
 
 @dataclass(frozen=True)
 class LevelPicture:
@@ -52,7 +49,6 @@ class LevelPicture:
 
     @property
     def name(self) -> str:
-        """`level1`, …"""
         return f"level{self.number}"
 
     @property
@@ -114,7 +110,7 @@ def reconstruct_crop(
         seed: of the masks.
 
     Returns:
-        One view per level, outermost first; of a view's children the one with most to see comes next.
+        One view per level, outermost first.
     """
     config, units = PretrainConfig.from_dict(checkpoint["mim_config"]), Units.of(checkpoint["provenance"])
     device = next(model.parameters()).device
@@ -123,9 +119,10 @@ def reconstruct_crop(
     windows = np.array([units.window(channel, inside[channel]) for channel in range(config.in_channels)], np.float32)
     fill = torch.from_numpy(windows[:, 0]).to(device)
     flat = FLAT_FRACTION * torch.from_numpy(windows[:, 1] - windows[:, 0]).to(device)
+    levels = levels_of(replace(config, n_children=(4, 8)))  # of so many children the most interesting one is shown
     views = nested_views(
-        torch.from_numpy(crop)[None].to(device), torch.from_numpy(valid)[None].to(device), fill,
-        levels_of(replace(config, n_children=CANDIDATES)), torch.Generator(device).manual_seed(seed), flat,
+        torch.from_numpy(crop)[None].to(device), torch.from_numpy(valid)[None].to(device), fill, levels,
+        torch.Generator(device).manual_seed(seed), flat,
     )  # fmt: skip
 
     (scale, shift), (black, white) = units.scale(), units.grey(inside[0])

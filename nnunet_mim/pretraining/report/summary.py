@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,43 +25,22 @@ that the loss asks for. To show it as an image, the true mean and standard devia
 overall brightness and contrast of a token are given, only the pattern in it is the network's work."""
 
 
-@dataclass(frozen=True)
 class Facts:
-    """A checkpoint, read for its reader."""
+    """A checkpoint, as `load_checkpoint` returns it, read for its reader.
 
-    checkpoint: Mapping[str, Any]
-    """as `load_checkpoint` returns it"""
-    config: PretrainConfig
-    units: Units
+    Raises:
+        MiMError: its settings are of another version.
+    """
 
-    @classmethod
-    def of(cls, checkpoint: Mapping[str, Any]) -> Facts:
-        """Raises MiMError for settings of another version."""
-        config = PretrainConfig.from_dict(checkpoint["mim_config"])
-        return cls(checkpoint, config, Units.of(checkpoint["provenance"]))
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        return self.checkpoint["provenance"]
-
-    @cached_property
-    def history(self) -> list[Measurement[float]]:
-        """Measurements, oldest first."""
-        return measurements_of(self.provenance["loss_history"])
-
-    @property
-    def last(self) -> Measurement[float]:
-        """The last measurement, empty where there is none."""
-        return self.history[-1] if self.history else Measurement()
-
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """mm between voxels, array order; empty for converted weights, which do not say."""
-        return tuple(self.provenance["spacing"])
-
-    @property
-    def token_size(self) -> tuple[int, int, int]:
-        return self.config.network.token_size
+    def __init__(self, checkpoint: Mapping[str, Any]) -> None:
+        self.checkpoint = checkpoint
+        self.provenance: Mapping[str, Any] = checkpoint["provenance"]
+        self.config = PretrainConfig.from_dict(checkpoint["mim_config"])
+        self.units = Units.of(self.provenance)
+        self.history = measurements_of(self.provenance["loss_history"])  # oldest first
+        self.last = self.history[-1] if self.history else Measurement[float]()
+        self.spacing = tuple(self.provenance["spacing"])  # mm, array order; empty for converted weights
+        self.token_size = self.config.network.token_size
 
     def verdict(self) -> Verdict:
         return verdict_on(self.history, self.config)
