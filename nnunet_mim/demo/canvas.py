@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.random import Generator
 
-AIR_HU = -1000
 HALF = 144.0  # model mm from the middle of the volume to each of its faces
 BEND = (2.5, 2.0, 2.5)  # standard deviation (model mm; z, y, x) of the displacement field; twice that is its maximum
 
@@ -33,7 +32,7 @@ class Canvas:
             axis / np.float32(s) + b for axis, s, b in zip((z, y, x), self.size, bend, strict=True)
         )
         self.rough = _smooth_field(rng, 14, shape)  # unit variance, about 20 mm: lumpy surfaces, streaks, bowel content
-        self.hu = np.full(shape, AIR_HU, np.float32)
+        self.hu = np.full(shape, -1000, np.float32)  # air
         self.labels = np.zeros(shape, np.uint8)
 
     def _box(self, low: Numbers, high: Numbers) -> Box:

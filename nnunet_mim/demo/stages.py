@@ -49,7 +49,7 @@ QUICK = DemoSettings(
 
 
 class Folders:
-    """Where the demonstration keeps what it makes."""
+    """Where the demonstration keeps what it makes; `raw` and `preprocessed` are those of its dataset."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

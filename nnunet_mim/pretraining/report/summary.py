@@ -39,7 +39,7 @@ class Facts:
         self.units = Units.of(self.provenance)
         self.history = measurements_of(self.provenance["loss_history"])  # oldest first
         self.last = self.history[-1] if self.history else Measurement[float]()
-        self.spacing = tuple(self.provenance["spacing"])  # mm, array order; empty for converted weights
+        self.spacing = tuple(self.provenance["spacing"])  # mm, array order; empty where it is unknown
         self.token_size = self.config.network.token_size
 
     def verdict(self) -> Verdict:
@@ -175,7 +175,7 @@ def probe_dice(facts: Facts) -> list[float]:
 
 
 def settings_and_defaults(facts: Facts) -> tuple[Table, list[int]]:
-    """Every setting with its default and meaning, and the numbers of the rows (1 is the first) that differ from it."""
+    """Every setting, default and meaning, and the numbers of rows (1: first below the heading) that are not default."""
     config = facts.config
     defaults = PretrainConfig(preset=config.preset if config.preset in PRESETS else "base")
     table, marked = [["setting", "value", "default", "meaning"]], []
@@ -218,7 +218,6 @@ def commands(facts: Facts, path: Path) -> list[str]:
 
 
 def _figure_text(figure: float | None, digits: int = 3) -> str:
-    """A figure, or a dash."""
     return "–" if figure is None else f"{figure:.{digits}f}"
 
 
