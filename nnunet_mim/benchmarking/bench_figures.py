@@ -12,8 +12,7 @@ from matplotlib.lines import Line2D
 
 from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.tables import smooth
-from nnunet_mim.reporting.figures import COLOURS, bare
-from nnunet_mim.reporting.views import CT_WINDOW
+from nnunet_mim.reporting.figures import COLOURS, CT_WINDOW, bare
 
 ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 

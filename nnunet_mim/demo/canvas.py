@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.random import Generator
 
-AIR_HU = -1000
 HALF = 144.0  # model mm from the middle of the volume to each of its faces
 BEND = (2.5, 2.0, 2.5)  # standard deviation (model mm; z, y, x) of the displacement field; twice that is its maximum
-FULL = (slice(None),) * 3
 
 Numbers = Sequence[float] | np.ndarray  # a point (x, y, z), radii: model mm
+Value = float | np.ndarray  # HU, or a full volume of them
+Box = tuple[slice, ...]
+FULL: Box = (slice(None),) * 3
 
 
 class Canvas:
     """The volume being painted: HU, labels, and every voxel's place (x, y, z) in the undeformed body in model mm."""
 
-    def __init__(self, rng: np.random.Generator, shape: Sequence[int]) -> None:
+    def __init__(self, rng: Generator, shape: Sequence[int]) -> None:
         edges = [2 * HALF / n for n in shape]
         self.axes = [
             ((np.arange(n) + 0.5) * edge - HALF).astype(np.float32) for n, edge in zip(shape, edges, strict=True)
@@ -25,24 +27,22 @@ class Canvas:
         self.soft = float(np.mean(edges))  # mm over which a surface is blended
         z, y, x = np.meshgrid(*self.axes, indexing="ij", sparse=True)
         self.size = rng.uniform((0.97, 1.02, 0.94), (1.03, 1.22, 1.05))
-        bend = [np.clip(smooth_field(rng, 5, shape), -2, 2) * amount for amount in BEND]
+        bend = [np.clip(_smooth_field(rng, 5, shape), -2, 2) * amount for amount in BEND]
         self.z, self.y, self.x = (
             axis / np.float32(s) + b for axis, s, b in zip((z, y, x), self.size, bend, strict=True)
         )
-        self.rough = smooth_field(rng, 14, shape)  # unit variance, about 20 mm: lumpy surfaces, streaks, bowel content
-        self.hu = np.full(shape, AIR_HU, np.float32)
+        self.rough = _smooth_field(rng, 14, shape)  # unit variance, about 20 mm: lumpy surfaces, streaks, bowel content
+        self.hu = np.full(shape, -1000, np.float32)  # air
         self.labels = np.zeros(shape, np.uint8)
 
-    def box(self, low: Numbers, high: Numbers) -> tuple[slice, ...]:
+    def _box(self, low: Numbers, high: Numbers) -> Box:
         """Slices (z, y, x) around a structure between two corners (x, y, z) of the undeformed body."""
         margin = 2.5 * max(BEND) + self.soft
         spans = zip(self.axes, self.size, reversed([*low]), reversed([*high]), strict=True)
         return tuple(slice(*np.searchsorted(a, (lo * s - margin, hi * s + margin))) for a, s, lo, hi in spans)
 
-    def paint(
-        self, f: np.ndarray, value: float | np.ndarray, label: int | None = None, box: tuple[slice, ...] = FULL
-    ) -> None:
-        """Paint `value` (HU; a number or a full volume) and the label where `f` is negative, blended over one voxel."""
+    def paint(self, f: np.ndarray, value: Value, label: int | None = None, box: Box = FULL) -> None:
+        """Paint the value and the label where `f` is negative, blended over one voxel."""
         weight = np.clip(0.5 - f / self.soft, 0, 1)
         hu = self.hu[box]
         hu += weight * ((value[box] if isinstance(value, np.ndarray) else value) - hu)
@@ -50,13 +50,7 @@ class Canvas:
             self.labels[box][f < 0] = label
 
     def ellipsoid(
-        self,
-        centre: Numbers,
-        radii: Numbers,
-        turn: float = 0.0,
-        lean: float = 0.0,
-        lumps: float = 0.0,
-        box: tuple[slice, ...] = FULL,
+        self, centre: Numbers, radii: Numbers, turn: float = 0, lean: float = 0, lumps: float = 0, box: Box = FULL
     ) -> np.ndarray:
         """Ellipsoid, turned by `turn` rad about z, sheared by `lean` mm in x per mm of z, rough by `lumps` mm."""
         x, y, z = (axis[box] - c for axis, c in zip((self.x, self.y, self.z), centre, strict=True))
@@ -66,31 +60,20 @@ class Canvas:
         return (np.sqrt(q) - 1) * min(radii) + lumps * self.rough[box]
 
     def blob(
-        self,
-        centre: Numbers,
-        radii: Numbers,
-        value: float | np.ndarray,
-        label: int | None = None,
-        *,
-        turn: float = 0.0,
-        lean: float = 0.0,
-        lumps: float = 0.0,
-        grow: float = 0.0,
+        self, centre: Numbers, radii: Numbers, value: Value, label: int | None = None, grow: float = 0, **shape: float
     ) -> None:
-        """Paint an `ellipsoid`, `grow` mm larger than its radii."""
-        wide = max(radii[:2]) + abs(lean) * radii[2]
-        reach = np.array([wide, wide, radii[2]]) + grow + 2 * lumps
-        box = self.box(np.asarray(centre) - reach, np.asarray(centre) + reach)
-        self.paint(self.ellipsoid(centre, radii, turn, lean, lumps, box) - grow, value, label, box)
+        """Paint an `ellipsoid`, `grow` mm larger than its radii; shape: its turn, lean and lumps."""
+        wide = max(radii[:2]) + abs(shape.get("lean", 0)) * radii[2]
+        reach = np.array([wide, wide, radii[2]]) + grow + 2 * shape.get("lumps", 0)
+        box = self._box(np.asarray(centre) - reach, np.asarray(centre) + reach)
+        self.paint(self.ellipsoid(centre, radii, **shape, box=box) - grow, value, label, box)
 
-    def tube(
-        self, points: Sequence[Numbers], radii: float | Numbers, value: float | np.ndarray, label: int | None = None
-    ) -> None:
+    def tube(self, points: Sequence[Numbers], radii: float | Numbers, value: Value, label: int | None = None) -> None:
         """Paint a chain of capsules through points (x, y, z), with one radius or one per point."""
         path = np.asarray(points, float)
         radius = np.broadcast_to(np.asarray(radii, float), len(path))
         for a, b, ra, rb in zip(path[:-1], path[1:], radius[:-1], radius[1:], strict=True):
-            box = self.box(np.minimum(a, b) - max(ra, rb), np.maximum(a, b) + max(ra, rb))
+            box = self._box(np.minimum(a, b) - max(ra, rb), np.maximum(a, b) + max(ra, rb))
             x, y, z = (axis[box] - o for axis, o in zip((self.x, self.y, self.z), a, strict=True))
             d = b - a
             t = np.clip((x * d[0] + y * d[1] + z * d[2]) / (d @ d), 0, 1)
@@ -104,12 +87,7 @@ def oval(x: np.ndarray, y: np.ndarray, a: np.ndarray | float, b: np.ndarray | fl
     return (r - 1) * np.minimum(a, b)
 
 
-def distance(x: np.ndarray, y: np.ndarray, unit: float) -> np.ndarray:
-    """Distance from the z axis, in units of `unit` mm."""
-    return np.sqrt(x * x + y * y) / unit
-
-
-def smooth_field(rng: np.random.Generator, cells: int, shape: Sequence[int]) -> np.ndarray:
+def _smooth_field(rng: Generator, cells: int, shape: Sequence[int]) -> np.ndarray:
     """Random field (Z, Y, X) float32 of mean 0 and variance 1, with `cells` bumps per axis at every shape."""
     field = rng.standard_normal((cells + 2,) * 3).astype(np.float32)
     for n in shape:  # each pass interpolates the leading axis and moves it to the end

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from nnunet_mim.demo.runner import find_command, open_folder, run_stages
 from nnunet_mim.demo.stages import MIN_BODIES, QUICK, DemoSettings, Folders, make_stages
 from nnunet_mim.errors import MiMError, exit_code
 
@@ -20,22 +21,21 @@ nnUNetv2_predict finds the organs of unseen bodies. At the end FOLDER/index.html
 
 Everything is kept in FOLDER; nothing outside it is read or written. It takes minutes, also on two CPU cores."""
 
-
 say = partial(print, flush=True)  # at once, also into a pipe
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns 0, 2 after a one-line error, 130 after Ctrl-C."""
-    options = build_parser().parse_args(argv)
+    options = _build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
-        return exit_code(lambda: run(options))
+        return exit_code(lambda: _run(options))
     except KeyboardInterrupt:
         print(f"\ninterrupted; to go on: mim_demo -o {options.o} --continue", file=sys.stderr)
         return 130
 
 
-def run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     """Check everything, then run the stages and write the page."""
     settings = QUICK if options.quick else DemoSettings()
     if options.bodies is not None:
@@ -45,8 +45,6 @@ def run(options: argparse.Namespace) -> None:
     folders = Folders(Path(options.o).expanduser().resolve())
 
     import torch
-
-    from nnunet_mim.demo.runner import find_command, open_folder, run_stages
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     stages = make_stages(settings, folders, device)
@@ -69,8 +67,7 @@ def run(options: argparse.Namespace) -> None:
     say(f"look at {folders.page}")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of mim_demo."""
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "mim_demo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

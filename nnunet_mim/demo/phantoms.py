@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.random import Generator
 from scipy.ndimage import gaussian_filter
 
-from nnunet_mim.demo.canvas import Canvas, distance, oval
+from nnunet_mim.demo.canvas import Canvas, oval
 from nnunet_mim.errors import MiMError
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "right_kidney": 3, "left_kidney": 4, "lungs": 5, "spine": 6}
@@ -30,15 +31,12 @@ def make_phantom(
 
     Args:
         seed: decides the body, its contrast phase and its noise.
-        shape: voxels along (z, y, x), at least 24 each.
+        shape: voxels along (z, y, x), at least 24 each: fewer do not hold the kidneys.
         spacing: mm along (z, y, x). It decides the noise (larger voxels have less), not the body.
 
     Returns:
         image: int16 (Z, Y, X), Hounsfield units, -1024 to 3071.
         labels: uint8 (Z, Y, X), values of `LABELS`; no label is empty.
-
-    Raises:
-        MiMError: a shape too small to hold the kidneys.
     """
     if len(shape) != 3 or min(shape) < 24:
         raise MiMError(f"phantom shape {tuple(shape)}: give three sizes (z, y, x) of at least 24 voxels")
@@ -71,19 +69,13 @@ def write_phantom_dataset(
     shape: Sequence[int] = (96, 96, 96),
     spacing: Sequence[float] = (3.0, 3.0, 3.0),
 ) -> Path:
-    """Write phantoms as an nnU-Net raw dataset: imagesTr, labelsTr, imagesTs, labelsTs and dataset.json.
+    """Write phantoms as an nnU-Net raw dataset, with test cases, and return its folder, raw_folder/DatasetXXX_NAME.
 
     Case i is `make_phantom(seed + i, shape, spacing)`; test cases are numbered after the training cases.
-
-    Returns:
-        The dataset folder, raw_folder/DatasetXXX_NAME.
-
-    Raises:
-        MiMError: the folder exists already, or the number is out of range.
     """
     if not 1 <= dataset_id <= 999:
         raise MiMError(f"dataset id {dataset_id}: choose a number from 1 to 999")
-    folder = Path(raw_folder) / f"Dataset{dataset_id:03d}_{name}"
+    folder = raw_folder / f"Dataset{dataset_id:03d}_{name}"
     if folder.exists():
         raise MiMError(f"{folder} exists already: remove it, or choose another dataset id or name")
     for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
@@ -114,7 +106,7 @@ def _write(array: np.ndarray, spacing: Sequence[float], path: Path) -> None:
 class _Body:
     """Surfaces that several structures share: implicit functions on the whole canvas."""
 
-    def __init__(self, canvas: Canvas, rng: np.random.Generator) -> None:
+    def __init__(self, canvas: Canvas, rng: Generator) -> None:
         x, y, z = canvas.x, canvas.y, canvas.z
         self.spine_y = 36 + 7 * np.sin(np.pi * (z - 10) / 150)  # chest curved to the back, loins to the front
         neck = np.clip((z - 98) / 46, 0, 1) ** 2
@@ -126,13 +118,15 @@ class _Body:
         self.fat = rng.uniform(6, 17)
         tops = rng.uniform((16, 10), (28, 20))
         domes = [(-46, -4, tops[0]), (47, -4, tops[1]), (0, -16, 3.0)]
-        self.dome = np.maximum.reduce([top - 40 * distance(x - cx, y - cy, 45) ** 3 for cx, cy, top in domes])
+        self.dome = np.maximum.reduce(
+            [top - 40 * (np.sqrt((x - cx) ** 2 + (y - cy) ** 2) / 45) ** 3 for cx, cy, top in domes]
+        )
         # Height of the diaphragm, which is fixed to the ribs lower at the back than at the front.
         self.dome = np.maximum(self.dome, -18 - 0.35 * y)
         self.below_diaphragm = np.maximum(z - self.dome + 2, self.cavity + 2.5)
 
 
-def _paint_trunk(canvas: Canvas, rng: np.random.Generator, body: _Body, has_table: bool) -> None:
+def _paint_trunk(canvas: Canvas, rng: Generator, body: _Body, has_table: bool) -> None:
     """Paint the table, skin, the fat under it, muscle, and the fat between the organs."""
     x, y = canvas.x, canvas.y
     skin = body.wall - body.fat * (1 + 0.25 * np.clip(-canvas.z / 90, -1, 1)) + 0.5 * canvas.rough
@@ -153,12 +147,12 @@ def _paint_trunk(canvas: Canvas, rng: np.random.Generator, body: _Body, has_tabl
         canvas.tube([(side * 15, 28, -15), (side * 25, 26, -70), (side * 36, 12, -150)], (5, 13, 13), muscle)
 
 
-def _near(rng: np.random.Generator, x: float, y: float, z: float, by: float = 2.5) -> np.ndarray:
+def _near(rng: Generator, x: float, y: float, z: float, by: float = 2.5) -> np.ndarray:
     """A random point up to `by` mm away along each axis."""
     return np.array((x, y, z)) + rng.uniform(-by, by, 3)
 
 
-def _paint_bowel(canvas: Canvas, rng: np.random.Generator, enhancement: float) -> None:
+def _paint_bowel(canvas: Canvas, rng: Generator, enhancement: float) -> None:
     """Paint the loops of the small bowel, and the colon."""
     stool = np.where(canvas.rough > 0.3, -850, 35 + 25 * canvas.rough).astype(np.float32)
     bowel = rng.uniform((-52, -46, -120), (52, 12, -52), (46, 3))
@@ -173,7 +167,7 @@ def _paint_bowel(canvas: Canvas, rng: np.random.Generator, enhancement: float) -
         canvas.tube(colon, radius, value)
 
 
-def _paint_liver(canvas: Canvas, rng: np.random.Generator, body: _Body, enhancement: float) -> None:
+def _paint_liver(canvas: Canvas, rng: Generator, body: _Body, enhancement: float) -> None:
     """Paint the liver with its vessels, and the gallbladder."""
     x, y, z = canvas.x, canvas.y, canvas.z
     size = rng.uniform(0.93, 1.06)
@@ -192,7 +186,7 @@ def _paint_liver(canvas: Canvas, rng: np.random.Generator, body: _Body, enhancem
     canvas.blob(_near(rng, -28, -34, -46), np.array((8, 10, 12)), rng.uniform(3, 15))
 
 
-def _paint_stomach_and_spleen(canvas: Canvas, rng: np.random.Generator, body: _Body, enhancement: float) -> None:
+def _paint_stomach_and_spleen(canvas: Canvas, rng: Generator, body: _Body, enhancement: float) -> None:
     """Paint the stomach with a meal in it, the pancreas, and the spleen."""
     stomach = _near(rng, 42, -22, -14)
     radii = np.array((26, 24, 28)) * rng.uniform(0.9, 1.08)
@@ -208,7 +202,7 @@ def _paint_stomach_and_spleen(canvas: Canvas, rng: np.random.Generator, body: _B
     canvas.paint(spleen, 48 + 80 * enhancement + 3 * canvas.rough, 2)
 
 
-def _paint_kidneys(canvas: Canvas, rng: np.random.Generator, enhancement: float) -> None:
+def _paint_kidneys(canvas: Canvas, rng: Generator, enhancement: float) -> None:
     """Paint the kidneys in their fat, with renal pelvis, ureter and vein."""
     kidney_hu = 35 + 150 * enhancement
     for side, label, height in ((-1, 3, -58), (1, 4, -48)):
@@ -224,7 +218,7 @@ def _paint_kidneys(canvas: Canvas, rng: np.random.Generator, enhancement: float)
         canvas.tube([sinus + (0, -2, 2), (side * 8, 6, height + 12)], 2.6, 45 + 115 * enhancement)
 
 
-def _paint_abdominal_vessels_and_bladder(canvas: Canvas, rng: np.random.Generator, enhancement: float) -> None:
+def _paint_abdominal_vessels_and_bladder(canvas: Canvas, rng: Generator, enhancement: float) -> None:
     """Paint the aorta, the inferior vena cava, the iliac vessels, and the bladder."""
     blood = 45 + 115 * enhancement
     column = [(5, 36 + 7 * np.sin(np.pi * (h - 10) / 150) - 19, h) for h in range(80, -101, -20)]
@@ -236,7 +230,7 @@ def _paint_abdominal_vessels_and_bladder(canvas: Canvas, rng: np.random.Generato
     canvas.blob(_near(rng, 0, -16, -134, by=0.5), np.array((23, 19, 17)) * rng.uniform(0.8, 1.0), rng.uniform(2, 12))
 
 
-def _paint_lungs_and_heart(canvas: Canvas, rng: np.random.Generator, body: _Body, enhancement: float) -> None:
+def _paint_lungs_and_heart(canvas: Canvas, rng: Generator, body: _Body, enhancement: float) -> None:
     """Paint the lungs with their vessels, and the heart."""
     x, y, z = canvas.x, canvas.y, canvas.z
     blood = 60 + 120 * enhancement
@@ -281,13 +275,7 @@ def _paint_great_vessels_and_airways(canvas: Canvas, enhancement: float) -> None
 
 
 def _branch(
-    canvas: Canvas,
-    rng: np.random.Generator,
-    start: np.ndarray,
-    end: np.ndarray,
-    radius: float,
-    value: float,
-    splits: int,
+    canvas: Canvas, rng: Generator, start: np.ndarray, end: np.ndarray, radius: float, value: float, splits: int
 ) -> None:
     """Paint a lung vessel from `start` to `end` that splits `splits` times, as far as it ends inside the lung."""
     index = [np.searchsorted(axis, c * s) for axis, s, c in zip(canvas.axes, canvas.size, end[::-1], strict=True)]
@@ -300,7 +288,7 @@ def _branch(
         _branch(canvas, rng, end, end + step, radius * 0.7, value, splits - 1)
 
 
-def _paint_spine(canvas: Canvas, rng: np.random.Generator, body: _Body, marrow: float, cortex: float) -> None:
+def _paint_spine(canvas: Canvas, rng: Generator, body: _Body, marrow: float, cortex: float) -> None:
     """Paint the vertebrae with their discs and the spinal canal."""
     x, y, z = canvas.x, canvas.y, canvas.z
     pitch, phase = rng.uniform(17, 19.5), rng.uniform(0, 18)
@@ -320,7 +308,7 @@ def _paint_spine(canvas: Canvas, rng: np.random.Generator, body: _Body, marrow: 
     canvas.paint(oval(x, canal, 6.2, 5.0, 2.0), 28, 0)
 
 
-def _paint_other_bones(canvas: Canvas, rng: np.random.Generator, body: _Body, marrow: float, cortex: float) -> None:
+def _paint_other_bones(canvas: Canvas, rng: Generator, body: _Body, marrow: float, cortex: float) -> None:
     """Paint the ribs, breastbone, collarbones, shoulder blades and hip bones."""
     x, y, z = canvas.x, canvas.y, canvas.z
     gap = rng.uniform(15.5, 17.5)
@@ -347,7 +335,7 @@ def _paint_other_bones(canvas: Canvas, rng: np.random.Generator, body: _Body, ma
         canvas.paint(wing + 2.6, marrow)
 
 
-def _scan(hu: np.ndarray, rng: np.random.Generator, spacing: Sequence[float]) -> np.ndarray:
+def _scan(hu: np.ndarray, rng: Generator, spacing: Sequence[float]) -> np.ndarray:
     """Add what a scanner adds: a little blur, and grainy noise that is stronger behind more tissue."""
     dense = gaussian_filter((hu > -300).astype(np.float32), [n / 12 for n in hu.shape], truncate=2)
     grain = gaussian_filter(rng.standard_normal(hu.shape, np.float32), 0.55)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,65 +19,50 @@ from nnunet_mim.demo.phantoms import LABELS
 from nnunet_mim.demo.stages import DemoSettings, Folders
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.orientation import orientation_of
-from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
-from nnunet_mim.pretraining.report.curves import read_columns
+from nnunet_mim.pretraining.report.page import losses_section, views_sections
 from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
-from nnunet_mim.pretraining.report.summary import NOTE
-from nnunet_mim.reporting.figures import LossPanel, loss_figure, segmentation_figure
+from nnunet_mim.pretraining.report.summary import Facts, join
+from nnunet_mim.reporting.figures import segmentation_figure
 from nnunet_mim.reporting.page import Section, write_page
-from nnunet_mim.reporting.views import views_figure
 
 ORGANS = {name: label for name, label in LABELS.items() if label}
-Dice = dict[str, dict[str, float]]  # file name of a test body → organ → Dice
 
 
 def write_report(folders: Folders, settings: DemoSettings, state: dict[str, Any]) -> float:
     """Write FOLDER/index.html of a demonstration whose stages are all done; `state` is their record.
 
-    Returns:
-        Mean Dice over organs and test bodies.
-
-    Raises:
-        MiMError: a prediction is missing.
+    Returns the mean Dice over organs and test bodies.
     """
-    checkpoint = load_checkpoint(folders.pretraining / FINAL)
-    dice = {case.name: dice_of_case(folders, case) for case in sorted(folders.labels.glob("*.nii.gz"))}
-    mean = float(np.mean([list(organs.values()) for organs in dice.values()]))
+    facts = Facts(load_checkpoint(folders.pretraining / FINAL))
+    bodies = sorted(path.name for path in folders.labels.glob("*.nii.gz"))
+    dice = np.array([_dice_of_organs(folders, body) for body in bodies])  # (bodies, organs)
     sections = [
-        _summary(settings, state, mean),
-        _views_section(folders, checkpoint),
-        _loss_section(folders, settings),
-        _organs_section(folders, settings, dice, mean),
+        _summary(settings, state, dice.mean()),
+        _views_section(folders, facts),
+        _loss_section(folders, facts, settings),
+        _organs_section(folders, settings, bodies, dice),
         _commands_section(folders, state),
     ]
     write_page(folders.page, "MiM from start to end, on made-up bodies", sections)
-    return mean
+    return float(dice.mean())
 
 
-def dice_of_case(folders: Folders, label_file: Path) -> dict[str, float]:
-    """Dice of every organ of one test body. Raises MiMError where the prediction is missing."""
-    predicted_file = folders.predictions / label_file.name
+def _dice_of_organs(folders: Folders, body: str) -> list[float]:
+    """Dice of every organ of one test body, which has this file name."""
+    predicted_file = folders.predictions / body
     if not predicted_file.is_file():
         raise MiMError(f"no prediction {predicted_file}: delete {folders.root} and run mim_demo again")
-    truth, predicted = read_image(label_file), read_image(predicted_file)
-    dice = {}
-    for name, label in ORGANS.items():
+    truth, predicted = _read_image(folders.labels / body), _read_image(predicted_file)
+    dice = []
+    for label in ORGANS.values():
         a, b = truth == label, predicted == label
-        dice[name] = float(2 * (a & b).sum()) / max(1, int(a.sum() + b.sum()))
+        dice.append(float(2 * (a & b).sum()) / max(1, int(a.sum() + b.sum())))
     return dice
 
 
-def read_image(path: Path) -> np.ndarray:
+def _read_image(path: Path) -> np.ndarray:
     """Array (Z, Y, X) of an image file."""
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-
-
-def held_out_case(cases: Path, checkpoint: dict[str, Any]) -> tuple[str, np.ndarray]:
-    """Name and voxels (C, Z, Y, X) of the first preprocessed case that the pretraining has not seen."""
-    dataset_class = infer_dataset_class(str(cases))
-    seen = {case["case"] for case in checkpoint["provenance"]["cases"]}
-    name = min(set(dataset_class.get_identifiers(str(cases))) - seen)
-    return name, np.asarray(dataset_class(str(cases), [name]).load_case(name)[0][:], np.float32)
 
 
 def _summary(settings: DemoSettings, state: dict[str, Any], mean: float) -> Section:
@@ -97,57 +83,40 @@ Here the whole way was run on {settings.bodies} made-up bodies, in {duration} on
     return Section("In short", text)
 
 
-def _views_section(folders: Folders, checkpoint: dict[str, Any]) -> Section:
-    case, volume = held_out_case(folders.cases, checkpoint)
-    config = checkpoint["mim_config"]
-    token = np.array(config["network"]["strides"]).prod(axis=0)
-    view, token = (" × ".join(map(str, sizes)) for sizes in (config["view_size"], token))
+def _views_section(folders: Folders, facts: Facts) -> Section:
+    """Views of the first preprocessed case that the pretraining has not seen."""
+    dataset_class, cases = infer_dataset_class(str(folders.cases)), str(folders.cases)
+    seen = {case["case"] for case in facts.provenance["cases"]}
+    name = min(set(dataset_class.get_identifiers(cases)) - seen)
+    volume = np.asarray(dataset_class(cases, [name]).load_case(name)[0][:], np.float32)
+    pictures = reconstruct_volume(load_network(facts.checkpoint), facts.checkpoint, volume)
+    orientation = orientation_of(facts.provenance.get("transpose_forward", (0, 1, 2)))
+    section = views_sections(facts, {name: upright(pictures, facts.spacing, orientation)})[0]
     text = f"""\
-Body {case}, held out of the pretraining. Each row is one view: the original, what the encoder gets to see, and what the
-network makes of the hidden part. The blue frame is the hidden place that the next row is cut from and enlarged: a mask
-in a mask. All views have {view} voxels; tokens of {token} voxels are hidden, in level 1 whole blocks of them."""
-    provenance = checkpoint["provenance"]
-    pictures = reconstruct_volume(load_network(checkpoint), checkpoint, volume)
-    views = upright(pictures, provenance["spacing"], orientation_of(provenance.get("transpose_forward", (0, 1, 2))))
-    note = f"{NOTE} Grey scale from -450 to 350 HU."
-    return Section("A mask in a mask", text, note, [views_figure(views)])
+Body {name}, held out of the pretraining. {section.text} All views have {join(facts.config.view_size)} voxels; tokens of
+{join(facts.token_size)} voxels are hidden, in level 1 whole blocks of them."""
+    return replace(section, title="A mask in a mask", text=text)
 
 
-def _loss_section(folders: Folders, settings: DemoSettings) -> Section:
-    train = TrainingFigures.from_row(read_columns(folders.pretraining / "train.csv"))
-    val = Measurement.from_row(read_columns(folders.pretraining / "val.csv"))
-    panels, rows = [], [["level", "predicting the token's mean", "in-filling from neighbours", "network"]]
-    for level in val.reconstructed:
-        columns = level.guesses.token_mean, level.guesses.infill, level.reconstruction
-        token_mean, infill, held_out = (np.asarray(column, dtype=float) for column in columns)
-        training = np.asarray(train.level(level.number).reconstruction, dtype=float)
-        baselines = {"guess: the token's mean": token_mean[-1], "guess: copy the nearest visible voxels": infill[-1]}
-        curves = {
-            "training bodies": (train.iteration.tolist(), training.tolist()),
-            "held-out bodies": (val.iteration.tolist(), held_out.tolist()),
-        }
-        panels.append(LossPanel(level.title, curves, baselines))
-        rows.append([level.title, *(f"{value:.3f}" for value in (*baselines.values(), held_out[-1]))])
+def _loss_section(folders: Folders, facts: Facts, settings: DemoSettings) -> Section:
+    section = losses_section(facts, folders.pretraining)
     text = f"""\
-Error of the filled-in tokens (mean squared, in units of each token's own variance) over {settings.iterations}
-iterations, and what trivial guesses reach on the same tokens of the held-out bodies. Below both dashed lines the
-network knows more than can be read off the neighbouring voxels. The widest views are learnt first; a real pretraining
-takes hundreds of times as many iterations."""
-    return Section("Pretraining: the loss falls", text, "", [loss_figure(panels)], rows)
+{section.text}
+
+The widest views are learnt first. These are {settings.iterations} iterations; a real pretraining takes hundreds of
+times as many."""
+    return replace(section, title="Pretraining: the loss falls", text=text)
 
 
-def _organs_section(folders: Folders, settings: DemoSettings, dice: Dice, mean: float) -> Section:
+def _organs_section(folders: Folders, settings: DemoSettings, bodies: list[str], dice: np.ndarray) -> Section:
     figures = []
-    for name in list(dice)[:2]:
-        image = read_image(folders.images / name.replace(".nii.gz", "_0000.nii.gz"))
-        truth, predicted = read_image(folders.labels / name), read_image(folders.predictions / name)
+    for body in bodies[:2]:
+        image = _read_image(folders.images / body.replace(".nii.gz", "_0000.nii.gz"))
+        truth, predicted = _read_image(folders.labels / body), _read_image(folders.predictions / body)
         figures.append(segmentation_figure(image, truth, predicted, list(ORGANS), (settings.spacing,) * 3))
-    cases = [name.removesuffix(".nii.gz") for name in dice]
-    rows = [["Dice", *cases, "mean"]]
-    for organ in ORGANS:
-        values = [case[organ] for case in dice.values()]
-        rows.append([organ.replace("_", " "), *(f"{value:.2f}" for value in (*values, np.mean(values)))])
-    rows.append(["all organs", *(f"{np.mean(list(case.values())):.2f}" for case in dice.values()), f"{mean:.2f}"])
+    rows = [["Dice", *(body.removesuffix(".nii.gz") for body in bodies), "mean"]]
+    for organ, values in zip([*ORGANS, "all organs"], [*dice.T, dice.mean(axis=1)], strict=True):
+        rows.append([organ.replace("_", " "), *(f"{value:.2f}" for value in (*values, values.mean()))])
     transfer = json.loads((folders.finetuning / "mim_transfer.json").read_text())
     n_loaded, n_fresh = len(transfer["loaded"]) + len(transfer["adapted"]), len(transfer["fresh"])
     text = f"""\

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -23,17 +22,13 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
 
 STATE_FILE = "demo.json"
-REMOVED_VARIABLES = ("nnUNet_mim_checkpoint", "NNUNET_MIM_NO_AUTOREGISTER")  # they would change the finetuning
 
 
 def open_folder(folder: Path, settings: DemoSettings, device: str, resume: bool) -> dict[str, Any]:
     """Check that the demonstration may write into its folder, and read or make its record.
 
-    Returns:
-        `settings`, `device` and `stages`: name, title, command, seconds and cpu_seconds of each finished stage.
-
-    Raises:
-        MiMError: the folder is not empty; with `resume`: it is empty, or holds another demonstration.
+    The record holds `settings`, `device` and `stages`: name, title, command, seconds and cpu_seconds of each finished
+    stage.
     """
     wanted = {"settings": json.loads(json.dumps(asdict(settings))), "device": device}
     file = folder / STATE_FILE
@@ -51,24 +46,19 @@ def open_folder(folder: Path, settings: DemoSettings, device: str, resume: bool)
         raise MiMError(f"{folder} exists and is not empty: continue with --continue, or choose another folder with -o")
     state = {**wanted, "stages": []}
     try:
-        write_state(folder, state)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_state(folder, state)
     except OSError as error:
         raise MiMError(f"cannot write into {folder} ({error}): choose another folder with -o") from error
     return state
 
 
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write the record of finished stages."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
     write_atomically(folder / STATE_FILE, (json.dumps(state, indent=2) + "\n").encode())
 
 
 def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Run every stage that is not done yet; `state` is extended and written after each, `say` prints one line.
-
-    Raises:
-        MiMError: a stage failed; the last lines of its log have been printed.
-    """
+    """Run every stage that is not done yet; `state` is extended and written after each, `say` prints one line."""
     folders.logs.mkdir(parents=True, exist_ok=True)
     done = {stage["name"]: stage for stage in state["stages"]}
     for number, stage in enumerate(stages, start=1):
@@ -80,14 +70,13 @@ def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any],
             shutil.rmtree(stage.output)
         stage.output.unlink(missing_ok=True)
         log = folders.logs / f"{number:02d}_{stage.name}.log"
-        command = shlex.join(stage.run) if isinstance(stage.run, list) else ""
-        if command:
-            say(f"      {command}")
+        command = ""
         wall, cpu = time.perf_counter(), sum(os.times()[:4])  # user and system, of this process and ended children
         if isinstance(stage.run, list):
-            code = run_command(stage.run, log, child_environment(folders))
-            if code:
-                for line in last_lines(log):
+            command = shlex.join(stage.run)
+            say(f"      {command}")
+            if code := run_command(stage.run, log, _child_environment(folders)):
+                for line in _last_lines(log):
                     say(f"      | {line}")
                 raise MiMError(
                     f"stage {stage.name} failed (exit code {code}), its output is in {log}; to try again: "
@@ -96,16 +85,18 @@ def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any],
         else:
             stage.run()
             log.write_text(f"{stage.title}: {stage.output}\n")
-        seconds, cpu_seconds = time.perf_counter() - wall, sum(os.times()[:4]) - cpu
-        say(f"      {seconds:.0f} s")
+        times = {"seconds": time.perf_counter() - wall, "cpu_seconds": sum(os.times()[:4]) - cpu}
+        say(f"      {times['seconds']:.0f} s")
         record = {"name": stage.name, "title": stage.title, "command": command}
-        state["stages"].append({**record, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)})
-        write_state(folders.root, state)
+        state["stages"].append({**record, **{name: round(seconds, 1) for name, seconds in times.items()}})
+        _write_state(folders.root, state)
 
 
-def child_environment(folders: Folders) -> dict[str, str]:
+def _child_environment(folders: Folders) -> dict[str, str]:
     """This process's environment, with nnU-Net's folders and settings for a small machine and a short run."""
-    environment = {name: value for name, value in os.environ.items() if name not in REMOVED_VARIABLES}
+    environment = dict(os.environ)
+    for name in ("nnUNet_mim_checkpoint", "NNUNET_MIM_NO_AUTOREGISTER"):  # they would change the finetuning
+        environment.pop(name, None)
     return {
         "GOMP_SPINCOUNT": "30000",  # waiting threads soon leave their core to the process that prepares the data
         **environment,
@@ -128,14 +119,13 @@ def find_command(name: str) -> str:
 
 def run_command(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
     """Exit code of a command, whose output goes to `log`. It and its children are ended if this process is."""
-    program = [find_command(command[0]), *command[1:]]
     with log.open("wb") as output:
         child = subprocess.Popen(
-            program,
+            [find_command(command[0]), *command[1:]],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=dict(environment),
+            env=environment,
             start_new_session=True,  # a process group of its own, which _end ends as a whole
         )
         try:
@@ -145,10 +135,10 @@ def run_command(command: Sequence[str], log: Path, environment: Mapping[str, str
                 _end(child)
 
 
-def last_lines(log: Path, count: int = 12) -> list[str]:
+def _last_lines(log: Path, count: int = 12) -> list[str]:
     """The last lines of a log that are not empty, of a progress bar its last state."""
     text = log.read_bytes().decode(errors="replace")
-    lines = [re.split("\r", line.rstrip("\r"))[-1].rstrip() for line in text.split("\n")]
+    lines = [line.rstrip().split("\r")[-1] for line in text.split("\n")]
     return [line for line in lines if line][-count:]
 
 

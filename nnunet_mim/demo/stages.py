@@ -49,20 +49,14 @@ QUICK = DemoSettings(
 
 
 class Folders:
-    """Where the demonstration keeps what it makes.
-
-    Attributes:
-        images, labels: CT and true organs of the test bodies.
-        cases: preprocessed training bodies.
-    """
+    """Where the demonstration keeps what it makes; `raw` and `preprocessed` are those of its dataset."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.logs, self.page, self.predictions = root / "logs", root / "index.html", root / "predictions"
-        self.raw, self.preprocessed, self.results = (root / name for name in NNUNET_FOLDERS)
-        self.images, self.labels = self.raw / DATASET / "imagesTs", self.raw / DATASET / "labelsTs"
-        self.cases = self.preprocessed / DATASET / f"{PLANS}_{CONFIGURATION}"
-        results = self.results / DATASET
+        self.raw, self.preprocessed, results = (root / name / DATASET for name in NNUNET_FOLDERS)
+        self.images, self.labels = self.raw / "imagesTs", self.raw / "labelsTs"  # of the test bodies
+        self.cases = self.preprocessed / f"{PLANS}_{CONFIGURATION}"
         self.pretraining = results / f"MiMPretrain__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
         self.finetuning = results / f"{TRAINER}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
 
@@ -89,18 +83,16 @@ def make_stages(settings: DemoSettings, folders: Folders, device: str) -> list[S
     def make_phantoms() -> None:
         from nnunet_mim.demo.phantoms import write_phantom_dataset
 
-        shape, spacing = (settings.shape,) * 3, (settings.spacing,) * 3
-        name = DATASET.split("_", 1)[1]
-        write_phantom_dataset(
-            folders.raw, DATASET_ID, name, settings.bodies, settings.test_bodies, shape=shape, spacing=spacing
-        )
+        raw, name = folders.raw.parent, DATASET.split("_", 1)[1]
+        counts = settings.bodies, settings.test_bodies
+        write_phantom_dataset(raw, DATASET_ID, name, *counts, 0, (settings.shape,) * 3, (settings.spacing,) * 3)
 
-    recipe = {
-        "patch_size": ",".join([str(settings.patch)] * 3), "batch_size": 1, "num_epochs": settings.epochs,
-        "iterations_per_epoch": settings.epoch_iterations, "val_iterations_per_epoch": 2, "lr": 0.002,
-        "oversample_foreground": 1.0, "mirror_axes": "[]",  # mirroring needs longer schedules
-    }  # fmt: skip
-    changes = " ".join(f"{key}={value}" for key, value in recipe.items())
+    patch = ",".join([str(settings.patch)] * 3)
+    changes = (
+        f"patch_size={patch} batch_size=1 num_epochs={settings.epochs} "
+        f"iterations_per_epoch={settings.epoch_iterations} val_iterations_per_epoch=2 lr=0.002 "
+        "oversample_foreground=1.0 mirror_axes=[]"  # mirroring needs longer schedules
+    )
     sizes = (
         f"--view {settings.view} --children {settings.children[0]} {settings.children[1]} --batch {settings.batch} "
         f"--lr {settings.lr} --iterations {settings.iterations} --val_every {settings.val_every}"
@@ -115,11 +107,10 @@ def make_stages(settings: DemoSettings, folders: Folders, device: str) -> list[S
         "nnUNetv2_predict", "-d", str(DATASET_ID), "-i", str(folders.images), "-o", str(folders.predictions),
         *f"{model} -c {CONFIGURATION} -f {FOLD} -npp 1 -nps 1 -device {device}".split(),
     ]  # fmt: skip
-    dataset = folders.preprocessed / DATASET
     return [
-        Stage("phantoms", "Make bodies", make_phantoms, folders.raw / DATASET),
-        Stage("plan", "nnU-Net looks at the data and plans", plan.split(), dataset),
-        Stage("mim_plan", "Adapt the plans to MiM", mim_plan.split(), dataset / f"{PLANS}.json"),
+        Stage("phantoms", "Make bodies", make_phantoms, folders.raw),
+        Stage("plan", "nnU-Net looks at the data and plans", plan.split(), folders.preprocessed),
+        Stage("mim_plan", "Adapt the plans to MiM", mim_plan.split(), folders.preprocessed / f"{PLANS}.json"),
         Stage("preprocess", "Preprocess the bodies", preprocess.split(), folders.cases),
         Stage("pretrain", "Pretrain without labels", pretrain.split(), folders.pretraining),
         Stage("finetune", "Finetune on the organs", finetune.split(), folders.finetuning),

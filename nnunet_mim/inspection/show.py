@@ -13,16 +13,7 @@ from nnunet_mim.inspection.ct import RawImage, order_of_axes, preprocess, read_i
 from nnunet_mim.inspection.nifti import write_views
 from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.nnunet.orientation import orientation_of
-from nnunet_mim.pretraining.report.page import (
-    REPORT,
-    facts_section,
-    levels_section,
-    losses_section,
-    next_section,
-    settings_section,
-    verdict_text,
-    views_sections,
-)
+from nnunet_mim.pretraining.report.page import REPORT, report_sections, verdict_text
 from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
 from nnunet_mim.pretraining.report.summary import Facts
 from nnunet_mim.reporting.page import write_page
@@ -66,13 +57,9 @@ def show(
         name = image.name if image.name not in shown else f"{image.name}_{number + 1}"
         shown[name], written = show_case(facts, model, image, folder / name, seed + number, spacing)
         yield f"{name}: wrote {len(written)} NIfTI files, {folder / name}_level…"
-    sections = [
-        facts_section(facts), levels_section(facts), *([losses_section(facts)] if facts.history else []),
-        *views_sections(facts, shown), settings_section(facts), next_section(facts, path),
-    ]  # fmt: skip
     try:
-        verdict = verdict_text(facts) if facts.history else ""
-        write_page(folder / REPORT, f"The checkpoint {path.name}", sections, verdict)
+        title = f"The checkpoint {path.name}"
+        write_page(folder / REPORT, title, report_sections(facts, path, shown), verdict_text(facts))
     except OSError as error:
         raise MiMError(f"cannot write {folder / REPORT} ({error.strerror}): choose another folder with -o") from error
     yield f"wrote {folder / REPORT}"

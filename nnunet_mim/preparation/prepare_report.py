@@ -16,7 +16,7 @@ from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import Entry
 from nnunet_mim.preparation.prepare import Prepared
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, HISTOGRAM_HU
-from nnunet_mim.reporting.gallery import Slices, gallery_figure, histogram_figure
+from nnunet_mim.reporting.figures import Slices, gallery_figure, histogram_figure
 from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.system.files import write_atomically
 

@@ -1,4 +1,4 @@
-"""Figures of losses and of organs, and what all pictures of slices share.
+"""Pictures of organs and of many volumes, and what all pictures of slices share.
 
 Arrays are (z, y, x) as in nnU-Net: z to the head, y to the back, x to the patient's left. Slices are shown as
 radiologists look at them: the patient's right is on the left of the picture, the head is up.
@@ -6,7 +6,7 @@ radiologists look at them: the patient's right is on the left of the picture, th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,47 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2", "#999999")
-
-
-@dataclass(frozen=True)
-class LossPanel:
-    """Curves of one level for `loss_figure`."""
-
-    title: str
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    """name → (iterations, losses)"""
-    baselines: Mapping[str, float]
-    """name → loss of a trivial predictor, drawn as a horizontal line"""
-
-
-def loss_figure(panels: Sequence[LossPanel], ylabel: str = "reconstruction loss") -> Figure:
-    """Draw losses over iterations, one panel per level, with trivial predictors as dashed lines."""
-    figure = Figure(figsize=(12.6, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for column, panel in zip(axes, panels, strict=True):
-        for (name, (x, y)), colour in zip(panel.curves.items(), ("#9dbcd4", "#0072b2", "#d55e00"), strict=False):
-            column.plot(x, y, color=colour, linewidth=1.8, label=name)
-        for (name, value), dashes in zip(panel.baselines.items(), ("--", ":"), strict=False):
-            column.axhline(value, color="#555555", linewidth=1.2, linestyle=dashes, label=name)
-        column.set_title(panel.title, fontsize=11)
-        column.set_xlabel("iteration")
-        column.grid(alpha=0.25)
-        column.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(ylabel)
-    axes[0].set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
-    ends = [f"{p.title}: {name} ends at {y[-1]:.3g}" for p in panels for name, (_, y) in p.curves.items() if len(y)]
-    figure.set_label(f"Curves of the {ylabel} over iterations: {'; '.join(ends)}. Dashed lines are trivial guesses.")
-    return figure
+CT_WINDOW = (-450.0, 350.0)
+"""HU of the grey scale"""
 
 
 def segmentation_figure(
-    ct: np.ndarray,
-    truth: np.ndarray,
-    prediction: np.ndarray,
-    names: Sequence[str],
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    window: tuple[float, float] = (-180.0, 260.0),
+    ct: np.ndarray, truth: np.ndarray, prediction: np.ndarray, names: Sequence[str], spacing: Sequence[float]
 ) -> Figure:
     """Draw CT, true and predicted organs of a case, in the axial and the coronal slice that show most of the organs.
 
@@ -66,7 +31,6 @@ def segmentation_figure(
         prediction: like truth.
         names: organs, in the order of their labels.
         spacing: mm along (z, y, x).
-        window: minimum and maximum HU of the grey scale.
     """
     figure = Figure(figsize=(10.8, 7.4), layout="constrained")
     axes = figure.subplots(2, 3)
@@ -77,7 +41,7 @@ def segmentation_figure(
         layout = slice_layout(axis, spacing)
         picture = np.take(ct, index, axis)
         for column, (title, labels) in zip(row, contents.items(), strict=True):
-            column.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1], **layout)
+            column.imshow(picture, cmap="gray", vmin=-180, vmax=260, **layout)
             if labels is not None:
                 _overlay(column, np.take(labels, index, axis), colours, layout)
             bare(column)
@@ -112,13 +76,62 @@ def _overlay(column: Any, labels: np.ndarray, colours: Sequence[str], layout: di
     column.imshow(fill, interpolation="nearest", **layout)
 
 
-def slice_layout(axis: int, spacing: Sequence[float]) -> dict[str, Any]:
-    """Arguments of `imshow` that show a slice across axis 0 or 1 upright and in proportion.
+@dataclass(frozen=True)
+class Slices:
+    """Two slices through the middle of a volume, in HU for CT."""
 
-    Args:
-        axis: axis of the volume (z, y, x) that the slice is taken along.
-        spacing: mm along (z, y, x).
-    """
+    name: str
+    coronal: np.ndarray
+    """(Z, X)"""
+    axial: np.ndarray
+    """(Y, X)"""
+    spacing: tuple[float, float, float]
+    """mm along z, y, x"""
+
+
+def gallery_figure(volumes: Sequence[Slices]) -> Figure:
+    """Draw a column per volume: a coronal slice, head up, and an axial slice; all in the same scale of mm."""
+    heights = [max(len(v.coronal) * v.spacing[0] for v in volumes), max(len(v.axial) * v.spacing[1] for v in volumes)]
+    width = max(v.coronal.shape[1] * v.spacing[2] for v in volumes)
+    column = min(2.2, 12.6 / len(volumes))
+    figure = Figure(figsize=(column * len(volumes), column * sum(heights) / width + 0.4), layout="constrained")
+    axes = figure.subplots(2, len(volumes), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for (above, below), volume in zip(axes.T, volumes, strict=True):
+        z, y, x = volume.spacing
+        for place, picture, step, height in (
+            (above, volume.coronal, z, heights[0]),
+            (below, volume.axial[::-1], y, heights[1]),
+        ):
+            high, wide = picture.shape[0] * step, picture.shape[1] * x
+            grey = {"cmap": "gray", "vmin": CT_WINDOW[0], "vmax": CT_WINDOW[1], "interpolation": "nearest"}
+            place.imshow(picture, origin="lower", extent=(0, wide, 0, high), **grey)
+            place.set_xlim((wide - width) / 2, (wide + width) / 2)
+            place.set_ylim((high - height) / 2, (high + height) / 2)
+            place.set_facecolor("black")
+            bare(place)
+        above.set_title(volume.name if len(volume.name) < 22 else f"…{volume.name[-20:]}", fontsize=8)
+    names = ", ".join(volume.name for volume in volumes)
+    figure.set_label(f"Coronal (above) and axial slices through the middle of {names}, in the same scale.")
+    return figure
+
+
+def histogram_figure(edges: np.ndarray, counts: np.ndarray, window: tuple[float, float]) -> Figure:
+    """Draw the share of voxels by HU, from edges (N + 1,) and counts (N,) of bins, and the window (HU) of the plans."""
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(edges[:-1], counts / counts.sum(), np.diff(edges), align="edge", color=COLOURS[1])
+    for place in window:
+        axes.axvline(place, color="#555555", linewidth=1.2, linestyle="--")
+    axes.set_yscale("log")
+    axes.set_xlabel("HU")
+    axes.set_ylabel("share of voxels")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.set_label(f"Share of voxels by HU; dashed: the window from {window[0]:g} to {window[1]:g} HU.")
+    return figure
+
+
+def slice_layout(axis: int, spacing: Sequence[float]) -> dict[str, Any]:
+    """Arguments of `imshow` that show a slice across axis 0 or 1 of (z, y, x) upright; spacing: mm along each axis."""
     z, y, x = spacing
     return {"origin": "upper", "aspect": y / x} if axis == 0 else {"origin": "lower", "aspect": z / x}
 

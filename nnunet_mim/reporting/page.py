@@ -46,27 +46,23 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; backg
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page.
-
-    Attributes:
-        title: heading.
-        text: plain text; an empty line starts a new paragraph.
-        note: text below the figures, in smaller print.
-        figures: matplotlib figures, whose label becomes the alternative text, or bytes of PNG files.
-        table: rows of cells; the first row is the heading, not shown if all its cells are empty.
-        code: lines shown as they are.
-        marked: numbers of highlighted rows of the table; 1 is the first below the heading.
-        words: the table holds words, not numbers.
-    """
+    """One part of a page."""
 
     title: str
     text: str = ""
+    """an empty line starts a new paragraph"""
     note: str = ""
+    """text below the figures, in smaller print"""
     figures: Sequence[Figure | bytes] = ()
+    """matplotlib figures, whose label becomes the alternative text, or bytes of PNG files"""
     table: list[list[str]] | None = None
+    """rows of cells; the first row is the heading, not shown if all its cells are empty"""
     code: str = ""
+    """lines shown as they are"""
     marked: Collection[int] = ()
+    """numbers of highlighted rows of the table; 1 is the first below the heading"""
     words: bool = False
+    """whether the table holds words, not numbers"""
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], summary: str = "") -> None:
@@ -78,21 +74,30 @@ def write_page(path: Path, title: str, sections: Sequence[Section], summary: str
         sections: parts of the page, from top to bottom.
         summary: highlighted sentence below the title.
     """
+    title = html.escape(title)
     first = f'<p class="lead">{html.escape(summary)}</p>\n' if summary else ""
     body = "\n".join(_section_html(section) for section in sections)
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{first}{body}\n</body>\n</html>\n"
-    )
-    path = Path(path)
+    page = f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{first}{body}
+</body>
+</html>
+"""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8", "replace"))
 
 
 def _section_html(section: Section) -> str:
-    parts = [f"<section>\n<h2>{html.escape(section.title)}</h2>"]
-    parts += [f"<p>{html.escape(p)}</p>" for p in _paragraphs(section.text)]
+    parts = [f"<section>\n<h2>{html.escape(section.title)}</h2>", *_paragraphs(section.text, "<p>")]
     if section.table:
         parts.append(_table_html(section.table, section.marked, section.words))
     for figure in section.figures:
@@ -100,7 +105,7 @@ def _section_html(section: Section) -> str:
         png = base64.b64encode(figure_png(figure) if isinstance(figure, Figure) else figure).decode()
         alt = html.escape(label or section.title, quote=True)
         parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{png}"></figure>')
-    parts += [f'<p class="note">{html.escape(p)}</p>' for p in _paragraphs(section.note)]
+    parts += _paragraphs(section.note, '<p class="note">')
     if section.code:
         parts.append(f"<pre>{html.escape(section.code)}</pre>")
     return "\n".join([*parts, "</section>"])
@@ -117,8 +122,8 @@ def _table_html(table: list[list[str]], marked: Collection[int], words: bool) ->
     return f'<div class="scroll"><table{kind}>\n' + "\n".join(lines) + "\n</table></div>"
 
 
-def _paragraphs(text: str) -> list[str]:
-    return [p.strip() for p in text.split("\n\n") if p.strip()]
+def _paragraphs(text: str, tag: str) -> list[str]:
+    return [f"{tag}{html.escape(p.strip())}</p>" for p in text.split("\n\n") if p.strip()]
 
 
 def figure_png(figure: Figure, dpi: float = 110) -> bytes:

@@ -15,17 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
-from nnunet_mim.reporting.figures import COLOURS, bare, mark_sides, slice_layout
+from nnunet_mim.reporting.figures import COLOURS, CT_WINDOW, bare, mark_sides, slice_layout
 
-MASKED_GREY = 0.45
-"""brightness of masked tokens, 0 to 1"""
 CHILD_COLOUR = "#4db8ff"
-CT_WINDOW = (-450.0, 350.0)
-"""HU of the grey scale"""
-MINIMUM_HEIGHT, MAXIMUM_HEIGHT = 0.4, 2.5
-"""of a picture, in units of its width"""
-SIDES_AT = (0.03, 0.93)
-"""where the patient's sides are marked, as shares of the picture"""
 
 
 @dataclass(frozen=True)
@@ -38,47 +30,42 @@ class ReconstructedView:
     """bool, True = masked"""
     reconstruction: np.ndarray
     """shown at masked voxels only; the others are the input's"""
-    child_box: tuple[slice, slice, slice] | None = None
+    child_box: tuple[slice, slice, slice] | None
     """masked voxels that the view of the next level was cut from"""
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    spacing: tuple[float, float, float]
     """mm between voxels of the view"""
-    given: np.ndarray | None = None
+    given: np.ndarray
     """each masked token filled with its own mean, which is added to predictions"""
-    infill: np.ndarray | None = None
+    infill: np.ndarray
     """masked voxels copied from the nearest visible ones"""
 
 
 def views_figure(views: Sequence[ReconstructedView], window: tuple[float, float] = CT_WINDOW) -> Figure:
     """Draw one row per level: original, masked, reconstructed of an axial slice, and the same of a coronal slice.
 
-    The slices go through what the next row is cut from, which is framed in blue.
-
-    Args:
-        views: one view per level, outermost first.
-        window: minimum and maximum HU of the grey scale.
+    The slices go through what the next row is cut from, which is framed in blue. `window` is the minimum and maximum HU
+    of the grey scale.
     """
-    figure, axes = _grid(views, (0, 0, 0, 1, 1, 1))
-    for number, (row, view) in enumerate(zip(axes, views, strict=True)):
-        image, mask = _grey(view.input, window), np.asarray(view.mask, bool)
-        reconstruction = np.where(mask, _grey(view.reconstruction, window), image)
-        for axis, direction, columns in ((0, "axial", row[:3]), (1, "coronal", row[3:])):
-            index = slice_to_show(image, mask, axis, view.child_box)
-            covered = np.take(mask, index, axis)
-            contents = {"original": image, "masked": image, "reconstructed": reconstruction}
-            for column, (content, volume) in zip(columns, contents.items(), strict=True):
-                picture = np.repeat(np.take(volume, index, axis)[..., None], 3, -1)  # RGB
-                if content == "masked":
-                    picture = np.where(covered[..., None], _hatch(covered.shape), picture)
-                _show(column, picture, axis, view)
-                if content == "reconstructed":
-                    _outline(column, covered)
-                elif view.child_box is not None:
-                    column.add_patch(_frame(*(view.child_box[a] for a in range(3) if a != axis)))
-                if number == 0:
-                    column.set_title(f"{direction}: {content}", fontsize=10)
-            if number == 0:
-                mark_sides(columns[0], *SIDES_AT)
-        row[0].set_ylabel(view.title, fontsize=10)
+    contents = ("original", "masked", "reconstructed")
+    titles = [(f"{name}: {content}", axis) for axis, name in enumerate(("axial", "coronal")) for content in contents]
+    figure, axes = _grid(views, titles)
+    for row, view in zip(axes, views, strict=True):
+        image = _grey(view.input, window)
+        filled = np.where(view.mask, _grey(view.reconstruction, window), image)
+        for axis, (original, masked, reconstructed) in enumerate((row[:3], row[3:])):
+            index = slice_to_show(image, view.mask, axis, view.child_box)
+            covered = np.take(view.mask, index, axis)
+            picture = np.take(image, index, axis)
+            _show(original, picture, axis, view)
+            _show(masked, np.where(covered[..., None], _hatch(covered.shape), picture[..., None]), axis, view)
+            _show(reconstructed, np.take(filled, index, axis), axis, view)
+            _outline(reconstructed, covered)
+            if view.child_box is not None:
+                rows, columns = (view.child_box[a] for a in range(3) if a != axis)
+                corner = columns.start - 0.5, rows.start - 0.5
+                size = columns.stop - columns.start, rows.stop - rows.start
+                for column in (original, masked):
+                    column.add_patch(Rectangle(corner, *size, fill=False, edgecolor=CHILD_COLOUR, linewidth=2))
     handles = [
         Patch(facecolor="none", edgecolor=COLOURS[0], label="filled in by the network"),
         Patch(facecolor="none", edgecolor=CHILD_COLOUR, linewidth=2, label="masked place the next row is cut from"),
@@ -92,31 +79,16 @@ def views_figure(views: Sequence[ReconstructedView], window: tuple[float, float]
 
 
 def comparison_figure(views: Sequence[ReconstructedView], window: tuple[float, float] = CT_WINDOW) -> Figure:
-    """Draw one row per level: an axial slice, its masked tokens filled in trivially, and by the network.
-
-    Args:
-        views: one view per level, with `given` and `infill`.
-        window: minimum and maximum HU of the grey scale.
-    """
-    figure, axes = _grid(views, (0, 0, 0, 0))
-    for number, (row, view) in enumerate(zip(axes, views, strict=True)):
-        image, mask = _grey(view.input, window), np.asarray(view.mask, bool)
-        index = slice_to_show(image, mask, 0, view.child_box)
-        columns = {
-            "original": view.input,
-            "given: mean of each token": view.given,
-            "nearest visible voxels": view.infill,
-            "network": view.reconstruction,
-        }
-        for column, (name, volume) in zip(row, columns.items(), strict=True):
-            filled = np.where(mask, _grey(view.input if volume is None else volume, window), image)
-            _show(column, np.repeat(filled[index][..., None], 3, -1), 0, view)
-            _outline(column, mask[index])
-            if number == 0:
-                column.set_title(name, fontsize=10)
-        if number == 0:
-            mark_sides(row[0], *SIDES_AT)
-        row[0].set_ylabel(view.title, fontsize=10)
+    """Draw one row per level: an axial slice, its masked tokens filled in trivially, and by the network."""
+    titles = ("original", "given: mean of each token", "nearest visible voxels", "network")
+    figure, axes = _grid(views, [(title, 0) for title in titles])
+    for row, view in zip(axes, views, strict=True):
+        image = _grey(view.input, window)
+        index = slice_to_show(image, view.mask, 0, view.child_box)
+        for column, volume in zip(row, (view.input, view.given, view.infill, view.reconstruction), strict=True):
+            filled = np.where(view.mask[index], _grey(volume[index], window), image[index])
+            _show(column, filled, 0, view)
+            _outline(column, view.mask[index])
     figure.set_label(
         f"Axial slices of one view per level ({_names(views)}), masked tokens outlined in orange: the original, each "
         "masked token filled with its mean, with the nearest visible voxels, and by the network."
@@ -125,13 +97,13 @@ def comparison_figure(views: Sequence[ReconstructedView], window: tuple[float, f
 
 
 def slice_to_show(image: np.ndarray, mask: np.ndarray, axis: int, box: tuple[slice, slice, slice] | None = None) -> int:
-    """Index of the slice with the highest contrast of masked voxels and a balanced share of visible ones.
+    """Index of the slice along an axis with the highest contrast of masked voxels and a balanced share of visible ones.
 
     Args:
         image: (Z, Y, X) grey values from 0 to 1.
         mask: (Z, Y, X) bool, True = masked.
-        axis: axis that the slices are taken along.
-        box: take only slices well inside this box of voxels.
+        axis: 0 or 1.
+        box: only slices well inside this box of voxels count.
     """
     first, last = 0, image.shape[axis] - 1
     if box is not None:
@@ -149,28 +121,30 @@ def slice_to_show(image: np.ndarray, mask: np.ndarray, axis: int, box: tuple[sli
 
 
 def interest(image: np.ndarray) -> float:
-    """Contrast within the tissue times its share of the voxels.
-
-    Args:
-        image: (Z, Y, X) grey values from 0 to 1, where air is 0.
-    """
+    """Contrast within the tissue times its share of the voxels of an image (Z, Y, X), from 0 (air) to 1."""
     tissue = image > 0.1
     return float(image[tissue].std() * tissue.mean()) if tissue.any() else 0.0
 
 
-def _grid(views: Sequence[ReconstructedView], axes: Sequence[int]) -> tuple[Figure, np.ndarray]:
-    """Make an empty figure with a row per view, and a column for each axis in `axes` that slices are taken along.
+def _grid(views: Sequence[ReconstructedView], titles: Sequence[tuple[str, int]]) -> tuple[Figure, np.ndarray]:
+    """Make a figure with a row per view, and a column per title and the axis that its slices are taken along.
 
     Flat pictures get wider columns than tall ones, so that neither are small.
     """
     z, y, x = (n * s for n, s in zip(views[0].input.shape, views[0].spacing, strict=True))
-    ratios = [min(max((y if axis == 0 else z) / x, MINIMUM_HEIGHT), MAXIMUM_HEIGHT) for axis in axes]
+    ratios = [min(max((y if axis == 0 else z) / x, 0.4), 2.5) for _, axis in titles]  # height in units of the width
     widths = [1 / math.sqrt(ratio) for ratio in ratios]
     scale = min(12.1 / sum(widths), 3.2)
     height = scale * max(width * ratio for width, ratio in zip(widths, ratios, strict=True))
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.04, hspace=0)
     figure = Figure(figsize=(scale * sum(widths) + 0.5, height * len(views) + 0.6), layout=layout)
-    grid = figure.subplots(len(views), len(axes), squeeze=False, gridspec_kw={"width_ratios": widths})
+    grid = figure.subplots(len(views), len(titles), squeeze=False, gridspec_kw={"width_ratios": widths})
+    for column, (title, _) in zip(grid[0], titles, strict=True):
+        column.set_title(title, fontsize=10)
+        if "original" in title:
+            mark_sides(column, 0.03, 0.93)
+    for row, view in zip(grid, views, strict=True):
+        row[0].set_ylabel(view.title, fontsize=10)
     return figure, grid
 
 
@@ -180,7 +154,9 @@ def _grey(volume: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def _show(column: Any, picture: np.ndarray, axis: int, view: ReconstructedView) -> None:
-    """Show a slice (rows, columns, RGB) across axis 0 or 1."""
+    """Show a slice across axis 0 or 1: grey values (rows, columns), or RGB (rows, columns, 3)."""
+    if picture.ndim == 2:
+        picture = np.repeat(picture[..., None], 3, -1)
     column.imshow(picture, vmin=0, vmax=1, interpolation="nearest", **slice_layout(axis, view.spacing))
     bare(column)
 
@@ -195,15 +171,7 @@ def _names(views: Sequence[ReconstructedView]) -> str:
     return ", ".join(" ".join(view.title.split()) for view in views)
 
 
-def _frame(rows: slice, columns: slice) -> Rectangle:
-    """Outline of a box of pixels."""
-    height, width = rows.stop - rows.start, columns.stop - columns.start
-    corner = (columns.start - 0.5, rows.start - 0.5)
-    return Rectangle(corner, width, height, fill=False, edgecolor=CHILD_COLOUR, linewidth=2)
-
-
 def _hatch(shape: tuple[int, ...]) -> np.ndarray:
     """Bluish grey with diagonal lines (rows, columns, RGB), which no tissue looks like."""
     rows, columns = np.indices(shape)
-    lines = ((rows + columns) % 4 == 0)[..., None] * 0.13
-    return np.array([MASKED_GREY - 0.05, MASKED_GREY, MASKED_GREY + 0.1]) + lines
+    return np.array([0.40, 0.45, 0.55]) + 0.13 * ((rows + columns) % 4 == 0)[..., None]

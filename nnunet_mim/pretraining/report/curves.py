@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class Line:
     x: np.ndarray
     y: np.ndarray
     colour: str
-    style: str = "-"
-    width: float = 1.6
+    style: str
+    width: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Panel:
 
     title: str
     lines: list[Line]
-    right: list[Line] = field(default_factory=list)
+    right: Sequence[Line] = ()
     """curves with an axis of their own"""
     logarithmic: bool = False
     """the axis on the right"""
@@ -53,11 +54,7 @@ class Panel:
 
 
 def write_progress(folder: Path) -> None:
-    """Draw FOLDER/progress.png from train.csv and val.csv; a picture that fails is no reason to end a run.
-
-    Args:
-        folder: of the run. Where it holds nothing to draw yet, nothing is written.
-    """
+    """Draw FOLDER/progress.png from train.csv and val.csv, if they hold anything; a failure does not end the run."""
     try:
         train, val = (read_columns(folder / name) for name in ("train.csv", "val.csv"))
         panels = panels_of(TrainingFigures.from_row(train), Measurement.from_row(val))
@@ -67,21 +64,19 @@ def write_progress(folder: Path) -> None:
         print(f"note: {folder / PROGRESS} could not be drawn ({type(error).__name__}: {error})", flush=True)
 
 
-def read_columns(path: Path, max_rows: int = MAX_ROWS) -> Columns:
-    """Columns of a CSV file of numbers; empty for a file that is missing or has no rows.
+def read_columns(path: Path) -> Columns:
+    """Columns of train.csv or val.csv; empty for a file that is missing or has no rows.
 
-    Args:
-        path: of train.csv or val.csv.
-        max_rows: where there are more, an even selection that holds the last one.
+    Of more than `MAX_ROWS` rows, an even selection that holds the last one.
     """
     if not path.is_file():
         return {}
     head, *lines = path.read_text().splitlines() or [""]
     names = head.split(",")
-    step = max(1, -(-len(lines) // max_rows))
-    rows = [line.split(",") for line in lines[(len(lines) - 1) % step :: step]]
-    values = [[_number(cell) for cell in row] for row in rows if len(row) == len(names)]  # not a line that is cut short
-    return dict(zip(names, np.array(values, dtype=float).T, strict=True)) if values else {}
+    step = max(1, -(-len(lines) // MAX_ROWS))
+    lines = lines[(len(lines) - 1) % step :: step]
+    rows = [line for line in lines if line.count(",") == head.count(",")]  # not a line that is cut short
+    return dict(zip(names, np.genfromtxt(rows, delimiter=",", ndmin=2).T, strict=True)) if rows else {}
 
 
 def columns_of(rows: Sequence[Mapping[str, float]]) -> Columns:
@@ -90,62 +85,39 @@ def columns_of(rows: Sequence[Mapping[str, float]]) -> Columns:
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
 
 
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return np.nan
-
-
 def panels_of(train: TrainingFigures[np.ndarray], val: Measurement[np.ndarray]) -> list[Panel]:
     """What there is to draw, from the columns of train.csv and val.csv; a panel without data is left out."""
-    panels = [_reconstruction(number, train, val) for number in LEVELS]
-    panels += [_alignment(val), _features(val), _probe(val), _optimisation(train), _speed(train)]
-    return [panel for panel in panels if panel.lines or panel.right]
+    panels = []
+    for level in (val.level(number) for number in LEVELS):
+        lines = [
+            *_line(train.iteration, train.level(level.number).reconstruction, "training", TRAIN),
+            *_line(val.iteration, level.reconstruction, "held out", HELD_OUT, width=2.0),
+            *_line(val.iteration, level.guesses.token_mean, "guess: the token's mean", GREY, "--", 1.2),
+            *_line(val.iteration, level.guesses.infill, "guess: copy the nearest voxels", GREY, ":", 1.4),
+        ]
+        panels.append(Panel(f"{level.title}: reconstruction loss", lines))
 
-
-def _reconstruction(number: int, train: TrainingFigures[np.ndarray], val: Measurement[np.ndarray]) -> Panel:
-    level = val.level(number)
-    lines = [
-        *_line(train.iteration, train.level(number).reconstruction, "training", TRAIN),
-        *_line(val.iteration, level.reconstruction, "held out", HELD_OUT, width=2.0),
-        *_line(val.iteration, level.guesses.token_mean, "guess: the token's mean", GREY, "--", 1.2),
-        *_line(val.iteration, level.guesses.infill, "guess: copy the nearest voxels", GREY, ":", 1.4),
-    ]
-    return Panel(f"{level.title}: reconstruction loss", lines)
-
-
-def _alignment(val: Measurement[np.ndarray]) -> Panel:
-    lines = []
+    alignment = []
     for level in val.levels:
         colour = LEVEL_COLOURS[level.number]
-        lines += _line(val.iteration, level.alignment_top1, f"{level.title}, held out", colour)
-        lines += _line(val.iteration, level.alignment_chance, f"{level.title}, chance", colour, "--", 1.2)
-    return Panel("alignment: right place found", lines, from_zero=True)
-
-
-def _features(val: Measurement[np.ndarray]) -> Panel:
+        alignment += _line(val.iteration, level.alignment_top1, f"{level.title}, held out", colour)
+        alignment += _line(val.iteration, level.alignment_chance, f"{level.title}, chance", colour, "--", 1.2)
     rank = _line(val.iteration, val.feature_rank, "effective rank (left)", HELD_OUT)
     spread = _line(val.iteration, val.feature_std, "spread (right)", "#d55e00")
-    return Panel("encoder features (rank 1, spread 0: collapsed)", rank, spread, from_zero=True)
-
-
-def _probe(val: Measurement[np.ndarray]) -> Panel:
-    lines = _line(val.iteration, val.probe.dice, "mean", "#1d2329", width=2.2)
-    for position, (label, dice) in enumerate(sorted(val.probe.labels.items())):
-        lines += _line(val.iteration, dice, f"label {label}", LABEL_COLOURS[position % len(LABEL_COLOURS)], width=1.1)
-    return Panel("label probe: Dice on held-out cases", lines, from_zero=True)
-
-
-def _optimisation(train: TrainingFigures[np.ndarray]) -> Panel:
+    dice = _line(val.iteration, val.probe.dice, "mean", "#1d2329", width=2.2)
+    for (label, values), colour in zip(sorted(val.probe.labels.items()), cycle(LABEL_COLOURS), strict=False):
+        dice += _line(val.iteration, values, f"label {label}", colour, width=1.1)
     rate = _line(train.iteration, train.learning_rate, "learning rate (left)", HELD_OUT)
     norm = _line(train.iteration, train.grad_norm, "gradient norm before clipping (right)", "#e0a458", width=1.1)
-    return Panel("optimisation", rate, norm, logarithmic=True, from_zero=True)
-
-
-def _speed(train: TrainingFigures[np.ndarray]) -> Panel:
     speed = _line(train.iteration, train.crops_per_s, "crops/s", GREY, width=1.1)
-    return Panel("speed: crops per second", speed, from_zero=True)
+    panels += [
+        Panel("alignment: right place found", alignment, from_zero=True),
+        Panel("encoder features (rank 1, spread 0: collapsed)", rank, spread, from_zero=True),
+        Panel("label probe: Dice on held-out cases", dice, from_zero=True),
+        Panel("optimisation", rate, norm, logarithmic=True, from_zero=True),
+        Panel("speed: crops per second", speed, from_zero=True),
+    ]
+    return [panel for panel in panels if panel.lines or panel.right]
 
 
 def _line(
@@ -161,22 +133,19 @@ def _line(
 
 
 def progress_figure(panels: Sequence[Panel], width: float = 10.0, height: float = 1.9) -> Figure:
-    """All panels under each other, over the same iterations.
-
-    Args:
-        panels: of `panels_of`, at least one.
-        width: of the figure, inches.
-        height: of a panel, inches.
-    """
+    """All panels (at least one) under each other; width of the figure and height of a panel in inches."""
     total = height * len(panels) + 0.45
     figure = Figure(figsize=(width, total))
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    left, right = 0.6 / width, 1 - 0.65 / width
-    figure.subplots_adjust(left, 0.5 / total, right, 1 - 0.3 / total, hspace=0.42)
+    figure.subplots_adjust(0.6 / width, 0.5 / total, 1 - 0.65 / width, 1 - 0.3 / total, hspace=0.42)
     for axis, panel in zip(axes, panels, strict=True):
         _draw(axis, panel)
     axes[-1].set_xlabel("iteration", fontsize=9)
-    figure.set_label(f"Curves over iterations: {'; '.join(_ends(panel) for panel in panels)}.")
+    texts = []
+    for panel in panels:
+        ends = ", ".join(f"{line.name} ends at {line.y[-1]:.3g}" for line in [*panel.lines, *panel.right])
+        texts.append(f"{panel.title} ({ends})")
+    figure.set_label(f"Curves over iterations: {'; '.join(texts)}.")
     return figure
 
 
@@ -203,13 +172,7 @@ def _draw(axis: Any, panel: Panel) -> None:
             side.set_yscale("log")
         else:
             side.set_ylim(bottom=0)
-    columns = min(len(handles), 6)
     axis.legend(
-        handles=handles, loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=columns, fontsize=8, frameon=False,
-        borderaxespad=0.2, handlelength=1.8, columnspacing=1.2,
+        handles=handles, loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=min(len(handles), 6), fontsize=8,
+        frameon=False, borderaxespad=0.2, handlelength=1.8, columnspacing=1.2,
     )  # fmt: skip
-
-
-def _ends(panel: Panel) -> str:
-    values = ", ".join(f"{line.name} ends at {line.y[-1]:.3g}" for line in [*panel.lines, *panel.right])
-    return f"{panel.title} ({values})"

@@ -23,11 +23,6 @@ from nnunet_mim.pretraining.objective.losses import VARIANCE_EPS, normalize_toke
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 from nnunet_mim.reporting.views import ReconstructedView, interest
 
-CANDIDATES = (4, 8)
-"""number of children to choose from, per edge"""
-TISSUE = 0.1
-"""grey value, black being 0 and white 1, above which a voxel is no air"""
-
 
 @dataclass(frozen=True)
 class LevelPicture:
@@ -54,7 +49,6 @@ class LevelPicture:
 
     @property
     def name(self) -> str:
-        """`level1`, …"""
         return f"level{self.number}"
 
     @property
@@ -87,18 +81,17 @@ def load_network(checkpoint: Mapping[str, Any], device: str = "cpu") -> Pretrain
 def reconstruct_volume(
     model: PretrainingNetwork, checkpoint: Mapping[str, Any], volume: np.ndarray, seed: int = 0
 ) -> list[LevelPicture]:
-    """As `reconstruct_crop`, of the box around the middle of the body.
+    """As `reconstruct_crop`, of the box around the middle of the body in a volume (C, X, Y, Z).
 
-    Args:
-        model: of `load_network`.
-        checkpoint: as `nnunet_mim.checkpoint.format.load_checkpoint` returns it.
-        volume: (C, X, Y, Z) preprocessed like the pretraining's cases (same spacing and normalisation).
-        seed: of the masks.
+    The volume is preprocessed like the pretraining's cases (same spacing and normalisation).
     """
     size = np.array(levels_of(PretrainConfig.from_dict(checkpoint["mim_config"]))[0].fov)
-    start = crop_start(np.array(volume.shape[1:]), size, tissue_centre(volume[0], Units.of(checkpoint["provenance"])))
-    crop, valid = cut_crop(volume, start, size)
-    return reconstruct_crop(model, checkpoint, crop, valid, start, seed)
+    start = crop_start(np.array(volume.shape[1:]), size, _tissue_centre(volume[0], Units.of(checkpoint["provenance"])))
+    low, high = np.maximum(start, 0), np.minimum(start + size, volume.shape[1:])
+    inside = (slice(None), *map(slice, low, high))
+    outside = [(0, 0), *zip(low - start, start + size - high, strict=True)]
+    crop = np.pad(np.asarray(volume[inside], np.float32), outside)
+    return reconstruct_crop(model, checkpoint, crop, np.stack([low - start, high - start], axis=-1), start, seed)
 
 
 @torch.no_grad()
@@ -109,31 +102,33 @@ def reconstruct_crop(
     """Mask and reconstruct one view per level, each cut from a masked place of the one before.
 
     Args:
-        model, checkpoint: as in `reconstruct_volume`.
+        model: of `load_network`.
+        checkpoint: as `load_checkpoint` returns it.
         crop: (C, *field of view of level 1) normalised voxels.
         valid: (3, 2) first and one-past-last voxel of the crop that lies inside the volume.
         start: (3,) first voxel of the crop in the volume.
         seed: of the masks.
 
     Returns:
-        One view per level, outermost first; of a view's children the one with most to see comes next.
+        One view per level, outermost first.
     """
     config, units = PretrainConfig.from_dict(checkpoint["mim_config"]), Units.of(checkpoint["provenance"])
     device = next(model.parameters()).device
-    body = (slice(None), *(slice(int(a), int(b)) for a, b in valid))
+    body = (slice(None), *(slice(*bounds) for bounds in valid))
     inside = crop[body]
     windows = np.array([units.window(channel, inside[channel]) for channel in range(config.in_channels)], np.float32)
     fill = torch.from_numpy(windows[:, 0]).to(device)
     flat = FLAT_FRACTION * torch.from_numpy(windows[:, 1] - windows[:, 0]).to(device)
+    levels = levels_of(replace(config, n_children=(4, 8)))  # of so many children the most interesting one is shown
     views = nested_views(
-        torch.from_numpy(crop)[None].to(device), torch.from_numpy(valid)[None].to(device), fill,
-        levels_of(replace(config, n_children=CANDIDATES)), torch.Generator(device).manual_seed(seed), flat,
+        torch.from_numpy(crop)[None].to(device), torch.from_numpy(valid)[None].to(device), fill, levels,
+        torch.Generator(device).manual_seed(seed), flat,
     )  # fmt: skip
 
     (scale, shift), (black, white) = units.scale(), units.grey(inside[0])
     row, pictures = 0, []  # number of the view among those of its level
     for position, view in enumerate(views):
-        mask, *filled = (a.cpu().numpy() for a in fill_in(model, one_view(view, row)))
+        mask, *filled = (a.cpu().numpy() for a in _fill_in(model, _one_view(view, row)))
         image, made, given, infill = (a * scale + shift for a in (view.images[row, 0].cpu().numpy(), *filled))
         first = tuple(int(v) for v in start + view.offset[row].cpu().numpy())
         box = None
@@ -141,20 +136,22 @@ def reconstruct_crop(
             n = view.level.n_children
             children = views[position + 1].images[row * n : (row + 1) * n, 0].cpu().numpy() * scale + shift
             chosen = int(np.argmax([interest(np.clip((c - black) / (white - black), 0, 1)) for c in children]))
-            box = place_in_view(view.level, int(view.places[row, chosen]))
+            region = np.unravel_index(int(view.places[row, chosen]), view.level.n_regions)
+            sizes = [v // n for v, n in zip(view.level.view_size, view.level.n_regions, strict=True)]
+            box = tuple(slice(int(i) * s, (int(i) + 1) * s) for i, s in zip(region, sizes, strict=True))
             row = row * n + chosen
         level = level_number(position, len(views))
         pictures.append(LevelPicture(level, view.level, image, mask, made, given, infill, first, box))  # type: ignore[arg-type]
     return pictures
 
 
-def one_view(views: LevelViews, row: int) -> LevelViews:
+def _one_view(views: LevelViews, row: int) -> LevelViews:
     """One of the views of a level (N = 1)."""
     tensors = {name: value[row : row + 1] for name, value in vars(views).items() if torch.is_tensor(value)}
     return LevelViews(level=views.level, **tensors)
 
 
-def fill_in(model: PretrainingNetwork, view: LevelViews) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fill_in(model: PretrainingNetwork, view: LevelViews) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First channel of one view (N = 1) with its masked tokens filled in three ways.
 
     Returns:
@@ -164,7 +161,7 @@ def fill_in(model: PretrainingNetwork, view: LevelViews) -> tuple[Tensor, Tensor
     """
     truth = view.masked_tokens()  # (1, M, P)
     variance, mean = torch.var_mean(truth, dim=-1, keepdim=True)
-    spread = (variance + VARIANCE_EPS).sqrt()
+    std = (variance + VARIANCE_EPS).sqrt()
     predicted = model(view.images, view.ids_keep, view.ids_masked).prediction.float()
     nearest = normalize_tokens(infill_tokens(view))
     tokens = tokens_from_grid(view.images.permute(0, 2, 3, 4, 1), view.level.token_size)
@@ -175,11 +172,10 @@ def fill_in(model: PretrainingNetwork, view: LevelViews) -> tuple[Tensor, Tensor
         filled[:, masked] = values.reshape(1, len(masked), *tokens.shape[2:]).to(tokens.dtype)
         return grid_from_tokens(filled, grid)[0, ..., 0]
 
-    hidden = torch.zeros_like(tokens)
-    hidden[:, masked] = 1
-    ways = predicted * spread + mean, mean.expand_as(truth), nearest * spread + mean
-    filled, given, infill = (view_with(values) for values in ways)
-    return grid_from_tokens(hidden, grid)[0, ..., 0] > 0, filled, given, infill
+    hidden = torch.zeros_like(tokens, dtype=torch.bool)
+    hidden[:, masked] = True
+    mask = grid_from_tokens(hidden, grid)[0, ..., 0]
+    return mask, view_with(predicted * std + mean), view_with(mean.expand_as(truth)), view_with(nearest * std + mean)
 
 
 def crop_start(shape: np.ndarray, size: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -188,55 +184,30 @@ def crop_start(shape: np.ndarray, size: np.ndarray, centre: np.ndarray) -> np.nd
     return np.where(room > 0, np.clip(np.rint(centre - size / 2), 0, np.maximum(room, 0)), room // 2).astype(np.int64)
 
 
-def tissue_centre(volume: np.ndarray, units: Units) -> np.ndarray:
+def _tissue_centre(volume: np.ndarray, units: Units) -> np.ndarray:
     """Mean position (3,) of what is no air in the first channel (X, Y, Z); the middle where all is air."""
     scale, shift = units.scale()
     black, white = units.grey(volume)
     coarse = volume[::4, ::4, ::4] * scale + shift
-    tissue = np.argwhere(coarse > black + TISSUE * (white - black))
+    tissue = np.argwhere(coarse > black + 0.1 * (white - black))
     return tissue.mean(axis=0) * 4 + 0.5 if len(tissue) else np.array(volume.shape) / 2
-
-
-def cut_crop(volume: np.ndarray, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A box of a volume (C, X, Y, Z): (C, *size), 0 outside the volume, and valid (3, 2) as in `reconstruct_crop`."""
-    low, high = np.maximum(start, 0), np.minimum(start + size, volume.shape[1:])
-    valid = np.stack([low - start, high - start], axis=-1).astype(np.int64)
-    crop = np.zeros((len(volume), *size), np.float32)
-    inside = (slice(None), *(slice(*bounds) for bounds in valid))
-    taken = (slice(None), *(slice(*bounds) for bounds in zip(low, high, strict=True)))
-    crop[inside] = volume[taken]
-    return crop, valid
-
-
-def place_in_view(level: Level, place: int) -> tuple[slice, slice, slice]:
-    """Voxels of the view that a region covers."""
-    index = np.unravel_index(place, level.n_regions)
-    sizes = [v // n for v, n in zip(level.view_size, level.n_regions, strict=True)]
-    return tuple(slice(int(i) * s, (int(i) + 1) * s) for i, s in zip(index, sizes, strict=True))  # type: ignore[return-value]
 
 
 def upright(
     pictures: Sequence[LevelPicture], spacing: Sequence[float], orientation: Orientation
 ) -> list[ReconstructedView]:
-    """Pictures turned for `views_figure`.
-
-    Args:
-        pictures: of one case.
-        spacing: mm between voxels of the preprocessed volume, per axis.
-        orientation: of its arrays.
-    """
+    """Pictures turned for `views_figure`; spacing (mm) and orientation are those of the preprocessed case."""
     views = []
     for picture in pictures:
-        mm = orientation.triple([s * t for s, t in zip(spacing, picture.step, strict=True)])
-        width = orientation.triple([f * s for f, s in zip(picture.level.fov, spacing, strict=True)])
+        size = orientation.triple([f * s for f, s in zip(picture.level.fov, spacing, strict=True)])
         box = picture.child_box
         view = ReconstructedView(
-            title=f"level {picture.number}\n{size_text(width)}",
+            title=f"level {picture.number}\n{_size_text(size)}",
             input=orientation.array(picture.input),
             mask=orientation.array(picture.mask),
             reconstruction=orientation.array(picture.reconstruction),
             child_box=None if box is None else orientation.box(box, picture.level.view_size),
-            spacing=mm,
+            spacing=orientation.triple([s * t for s, t in zip(spacing, picture.step, strict=True)]),
             given=orientation.array(picture.given),
             infill=orientation.array(picture.infill),
         )
@@ -244,7 +215,7 @@ def upright(
     return views
 
 
-def size_text(size: Sequence[float]) -> str:
+def _size_text(size: Sequence[float]) -> str:
     """Millimetres of a box (z, y, x): once if all axes are the same, else left–right × front–back × foot–head."""
     numbers = [f"{n:.0f}" for n in reversed(size)]
     return f"{numbers[0]} mm wide" if len(set(numbers)) == 1 else f"{' × '.join(numbers)} mm"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,71 +19,43 @@ from nnunet_mim.pretraining.objective.levels import level_number
 Table = list[list[str]]
 """rows of cells, the first row being the heading"""
 
-BY_DATA = "by data"
 NOTE = """\
 The network predicts the pattern inside each masked token, normalised to mean 0 and standard deviation 1; that is all
 that the loss asks for. To show it as an image, the true mean and standard deviation of each token are put back. So the
 overall brightness and contrast of a token are given, only the pattern in it is the network's work."""
 
 
-@dataclass(frozen=True)
 class Facts:
-    """A checkpoint, read for its reader.
+    """A checkpoint, as `load_checkpoint` returns it, read for its reader.
 
-    Attributes:
-        checkpoint: as `load_checkpoint` returns it.
-        config: its settings.
-        units: of its voxels.
+    Raises:
+        MiMError: its settings are of another version.
     """
 
-    checkpoint: Mapping[str, Any]
-    config: PretrainConfig
-    units: Units
-
-    @classmethod
-    def of(cls, checkpoint: Mapping[str, Any]) -> Facts:
-        """Raises MiMError for settings of another version."""
-        config = PretrainConfig.from_dict(checkpoint["mim_config"])
-        return cls(checkpoint, config, Units.of(checkpoint["provenance"]))
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        return self.checkpoint["provenance"]
-
-    @cached_property
-    def history(self) -> list[Measurement[float]]:
-        """Measurements, oldest first."""
-        return measurements_of(self.provenance["loss_history"])
-
-    @property
-    def last(self) -> Measurement[float]:
-        """The last measurement, empty where there is none."""
-        return self.history[-1] if self.history else Measurement()
-
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """mm between voxels, array order; empty for converted weights, which do not say."""
-        return tuple(self.provenance["spacing"])
-
-    @property
-    def token_size(self) -> tuple[int, int, int]:
-        return self.config.network.token_size
+    def __init__(self, checkpoint: Mapping[str, Any]) -> None:
+        self.checkpoint = checkpoint
+        self.provenance: Mapping[str, Any] = checkpoint["provenance"]
+        self.config = PretrainConfig.from_dict(checkpoint["mim_config"])
+        self.units = Units.of(self.provenance)
+        self.history = measurements_of(self.provenance["loss_history"])  # oldest first
+        self.last = self.history[-1] if self.history else Measurement[float]()
+        self.spacing = tuple(self.provenance["spacing"])  # mm, array order; empty where it is unknown
+        self.token_size = self.config.network.token_size
 
     def verdict(self) -> Verdict:
-        """What to think of the run."""
         return verdict_on(self.history, self.config)
 
 
 def network_text(facts: Facts) -> str:
     """`tiny: encoder …, decoder …, 5.0 million parameters (…)`."""
-    network, counts = facts.config.network, {"encoder": 0, "decoder": 0, "projectors": 0}
-    for name, weight in facts.checkpoint["network_weights"].items():
-        counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + weight.numel()
-    if facts.config.encoder == "resenc":
-        weights = facts.checkpoint["network_weights"].values()  # some are there under two names
-        millions = sum({weight.data_ptr(): weight.numel() for weight in weights}.values()) / 1e6
+    network, weights = facts.config.network, facts.checkpoint["network_weights"]
+    if facts.config.encoder == "resenc":  # some weights are there under two names
+        millions = sum({weight.data_ptr(): weight.numel() for weight in weights.values()}.values()) / 1e6
         stages = join(facts.config.architecture["arch_kwargs"]["features_per_stage"], "-")
         return f"nnU-Net's residual encoder U-Net, features {stages}; {millions:.2f} million parameters"
+    counts = Counter({"encoder": 0, "decoder": 0, "projectors": 0})
+    for name, weight in weights.items():
+        counts[name.split(".")[0]] += weight.numel()
     encoder = f"encoder {join(network.embed_dims, '-')} with {join(network.depths, '-')} blocks"
     decoder = f"decoder of width {network.decoder_embed_dim} with {network.decoder_depth} blocks"
     parts = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in counts.items() if count)
@@ -93,46 +64,36 @@ def network_text(facts: Facts) -> str:
 
 
 def facts_table(facts: Facts, held_out: Mapping[str, int] | None = None) -> Table:
-    """What a reader wants to know first: two columns, a heading and a text.
-
-    Args:
-        facts: of the checkpoint.
-        held_out: held-out cases by dataset, where known.
-    """
+    """What a reader wants to know first: two columns, a heading and a text; held_out: number of cases by dataset."""
     provenance, config = facts.provenance, facts.config
-    done = provenance["iterations"]
     fold = "no fold left out" if provenance["fold"] == "all" else f"fold {provenance['fold']} left out"
-    rows = [["network", network_text(facts)], ["data", cases_text(facts, held_out)]]
+    trained = Counter(case["dataset"] for case in provenance["cases"])
+    cases = []
+    for dataset in dict.fromkeys([*trained, *(held_out or {})]):
+        beside = "" if held_out is None else f", {held_out.get(dataset, 0)} held out"
+        cases.append(f"{dataset}: {trained[dataset]} cases trained on{beside}")
+    rows = [["network", network_text(facts)], ["data", "; ".join(cases) or "unknown cases"]]
     if provenance["plans_name"]:
         rows.append(["plans", f"{provenance['plans_name']}, {provenance['configuration']}, {fold}"])
     mm = join([f"{s:.3g}" for s in facts.spacing])
     spacing = f"{mm} mm, in the order of the plans" if mm else "unknown"
-    rows += [["spacing", spacing], ["intensities", intensity_text(facts)]]
+    rows += [["spacing", spacing], ["intensities", _intensity_text(facts)]]
     if "converted_from" in provenance:
         rows.append(["training", f"converted from {provenance['converted_from']}"])
     else:
-        rows.append(["training", f"{done} of {config.iterations} iterations of {config.batch_size} crops"])
+        done = f"{provenance['iterations']} of {config.iterations} iterations"
+        rows.append(["training", f"{done} of {config.batch_size} crops"])
     if skipped := len(provenance.get("skipped_steps", ())):
         rows[-1][1] += f", {skipped} skipped for want of a finite gradient"
     if config.init_checkpoint:
         rows.append(["started from", config.init_checkpoint])
-    if learnt := features_text(facts):
+    if learnt := _features_text(facts):
         rows.append(["features", learnt])
     rows.append(["written by", f"nnunet_mim {facts.checkpoint.get('mim_version', 'of an unknown version')}"])
     return rows
 
 
-def cases_text(facts: Facts, held_out: Mapping[str, int] | None = None) -> str:
-    """`Dataset501_HeadNeckOAR: 52 cases trained on, 14 held out`."""
-    trained = Counter(case["dataset"] for case in facts.provenance["cases"])
-    texts = []
-    for dataset in dict.fromkeys([*trained, *(held_out or {})]):
-        beside = "" if held_out is None else f", {held_out.get(dataset, 0)} held out"
-        texts.append(f"{dataset}: {trained[dataset]} cases trained on{beside}")
-    return "; ".join(texts) or "unknown cases"
-
-
-def intensity_text(facts: Facts) -> str:
+def _intensity_text(facts: Facts) -> str:
     """How voxels were normalised, channel by channel."""
     texts = []
     for channel, scheme in enumerate(facts.units.normalization):
@@ -165,8 +126,8 @@ def losses_table(facts: Facts) -> Table:
     for level in facts.last.reconstructed:
         losses = level.guesses.token_mean, level.guesses.infill, level.reconstruction
         start = facts.history[0].level(level.number).reconstruction
-        psnr = f"{figure_text(level.psnr, 1)} ({figure_text(level.guesses.infill_psnr, 1)}) dB"
-        table.append([level.title, *(figure_text(loss) for loss in (*losses, start)), psnr])
+        psnr = f"{_figure_text(level.psnr, 1)} ({_figure_text(level.guesses.infill_psnr, 1)}) dB"
+        table.append([level.title, *(_figure_text(loss) for loss in (*losses, start)), psnr])
     if all(level.psnr is None for level in facts.last.reconstructed):
         table = [row[:-1] for row in table]
     return table
@@ -176,8 +137,8 @@ def losses_text(last: Measurement[float]) -> str:
     """Held-out reconstruction beside the trivial predictors, one line per level, for a terminal."""
     lines = ["held-out reconstruction loss   token mean   in-filling   network"]
     for level in last.reconstructed:
-        guesses = f"{figure_text(level.guesses.token_mean):>10}   {figure_text(level.guesses.infill):>10}"
-        lines.append(f"  {level.name:28} {guesses}   {figure_text(level.reconstruction):>7}")
+        guesses = f"{_figure_text(level.guesses.token_mean):>10}   {_figure_text(level.guesses.infill):>10}"
+        lines.append(f"  {level.name:28} {guesses}   {_figure_text(level.reconstruction):>7}")
     return "\n".join(lines)
 
 
@@ -187,12 +148,12 @@ def datasets_table(facts: Facts) -> Table:
     table = [["dataset", "cases", "crops", *(level.title for level in levels)]]
     trained = Counter(case["dataset"] for case in facts.provenance["cases"])
     for dataset, crops in facts.provenance.get("crops_seen", {}).items():
-        losses = [figure_text(level.datasets.get(dataset)) for level in levels]
+        losses = [_figure_text(level.datasets.get(dataset)) for level in levels]
         table.append([dataset, str(trained[dataset]), str(crops), *losses])
     return table
 
 
-def features_text(facts: Facts) -> str:
+def _features_text(facts: Facts) -> str:
     """Last alignment, spread of features and label probe, as far as they were measured."""
     parts = []
     for level in facts.last.reconstructed:
@@ -214,11 +175,7 @@ def probe_dice(facts: Facts) -> list[float]:
 
 
 def settings_and_defaults(facts: Facts) -> tuple[Table, list[int]]:
-    """Every setting with its default and meaning.
-
-    Returns:
-        the table, and the numbers of the rows (1 is the first below the heading) that are not the default's.
-    """
+    """Every setting, default and meaning, and the numbers of rows (1: first below the heading) that are not default."""
     config = facts.config
     defaults = PretrainConfig(preset=config.preset if config.preset in PRESETS else "base")
     table, marked = [["setting", "value", "default", "meaning"]], []
@@ -234,18 +191,13 @@ def settings_and_defaults(facts: Facts) -> tuple[Table, list[int]]:
             by_data = field.name in ("view_size", "scale", "in_channels")
             if value != default and not by_data:
                 marked.append(len(table))
-            name, text = prefix + field.name, BY_DATA if by_data else setting_text(default)
-            table.append([name, setting_text(value), text, field.metadata.get("meaning", "")])
+            text = "by data" if by_data else _setting_text(default)
+            table.append([prefix + field.name, _setting_text(value), text, field.metadata.get("meaning", "")])
     return table, marked
 
 
 def commands(facts: Facts, path: Path) -> list[str]:
-    """How to finetune from a checkpoint: lines for a shell.
-
-    Args:
-        facts: of the checkpoint.
-        path: where it lies.
-    """
+    """How to finetune from a checkpoint at `path`: lines for a shell."""
     provenance = facts.provenance
     configuration, fold = provenance["configuration"], 0 if provenance["fold"] == "all" else provenance["fold"]
     if facts.config.encoder == "resenc":
@@ -265,8 +217,7 @@ def commands(facts: Facts, path: Path) -> list[str]:
     ]
 
 
-def figure_text(figure: float | None, digits: int = 3) -> str:
-    """A figure, or a dash."""
+def _figure_text(figure: float | None, digits: int = 3) -> str:
     return "–" if figure is None else f"{figure:.{digits}f}"
 
 
@@ -274,10 +225,10 @@ def join(values: Sequence[Any], by: str = " × ") -> str:
     return by.join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
 
-def setting_text(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     """A setting, such as `64, 64, 64`."""
     if isinstance(value, tuple):
-        return ", ".join(f"({setting_text(v)})" if isinstance(v, tuple) else setting_text(v) for v in value) or "none"
+        return ", ".join(f"({_setting_text(v)})" if isinstance(v, tuple) else _setting_text(v) for v in value) or "none"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value) or "none"

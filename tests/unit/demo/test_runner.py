@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_mim.demo.runner import child_environment, find_command, last_lines, open_folder, run_command, run_stages
+from nnunet_mim.demo.runner import _child_environment, _last_lines, find_command, open_folder, run_command, run_stages
 from nnunet_mim.demo.stages import QUICK, Folders, Stage, make_stages
 from nnunet_mim.errors import MiMError
 
@@ -88,8 +88,8 @@ def test_an_unreadable_record_is_told(tmp_path) -> None:
 def test_last_lines_keep_the_last_state_of_a_progress_bar(tmp_path) -> None:
     log = tmp_path / "log"
     log.write_bytes("a\n\n10 %\r50 %\r100 %\nende \xe9\r\n".encode("latin-1"))
-    assert last_lines(log) == ["a", "100 %", "ende \ufffd"]
-    assert last_lines(log, 1) == ["ende \ufffd"]
+    assert _last_lines(log) == ["a", "100 %", "ende \ufffd"]
+    assert _last_lines(log, 1) == ["ende \ufffd"]
 
 
 def test_missing_command() -> None:
@@ -100,7 +100,7 @@ def test_missing_command() -> None:
 def test_children_see_the_demonstrations_folders_only(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("nnUNet_raw", "/elsewhere")
     monkeypatch.setenv("nnUNet_mim_checkpoint", "/elsewhere/checkpoint.pth")
-    environment = child_environment(Folders(tmp_path))
+    environment = _child_environment(Folders(tmp_path))
     assert environment["nnUNet_raw"] == str(tmp_path / "nnUNet_raw")
     assert "nnUNet_mim_checkpoint" not in environment
     assert os.environ["nnUNet_raw"] == "/elsewhere"

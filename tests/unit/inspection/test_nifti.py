@@ -71,7 +71,7 @@ def write_views(checkpoint_path, ct, folder) -> None:
     checkpoint = load_checkpoint(checkpoint_path)
     image = read_image([ct])
     folder.mkdir()
-    files = show_case(Facts.of(checkpoint), load_network(checkpoint), image, folder / image.name, 0, None)[1]
+    files = show_case(Facts(checkpoint), load_network(checkpoint), image, folder / image.name, 0, None)[1]
     assert len(files) == 12
 
 

@@ -16,7 +16,7 @@ from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.pretraining.data import run_data as runs
 from nnunet_mim.pretraining.data.crops import case_records, read_crop
 from nnunet_mim.pretraining.report import page as run_report
-from nnunet_mim.pretraining.report.page import case_orientation, reconstruct_case, shown_cases, write_run_report
+from nnunet_mim.pretraining.report.page import _case_orientation, _reconstruct_case, _shown_cases, write_run_report
 from nnunet_mim.pretraining.report.pictures import load_network
 from nnunet_mim.pretraining.report.summary import Facts
 
@@ -52,7 +52,7 @@ def run(write_dataset, tmp_path):
 
 def test_page(run) -> None:
     folder, checkpoint, data = run
-    assert write_run_report(folder, checkpoint, data) == folder / "report.html"
+    write_run_report(folder, checkpoint, data)
     text = (folder / "report.html").read_text()
     assert '<p class="lead">Learning: from iteration 0 to 750 the held-out loss fell by' in text
     shown = sorted({data.val[0].info.case, data.val[-1].info.case})
@@ -70,7 +70,7 @@ def test_page(run) -> None:
 def test_pictures_are_those_of_the_case(run) -> None:
     _, checkpoint, data = run
     case = data.val[0]
-    first = reconstruct_case(load_network(checkpoint), Facts.of(checkpoint), case)[0]
+    first = _reconstruct_case(load_network(checkpoint), Facts(checkpoint), case)[0]
     assert first.start == (-8, -12, -10)  # a body of 48 x 40 x 44 voxels in the middle of 64
     crop, valid = read_crop(case, np.array(first.start), np.array((64, 64, 64)))
     expected = np.full_like(crop[0], -1000)
@@ -78,22 +78,22 @@ def test_pictures_are_those_of_the_case(run) -> None:
     expected[inside] = crop[0][inside] * 250
     pooled = expected.reshape(32, 2, 32, 2, 32, 2).mean(axis=(1, 3, 5))
     np.testing.assert_allclose(first.input, pooled, atol=0.01)
-    shown = shown_cases(Facts.of(checkpoint), data, "cpu")
+    shown = _shown_cases(Facts(checkpoint), data, "cpu")
     assert list(shown) == [c.info.case for c in data.val]
     assert shown[case.info.case][0].spacing == (12, 8, 10)
 
 
 def test_orientation_follows_the_plans(run) -> None:
     case = run[2].val[0]
-    assert case_orientation(case) == Orientation()  # nothing is known of the direction of made-up cases
+    assert _case_orientation(case) == Orientation()  # nothing is known of the direction of made-up cases
     case.source.plans["transpose_forward"] = [1, 0, 2]
-    assert case_orientation(case) == Orientation((1, 0, 2))
+    assert _case_orientation(case) == Orientation((1, 0, 2))
 
 
 def test_a_failure_is_a_note(run, capsys) -> None:
     folder, checkpoint, data = run
     (folder / run_report.REPORT).mkdir()
-    assert write_run_report(folder, checkpoint, data) is None
+    write_run_report(folder, checkpoint, data)
     said = capsys.readouterr().out
     assert said.startswith("note: ")
     assert said.count("\n") == 1

@@ -17,13 +17,13 @@ from nnunet_mim.pretraining.monitoring.baselines import infill_tokens
 from nnunet_mim.pretraining.objective.losses import normalize_tokens
 from nnunet_mim.pretraining.objective.views import nested_views
 from nnunet_mim.pretraining.report.pictures import (
+    _fill_in,
+    _one_view,
+    _size_text,
+    _tissue_centre,
     crop_start,
-    fill_in,
     load_network,
-    one_view,
     reconstruct_volume,
-    size_text,
-    tissue_centre,
     upright,
 )
 
@@ -138,9 +138,9 @@ def test_prediction_and_infill_are_those_that_the_loss_compares(volume) -> None:
     model, config = load_network(checkpoint), PretrainConfig.from_dict(checkpoint["mim_config"])
     crop, valid = torch.from_numpy(volume[None, :, :, :64]), torch.tensor([[[0, 64]] * 3])
     views = nested_views(crop, valid, torch.zeros(1), levels_of(config), torch.Generator().manual_seed(0))
-    view = one_view(views[1], 2)
+    view = _one_view(views[1], 2)
     with torch.no_grad():
-        mask, made, _, infill = fill_in(model, view)
+        mask, made, _, infill = _fill_in(model, view)
         expected = model(views[1].images, views[1].ids_keep, views[1].ids_masked).prediction[2]
     blocks = tokens_of(mask.numpy())
     assert len(blocks) == len(expected)
@@ -214,7 +214,7 @@ def test_weights_of_another_network_are_refused() -> None:
 def test_crop_lies_around_the_body() -> None:
     volume = np.full((40, 40, 100), -4.0, np.float32)
     volume[8:16, 20:28, 80:96] = 0.5
-    centre = tissue_centre(volume, Units(("CTNormalization",), {"0": WINDOW}))
+    centre = _tissue_centre(volume, Units(("CTNormalization",), {"0": WINDOW}))
     np.testing.assert_allclose(centre, (12, 24, 88), atol=2)
     assert crop_start(np.array([40, 40, 100]), np.array([32, 64, 32]), centre).tolist() == [0, -12, 68]
 
@@ -226,4 +226,4 @@ def test_upright_views_are_turned_with_their_boxes_and_spacing(pictures) -> None
     np.testing.assert_array_equal(views[0].input, pictures[0].input.transpose(1, 0, 2)[:, ::-1])
     np.testing.assert_array_equal(views[0].input[views[0].child_box], pictures[0].input[pictures[0].child_box]
                                   .transpose(1, 0, 2)[:, ::-1])  # fmt: skip
-    assert size_text((10.2, 9.9, 10)) == "10 mm wide"
+    assert _size_text((10.2, 9.9, 10)) == "10 mm wide"

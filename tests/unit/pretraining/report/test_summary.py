@@ -26,7 +26,7 @@ def make_facts(history=(), provenance=None, **settings) -> Facts:
         "loss_history": list(history),
         "cases": [{"dataset": "Dataset501_HeadNeckOAR", "case": f"c{i}", "sha256": str(i)} for i in range(3)],
     }  # fmt: skip
-    return Facts.of({
+    return Facts({
         "mim_config": config.to_dict(), "network_weights": weights, "mim_version": "0.1.0",
         "provenance": {**base, **(provenance or {})},
     })  # fmt: skip
