@@ -25,9 +25,8 @@ from nnunet_mim.trainers.transfer import check_architecture
 def resolve_arm(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
     """Find an arm's data and checkpoint for one dataset and fold.
 
-    Raises:
-        MiMError: names the arm; it is not preprocessed, has no checkpoint or one that does not fit, or its network
-            would follow from the checkpoint.
+    Raises MiMError with the arm's name where it is not preprocessed, has no checkpoint or one that does not fit, or its
+    network would follow from the checkpoint, so that the control had another one.
     """
     try:
         return _resolve(spec, dataset, configuration, fold)
@@ -37,11 +36,22 @@ def resolve_arm(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> A
 
 def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
     source = find_source(dataset, spec.plans, configuration)
-    check_trainable(source, spec.trainer)
-    given = filled_in(spec.checkpoint, fold, source.dataset) if spec.checkpoint else None
+    if (inner := source.plans.get("plans_name")) != source.plans_name:
+        raise MiMError(f"the plans file {source.plans_name}.json calls its plans {inner}: let both be the same")
+    config = configuration_of(source.plans, source.configuration)
+    if not _is_trainer(spec.trainer):
+        raise MiMError(f"nnU-Net knows no trainer {spec.trainer}: correct its name")
+    given = None
+    if spec.checkpoint:
+        try:
+            given = spec.checkpoint.format(fold=fold, dataset=source.dataset)
+        except (KeyError, ValueError, IndexError) as error:
+            raise MiMError(f"checkpoint {spec.checkpoint}: only {{fold}} and {{dataset}} may be in braces") from error
     if not spec.is_mim:
         return Arm(spec, source, _stock_checkpoint(spec, source, given))
-    check_network(spec, source)
+    if not uses_hybrid_unet(config):
+        remedy = f"write plans with mim_plan -d {source.dataset[7:10]} -pc CHECKPOINT, and give their name"
+        raise MiMError(f"plans {source.plans_name} name another network than that of {spec.trainer}: {remedy}")
     if spec.is_control:
         if given:
             raise MiMError(f"{spec.trainer} starts from random weights: leave the checkpoint out")
@@ -53,8 +63,7 @@ def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
             raise no_checkpoint_error(*where)
         given = str(found)
     stored = PretrainedCheckpoint.load(given)
-    architecture = configuration_of(source.plans, source.configuration)["architecture"]
-    check_architecture(stored, architecture["arch_kwargs"], source.in_channels)
+    check_architecture(stored, config["architecture"]["arch_kwargs"], source.in_channels)
     return Arm(spec, source, stored.path)
 
 
@@ -72,26 +81,8 @@ def _stock_checkpoint(spec: ArmSpec, source: Source, given: str | None) -> str |
     return str(path) if path else None
 
 
-def filled_in(checkpoint: str, fold: int, dataset: str) -> str:
-    """A checkpoint's path with {fold} and {dataset} filled in. MiMError where anything else is in braces."""
-    try:
-        return checkpoint.format(fold=fold, dataset=dataset)
-    except (KeyError, ValueError, IndexError) as error:
-        raise MiMError(f"checkpoint {checkpoint}: only {{fold}} and {{dataset}} may be in braces") from error
-
-
-def check_trainable(source: Source, trainer: str) -> None:
-    """MiMError where nnU-Net would fail, or write elsewhere, after the training has begun."""
-    if configuration_of(source.plans, source.configuration).get("previous_stage"):
-        raise MiMError(f"configuration {source.configuration} needs predictions of another one first: give 3d_fullres")
-    if (inner := source.plans.get("plans_name")) != source.plans_name:
-        raise MiMError(f"the plans file {source.plans_name}.json calls its plans {inner}: let both be the same")
-    if not is_trainer(trainer):
-        raise MiMError(f"nnU-Net knows no trainer {trainer}: correct its name")
-
-
 @cache
-def is_trainer(name: str) -> bool:
+def _is_trainer(name: str) -> bool:
     """Whether nnU-Net finds a trainer of this name."""
     with redirect_stdout(StringIO()), warnings.catch_warnings():  # nnU-Net says where it looks
         warnings.simplefilter("ignore")
@@ -102,23 +93,9 @@ def is_trainer(name: str) -> bool:
     return True
 
 
-def check_network(spec: ArmSpec, source: Source) -> None:
-    """MiMError unless the plans name the network, which would follow from the checkpoint otherwise, so that the control
-    had another one.
-    """
-    if not uses_hybrid_unet(configuration_of(source.plans, source.configuration)):
-        raise MiMError(
-            f"plans {source.plans_name} name another network than that of {spec.trainer}: write plans with mim_plan -d "
-            f"{source.dataset[7:10]} -pc CHECKPOINT, and give their name"
-        )
-
-
 def control_of(specs: Sequence[ArmSpec], given: str | None = None) -> str:
     """Name of the arm that others are compared with: the given one, else the first control of this package, else the
-    first arm without a checkpoint, else the last one.
-
-    Raises:
-        MiMError: no arm has the given name.
+    first arm without a checkpoint, else the last one. MiMError where no arm has the given name.
     """
     names = [spec.name for spec in specs]
     if given is not None:

@@ -101,11 +101,8 @@ class Bench:
     allow_seen: bool = False
 
     def __post_init__(self) -> None:
-        if self.iterations % self.iterations_per_epoch:
-            raise MiMError(
-                f"iterations ({self.iterations}) must be a multiple of iterations_per_epoch "
-                f"({self.iterations_per_epoch})"
-            )
+        if self.iterations % (per_epoch := self.iterations_per_epoch):
+            raise MiMError(f"iterations ({self.iterations}) must be a multiple of iterations_per_epoch ({per_epoch})")
         if self.gpus and (self.device != "cuda" or self.slurm is not None):
             raise MiMError("'gpus' are for device cuda on this machine: leave them out")
 
@@ -116,11 +113,7 @@ class Bench:
 
 
 def read_bench(path: Path) -> Bench:
-    """Read and check a file; nnU-Net's folders are not looked at.
-
-    Raises:
-        MiMError: names the file and the entry.
-    """
+    """Read and check a file; nnU-Net's folders are not looked at. Raises MiMError with the file and the entry."""
     try:
         content = read_yaml(path)
         if octal := OCTAL.search(path.read_text()):
@@ -131,16 +124,11 @@ def read_bench(path: Path) -> Bench:
 
 
 def bench_of(content: Mapping[str, Any], folder: Path) -> Bench:
-    """The experiment that a file describes.
+    """The experiment of a file's entries (docs/benchmark.md). `output` and checkpoints are relative to `folder`.
 
-    Args:
-        content: the entries of the file, see docs/benchmark.md.
-        folder: `output` and the paths of checkpoints are relative to it.
-
-    Raises:
-        MiMError: names the entry.
+    Raises MiMError with the entry.
     """
-    bench = read_entries(Bench, content)
+    bench = _read_entries(Bench, content)
     plans = {arm.plans for arm in bench.arms if arm.plans and _with_trainer(arm).is_mim}
     mim_plans = plans.pop() if len(plans) == 1 else MIM_PLANS  # the control's too
     arms = tuple(complete_arm(arm, mim_plans, folder) for arm in bench.arms)
@@ -148,51 +136,40 @@ def bench_of(content: Mapping[str, Any], folder: Path) -> Bench:
 
 
 def complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
-    """An arm with the trainer and plans that its name stands for. The path of its checkpoint is relative to `folder`.
-    MiMError names the arm where it is not complete.
+    """An arm with the trainer and plans that its name stands for. MiMError names the arm where it is not complete.
+
+    The path of its checkpoint is relative to `folder`; ORGANISATION/NAME is one on Hugging Face unless it exists there.
     """
     where = f"arms: {arm.name}"
     if arm.nnssl_plans:
         if arm.plans or arm.checkpoint or arm.settings:
             raise MiMError(f"{where}: beside nnssl_plans only a trainer may be given")
         return replace(arm, trainer=arm.trainer or "PretrainedTrainer", plans=arm.nnssl_plans)
-    known_trainer, known_plans = KNOWN_ARMS.get(arm.name, ("", ""))
-    plans = arm.plans or (mim_plans if known_plans == MIM_PLANS else known_plans)
-    arm = replace(arm, trainer=arm.trainer or known_trainer, plans=plans)
+    _, known_plans = KNOWN_ARMS.get(arm.name, ("", ""))
+    arm = replace(_with_trainer(arm), plans=arm.plans or (mim_plans if known_plans == MIM_PLANS else known_plans))
     if not arm.trainer or not arm.plans:
         raise MiMError(f"{where}: give trainer and plans (only {', '.join(KNOWN_ARMS)} need none)")
     if arm.settings and not arm.is_mim:
         raise MiMError(f"{where}: settings are for the MiM trainers, not for {arm.trainer}")
     if bad := sorted(LENGTH_SETTINGS & set(arm.settings)):
-        raise MiMError(f"{where}: settings: {bad[0]} is the same for all arms: give iterations, iterations_per_epoch, "
-                       "val_iterations")  # fmt: skip
-    return replace(arm, checkpoint=_checkpoint(arm.checkpoint, folder))
+        remedy = "give iterations, iterations_per_epoch, val_iterations"
+        raise MiMError(f"{where}: settings: {bad[0]} is the same for all arms: {remedy}")
+    if not arm.checkpoint:
+        return replace(arm, checkpoint=None)
+    path = folder / arm.checkpoint
+    on_hub = REPOSITORY.fullmatch(arm.checkpoint) and path.suffix != ".pth" and not path.exists()
+    return arm if on_hub else replace(arm, checkpoint=str(path))
 
 
 def _with_trainer(arm: ArmSpec) -> ArmSpec:
     return replace(arm, trainer=arm.trainer or KNOWN_ARMS.get(arm.name, ("", ""))[0])
 
 
-def _checkpoint(given: str | None, folder: Path) -> str | None:
-    """The path of a checkpoint. ORGANISATION/NAME is one on Hugging Face unless it exists in the folder."""
-    if not given:
-        return None
-    path = folder / given
-    is_repository = REPOSITORY.fullmatch(given) and path.suffix != ".pth" and not path.exists()
-    return given if is_repository else str(path)
-
-
-def read_entries(cls: type[Entries], content: Any, where: str = "", **given: Any) -> Entries:
+def _read_entries(cls: type[Entries], content: Any, where: str = "", **given: Any) -> Entries:
     """A dataclass from a mapping of its fields' names to values, which are checked against the fields' types.
 
-    Args:
-        cls: the dataclass.
-        content: the mapping; None stands for a field's default.
-        where: the place of the mapping in the file, for messages.
-        given: values of fields that are no entries of the file.
-
-    Raises:
-        MiMError: names the entry.
+    None stands for a field's default; fields in `given` are no entries of the file. Raises MiMError with the entry,
+    whose place in the file is `where`.
     """
     prefix = f"{where}: " if where else ""
     entries = {f.name: f for f in fields(cls) if f.name not in given}  # type: ignore[arg-type]
@@ -217,7 +194,7 @@ def _value(value: Any, kind: Any, where: str) -> Any:
     if origin is tuple and is_dataclass(arguments[0]):
         return _named_entries(arguments[0], value, where)
     if origin is tuple:
-        return tuple(_value(item, arguments[0], where) for item in _list(value))
+        return tuple(_value(item, arguments[0], where) for item in _listed(value))
     if origin is Literal and value not in arguments:
         raise MiMError(f"{where} {value}: give {', '.join(arguments[:-1])} or {arguments[-1]}")
     if origin in (int, float):
@@ -236,15 +213,15 @@ def _value(value: Any, kind: Any, where: str) -> Any:
 def _named_entries(cls: Any, content: Any, where: str) -> tuple[Any, ...]:
     """Dataclasses from their names alone, or from a mapping of names to entries. The name is the first field."""
     if not isinstance(content, Mapping):
-        names = [str(name) for name in _list(content)]
+        names = [str(name) for name in _listed(content)]
         if len(set(names)) < len(names):
             raise MiMError(f"{where}: {max(names, key=names.count)} is there twice")
         content = dict.fromkeys(names)
     first = fields(cls)[0].name
     return tuple(
-        read_entries(cls, entries or {}, f"{where}: {name}", **{first: str(name)}) for name, entries in content.items()
+        _read_entries(cls, own or {}, f"{where}: {name}", **{first: str(name)}) for name, own in content.items()
     )
 
 
-def _list(value: Any) -> Sequence[Any]:
+def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]

@@ -15,21 +15,13 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.cell import Cell
-from nnunet_mim.trainers.finetune_config import PLANS_KEY
 
 STEPS = 3
-STOCK_VIEWS = 8
-"""mirrored predictions of nnU-Net with all three axes"""
 
 
 def measure(cell: Cell, dataset_json: dict[str, Any], device: str) -> float:
     """Seconds of a training with its validation, from the median of three steps on made-up patches. Reading and
     augmenting patches, which runs at the same time, is not included.
-
-    Args:
-        cell: a training.
-        dataset_json: nnU-Net's.
-        device: cuda, cpu or mps.
     """
     source, length = cell.arm.source, cell.length
     manager = PlansManager(dict(source.plans))
@@ -52,8 +44,8 @@ def measure(cell: Cell, dataset_json: dict[str, Any], device: str) -> float:
 def views(cell: Cell) -> int:
     """Number of mirrored predictions of a patch."""
     if not cell.arm.spec.is_mim:
-        return STOCK_VIEWS
-    axes = {**cell.arm.source.plans.get(PLANS_KEY, {}), **cell.arm.spec.settings}.get("mirror_axes")
+        return 2**3
+    axes = cell.recipe().mirror_axes
     return 2 ** (2 if axes is None else len(axes))
 
 

@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 from nnunet_mim.benchmarking.bench_file import Bench
 from nnunet_mim.benchmarking.bench_report import PAGE, write_bench_report
-from nnunet_mim.benchmarking.cell import Cell
 from nnunet_mim.benchmarking.estimate import measure
 from nnunet_mim.benchmarking.guard import Seen, look_for_seen_cases, refuse_seen_cases
 from nnunet_mim.benchmarking.matrix import Matrix, Place, Results, build_matrix
 from nnunet_mim.benchmarking.outcome import Outcome
+from nnunet_mim.benchmarking.training import reason_of
 from nnunet_mim.benchmarking.work import failures, finished_results, run_matrix
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import require_environment
@@ -21,16 +21,10 @@ BENCH_FILE = "bench.yaml"
 
 
 def run_experiment(bench: Bench, retry: bool = False, bench_yaml: str = "") -> None:
-    """Check everything, train what has not been trained yet, report.
+    """Check everything, train what has not been trained yet (with `retry` also what failed the last time), report.
 
-    Args:
-        bench: the experiment.
-        retry: train also what failed the last time.
-        bench_yaml: the experiment as text, which is kept in the output folder once it is checked; "" for none.
-
-    Raises:
-        MiMError: bad input, or a validation case that a pretraining has seen, before any training; failed trainings,
-            at the end.
+    `bench_yaml`, the experiment as text, is kept in the output folder once it is checked. Raises MiMError for bad input
+    before any training, and for failed trainings at the end.
     """
     check_device(bench)
     matrix, seen, results = prepare(bench)
@@ -51,20 +45,13 @@ def run_experiment(bench: Bench, retry: bool = False, bench_yaml: str = "") -> N
         report(matrix, seen, results, unfinished)
     if unfinished:
         broken = failures(matrix)  # an interrupted training continues without --retry
-        again = " with --retry" if broken and not retry else ""
-        state = "failed" if broken else "were interrupted"
-        raise MiMError(
-            f"{len(unfinished)} trainings {state}, {next(iter(unfinished))} first: see above, and repeat the command"
-            f"{again}"
-        )
+        remedy = "see above, and repeat the command" + (" with --retry" if broken and not retry else "")
+        state = f"{len(unfinished)} trainings {'failed' if broken else 'were interrupted'}"
+        raise MiMError(f"{state}, {next(iter(unfinished))} first: {remedy}")
 
 
 def report_experiment(bench: Bench) -> None:
-    """Report what is finished.
-
-    Raises:
-        MiMError: nothing is, or as `run_experiment`.
-    """
+    """Report what is finished. Raises MiMError where nothing is, or for bad input."""
     nothing = MiMError(f"no training in {bench.output} is finished, so there is nothing to report")
     if not bench.output.is_dir():
         raise nothing
@@ -75,11 +62,7 @@ def report_experiment(bench: Bench) -> None:
 
 
 def plan_experiment(bench: Bench) -> None:
-    """Print every training with its state and the hours it would take; train nothing.
-
-    Raises:
-        MiMError: as `run_experiment`, before any training.
-    """
+    """Print every training with its state and the hours it would take; train nothing. Raises MiMError for bad input."""
     matrix, _, results = prepare(bench)
     failed = failures(matrix)
     hours = hours_of(matrix, results)
@@ -93,9 +76,7 @@ def plan_experiment(bench: Bench) -> None:
 
 
 def summary_of_plan(todo: Sequence[float | None], total: int, device: str, at_a_time: int) -> str:
-    """One line: how many of `total` trainings are to do, and how long they take on the device; `todo` has the hours of
-    each, None where they are unknown.
-    """
+    """How many of `total` trainings are to do, and how long they take; `todo` has hours, None where unknown."""
     text = f"{len(todo)} of {total} trainings to do"
     known = [hours for hours in todo if hours is not None]
     text += f", about {sum(known):.1f} h of {device}" if known else ", hours unknown" if todo else ""
@@ -123,10 +104,9 @@ def check_references(matrix: Matrix, results: Collection[Place]) -> None:
     todo = [cell for place, cell in matrix.cells.items() if place not in results]
     for path, source in {cell.reference(case): cell.arm.source for cell in todo for case in cell.val_cases}.items():
         if not path.is_file():
-            raise MiMError(
-                f"{path}, a validation case's reference, is missing: run nnUNetv2_preprocess -d {source.dataset[7:10]} "
-                f"-plans_name {source.plans_name} -c {source.configuration}, or copy it from labelsTr"
-            )
+            command = f"nnUNetv2_preprocess -d {source.dataset[7:10]} -plans_name {source.plans_name}"
+            remedy = f"run {command} -c {source.configuration}, or copy it from labelsTr"
+            raise MiMError(f"{path}, a validation case's reference, is missing: {remedy}")
 
 
 def check_device(bench: Bench) -> None:
@@ -150,28 +130,19 @@ def report(matrix: Matrix, seen: Seen, results: Results, failed: Mapping[Place, 
 
 def hours_of(matrix: Matrix, results: Results) -> dict[tuple[str, str], float | None]:
     """Hours of a training by (dataset, arm): the median of finished ones, else measured; None where that fails."""
-    hours: dict[tuple[str, str], float | None] = {}
+    finished: dict[tuple[str, str], list[float]] = {}
+    for place, result in results.items():
+        if result["cost"]:
+            finished.setdefault((place.dataset, place.arm), []).append(result["cost"]["seconds"] / 3600)
+    hours: dict[tuple[str, str], float | None] = {key: statistics.median(values) for key, values in finished.items()}
     measured: dict[tuple[str | None, ...], float | None] = {}
     for place, cell in matrix.cells.items():
-        here = (place.dataset, place.arm)
-        if here in hours:
-            continue
-        costs = [result["cost"] for other, result in results.items() if (other.dataset, other.arm) == here]
-        if done := [cost["seconds"] / 3600 for cost in costs if cost]:
-            hours[here] = statistics.median(done)
-            continue
         network = (cell.arm.identity["plans_sha256"], place.dataset, str(dict(cell.arm.spec.settings)))
-        if network not in measured:
-            measured[network] = measured_hours(cell, matrix.bench.device)
-        hours[here] = measured[network]
+        if (place.dataset, place.arm) not in hours and network not in measured:
+            try:
+                measured[network] = measure(cell, cell.dataset_json, matrix.bench.device) / 3600
+            except Exception as error:  # networks are anybody's; a plan without one estimate is still a plan
+                print(f"note: no estimate for {cell.arm.spec.name} ({reason_of(error)[:200]})")
+                measured[network] = None
+        hours.setdefault((place.dataset, place.arm), measured.get(network))
     return hours
-
-
-def measured_hours(cell: Cell, device: str) -> float | None:
-    """Hours of a training, estimated from a few steps; None, with a note, where these fail."""
-    try:
-        return measure(cell, cell.dataset_json, device) / 3600
-    except Exception as error:  # networks are anybody's; a plan without one estimate is still a plan
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        print(f"note: no estimate for {cell.arm.spec.name} ({reason})")
-        return None

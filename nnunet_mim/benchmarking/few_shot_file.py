@@ -22,15 +22,9 @@ def default_arms(dataset: str, configuration: str) -> list[str]:
 
 
 def arm_entries(texts: Sequence[str], plans: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries of all arms by name.
+    """The entries of all arms by name, from arms as on the command line and settings of the recipe (see below).
 
-    Args:
-        texts: arms as on the command line, see `parse_arm`.
-        plans: plans of the MiM arms.
-        settings: settings of the recipe; `key` is for all MiM arms, `ARM.key` for one.
-
-    Raises:
-        MiMError: a bad arm, two of the same name, or a setting of no MiM arm.
+    Raises MiMError for a bad arm, two of the same name, or a setting of no MiM arm.
     """
     arms = [parse_arm(text, plans) for text in texts]
     names = [arm.name for arm in arms]
@@ -42,12 +36,7 @@ def arm_entries(texts: Sequence[str], plans: str, settings: Mapping[str, Any]) -
 
 
 def parse_arm(text: str, plans: str) -> ArmSpec:
-    """An arm from a known name, or from NAME=TRAINER:PLANS[:CHECKPOINT].
-
-    Args:
-        text: as on the command line.
-        plans: plans of the MiM arms, and of arms that name none.
-    """
+    """An arm from a known name, or NAME=TRAINER:PLANS[:CHECKPOINT]; `plans` for MiM arms and those that name none."""
     name, equals, description = text.partition("=")
     trainer, own_plans, checkpoint = [*description.split(":", 2), "", "", ""][:3]
     if not equals and name in KNOWN_ARMS:
@@ -61,9 +50,7 @@ def settings_by_arm(settings: Mapping[str, Any], arms: Sequence[ArmSpec]) -> dic
     """Settings of every MiM arm by its name: `key` counts for all of them, `ARM.key` for one."""
     names = [arm.name for arm in arms if arm.is_mim]
     if settings and not names:
-        raise MiMError(
-            f"--set {next(iter(settings))}: no arm has a MiM recipe (trainers nnUNetTrainerMiM…): leave it out"
-        )
+        raise MiMError(f"--set {next(iter(settings))}: no arm has a MiM recipe (nnUNetTrainerMiM…): leave it out")
     by_arm: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in sorted(settings.items(), key=lambda item: "." in item[0]):  # those of one arm come last
         arm, dot, own_key = key.partition(".")

@@ -24,9 +24,10 @@ def surface_distances(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distances from every surface voxel of one mask to the nearest surface voxel of the other.
 
+    A voxel is on the surface if one of its six neighbours is not in the mask, or outside the array.
+
     Args:
-        prediction, reference: (X, Y, Z) bool, neither empty. A voxel is on the surface if one of its six neighbours is
-            not in the mask, or outside the array.
+        prediction, reference: (X, Y, Z) bool, neither empty.
         spacing: mm per voxel and axis.
 
     Returns:
@@ -80,9 +81,6 @@ def case_metrics(
         reader: nnU-Net's reader of images.
         ignore: label of voxels that are left out.
         tolerance: of the normalised surface Dice, mm.
-
-    Raises:
-        ValueError: the images are of different size.
     """
     references, properties = reader.read_seg(str(reference))  # (1, X, Y, Z)
     truth, predicted = references[0], reader.read_seg(str(prediction))[0][0]
@@ -93,6 +91,6 @@ def case_metrics(
     for label in labels:
         a, b = (region_or_label_to_mask(image, label) & counted for image in (predicted, truth))
         hd95, nsd = surface_metrics(a, b, properties["spacing"], tolerance)
-        numbers = {"n_ref": int(b.sum()), "n_pred": int(a.sum())}
-        metrics[label_or_region_to_key(label)] = {"dice": dice(a, b), "hd95": hd95, "nsd": nsd, **numbers}
+        overlap = {"dice": dice(a, b), "hd95": hd95, "nsd": nsd}
+        metrics[label_or_region_to_key(label)] = {**overlap, "n_ref": int(b.sum()), "n_pred": int(a.sum())}
     return metrics

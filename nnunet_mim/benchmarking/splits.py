@@ -18,13 +18,7 @@ Split = dict[str, list[str]]
 """train and val: names of cases, as an entry of nnU-Net's splits_final.json"""
 
 SPLITS_FILE = "splits_final.json"
-BTCV_BLOCKS = (
-    tuple(range(35, 41)),
-    tuple(range(29, 35)),
-    tuple(range(23, 29)),
-    (7, 8, 9, 10, 21, 22),
-    tuple(range(1, 7)),
-)
+BTCV_BLOCKS = (range(35, 41), range(29, 35), range(23, 29), (7, 8, 9, 10, 21, 22), range(1, 7))
 """validation cases of the published five folds of 24 and 6, by number; the first one is the usual 24/6 split"""
 BTCV_TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
 """test cases of the 18/12 split"""
@@ -60,24 +54,14 @@ def nested_subset(cases: Sequence[str], count: int, seed: int) -> tuple[str, ...
 
 
 def label_fraction(cases: Sequence[str], percent: int, seed: int) -> tuple[str, ...]:
-    """A percentage of the training cases, rounded up, at least one; see `nested_subset`. The order of `cases` does not
-    matter.
-
-    Raises:
-        MiMError: no cases, or a percentage that is not 1 to 100.
-    """
-    if not cases:
-        raise MiMError("there are no training cases to take a fraction of: look at the split")
-    if not 0 < percent <= 100:
-        raise MiMError(f"a label fraction of {percent} %: give a whole number from 1 to 100")
+    """A percentage (1 to 100) of the cases in any order, rounded up, at least one; see `nested_subset`."""
     return nested_subset(sorted(cases), max(1, -(-len(cases) * percent // 100)), seed)
 
 
 def write_splits(preprocessed: Path, dataset: str, splits: Sequence[Split]) -> Path:
     """Write splits_final.json, which nnU-Net then uses, into nnUNet_preprocessed/DATASET. Returns the file.
 
-    Raises:
-        MiMError: one with other splits exists (it is kept), or it cannot be read or written.
+    Raises MiMError where one with other splits exists, which is kept, or it cannot be read or written.
     """
     path = preprocessed / dataset / SPLITS_FILE
     check_splits(path, splits)

@@ -92,13 +92,12 @@ def test_all_combinations_with_the_same_cases_for_all_arms(bench):
     assert len({matrix.training(place).folder for place in matrix.cells}) == 24
     assert matrix.datasets == ["Dataset501_X", "Dataset502_X"]
     assert matrix.folds("Dataset501_X") == [0, 1]
-    assert matrix.train_counts["Dataset501_X", 1, "10%"] == 4
+    assert matrix.train_count("Dataset501_X", 1, "10%") == 4
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"arms": (MIM, MIM)}, "arm MiM is there twice"),
         ({"arms": (replace(MIM, name="a/b"),)}, "arm a/b: a name has letters"),
         ({"labels": ("5", "5")}, "labels are there twice"),
         ({"labels": ()}, "labels: give numbers"),

@@ -119,14 +119,3 @@ def test_fractions_of_known_cases_stay_what_they_are():
     assert [len(label_fraction(cases, percent, 0)) for percent in PERCENTS] == [1, 2, 3, 6, 12, 24]
     assert label_fraction(cases, 10, 0) == ("img0005", "img0019", "img0022")
     assert label_fraction(cases, 10, 1) == ("img0002", "img0008", "img0022")
-
-
-@pytest.mark.parametrize("percent", [0, -5, 101])
-def test_bad_percentages(percent):
-    with pytest.raises(MiMError, match="give a whole number from 1 to 100"):
-        label_fraction(["a"], percent, 0)
-
-
-def test_no_cases():
-    with pytest.raises(MiMError, match="no training cases"):
-        label_fraction([], 50, 0)
