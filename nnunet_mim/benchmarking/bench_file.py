@@ -1,10 +1,14 @@
-"""`bench.yaml`: an experiment as a file. Its entries are the fields of the dataclasses in this module."""
+"""`bench.yaml`: an experiment as a file. Its entries are the fields of the dataclasses in this module.
+
+The few-shot protocol is such a file too: one dataset and fold, few labels and all of them.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -159,6 +163,54 @@ def complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
     path = folder / arm.checkpoint
     on_hub = REPOSITORY.fullmatch(arm.checkpoint) and path.suffix != ".pth" and not path.exists()
     return arm if on_hub else replace(arm, checkpoint=str(path))
+
+
+def default_arms(dataset: str, configuration: str) -> list[str]:
+    """MiM, its control, and stock nnU-Net where its plans have been preprocessed."""
+    folder = Path(os.environ["nnUNet_preprocessed"], dataset)
+    if (folder / "nnUNetPlans.json").is_file() and (folder / f"nnUNetPlans_{configuration}").is_dir():
+        return ["MiM", "Scratch", "nnUNet"]
+    print(f"no stock arm: nnUNetPlans of {dataset} have not been preprocessed (nnUNetv2_plan_and_preprocess)")
+    return ["MiM", "Scratch"]
+
+
+def arm_entries(texts: Sequence[str], plans: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries of all arms by name, from arms as on the command line and settings of the recipe (see below).
+
+    Raises MiMError for a bad arm, two of the same name, or a setting of no MiM arm.
+    """
+    arms = [parse_arm(text, plans) for text in texts]
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        raise MiMError(f"arm {max(names, key=names.count)} is there twice: every arm needs a name of its own")
+    by_arm = settings_by_arm(settings, arms)
+    entries = {arm.name: asdict(replace(arm, settings=by_arm.get(arm.name, {}))) for arm in arms}
+    return {name: {k: v for k, v in own.items() if v and k != "name"} for name, own in entries.items()}
+
+
+def parse_arm(text: str, plans: str) -> ArmSpec:
+    """An arm from a known name, or NAME=TRAINER:PLANS[:CHECKPOINT]; `plans` for MiM arms and those that name none."""
+    name, equals, description = text.partition("=")
+    trainer, own_plans, checkpoint = [*description.split(":", 2), "", "", ""][:3]
+    if not equals and name in KNOWN_ARMS:
+        return complete_arm(ArmSpec(name), plans, Path())
+    if not trainer or not name:
+        raise MiMError(f"--arms {text}: give {', '.join(KNOWN_ARMS)}, or NAME=TRAINER:PLANS[:CHECKPOINT]")
+    return complete_arm(ArmSpec(name, trainer, own_plans or plans, checkpoint or None), plans, Path.cwd())
+
+
+def settings_by_arm(settings: Mapping[str, Any], arms: Sequence[ArmSpec]) -> dict[str, dict[str, Any]]:
+    """Settings of every MiM arm by its name: `key` counts for all of them, `ARM.key` for one."""
+    by_arm: dict[str, dict[str, Any]] = {arm.name: {} for arm in arms if arm.is_mim}
+    for key, value in sorted(settings.items(), key=lambda item: "." in item[0]):  # those of one arm come last
+        arm, dot, own_key = key.rpartition(".")
+        chosen = [name for name in by_arm if not dot or name == arm]
+        if not chosen:
+            there_are = f"there are {', '.join(by_arm) or 'none'}"
+            raise MiMError(f"--set {key}: no MiM arm {arm or 'for it'} ({there_are}): leave it out")
+        for name in chosen:
+            by_arm[name][own_key] = value
+    return by_arm
 
 
 def _with_trainer(arm: ArmSpec) -> ArmSpec:

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from nnunet_mim.benchmarking import tables
 from nnunet_mim.benchmarking.bench_figures import bars_figure, cases_figure, curves_figure
 from nnunet_mim.benchmarking.case_pictures import case_pictures, label_numbers
 from nnunet_mim.benchmarking.matrix import Place
 from nnunet_mim.benchmarking.outcome import MARK, Outcome
 from nnunet_mim.benchmarking.published_numbers import WARNING, published_table
-from nnunet_mim.benchmarking.tables import (
-    SHOWN,
-    Table,
-    comparison_table,
-    cost_table,
-    every_value,
-    label_table,
-    latex_table,
-    main_table,
-    markdown_table,
-    notes,
-    smoothing_window,
-)
 from nnunet_mim.reporting.page import Section, figure_png, write_page
 from nnunet_mim.system.files import write_atomically
 
@@ -36,7 +24,7 @@ def write_bench_report(outcome: Outcome, failed: Mapping[Place, str]) -> str:
     output.mkdir(parents=True, exist_ok=True)
     text = _markdown(outcome)
     write_atomically(output / "table.md", text.encode())
-    write_atomically(output / "table.csv", every_value(outcome).encode())
+    write_atomically(output / "table.csv", tables.every_value(outcome).encode())
     write_atomically(output / "table.tex", _latex(outcome).encode())
     for dataset in datasets:
         write_atomically(output / f"figure_{dataset}.png", figure_png(curves_figure(outcome, dataset), 150))
@@ -69,7 +57,7 @@ def _how_to_read(outcome: Outcome) -> str:
         "other seeds and cases (for other cases only, with one seed), and one for other cases and these trainings "
         "(bootstrap), for which Wilcoxon's p is too; corrected for the number of comparisons in this report (Holm). "
         "Iterations to reach it: in the learning curves, nnU-Net's Dice on validation patches (mean of "
-        f"{smoothing_window(bench.length.epochs)} epochs)."
+        f"{tables.smoothing_window(bench.length.epochs)} epochs)."
     )
 
 
@@ -80,25 +68,25 @@ def _heading(outcome: Outcome, dataset: str) -> str:
     return f"{dataset}, fold{'s' if len(cells) > 1 else ''} {', '.join(map(str, cells))}, {count} validation cases"
 
 
-def _tables(outcome: Outcome, dataset: str) -> dict[str, Table]:
+def _tables(outcome: Outcome, dataset: str) -> dict[str, tables.Table]:
     """All tables by title; empty ones but the main one are left out."""
-    tables = {MAIN: main_table(outcome, dataset)}
-    tables[f"against {outcome.matrix.control}"] = comparison_table(outcome, dataset)
-    for metric, (heading, _) in SHOWN.items():
+    found = {MAIN: tables.main_table(outcome, dataset)}
+    found[f"against {outcome.matrix.control}"] = tables.comparison_table(outcome, dataset)
+    for metric, (heading, _) in tables.SHOWN.items():
         title = EVERY_LABEL if metric == "dice" else f"{heading}, {EVERY_LABEL}"
-        tables[title] = label_table(outcome, dataset, metric)
-    tables[COST] = cost_table(outcome, dataset)
-    return {title: table for title, table in tables.items() if title == MAIN or len(table) > 1}
+        found[title] = tables.label_table(outcome, dataset, metric)
+    found[COST] = tables.cost_table(outcome, dataset)
+    return {title: table for title, table in found.items() if title == MAIN or len(table) > 1}
 
 
 def _markdown(outcome: Outcome) -> str:
     """All tables as Markdown."""
     parts = [_how_to_read(outcome)]
     for dataset in outcome.matrix.datasets:
-        parts += [f"## {_heading(outcome, dataset)}", *map(markdown_table, _tables(outcome, dataset).values())]
-        parts += ["\n".join(f"- {line}" for line in notes(outcome, dataset))]
+        parts += [f"## {_heading(outcome, dataset)}", *map(tables.markdown_table, _tables(outcome, dataset).values())]
+        parts += ["\n".join(f"- {line}" for line in tables.notes(outcome, dataset))]
         if published := published_table(dataset):
-            parts += ["### Published elsewhere", WARNING, markdown_table(published)]
+            parts += ["### Published elsewhere", WARNING, tables.markdown_table(published)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -106,28 +94,28 @@ def _latex(outcome: Outcome) -> str:
     """All tables but the costs as LaTeX."""
     parts = ["% needs \\usepackage{booktabs}"]
     for dataset in outcome.matrix.datasets:
-        name, below = _heading(outcome, dataset), notes(outcome, dataset)
+        name, below = _heading(outcome, dataset), tables.notes(outcome, dataset)
         for title, table in _tables(outcome, dataset).items():
             short = EVERY_LABEL if EVERY_LABEL in title else title
             caption = f"{name}. {_how_to_read(outcome)}" if title == MAIN else f"{name}: {short}."
             if title != COST:
-                parts.append(latex_table(table, caption, below))
+                parts.append(tables.latex_table(table, caption, below))
         if published := published_table(dataset):
-            parts.append(latex_table(published, f"{dataset}: published elsewhere. {WARNING}"))
+            parts.append(tables.latex_table(published, f"{dataset}: published elsewhere. {WARNING}"))
     return "\n".join(parts) + "\n"
 
 
 def _dataset_sections(outcome: Outcome, dataset: str) -> list[Section]:
     """The sections of the page about one dataset."""
-    tables = _tables(outcome, dataset)
-    main = tables.pop(MAIN)
+    further = _tables(outcome, dataset)
+    main = further.pop(MAIN)
     if len(main) == 1:
         return [Section(dataset, "Nothing is finished yet.")]
     marked = [number for number, row in enumerate(main) if number and row[1] == outcome.matrix.control]
-    text, curves = "\n\n".join(notes(outcome, dataset)), [curves_figure(outcome, dataset)]
+    text, curves = "\n\n".join(tables.notes(outcome, dataset)), [curves_figure(outcome, dataset)]
     heading, note = _heading(outcome, dataset), _how_to_read(outcome)
     sections = [Section(heading, text, note, table=main, marked=marked, figures=curves)]
-    for title, table in tables.items():
+    for title, table in further.items():
         if title == COST:
             sections += _cases_sections(outcome, dataset)
         bars = bars_figure(outcome, dataset) if title == EVERY_LABEL else None

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnunet_mim.benchmarking.arms import control_of, resolve_arm
 from nnunet_mim.benchmarking.bench_file import Bench
-from nnunet_mim.benchmarking.cell import Arm, Cell
-from nnunet_mim.benchmarking.splits import label_fraction, nested_subset
+from nnunet_mim.benchmarking.cell import Arm, Cell, control_of, resolve_arm
+from nnunet_mim.benchmarking.splits import labelled_subset
 from nnunet_mim.benchmarking.training import Training
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import dataset_name
@@ -100,7 +99,7 @@ def build_matrix(bench: Bench) -> Matrix:
             fold_of |= dict.fromkeys(val, fold)
             cells |= {
                 Place(dataset, fold, labels, seed, arm.spec.name): Cell(
-                    arm, fold, subset(train, labels, seed), val, seed, bench.length
+                    arm, fold, labelled_subset(train, labels, seed), val, seed, bench.length
                 )
                 for seed in range(bench.seeds)
                 for labels in bench.labels
@@ -123,21 +122,6 @@ def _cases(arms: list[Arm], dataset: str, fold: int) -> tuple[tuple[str, ...], t
         if missing := set(train + val) - set(arm.source.cases):
             raise MiMError(f"{min(missing)} is not preprocessed for {arm.source.plans_name}: run nnUNetv2_preprocess")
     return tuple(sorted(train)), val
-
-
-def subset(train: tuple[str, ...], labels: str, seed: int) -> tuple[str, ...]:
-    """The labelled cases of one training, from those of its fold (sorted).
-
-    `labels` is their number, a percentage (10%), or all. Raises MiMError for anything else, or more than there are.
-    """
-    if labels == "all":
-        return train
-    number = labels.removesuffix("%")
-    maximum = 100 if labels.endswith("%") else len(train)
-    if not (number.isascii() and number.isdigit()) or not 1 <= int(number) <= maximum:
-        numbers = f"numbers from 1 to {len(train)} (the training cases of the fold)"
-        raise MiMError(f"labels {labels}: give {numbers}, percentages from 1% to 100%, or all")
-    return label_fraction(train, int(number), seed) if labels.endswith("%") else nested_subset(train, int(number), seed)
 
 
 def mean_dice(result: Mapping[str, Any]) -> float:

@@ -47,15 +47,25 @@ def btcv_splits(cases: Sequence[str] = BTCV_CASES) -> list[Split]:
     return splits
 
 
-def nested_subset(cases: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
-    """`count` random cases, sorted. With the same seed a larger subset contains the smaller ones."""
+def labelled_subset(cases: Sequence[str], labels: str, seed: int) -> tuple[str, ...]:
+    """The labelled cases of one training, sorted. With the same seed a larger subset contains the smaller ones.
+
+    `labels` is their number, a percentage of `cases` (10%: rounded up, at least one), or all. Raises MiMError for
+    anything else, or more than there are.
+    """
+    number, cases = labels.removesuffix("%"), sorted(cases)
+    is_number = number.isascii() and number.isdigit()
+    if labels == "all":
+        count = len(cases)
+    elif is_number and labels.endswith("%") and 1 <= int(number) <= 100:
+        count = -(-len(cases) * int(number) // 100)
+    elif is_number and labels == number and 1 <= int(number) <= len(cases):
+        count = int(number)
+    else:
+        numbers = f"numbers from 1 to {len(cases)} (the training cases of the fold)"
+        raise MiMError(f"labels {labels}: give {numbers}, percentages from 1% to 100%, or all")
     order = np.random.default_rng(seed).permutation(len(cases))
     return tuple(sorted(cases[i] for i in order[:count]))
-
-
-def label_fraction(cases: Sequence[str], percent: int, seed: int) -> tuple[str, ...]:
-    """A percentage (1 to 100) of the cases in any order, rounded up, at least one; see `nested_subset`."""
-    return nested_subset(sorted(cases), max(1, -(-len(cases) * percent // 100)), seed)
 
 
 def write_splits(preprocessed: Path, dataset: str, splits: Sequence[Split]) -> Path:

@@ -8,14 +8,16 @@ import torch
 from nnunet_mim.benchmarking import experiment
 from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell, Length
-from nnunet_mim.benchmarking.estimate import measure, median_seconds, views
 from nnunet_mim.benchmarking.experiment import (
     check_device,
     check_references,
     hours_of,
+    measure,
+    median_seconds,
     prepare,
     run_experiment,
     summary_of_plan,
+    views,
 )
 from nnunet_mim.benchmarking.matrix import Matrix, Place
 from nnunet_mim.errors import MiMError
@@ -57,8 +59,10 @@ def test_an_estimate_counts_steps_patches_and_mirrored_views(monkeypatch):
         calls.append((tuple(shape), train))
         return 10.0 if train else 1.0
 
-    monkeypatch.setattr("nnunet_mim.benchmarking.estimate.median_seconds", seconds)
-    total = measure(cell_of(), {"labels": {"background": 0, "x": 1}}, "cpu")
+    monkeypatch.setattr("nnunet_mim.benchmarking.experiment.median_seconds", seconds)
+    cell = cell_of()
+    cell.__dict__["dataset_json"] = {"labels": {"background": 0, "x": 1}}
+    total = measure(cell, "cpu")
     assert calls == [((2, 1, 16, 16, 16), True), ((1, 1, 16, 16, 16), False)]
     assert total == 10 * (20 * 10.0 + 3 * 2 * 1.0) + 2 * 3 * 8 * 1.0
 
@@ -83,9 +87,7 @@ def test_hours_come_from_finished_trainings_before_measuring(monkeypatch, tmp_pa
         Place("D", 0, labels, 0, "A"): {"cost": {"seconds": seconds}} for labels, seconds in (("1", 3600), ("2", 7200))
     }
     matrix = Matrix(bench, cells, "A")
-    monkeypatch.setattr(experiment, "measure", lambda cell, content, device: 1800.0)
-    for cell in cells.values():
-        cell.__dict__["dataset_json"] = {}
+    monkeypatch.setattr(experiment, "measure", lambda cell, device: 1800.0)
     assert hours_of(matrix, results) == {("D", "A"): 1.5, ("D", "B"): 0.5}
 
     def fails(*_):

@@ -5,9 +5,16 @@ import re
 import pytest
 
 from nnunet_mim.benchmarking import experiment
-from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec, read_bench
+from nnunet_mim.benchmarking.bench_file import (
+    ArmSpec,
+    Bench,
+    DatasetSpec,
+    arm_entries,
+    parse_arm,
+    read_bench,
+    settings_by_arm,
+)
 from nnunet_mim.benchmarking.cli import main
-from nnunet_mim.benchmarking.few_shot_file import arm_entries, parse_arm, settings_by_arm
 from nnunet_mim.benchmarking.seeded_training import Length
 from nnunet_mim.errors import MiMError
 

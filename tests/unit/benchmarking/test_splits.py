@@ -12,7 +12,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_mim.benchmarking.archives import BTCV_CASES
 from nnunet_mim.benchmarking.splits import (
     btcv_splits,
-    label_fraction,
+    labelled_subset,
     nnunet_splits,
     write_splits,
 )
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 @given(cases=NAMES, seed=st.integers(0, 2**31), shuffled=st.randoms())
 def test_label_fractions(cases, seed, shuffled):
-    subsets = [label_fraction(cases, percent, seed) for percent in PERCENTS]
+    subsets = [labelled_subset(cases, f"{percent}%", seed) for percent in PERCENTS]
     for percent, subset in zip(PERCENTS, subsets, strict=True):
         assert len(set(subset)) == len(subset) == max(1, math.ceil(len(cases) * percent / 100))
         assert list(subset) == sorted(subset)
@@ -104,18 +104,18 @@ def test_label_fractions(cases, seed, shuffled):
     assert subsets[-1] == tuple(sorted(cases))
     other_order = list(cases)
     shuffled.shuffle(other_order)
-    assert subsets == [label_fraction(other_order, percent, seed) for percent in PERCENTS]
+    assert subsets == [labelled_subset(other_order, f"{percent}%", seed) for percent in PERCENTS]
 
 
 @given(cases=NAMES, percents=st.lists(st.integers(1, 100), min_size=2, max_size=2), seed=st.integers(0, 99))
 def test_any_two_fractions_are_nested(cases, percents, seed):
-    smaller, larger = (set(label_fraction(cases, percent, seed)) for percent in sorted(percents))
+    smaller, larger = (set(labelled_subset(cases, f"{percent}%", seed)) for percent in sorted(percents))
     assert smaller <= larger
 
 
 def test_fractions_of_known_cases_stay_what_they_are():
     """A benchmark that goes on next year must draw the same cases."""
     cases = [f"img{number:04d}" for number in range(1, 25)]
-    assert [len(label_fraction(cases, percent, 0)) for percent in PERCENTS] == [1, 2, 3, 6, 12, 24]
-    assert label_fraction(cases, 10, 0) == ("img0005", "img0019", "img0022")
-    assert label_fraction(cases, 10, 1) == ("img0002", "img0008", "img0022")
+    assert [len(labelled_subset(cases, f"{percent}%", 0)) for percent in PERCENTS] == [1, 2, 3, 6, 12, 24]
+    assert labelled_subset(cases, "10%", 0) == ("img0005", "img0019", "img0022")
+    assert labelled_subset(cases, "10%", 1) == ("img0002", "img0008", "img0022")
