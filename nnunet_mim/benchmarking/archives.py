@@ -160,10 +160,10 @@ def archive_problems(archive: Archive, threads: int, ignore_origin: bool = False
 
     def check(item: ArchiveCase | Path) -> list[str | None]:
         if isinstance(item, Path):
-            return [file_problem(item)]
-        if any(broken := [file_problem(item.image), file_problem(item.label)]):
+            return [_file_problem(item)]
+        if any(broken := [_file_problem(item.image), _file_problem(item.label)]):
             return broken
-        return [geometry_problem(item.image, item.label, ignore_origin), _value_problem(item.label, values)]
+        return [_geometry_problem(item.image, item.label, ignore_origin), _value_problem(item.label, values)]
 
     items = [*archive.cases, *archive.unlabelled]
     with ThreadPoolExecutor(threads) as pool:
@@ -171,7 +171,7 @@ def archive_problems(archive: Archive, threads: int, ignore_origin: bool = False
         return [problem for problems in checked for problem in problems if problem]
 
 
-def file_problem(path: Path) -> str | None:
+def _file_problem(path: Path) -> str | None:
     """Why a file is no complete 3-D volume, in one line with the remedy, or None. Reads all of it."""
     try:
         problem = damaged(path)
@@ -187,7 +187,7 @@ def file_problem(path: Path) -> str | None:
     return f"{path} is {problem}, not a 3-D volume: {AGAIN}" if problem else None
 
 
-def geometry_problem(image: Path, label: Path, ignore_origin: bool = False) -> str | None:
+def _geometry_problem(image: Path, label: Path, ignore_origin: bool = False) -> str | None:
     """How the grid of a label differs from that of its image, in one line with the remedy, or None.
 
     Size and spacing are compared as in nnU-Net's integrity check; origin and direction with tolerances, since headers

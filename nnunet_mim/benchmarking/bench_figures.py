@@ -23,7 +23,6 @@ class CasePicture:
     """One axial slice of a case; arrays (Y, X), y to the back, x to the patient's left."""
 
     title: str
-    """title of the row"""
     name: str
     ct: np.ndarray
     """HU"""
@@ -32,7 +31,7 @@ class CasePicture:
     predictions: Mapping[str, np.ndarray]
     """label images, by arm"""
     dice: Mapping[str, float]
-    """Dice of the case, by arm"""
+    """by arm"""
     spacing: tuple[float, float]
     """mm along y, x"""
 

@@ -69,7 +69,7 @@ class ArmSpec:
 
     @property
     def is_control(self) -> bool:
-        """Whether it is the control of this package, which starts from random weights."""
+        """Whether it is this package's control, which starts from random weights."""
         return self.trainer.startswith("nnUNetTrainerMiMScratch")
 
     @property
@@ -135,11 +135,11 @@ def bench_of(content: Mapping[str, Any], folder: Path) -> Bench:
     bench = _read_entries(Bench, content)
     plans = {arm.plans for arm in bench.arms if arm.plans and _with_trainer(arm).is_mim}
     mim_plans = plans.pop() if len(plans) == 1 else MIM_PLANS  # the control's too
-    arms = tuple(complete_arm(arm, mim_plans, folder) for arm in bench.arms)
+    arms = tuple(_complete_arm(arm, mim_plans, folder) for arm in bench.arms)
     return replace(bench, arms=arms, output=folder / bench.output)
 
 
-def complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
+def _complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
     """An arm with the trainer and plans that its name stands for. MiMError names the arm where it is not complete.
 
     The path of its checkpoint is relative to `folder`; ORGANISATION/NAME is one on Hugging Face unless it exists there.
@@ -179,27 +179,27 @@ def arm_entries(texts: Sequence[str], plans: str, settings: Mapping[str, Any]) -
 
     Raises MiMError for a bad arm, two of the same name, or a setting of no MiM arm.
     """
-    arms = [parse_arm(text, plans) for text in texts]
+    arms = [_parse_arm(text, plans) for text in texts]
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise MiMError(f"arm {max(names, key=names.count)} is there twice: every arm needs a name of its own")
-    by_arm = settings_by_arm(settings, arms)
+    by_arm = _settings_by_arm(settings, arms)
     entries = {arm.name: asdict(replace(arm, settings=by_arm.get(arm.name, {}))) for arm in arms}
     return {name: {k: v for k, v in own.items() if v and k != "name"} for name, own in entries.items()}
 
 
-def parse_arm(text: str, plans: str) -> ArmSpec:
+def _parse_arm(text: str, plans: str) -> ArmSpec:
     """An arm from a known name, or NAME=TRAINER:PLANS[:CHECKPOINT]; `plans` for MiM arms and those that name none."""
     name, equals, description = text.partition("=")
     trainer, own_plans, checkpoint = [*description.split(":", 2), "", "", ""][:3]
     if not equals and name in KNOWN_ARMS:
-        return complete_arm(ArmSpec(name), plans, Path())
+        return _complete_arm(ArmSpec(name), plans, Path())
     if not trainer or not name:
         raise MiMError(f"--arms {text}: give {', '.join(KNOWN_ARMS)}, or NAME=TRAINER:PLANS[:CHECKPOINT]")
-    return complete_arm(ArmSpec(name, trainer, own_plans or plans, checkpoint or None), plans, Path.cwd())
+    return _complete_arm(ArmSpec(name, trainer, own_plans or plans, checkpoint or None), plans, Path.cwd())
 
 
-def settings_by_arm(settings: Mapping[str, Any], arms: Sequence[ArmSpec]) -> dict[str, dict[str, Any]]:
+def _settings_by_arm(settings: Mapping[str, Any], arms: Sequence[ArmSpec]) -> dict[str, dict[str, Any]]:
     """Settings of every MiM arm by its name: `key` counts for all of them, `ARM.key` for one."""
     by_arm: dict[str, dict[str, Any]] = {arm.name: {} for arm in arms if arm.is_mim}
     for key, value in sorted(settings.items(), key=lambda item: "." in item[0]):  # those of one arm come last

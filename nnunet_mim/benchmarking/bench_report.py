@@ -115,22 +115,17 @@ def _dataset_sections(outcome: Outcome, dataset: str) -> list[Section]:
     text, curves = "\n\n".join(tables.notes(outcome, dataset)), [curves_figure(outcome, dataset)]
     heading, note = _heading(outcome, dataset), _how_to_read(outcome)
     sections = [Section(heading, text, note, table=main, marked=marked, figures=curves)]
+    names = label_numbers(outcome, dataset)
+    pictures = case_pictures(outcome, dataset, names)
     for title, table in further.items():
-        if title == COST:
-            sections += _cases_sections(outcome, dataset)
+        if title == COST and pictures:
+            note = f"Dice is that of the whole case. Worst, median and best are those of {outcome.matrix.arms[0]}."
+            sections.append(Section(f"{dataset}: cases", "", note, [cases_figure(pictures, names)]))
         bars = bars_figure(outcome, dataset) if title == EVERY_LABEL else None
         sections.append(Section(f"{dataset}: {title}", table=table, figures=[bars] if bars else []))
     if published := published_table(dataset):
         sections.append(Section(f"{dataset}: published elsewhere", WARNING, table=published, words=True))
     return sections
-
-
-def _cases_sections(outcome: Outcome, dataset: str) -> list[Section]:
-    """Pictures of cases; none where there are no pictures."""
-    names = label_numbers(outcome, dataset)
-    pictures = case_pictures(outcome, dataset, names)
-    note = f"Dice is that of the whole case. Worst, median and best are those of {outcome.matrix.arms[0]}."
-    return [Section(f"{dataset}: cases", "", note, [cases_figure(pictures, names)])] if pictures else []
 
 
 def _arms_section(outcome: Outcome) -> Section:

@@ -25,8 +25,6 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import require_environment
 from nnunet_mim.system.files import write_atomically
 
-BENCH_FILE = "bench.yaml"
-
 
 def run_experiment(bench: Bench, retry: bool = False, bench_yaml: str = "") -> None:
     """Check everything, train what has not been trained yet (with `retry` also what failed the last time), report.
@@ -34,11 +32,11 @@ def run_experiment(bench: Bench, retry: bool = False, bench_yaml: str = "") -> N
     `bench_yaml`, the experiment as text, is kept in the output folder once it is checked. Raises MiMError for bad input
     before any training, and for failed trainings at the end.
     """
-    check_device(bench)
+    _check_device(bench)
     matrix, seen, results = prepare(bench)
     if bench_yaml:
         bench.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(bench.output / BENCH_FILE, bench_yaml.encode())
+        write_atomically(bench.output / "bench.yaml", bench_yaml.encode())
     failed = failures(matrix)
     todo = [place for place in matrix.cells if place not in results and (retry or place not in failed)]
     state = f"{len(results)} finished, {len(todo)} to do; output {bench.output}"
@@ -73,17 +71,17 @@ def plan_experiment(bench: Bench) -> None:
     """Print every training with its state and the hours it would take; train nothing. Raises MiMError for bad input."""
     matrix, _, results = prepare(bench)
     failed = failures(matrix)
-    hours = hours_of(matrix, results)
+    hours = _hours_of(matrix, results)
     for place in matrix.cells:
         state = "finished" if place in results else "failed" if place in failed else "to do"
         estimate = hours[place.dataset, place.arm]
         print(f"{place}: {state}{f', about {estimate:.2f} h' if estimate is not None else ''}")
     todo = [hours[place.dataset, place.arm] for place in matrix.cells if place not in results]
     at_a_time = len(bench.gpus) or (len(todo) if bench.slurm is not None else bench.jobs)
-    print(summary_of_plan(todo, len(matrix.cells), bench.device, at_a_time))
+    print(_summary_of_plan(todo, len(matrix.cells), bench.device, at_a_time))
 
 
-def summary_of_plan(todo: Sequence[float | None], total: int, device: str, at_a_time: int) -> str:
+def _summary_of_plan(todo: Sequence[float | None], total: int, device: str, at_a_time: int) -> str:
     """How many of `total` trainings are to do, and how long they take; `todo` has hours, None where unknown."""
     text = f"{len(todo)} of {total} trainings to do"
     known = [hours for hours in todo if hours is not None]
@@ -100,14 +98,14 @@ def prepare(bench: Bench, only_report: bool = False) -> tuple[Matrix, Seen, Resu
     matrix = build_matrix(bench)
     results = finished_results(matrix)
     if not only_report:
-        check_references(matrix, results)
+        _check_references(matrix, results)
     seen = look_for_seen_cases(matrix)
     if not bench.allow_seen:
         refuse_seen_cases(seen)
     return matrix, seen, results
 
 
-def check_references(matrix: Matrix, results: Collection[Place]) -> None:
+def _check_references(matrix: Matrix, results: Collection[Place]) -> None:
     """MiMError where the reference of a validation case is missing, which nnU-Net notices after hours of training."""
     todo = [cell for place, cell in matrix.cells.items() if place not in results]
     for path, source in {cell.reference(case): cell.arm.source for cell in todo for case in cell.val_cases}.items():
@@ -117,7 +115,7 @@ def check_references(matrix: Matrix, results: Collection[Place]) -> None:
             raise MiMError(f"{path}, a validation case's reference, is missing: {remedy}")
 
 
-def check_device(bench: Bench) -> None:
+def _check_device(bench: Bench) -> None:
     """MiMError where this machine does not have the GPUs of the experiment. Jobs of SLURM run elsewhere."""
     if bench.device != "cuda" or bench.slurm is not None:
         return
@@ -134,7 +132,7 @@ def report(matrix: Matrix, seen: Seen, results: Results, failed: Mapping[Place, 
     print(f"page: {matrix.bench.output / PAGE}")
 
 
-def hours_of(matrix: Matrix, results: Results) -> dict[tuple[str, str], float | None]:
+def _hours_of(matrix: Matrix, results: Results) -> dict[tuple[str, str], float | None]:
     """Hours of a training by (dataset, arm): the median of finished ones, else measured; None where that fails."""
     finished: dict[tuple[str, str], list[float]] = {}
     for place, result in results.items():
@@ -167,9 +165,9 @@ def measure(cell: Cell, device: str) -> float:
         manager.get_label_manager(cell.dataset_json).num_segmentation_heads, deep_supervision=True,
     ).to(device)  # fmt: skip
     patch = tuple(configuration.patch_size)
-    training = median_seconds(network, (configuration.batch_size, source.in_channels, *patch), device, True)
+    training = _median_seconds(network, (configuration.batch_size, source.in_channels, *patch), device, True)
     network.eval()
-    forward = median_seconds(network, (1, source.in_channels, *patch), device, False)
+    forward = _median_seconds(network, (1, source.in_channels, *patch), device, False)
     steps = length.epochs * (length.iterations * training + length.val_iterations * forward * configuration.batch_size)
     shape = [max(a, round(b)) for a, b in zip(patch, configuration.median_image_size_in_voxels, strict=True)]
     patches = math.prod(len(positions) for positions in compute_steps_for_sliding_window(shape, patch, 0.5))
@@ -184,7 +182,7 @@ def views(cell: Cell) -> int:
     return 2 ** (2 if axes is None else len(axes))
 
 
-def median_seconds(network: torch.nn.Module, shape: Iterable[int], device: str, train: bool) -> float:
+def _median_seconds(network: torch.nn.Module, shape: Iterable[int], device: str, train: bool) -> float:
     """Median seconds of a forward pass, or of a forward and a backward pass, after one that does not count."""
     patch = torch.randn(*shape, device=device)
     precision = torch.autocast("cuda") if device == "cuda" else nullcontext()

@@ -25,9 +25,6 @@ from filelock import FileLock
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.processes import end_with_parent
 
-MINIMUM_CHECKPOINTS = 4
-"""minimum number of times that a training is saved, so that an interrupted one can continue"""
-
 
 @dataclass(frozen=True)
 class Length:
@@ -64,9 +61,9 @@ def _train(seed: int, length: Length, threads: int, cost: Path, command: list[st
     entry = installed_command(command[0])
     if entry is None:
         sys.exit(f"{command[0]} is not installed: install an nnU-Net that has it")
-    set_length(nnUNetTrainer, length)
-    save_whole(nnUNetTrainer)
-    record_cost(nnUNetTrainer, cost, time.time())
+    _set_length(nnUNetTrainer, length)
+    _save_whole(nnUNetTrainer)
+    _record_cost(nnUNetTrainer, cost, time.time())
     sys.argv = command
     entry.load()()
 
@@ -76,7 +73,7 @@ def installed_command(name: str) -> EntryPoint | None:
     return next((entry for entry in entry_points(group="console_scripts") if entry.name == name), None)
 
 
-def save_whole(trainer: Any) -> None:
+def _save_whole(trainer: Any) -> None:
     """Make a trainer class, and those derived from it, write checkpoints completely or not at all: nnU-Net cannot
     continue from half a checkpoint.
     """
@@ -91,7 +88,7 @@ def save_whole(trainer: Any) -> None:
     trainer.save_checkpoint = save_checkpoint
 
 
-def set_length(trainer: Any, length: Length) -> None:
+def _set_length(trainer: Any, length: Length) -> None:
     """Give a trainer class, and those derived from it, another length."""
     original = trainer.initialize
 
@@ -99,13 +96,13 @@ def set_length(trainer: Any, length: Length) -> None:
         self.num_epochs = length.epochs
         self.num_iterations_per_epoch = length.iterations
         self.num_val_iterations_per_epoch = length.val_iterations
-        self.save_every = max(1, min(self.save_every, length.epochs // MINIMUM_CHECKPOINTS))
+        self.save_every = max(1, min(self.save_every, length.epochs // 4))  # so that short trainings can continue too
         original(self)
 
     trainer.initialize = initialize
 
 
-def record_cost(trainer: Any, file: Path, began: float) -> None:
+def _record_cost(trainer: Any, file: Path, began: float) -> None:
     """Make a trainer class, and those derived from it, write the cost of every attempt to a file.
 
     That is: its begin, seconds until its last epoch or the end of its validation, maximum memory of the device (of the
@@ -134,7 +131,7 @@ def record_cost(trainer: Any, file: Path, began: float) -> None:
 
 
 def attempts_of(file: Path) -> list[dict[str, Any]]:
-    """What `record_cost` has written; nothing where there is no such file yet."""
+    """What `_record_cost` has written; nothing where there is no such file yet."""
     return json.loads(file.read_text()) if file.is_file() else []
 
 

@@ -37,10 +37,10 @@ def compare(arm: np.ndarray, control: np.ndarray, seed: int = 0) -> Comparison:
     draws = np.random.default_rng(seed).integers(len(by_case), size=(RESAMPLES, len(by_case)))
     low, high = np.percentile(by_case[draws].mean(axis=1), [2.5, 97.5])
     mean = float(differences.mean())
-    return Comparison(mean, t_interval(differences), (float(low), float(high)), wilcoxon(by_case))
+    return Comparison(mean, _t_interval(differences), (float(low), float(high)), wilcoxon(by_case))
 
 
-def t_interval(differences: np.ndarray) -> tuple[float, float]:
+def _t_interval(differences: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of a crossed design in which seeds and cases are both random.
 
     A bootstrap over three seeds is far too narrow (it holds the truth in about 80 %). The variance of the mean is

@@ -47,14 +47,14 @@ def comparison_table(outcome: Outcome, dataset: str) -> Table:
             str(len(seeds)),
             f"{result.difference:+.2f} [{result.interval[0]:+.2f}, {result.interval[1]:+.2f}]",
             f"[{result.bootstrap[0]:+.2f}, {result.bootstrap[1]:+.2f}]",
-            p_text(result.p),
-            p_text(corrected[dataset, labels, arm]),
-            ", ".join(iterations_to_control(outcome, dataset, labels, arm, seeds)),
+            _p_text(result.p),
+            _p_text(corrected[dataset, labels, arm]),
+            ", ".join(_iterations_to_control(outcome, dataset, labels, arm, seeds)),
         ])  # fmt: skip
     return table
 
 
-def iterations_to_control(outcome: Outcome, dataset: str, labels: str, arm: str, seeds: Sequence[int]) -> list[str]:
+def _iterations_to_control(outcome: Outcome, dataset: str, labels: str, arm: str, seeds: Sequence[int]) -> list[str]:
     """Iterations until the learning curve is where the control's ends, for every training."""
     length, control = outcome.matrix.bench.length, outcome.matrix.control
     texts = []
@@ -62,7 +62,7 @@ def iterations_to_control(outcome: Outcome, dataset: str, labels: str, arm: str,
         for fold in outcome.matrix.folds(dataset):
             places = [Place(dataset, fold, labels, seed, name) for name in (arm, control)]
             curve, goal = (smooth(outcome.results[place]["curve"]) for place in places)
-            epoch = first_epoch_at(curve, goal[-1])
+            epoch = _first_epoch_at(curve, goal[-1])
             never = f"> {length.epochs * length.iterations}" if np.isfinite(goal[-1]) else "–"
             texts.append(str(epoch * length.iterations) if epoch is not None else never)
     return texts
@@ -82,7 +82,7 @@ def smooth(curve: Sequence[float]) -> list[float]:
     return [float(np.mean(part)) if part else float("nan") for part in parts]
 
 
-def first_epoch_at(curve: Sequence[float], goal: float) -> int | None:
+def _first_epoch_at(curve: Sequence[float], goal: float) -> int | None:
     """First epoch (from 1) at which a learning curve reaches `goal`; None if never."""
     return next((number for number, value in enumerate(curve, start=1) if value >= goal), None)
 
@@ -164,15 +164,15 @@ def markdown_table(table: Table) -> str:
 
 def latex_table(table: Table, caption: str, below: Sequence[str] = ()) -> str:
     """A LaTeX table with booktabs, and sentences below it."""
-    rows = [" & ".join(latex_text(cell) for cell in row) + r" \\" for row in table]
+    rows = [" & ".join(_latex_text(cell) for cell in row) + r" \\" for row in table]
     return "\n".join([
-        r"\begin{table}", r"\centering", rf"\caption{{{latex_text(caption)}}}",
+        r"\begin{table}", r"\centering", rf"\caption{{{_latex_text(caption)}}}",
         rf"\begin{{tabular}}{{{'ll' + 'r' * (len(table[0]) - 2)}}}", r"\toprule", rows[0], r"\midrule", *rows[1:],
-        r"\bottomrule", r"\end{tabular}", *(rf"\par {latex_text(line)}" for line in below), r"\end{table}",
+        r"\bottomrule", r"\end{tabular}", *(rf"\par {_latex_text(line)}" for line in below), r"\end{table}",
     ])  # fmt: skip
 
 
-def latex_text(text: str) -> str:
+def _latex_text(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
     return text.translate(LATEX)
 
@@ -183,6 +183,6 @@ def with_sd(numbers: np.ndarray) -> str:
     return f"{mean:.2f} ± {sd:.2f}" if np.isfinite(sd) else f"{mean:.2f}" if np.isfinite(mean) else "–"
 
 
-def p_text(p: float) -> str:
+def _p_text(p: float) -> str:
     """A probability with three digits."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if np.isfinite(p) else "–"

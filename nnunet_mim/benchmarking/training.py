@@ -59,11 +59,9 @@ class Training:
         return self.folder / "nnUNet_results" / source.dataset / name / f"fold_{self.cell.fold}"
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of a finished training, or None. If it was measured with another tolerance, its predictions are
-        measured again.
+        """The result of a finished training, or None. Raises MiMError where the folder holds another experiment.
 
-        Raises:
-            MiMError: the folder holds another experiment, finished or not.
+        If it was measured with another tolerance, its predictions are measured again.
         """
         if not (self.folder / KEY).is_file():
             return None
@@ -99,22 +97,17 @@ class Training:
         return DelayedSubmission(self)
 
     def train(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
-        """Train and validate, continuing an interrupted attempt. Writes and returns the result; writes why it failed.
+        """Train and validate, continuing an interrupted attempt. Writes the result, which it returns, or why it failed.
 
-        Args:
-            gpu: as in CUDA_VISIBLE_DEVICES; None: as this process.
-            stop: ends the training when it is set.
-
-        Raises:
-            MiMError: the training failed; names its log.
-            InterruptedTrainingError: it was ended from outside, which is no failure.
+        `gpu` is as in CUDA_VISIBLE_DEVICES, None as in this process; `stop` ends the training when it is set. Raises
+        MiMError with the log where it fails, InterruptedTrainingError where it was ended from outside.
         """
         folder, log_file = self.folder, self.folder / LOG
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILED).unlink(missing_ok=True)
         try:
             write_atomically(folder / KEY, json.dumps(self.cell.key()).encode())
-            self.write_folders()
+            self._write_folders()
             with log_file.open("a") as log:
                 exit_code = _run(self.command(), log, self.environment(gpu), stop)
             if exit_code in (-signal.SIGTERM, -signal.SIGINT):
@@ -122,7 +115,7 @@ class Training:
             if exit_code or not (self.output / "validation" / "summary.json").is_file():
                 last = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
                 raise MiMError(f"training failed, see {log_file} ({last[0][:200]})")
-            result = {"key": self.cell.key(), **self.measured(), "cost": total_cost(folder / COST)}
+            result = {"key": self.cell.key(), **self.measured(), "cost": _total_cost(folder / COST)}
             write_atomically(folder / RESULT, json.dumps(result).encode())
             return result
         except InterruptedTrainingError:
@@ -155,7 +148,7 @@ class Training:
             environment[ENV_CHECKPOINT] = self.cell.arm.checkpoint
         return environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
 
-    def write_folders(self) -> None:
+    def _write_folders(self) -> None:
         """Write nnUNet_preprocessed of this training: links to the preprocessed dataset, its own split and plans."""
         cell, source = self.cell, self.cell.arm.source
         base = self.folder / "nnUNet_preprocessed" / source.dataset
@@ -193,10 +186,8 @@ class Training:
         curve = [float(value) for value in stored["logging"]["mean_fg_dice"]]
         if len(curve) != (epochs := self.cell.length.epochs):
             raise MiMError(f"{output} was trained for {len(curve)} epochs, not {epochs}: another trainer's length?")
-        names = {
-            label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
-            for name, value in dataset_json["labels"].items()
-        }
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in dataset_json["labels"].items()}
+        names = {label_or_region_to_key(value): name for name, value in values.items()}
         return {"cases": cases, "curve": curve, "names": names, "tolerance": self.tolerance}
 
 
@@ -206,7 +197,7 @@ def reason_of(error: Exception) -> str:
     return text if isinstance(error, MiMError) else f"{type(error).__name__}: {text}"
 
 
-def total_cost(file: Path) -> dict[str, Any]:
+def _total_cost(file: Path) -> dict[str, Any]:
     """Cost of all attempts at a cell: seconds in all, maximum memory in bytes, parameters, device. Empty if unknown."""
     attempts = attempts_of(file)
     if not attempts:

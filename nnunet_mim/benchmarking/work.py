@@ -108,7 +108,10 @@ def _run_on_slurm(matrix: Matrix, todo: list[Place], report: Report) -> None:
             try:
                 report(place, job.result())
             except Exception as error:  # submitit's own, with the log of the job in it
-                reason = BUSY if BUSY in str(error) else matrix.training(place).failure() or _cause(error)
+                lines = [line.strip() for line in str(error).splitlines() if ": " in line]
+                lines = [line for line in lines if not line.startswith("-")]  # names of logs, below the traceback
+                cause = lines[-1][:300] if lines else reason_of(error)
+                reason = BUSY if BUSY in str(error) else matrix.training(place).failure() or cause
                 report(place, MiMError(f"job {job.job_id}: {reason}: see {job.paths.stderr}"))
         if waiting:
             time.sleep(SLURM_POLL_SECONDS)
@@ -132,9 +135,3 @@ def _slurm_executor(matrix: Matrix) -> Any:
     except (TypeError, ValueError, NameError) as error:
         raise MiMError(f"slurm: {reason_of(error)}: see submitit's parameters") from error
     return executor
-
-
-def _cause(error: Exception) -> str:
-    """The last line of a job's traceback, which submitit puts above the names of its logs."""
-    lines = [line.strip() for line in str(error).splitlines() if ": " in line and not line.lstrip().startswith("-")]
-    return (lines or [type(error).__name__])[-1][:300]

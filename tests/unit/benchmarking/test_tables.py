@@ -19,12 +19,12 @@ from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.published_numbers import published_table
 from nnunet_mim.benchmarking.statistics import holm
 from nnunet_mim.benchmarking.tables import (
+    _first_epoch_at,
+    _latex_text,
     comparison_table,
     cost_table,
     every_value,
-    first_epoch_at,
     label_table,
-    latex_text,
     main_table,
     markdown_table,
     notes,
@@ -202,8 +202,8 @@ def test_every_value_is_in_the_csv(outcome):
 def test_markdown_and_latex():
     assert markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
     assert markdown_table([["a|b"], ["1"]]) == "| a/b |\n|---|\n| 1 |"
-    assert latex_text("50 % of a_b & > 3 ± 1") == r"50 \% of a\_b \& $>$ 3 $\pm$ 1"
-    assert latex_text("a\\b…x") == r"a\textbackslash{}b\ldots{}x"
+    assert _latex_text("50 % of a_b & > 3 ± 1") == r"50 \% of a\_b \& $>$ 3 $\pm$ 1"
+    assert _latex_text("a\\b…x") == r"a\textbackslash{}b\ldots{}x"
 
 
 def write_dataset_json(outcome):
@@ -256,8 +256,8 @@ def test_a_smooth_curve_by_hand():
 
 
 def test_first_epoch_that_reaches_a_goal():
-    assert first_epoch_at([0.1, 0.3, 0.2, 0.5], 0.3) == 2
-    assert first_epoch_at([0.1, 0.3], 0.31) is None
+    assert _first_epoch_at([0.1, 0.3, 0.2, 0.5], 0.3) == 2
+    assert _first_epoch_at([0.1, 0.3], 0.31) is None
 
 
 def test_figures_say_their_numbers(outcome):
