@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.image_files import header_of
 from nnunet_mim.preparation.screening import damaged, header_problem, last_line
 
 MSD_CASES = {
@@ -32,7 +32,6 @@ MSD_CASES = {
 }
 """the CT tasks of the Medical Segmentation Decathlon, with their published numbers of training cases"""
 MSD_FOLDERS = ("imagesTr", "labelsTr", "imagesTs")
-DESCRIPTION = "dataset.json"
 MSD_KEYS = ("modality", "labels", "numTraining", "training", "test")
 """keys of dataset.json, most of which nnU-Net's converter needs"""
 BTCV_CASES = tuple(f"img{number:04d}" for number in (*range(1, 11), *range(21, 41)))
@@ -43,15 +42,10 @@ BTCV_NAMES = (
 BTCV_LABELS = {name: value for value, name in enumerate(BTCV_NAMES)}
 PACKED = (".tar", ".tar.gz", ".tgz", ".zip")
 ENDING = ".nii.gz"
-ORIGIN_TOLERANCE = 0.1
-"""mm: headers of image and label are rounded differently; nnU-Net matches voxels by their index anyway"""
-DIRECTION_TOLERANCE = 1e-3
-"""of direction cosines"""
 AGAIN = "extract the archive again"
 
 
-@dataclass(frozen=True)
-class ArchiveCase:
+class ArchiveCase(NamedTuple):
     """One labelled training case."""
 
     name: str
@@ -82,22 +76,16 @@ class Archive:
         """Whether it is BTCV, or else a task of MSD."""
         return self.dataset.endswith("_BTCV")
 
-    def files(self) -> Iterator[Path]:
+    def files(self) -> list[Path]:
         """All images and labels."""
-        for case in self.cases:
-            yield from (case.image, case.label)
-        yield from self.unlabelled
+        return [path for case in self.cases for path in (case.image, case.label)] + list(self.unlabelled)
 
 
 def find_msd(folder: Path, partial: bool = False) -> Archive:
-    """The content of the folder of an extracted MSD archive.
+    """The content of an extracted MSD archive (…/Task03_Liver).
 
-    Args:
-        folder: such as …/Task03_Liver.
-        partial: cases that are missing, or lack image or label, are no problem.
-
-    Raises:
-        MiMError: it is not such a folder; names the right one.
+    With `partial`, cases that are missing, or lack image or label, are no problem. Raises MiMError where it is no such
+    folder, and names the right one.
     """
     folder = _with_layout(folder, "Task03_Liver", lambda path: any((path / name).is_dir() for name in MSD_FOLDERS))
     if folder.name not in MSD_CASES:
@@ -105,40 +93,26 @@ def find_msd(folder: Path, partial: bool = False) -> Archive:
             f"{folder} is none of MSD's CT tasks by its name: give a folder as extracted ({', '.join(MSD_CASES)}); "
             "nnU-Net datasets (DatasetXXX_Name) need no conversion"
         )
-    missing = [name for name in MSD_FOLDERS if not (folder / name).is_dir()]
-    missing += [] if (folder / DESCRIPTION).is_file() else [DESCRIPTION]
-    if missing:
+    if missing := [name for name in (*MSD_FOLDERS, "dataset.json") if not (folder / name).exists()]:
         hint = "; an empty imagesTs will do" if missing == ["imagesTs"] else ""
         raise MiMError(f"{folder} has no {', '.join(missing)}: {AGAIN}{hint}")
-    description = read_description(folder / DESCRIPTION)
+    description = _read_description(folder / "dataset.json")
     images, labels, tests = (_volumes(folder / name) for name in MSD_FOLDERS)
     if numbered := [path for path in images.values() if path.name.endswith(f"_0000{ENDING}")]:
         raise MiMError(f"{numbered[0]} has a channel number, as in nnU-Net datasets: give the archive as extracted")
     listed = {Path(entry["image"]).name for entry in description["training"]}
     files = {name: (folder / "imagesTr" / name, folder / "labelsTr" / name) for name in {*images, *labels, *listed}}
-    task, _, name = folder.name.partition("_")
     values = {label: int(value) for value, label in description["labels"].items()}
     published, stated = MSD_CASES[folder.name], description["numTraining"]
     cases, problems = _complete_cases(folder, files, published, partial)
     if not problems and len(cases) == published != stated and not partial:
-        problems = [
-            f"{folder / DESCRIPTION} says {stated} training cases, {published} are published and there: {AGAIN}"
-        ]
-    dataset = f"Dataset{int(task[4:]):03d}_{name}"
+        problems = [f"{folder}/dataset.json says {stated} training cases, {published} are published and there: {AGAIN}"]
+    dataset = f"Dataset0{folder.name.removeprefix('Task')}"
     return Archive(folder, dataset, values, tuple(cases), published, tuple(tests.values()), tuple(problems))
 
 
 def find_btcv(folder: Path, dataset_id: int, partial: bool = False) -> Archive:
-    """The content of the folder of the extracted BTCV archive.
-
-    Args:
-        folder: …/RawData.
-        dataset_id: number of the dataset it becomes, 1 to 999.
-        partial: see `find_msd`.
-
-    Raises:
-        MiMError: it is not such a folder; names the right one.
-    """
+    """The content of the extracted BTCV archive (…/RawData), which becomes dataset `dataset_id`; see `find_msd`."""
     if not 0 < dataset_id < 1000:
         raise MiMError(f"--btcv_id {dataset_id}: give a number from 1 to 999")
     folder = _with_layout(folder, "RawData", lambda path: (path / "Training").is_dir())
@@ -149,19 +123,14 @@ def find_btcv(folder: Path, dataset_id: int, partial: bool = False) -> Archive:
     present = [*_volumes(images).values(), *_volumes(labels).values()]
     cases, problems = _complete_cases(folder, files, len(BTCV_CASES), partial)
     expected = {path for pair in files.values() for path in pair}
-    problems += [
-        f"{path} is no case of BTCV's training set: move it away" for path in present if path not in expected
-    ]
+    strange = [path for path in present if path not in expected]
+    problems += [f"{path} is no case of BTCV's training set: move it away" for path in strange]
     dataset = f"Dataset{dataset_id:03d}_BTCV"
     return Archive(folder, dataset, BTCV_LABELS, tuple(cases), len(BTCV_CASES), problems=tuple(problems))
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """dataset.json of an MSD archive, checked.
-
-    Raises:
-        MiMError: it cannot be read, lacks what nnU-Net's converter needs, or is not of a CT.
-    """
+def _read_description(path: Path) -> dict[str, Any]:
+    """dataset.json of an MSD archive. Raises MiMError unless it has what nnU-Net's converter needs, and is of a CT."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -184,19 +153,17 @@ def read_description(path: Path) -> dict[str, Any]:
 def archive_problems(archive: Archive, threads: int, ignore_origin: bool = False) -> list[str]:
     """What is wrong in the files, one line each with file and remedy. Reads them all, with a progress bar.
 
-    Args:
-        archive: from `find_msd` or `find_btcv`.
-        threads: number of cases read at the same time; each takes the memory of a label image.
-        ignore_origin: image and label may have different origins and directions, as nnU-Net allows.
+    `threads` cases are read at the same time; each takes the memory of a label image. With `ignore_origin`, image and
+    label may have different origins and directions, as nnU-Net allows.
     """
     values = set(archive.labels.values())
 
     def check(item: ArchiveCase | Path) -> list[str | None]:
         if isinstance(item, Path):
-            return [file_problem(item)]
-        if any(broken := [file_problem(path) for path in (item.image, item.label)]):
+            return [_file_problem(item)]
+        if any(broken := [_file_problem(item.image), _file_problem(item.label)]):
             return broken
-        return [geometry_problem(item.image, item.label, ignore_origin), value_problem(item.label, values)]
+        return [_geometry_problem(item.image, item.label, ignore_origin), _value_problem(item.label, values)]
 
     items = [*archive.cases, *archive.unlabelled]
     with ThreadPoolExecutor(threads) as pool:
@@ -204,7 +171,7 @@ def archive_problems(archive: Archive, threads: int, ignore_origin: bool = False
         return [problem for problems in checked for problem in problems if problem]
 
 
-def file_problem(path: Path) -> str | None:
+def _file_problem(path: Path) -> str | None:
     """Why a file is no complete 3-D volume, in one line with the remedy, or None. Reads all of it."""
     try:
         problem = damaged(path)
@@ -213,34 +180,36 @@ def file_problem(path: Path) -> str | None:
     if problem:
         return f"{path} is {problem}: {AGAIN}" if problem.startswith("damaged") else f"{path} {problem}: {AGAIN}"
     try:
-        reader = _header(path)
+        reader = header_of(path)
     except RuntimeError as error:
         return f"{path} cannot be read by SimpleITK, which nnU-Net uses ({last_line(error)}): {AGAIN}"
     problem = header_problem(list(reader.GetSize()), list(reader.GetSpacing()), reader.GetNumberOfComponents(), 2)
     return f"{path} is {problem}, not a 3-D volume: {AGAIN}" if problem else None
 
 
-def geometry_problem(image: Path, label: Path, ignore_origin: bool = False) -> str | None:
+def _geometry_problem(image: Path, label: Path, ignore_origin: bool = False) -> str | None:
     """How the grid of a label differs from that of its image, in one line with the remedy, or None.
 
-    Size and spacing are compared as nnU-Net's integrity check does, origin and direction with tolerances.
+    Size and spacing are compared as in nnU-Net's integrity check; origin and direction with tolerances, since headers
+    are rounded differently.
     """
-    one, other = _header(image), _header(label)
-    if one.GetSize() != other.GetSize():
-        return f"{label} has {_x(other.GetSize())} voxels, its image {_x(one.GetSize())}: {AGAIN}"
+    one, other = header_of(image), header_of(label)
+    size, size_of_image = (" x ".join(map(str, header.GetSize())) for header in (other, one))
+    if size != size_of_image:
+        return f"{label} has {size} voxels, its image {size_of_image}: {AGAIN}"
     if not np.allclose(other.GetSpacing(), one.GetSpacing()):
         return f"{label} has spacing {_mm(other.GetSpacing())}, its image {_mm(one.GetSpacing())}: {AGAIN}"
     if ignore_origin:
         return None
     remedy = f"{AGAIN}; where they lie on each other voxel by voxel, as nnU-Net takes them, give --ignore_origin"
-    if not np.allclose(other.GetOrigin(), one.GetOrigin(), rtol=0, atol=ORIGIN_TOLERANCE):
+    if not np.allclose(other.GetOrigin(), one.GetOrigin(), rtol=0, atol=0.1):  # mm
         return f"{label} has origin {_mm(other.GetOrigin())}, its image {_mm(one.GetOrigin())}: {remedy}"
-    if not np.allclose(other.GetDirection(), one.GetDirection(), rtol=0, atol=DIRECTION_TOLERANCE):
+    if not np.allclose(other.GetDirection(), one.GetDirection(), rtol=0, atol=1e-3):  # cosines
         return f"{label} has another direction than its image: {remedy}"
     return None
 
 
-def value_problem(label: Path, values: set[int]) -> str | None:
+def _value_problem(label: Path, values: set[int]) -> str | None:
     """Which values of a label image are not among `values`, in one line with the remedy, or None."""
     image: Any = nibabel.load(label)
     slices = np.moveaxis(np.asanyarray(image.dataobj), -1, 0)
@@ -263,28 +232,28 @@ def _complete_cases(
         elif len(missing) == 2:
             absent.append(image)
         elif not partial:
-            other = "label" if missing == [image] else "image"
-            remedy = f"{AGAIN}, or leave the case out with --partial"
-            problems.append(f"{missing[0]} is missing, its {other} is there: {remedy}")
+            other = f"its {'label' if missing == [image] else 'image'} is there"
+            problems.append(f"{missing[0]} is missing, {other}: {AGAIN}, or leave the case out with --partial")
     if not cases:
         raise MiMError(f"{folder} holds no case with image and label (*{ENDING}): {AGAIN}")
     if len(cases) > published:
         problems.append(f"{folder} has {len(cases)} training cases, {published} are published: take out what was added")
     elif len(cases) < published and not partial:
         first = f", {absent[0].name} among the missing" if absent else ""
-        remedy = f"{AGAIN}, or take what is there with --partial"
-        problems.append(f"{folder} has {len(cases)} of {published} training cases{first}: {remedy}")
+        counts = f"{len(cases)} of {published} training cases"
+        problems.append(f"{folder} has {counts}{first}: {AGAIN}, or take what is there with --partial")
     return cases, problems
 
 
 def _with_layout(folder: Path, example: str, fits: Callable[[Path], bool]) -> Path:
     """The folder as an absolute path, if it has the layout. MiMError otherwise, with the folder to give instead."""
     folder = Path(os.path.abspath(folder.expanduser()))
+    remedy = f"give the folder {example} as extracted from its archive"
     if not folder.exists():
-        raise MiMError(f"{folder} does not exist: give the folder {example} as extracted from its archive")
+        raise MiMError(f"{folder} does not exist: {remedy}")
     if not folder.is_dir():
         what = "the archive itself" if folder.name.lower().endswith(PACKED) else "a file"
-        raise MiMError(f"{folder} is {what}: extract the archive and give the folder {example} that comes out of it")
+        raise MiMError(f"{folder} is {what}: extract the archive, then {remedy}")
     if fits(folder):
         return folder
     inside = sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_dir() and fits(path))
@@ -294,8 +263,8 @@ def _with_layout(folder: Path, example: str, fits: Callable[[Path], bool]) -> Pa
     if above := next((path for path in folder.parents[:2] if fits(path)), None):
         raise MiMError(f"{folder} is a part of the archive: give {above}")
     if packed := sorted(path for path in folder.iterdir() if path.name.lower().endswith(PACKED)):
-        raise MiMError(f"{folder} holds {packed[0].name}: extract it and give the folder {example} out of it")
-    raise MiMError(f"{folder} has another layout: give the folder {example} as extracted from its archive")
+        raise MiMError(f"{folder} holds {packed[0].name}: extract it, then {remedy}")
+    raise MiMError(f"{folder} has another layout: {remedy}")
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
@@ -304,17 +273,6 @@ def _volumes(folder: Path) -> dict[str, Path]:
     if unpacked := [path for path in paths if path.name.endswith(".nii")]:
         raise MiMError(f"{unpacked[0]} has been decompressed: {AGAIN}, so that it is {unpacked[0].name}.gz")
     return {path.name: path for path in paths if path.name.endswith(ENDING)}
-
-
-def _header(path: Path) -> sitk.ImageFileReader:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    return reader
-
-
-def _x(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))
 
 
 def _mm(values: tuple[float, ...]) -> str:

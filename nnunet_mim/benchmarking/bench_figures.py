@@ -22,7 +22,6 @@ class CasePicture:
     """One axial slice of a case; arrays (Y, X), y to the back, x to the patient's left."""
 
     title: str
-    """title of the row"""
     name: str
     ct: np.ndarray
     """HU"""
@@ -31,7 +30,7 @@ class CasePicture:
     predictions: Mapping[str, np.ndarray]
     """label images, by arm"""
     dice: Mapping[str, float]
-    """Dice of the case, by arm"""
+    """by arm"""
     spacing: tuple[float, float]
     """mm along y, x"""
 
@@ -41,12 +40,11 @@ def curves_figure(outcome: Outcome, dataset: str) -> Figure:
     matrix = outcome.matrix
     figure = Figure(figsize=(10.8, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    counts = {
-        labels: np.mean([matrix.train_counts[dataset, fold, labels] for fold in matrix.folds(dataset)])
-        for labels in matrix.labels
-    }
-    texts = []
-    for arm, colour in zip(matrix.arms, _colours(len(matrix.arms)), strict=True):
+    folds, counts, texts = matrix.folds(dataset), {}, []
+    for labels in matrix.labels:
+        counts[labels] = np.mean([matrix.train_count(dataset, fold, labels) for fold in folds])
+    for index, arm in enumerate(matrix.arms):
+        colour = ARM_COLOURS[index % len(ARM_COLOURS)]
         seed_means = {
             labels: np.nanmean(outcome.values(dataset, labels, seeds, arm, "dice"), axis=1) * 100
             for labels in sorted(counts, key=counts.__getitem__)
@@ -87,7 +85,8 @@ def bars_figure(outcome: Outcome, dataset: str) -> Figure | None:
     figure = Figure(figsize=(max(5.0, min(14.0, 1.5 + 0.32 * len(names) * (len(arms) + 1))), 3.6), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(arms)
-    for number, (arm, colour) in enumerate(zip(arms, _colours(len(arms)), strict=True)):
+    for number, arm in enumerate(arms):
+        colour = ARM_COLOURS[number % len(ARM_COLOURS)]
         seeds = outcome.seeds(dataset, labels, arm)
         means = [np.nanmean(outcome.values(dataset, labels, seeds, arm, "dice", key), axis=1) for key in names]
         places = np.arange(len(names)) + (number - (len(arms) - 1) / 2) * width
@@ -104,11 +103,9 @@ def bars_figure(outcome: Outcome, dataset: str) -> Figure | None:
 
 
 def cases_figure(pictures: Sequence[CasePicture], names: Mapping[int, str]) -> Figure:
-    """The CT with contours, dashed for the reference and solid for the prediction; a row per case, a column per arm.
+    """The CT with contours of the labels in `names`, dashed for the reference and solid for the prediction.
 
-    Args:
-        pictures: of cases that all have the same arms.
-        names: names of the labels.
+    A row per case, a column per arm.
     """
     arms = list(pictures[0].predictions)
     column = min(3.1, 12 / len(arms))
@@ -128,25 +125,16 @@ def cases_figure(pictures: Sequence[CasePicture], names: Mapping[int, str]) -> F
             column.set_title(f"{arm}: {picture.dice[arm] * 100:.1f} %", fontsize=9)
             bare(column)
         row[0].set_ylabel(f"{picture.title}\n{picture.name}", fontsize=9)
-    handles = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], label=name.replace("_", " "))
-        for i, name in enumerate(names.values())
-    ]
-    handles += [
-        Line2D([], [], color="#555555", linestyle="--", label="reference"),
-        Line2D([], [], color="#555555", linestyle="-", label="arm"),
-    ]
+    lines = [(name.replace("_", " "), COLOURS[i % len(COLOURS)], "-") for i, name in enumerate(names.values())]
+    lines += [("reference", "#555555", "--"), ("arm", "#555555", "-")]
+    handles = [Line2D([], [], color=colour, ls=style, label=label) for label, colour, style in lines]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=8)
-    figure.set_label("; ".join(f"{p.title}: {p.name}, Dice {_dice_text(p.dice)}" for p in pictures))
+    texts = []
+    for picture in pictures:
+        dice = ", ".join(f"{arm} {value * 100:.1f} %" for arm, value in picture.dice.items())
+        texts.append(f"{picture.title}: {picture.name}, Dice {dice}")
+    figure.set_label("; ".join(texts))
     return figure
-
-
-def _dice_text(dice: Mapping[str, float]) -> str:
-    return ", ".join(f"{arm} {value * 100:.1f} %" for arm, value in dice.items())
-
-
-def _colours(count: int) -> list[str]:
-    return [ARM_COLOURS[i % len(ARM_COLOURS)] for i in range(count)]
 
 
 def _plain(axes: Any) -> None:

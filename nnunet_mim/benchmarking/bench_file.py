@@ -1,10 +1,14 @@
-"""`bench.yaml`: an experiment as a file. Its entries are the fields of the dataclasses in this module."""
+"""`bench.yaml`: an experiment as a file. Its entries are the fields of the dataclasses in this module.
+
+The few-shot protocol is such a file too: one dataset and fold, few labels and all of them.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -65,7 +69,7 @@ class ArmSpec:
 
     @property
     def is_control(self) -> bool:
-        """Whether it is the control of this package, which starts from random weights."""
+        """Whether it is this package's control, which starts from random weights."""
         return self.trainer.startswith("nnUNetTrainerMiMScratch")
 
     @property
@@ -101,11 +105,8 @@ class Bench:
     allow_seen: bool = False
 
     def __post_init__(self) -> None:
-        if self.iterations % self.iterations_per_epoch:
-            raise MiMError(
-                f"iterations ({self.iterations}) must be a multiple of iterations_per_epoch "
-                f"({self.iterations_per_epoch})"
-            )
+        if self.iterations % (per_epoch := self.iterations_per_epoch):
+            raise MiMError(f"iterations ({self.iterations}) must be a multiple of iterations_per_epoch ({per_epoch})")
         if self.gpus and (self.device != "cuda" or self.slurm is not None):
             raise MiMError("'gpus' are for device cuda on this machine: leave them out")
 
@@ -116,11 +117,7 @@ class Bench:
 
 
 def read_bench(path: Path) -> Bench:
-    """Read and check a file; nnU-Net's folders are not looked at.
-
-    Raises:
-        MiMError: names the file and the entry.
-    """
+    """Read and check a file; nnU-Net's folders are not looked at. Raises MiMError with the file and the entry."""
     try:
         content = read_yaml(path)
         if octal := OCTAL.search(path.read_text()):
@@ -131,68 +128,100 @@ def read_bench(path: Path) -> Bench:
 
 
 def bench_of(content: Mapping[str, Any], folder: Path) -> Bench:
-    """The experiment that a file describes.
+    """The experiment of a file's entries (docs/benchmark.md). `output` and checkpoints are relative to `folder`.
 
-    Args:
-        content: the entries of the file, see docs/benchmark.md.
-        folder: `output` and the paths of checkpoints are relative to it.
-
-    Raises:
-        MiMError: names the entry.
+    Raises MiMError with the entry.
     """
-    bench = read_entries(Bench, content)
+    bench = _read_entries(Bench, content)
     plans = {arm.plans for arm in bench.arms if arm.plans and _with_trainer(arm).is_mim}
     mim_plans = plans.pop() if len(plans) == 1 else MIM_PLANS  # the control's too
-    arms = tuple(complete_arm(arm, mim_plans, folder) for arm in bench.arms)
+    arms = tuple(_complete_arm(arm, mim_plans, folder) for arm in bench.arms)
     return replace(bench, arms=arms, output=folder / bench.output)
 
 
-def complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
-    """An arm with the trainer and plans that its name stands for. The path of its checkpoint is relative to `folder`.
-    MiMError names the arm where it is not complete.
+def _complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
+    """An arm with the trainer and plans that its name stands for. MiMError names the arm where it is not complete.
+
+    The path of its checkpoint is relative to `folder`; ORGANISATION/NAME is one on Hugging Face unless it exists there.
     """
     where = f"arms: {arm.name}"
     if arm.nnssl_plans:
         if arm.plans or arm.checkpoint or arm.settings:
             raise MiMError(f"{where}: beside nnssl_plans only a trainer may be given")
         return replace(arm, trainer=arm.trainer or "PretrainedTrainer", plans=arm.nnssl_plans)
-    known_trainer, known_plans = KNOWN_ARMS.get(arm.name, ("", ""))
-    plans = arm.plans or (mim_plans if known_plans == MIM_PLANS else known_plans)
-    arm = replace(arm, trainer=arm.trainer or known_trainer, plans=plans)
+    _, known_plans = KNOWN_ARMS.get(arm.name, ("", ""))
+    arm = replace(_with_trainer(arm), plans=arm.plans or (mim_plans if known_plans == MIM_PLANS else known_plans))
     if not arm.trainer or not arm.plans:
         raise MiMError(f"{where}: give trainer and plans (only {', '.join(KNOWN_ARMS)} need none)")
     if arm.settings and not arm.is_mim:
         raise MiMError(f"{where}: settings are for the MiM trainers, not for {arm.trainer}")
     if bad := sorted(LENGTH_SETTINGS & set(arm.settings)):
-        raise MiMError(f"{where}: settings: {bad[0]} is the same for all arms: give iterations, iterations_per_epoch, "
-                       "val_iterations")  # fmt: skip
-    return replace(arm, checkpoint=_checkpoint(arm.checkpoint, folder))
+        remedy = "give iterations, iterations_per_epoch, val_iterations"
+        raise MiMError(f"{where}: settings: {bad[0]} is the same for all arms: {remedy}")
+    if not arm.checkpoint:
+        return replace(arm, checkpoint=None)
+    path = folder / arm.checkpoint
+    on_hub = REPOSITORY.fullmatch(arm.checkpoint) and path.suffix != ".pth" and not path.exists()
+    return arm if on_hub else replace(arm, checkpoint=str(path))
+
+
+def default_arms(dataset: str, configuration: str) -> list[str]:
+    """MiM, its control, and stock nnU-Net where its plans have been preprocessed."""
+    folder = Path(os.environ["nnUNet_preprocessed"], dataset)
+    if (folder / "nnUNetPlans.json").is_file() and (folder / f"nnUNetPlans_{configuration}").is_dir():
+        return ["MiM", "Scratch", "nnUNet"]
+    print(f"no stock arm: nnUNetPlans of {dataset} have not been preprocessed (nnUNetv2_plan_and_preprocess)")
+    return ["MiM", "Scratch"]
+
+
+def arm_entries(texts: Sequence[str], plans: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries of all arms by name, from arms as on the command line and settings of the recipe (see below).
+
+    Raises MiMError for a bad arm, two of the same name, or a setting of no MiM arm.
+    """
+    arms = [_parse_arm(text, plans) for text in texts]
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        raise MiMError(f"arm {max(names, key=names.count)} is there twice: every arm needs a name of its own")
+    by_arm = _settings_by_arm(settings, arms)
+    entries = {arm.name: asdict(replace(arm, settings=by_arm.get(arm.name, {}))) for arm in arms}
+    return {name: {k: v for k, v in own.items() if v and k != "name"} for name, own in entries.items()}
+
+
+def _parse_arm(text: str, plans: str) -> ArmSpec:
+    """An arm from a known name, or NAME=TRAINER:PLANS[:CHECKPOINT]; `plans` for MiM arms and those that name none."""
+    name, equals, description = text.partition("=")
+    trainer, own_plans, checkpoint = [*description.split(":", 2), "", "", ""][:3]
+    if not equals and name in KNOWN_ARMS:
+        return _complete_arm(ArmSpec(name), plans, Path())
+    if not trainer or not name:
+        raise MiMError(f"--arms {text}: give {', '.join(KNOWN_ARMS)}, or NAME=TRAINER:PLANS[:CHECKPOINT]")
+    return _complete_arm(ArmSpec(name, trainer, own_plans or plans, checkpoint or None), plans, Path.cwd())
+
+
+def _settings_by_arm(settings: Mapping[str, Any], arms: Sequence[ArmSpec]) -> dict[str, dict[str, Any]]:
+    """Settings of every MiM arm by its name: `key` counts for all of them, `ARM.key` for one."""
+    by_arm: dict[str, dict[str, Any]] = {arm.name: {} for arm in arms if arm.is_mim}
+    for key, value in sorted(settings.items(), key=lambda item: "." in item[0]):  # those of one arm come last
+        arm, dot, own_key = key.rpartition(".")
+        chosen = [name for name in by_arm if not dot or name == arm]
+        if not chosen:
+            there_are = f"there are {', '.join(by_arm) or 'none'}"
+            raise MiMError(f"--set {key}: no MiM arm {arm or 'for it'} ({there_are}): leave it out")
+        for name in chosen:
+            by_arm[name][own_key] = value
+    return by_arm
 
 
 def _with_trainer(arm: ArmSpec) -> ArmSpec:
     return replace(arm, trainer=arm.trainer or KNOWN_ARMS.get(arm.name, ("", ""))[0])
 
 
-def _checkpoint(given: str | None, folder: Path) -> str | None:
-    """The path of a checkpoint. ORGANISATION/NAME is one on Hugging Face unless it exists in the folder."""
-    if not given:
-        return None
-    path = folder / given
-    is_repository = REPOSITORY.fullmatch(given) and path.suffix != ".pth" and not path.exists()
-    return given if is_repository else str(path)
-
-
-def read_entries(cls: type[Entries], content: Any, where: str = "", **given: Any) -> Entries:
+def _read_entries(cls: type[Entries], content: Any, where: str = "", **given: Any) -> Entries:
     """A dataclass from a mapping of its fields' names to values, which are checked against the fields' types.
 
-    Args:
-        cls: the dataclass.
-        content: the mapping; None stands for a field's default.
-        where: the place of the mapping in the file, for messages.
-        given: values of fields that are no entries of the file.
-
-    Raises:
-        MiMError: names the entry.
+    None stands for a field's default; fields in `given` are no entries of the file. Raises MiMError with the entry,
+    whose place in the file is `where`.
     """
     prefix = f"{where}: " if where else ""
     entries = {f.name: f for f in fields(cls) if f.name not in given}  # type: ignore[arg-type]
@@ -217,7 +246,7 @@ def _value(value: Any, kind: Any, where: str) -> Any:
     if origin is tuple and is_dataclass(arguments[0]):
         return _named_entries(arguments[0], value, where)
     if origin is tuple:
-        return tuple(_value(item, arguments[0], where) for item in _list(value))
+        return tuple(_value(item, arguments[0], where) for item in _listed(value))
     if origin is Literal and value not in arguments:
         raise MiMError(f"{where} {value}: give {', '.join(arguments[:-1])} or {arguments[-1]}")
     if origin in (int, float):
@@ -236,15 +265,15 @@ def _value(value: Any, kind: Any, where: str) -> Any:
 def _named_entries(cls: Any, content: Any, where: str) -> tuple[Any, ...]:
     """Dataclasses from their names alone, or from a mapping of names to entries. The name is the first field."""
     if not isinstance(content, Mapping):
-        names = [str(name) for name in _list(content)]
+        names = [str(name) for name in _listed(content)]
         if len(set(names)) < len(names):
             raise MiMError(f"{where}: {max(names, key=names.count)} is there twice")
         content = dict.fromkeys(names)
     first = fields(cls)[0].name
     return tuple(
-        read_entries(cls, entries or {}, f"{where}: {name}", **{first: str(name)}) for name, entries in content.items()
+        _read_entries(cls, own or {}, f"{where}: {name}", **{first: str(name)}) for name, own in content.items()
     )
 
 
-def _list(value: Any) -> Sequence[Any]:
+def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]

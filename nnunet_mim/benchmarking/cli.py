@@ -71,9 +71,8 @@ Output: bench.yaml, report.html, table.md, table.tex, table.csv (every case, lab
 folder of -o, by default nnUNet_results/DatasetXXX_Name/few_shot__PLANS__CONFIGURATION__fold_FOLD."""
 
 PREPARE = """\
-Make nnU-Net datasets of the folders that come out of the archives of the Medical Segmentation Decathlon (its CT tasks:
-Task03_Liver, Task06_Lung, Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon) and of BTCV
-(RawData.zip).
+Make nnU-Net datasets of the extracted archives of the Medical Segmentation Decathlon (its CT tasks: Task03_Liver,
+Task06_Lung, Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon) and of BTCV (RawData.zip).
 
   mim_benchmark prepare --msd Task03_Liver Task06_Lung --btcv RawData --splits
 
@@ -86,7 +85,6 @@ Output: nnUNet_raw/Dataset003_Liver, Dataset006_Lung, ..., Dataset220_BTCV; with
 nnUNet_preprocessed/DatasetXXX_Name: nnU-Net's five folds for MSD; for BTCV the published blocks of six as folds 0 to 4,
 and the split of 18 and 12 as fold 5."""
 
-SHOWN_PROBLEMS = 20
 FEW_SHOT_ENTRIES = ("seeds", "iterations", "iterations_per_epoch", "val_iterations", "device", "jobs", "allow_seen")
 """Entries of bench.yaml that are options of `few_shot` too."""
 
@@ -111,8 +109,7 @@ def prepare(options: argparse.Namespace) -> None:
     if not options.msd and not options.btcv:
         raise MiMError("nothing to prepare: give folders with --msd or --btcv")
     archives = [find_msd(Path(folder), options.partial) for folder in options.msd]
-    if options.btcv:
-        archives.append(find_btcv(Path(options.btcv), options.btcv_id, options.partial))
+    archives += [find_btcv(Path(options.btcv), options.btcv_id, options.partial)] if options.btcv else []
     names = [archive.dataset for archive in archives]
     if twice := [name for name in names if names.count(name) > 1]:
         raise MiMError(f"{twice[0]} would be made of two folders: give one of them")
@@ -152,8 +149,7 @@ def few_shot(options: argparse.Namespace) -> None:
     """Plan, report, or train and report the few-shot protocol."""
     import yaml
 
-    from nnunet_mim.benchmarking.bench_file import bench_of
-    from nnunet_mim.benchmarking.few_shot_file import arm_entries, default_arms
+    from nnunet_mim.benchmarking.bench_file import arm_entries, bench_of, default_arms
     from nnunet_mim.nnunet.datasets import dataset_name, require_environment
     from nnunet_mim.settings import parse_settings
 
@@ -185,90 +181,80 @@ def _execute(bench: Bench, options: argparse.Namespace, retry: bool, bench_yaml:
 
 
 def _refuse(problems: list[str]) -> None:
-    """Raise the only problem, or print all of them and raise how many there are."""
-    if not problems:
-        return
+    """Raise the only problem, or print twenty of them and raise how many there are."""
     if len(problems) == 1:
         raise MiMError(problems[0])
-    for line in problems[:SHOWN_PROBLEMS]:
+    for line in problems[:20]:
         print(f"  {line}", file=sys.stderr)
-    raise MiMError(f"{len(problems)} problems, nothing was written; the first: {problems[0]}")
+    if problems:
+        raise MiMError(f"{len(problems)} problems, nothing was written; the first: {problems[0]}")
 
 
 def _parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "mim_benchmark", description=DESCRIPTION, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "mim_benchmark", description=DESCRIPTION, allow_abbrev=False, formatter_class=layout
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_prepare(commands)
-    command = _add_command(commands, run, "train and compare the arms of an experiment", RUN, RUN_EPILOG)
-    command.add_argument("bench", metavar="bench.yaml", help="the experiment")
-    _add_modes(command).add_argument("--retry", action="store_true", help="try again what failed")
-    _add_few_shot(commands)
+
+    def command(function: Callable[..., None], summary: str, description: str, epilog: str) -> Any:
+        texts: dict[str, Any] = {"help": summary, "description": description, "epilog": epilog}
+        made = commands.add_parser(function.__name__, allow_abbrev=False, formatter_class=layout, **texts)
+        made.set_defaults(run=function)
+        return made
+
+    _add_prepare(command(prepare, "nnU-Net datasets of the archives of MSD and BTCV", PREPARE, PREPARE_EPILOG))
+    _add_run(command(run, "train and compare the arms of an experiment", RUN, RUN_EPILOG))
+    summary = "what pretraining is worth with few labels and with all"
+    _add_few_shot(command(few_shot, summary, FEW_SHOT, FEW_SHOT_EPILOG))
     return parser
-
-
-def _add_command(commands: Any, function: Callable[..., None], summary: str, description: str, epilog: str) -> Any:
-    command = commands.add_parser(
-        function.__name__, help=summary, description=description, epilog=epilog, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    command.set_defaults(run=function)
-    return command
 
 
 def _add_modes(command: Any) -> Any:
     """What to do instead of training. Returns the group of these options, of which one may be given."""
-    command.add_argument(
-        "--allow-seen", dest="allow_seen", action="store_true",
-        help="validate on cases that a pretraining has seen; they are marked in every table",
-    )  # fmt: skip
+    seen = "validate on cases that a pretraining has seen; they are marked in every table"
+    command.add_argument("--allow-seen", action="store_true", help=seen)
     modes = command.add_mutually_exclusive_group()
-    modes.add_argument(
-        "--dry-run", dest="dry_run", action="store_true", help="list the trainings and their hours, train nothing"
-    )
+    modes.add_argument("--dry-run", action="store_true", help="list the trainings and their hours, train nothing")
     modes.add_argument("--report", action="store_true", help="report what is finished, train nothing")
     return modes
 
 
-def _add_prepare(commands: Any) -> None:
-    command = _add_command(
-        commands, prepare, "nnU-Net datasets of the archives of MSD and BTCV", PREPARE, PREPARE_EPILOG
-    )  # fmt: skip
-    add = command.add_argument
+def _add_run(command: Any) -> None:
+    command.add_argument("bench", metavar="bench.yaml", help="the experiment")
+    _add_modes(command).add_argument("--retry", action="store_true", help="try again what failed")
+
+
+def _add_prepare(command: Any) -> None:
+    add, cores = command.add_argument, min(8, usable_cores())
     add("--msd", nargs="+", action="extend", default=[], metavar="FOLDER", help="extracted, such as Task03_Liver")
     add("--btcv", metavar="FOLDER", help="extracted RawData, with Training/img and Training/label")
     add("--btcv_id", type=int, default=220, metavar="N", help="number of BTCV's dataset (default: 220)")
     add("--partial", action="store_true", help="take the complete cases of an archive that is not complete")
-    add("--ignore_origin", action="store_true",
-        help="let origin and direction of a label differ from its image's, as nnU-Net does")  # fmt: skip
+    origin = "let origin and direction of a label differ from its image's, as nnU-Net does"
+    add("--ignore_origin", action="store_true", help=origin)
     add("--splits", action="store_true", help="write splits_final.json too; another one is never replaced")
-    cores = min(8, usable_cores())
-    add("-np", type=int, default=cores, metavar="N",
-        help=f"files read or converted at once (default: 8, or the cores it may use; here {cores})")  # fmt: skip
+    processes = f"files read or converted at once (default: 8, or the cores it may use; here {cores})"
+    add("-np", type=int, default=cores, metavar="N", help=processes)
 
 
-def _add_few_shot(commands: Any) -> None:
-    command = _add_command(
-        commands, few_shot, "what pretraining is worth with few labels and with all", FEW_SHOT, FEW_SHOT_EPILOG
-    )
+def _add_few_shot(command: Any) -> None:
     add = command.add_argument
     add("-d", required=True, metavar="DATASET", help="number or name")
     add("-p", default="nnUNetMiMPlans", metavar="PLANS", help="plans of the MiM arms (default: nnUNetMiMPlans)")
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres")
     add("-f", "--fold", type=int, default=0, metavar="FOLD", help="of nnU-Net's split (default: 0)")
-    add("--labels", nargs="+", default=["5", "10", "20", "all"], metavar="N",
-        help="numbers or percentages of training cases, or all (default: 5 10 20 all)")  # fmt: skip
+    labels = "numbers or percentages of training cases, or all (default: 5 10 20 all)"
+    add("--labels", nargs="+", default=["5", "10", "20", "all"], metavar="N", help=labels)
     add("--seeds", type=int, default=3, metavar="N", help="trainings of each (default: 3)")
-    add("--arms", nargs="+", metavar="ARM",
-        help="see above (default: MiM Scratch, and nnUNet where nnUNetPlans have been preprocessed)")  # fmt: skip
+    arms = "see above (default: MiM Scratch, and nnUNet where nnUNetPlans have been preprocessed)"
+    add("--arms", nargs="+", metavar="ARM", help=arms)
     add("--iterations", type=int, default=25_000, metavar="N", help="of every training (default: 25000)")
     add("--iterations_per_epoch", type=int, default=250, metavar="N", help="default: 250")
-    add("--val_iterations", type=int, default=25, metavar="N",
-        help="patches for the learning curve after every epoch (default: 25)")  # fmt: skip
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="the recipe of the MiM arms, as for mim_plan; ARM.KEY=VALUE for one arm")  # fmt: skip
+    patches = "patches for the learning curve after every epoch (default: 25)"
+    add("--val_iterations", type=int, default=25, metavar="N", help=patches)
+    recipe = "the recipe of the MiM arms, as for mim_plan; ARM.KEY=VALUE for one arm"
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=recipe)
     add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: cuda")
     add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default: 1)")
     add("-o", metavar="FOLDER", help="output folder")

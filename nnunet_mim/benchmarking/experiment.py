@@ -1,42 +1,42 @@
-"""From an experiment to its report: check, train what is missing, report."""
+"""From an experiment to its report: check, estimate, train what is missing, report."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.bench_file import Bench
 from nnunet_mim.benchmarking.bench_report import PAGE, write_bench_report
 from nnunet_mim.benchmarking.cell import Cell
-from nnunet_mim.benchmarking.estimate import measure
 from nnunet_mim.benchmarking.guard import Seen, look_for_seen_cases, refuse_seen_cases
 from nnunet_mim.benchmarking.matrix import Matrix, Place, Results, build_matrix
 from nnunet_mim.benchmarking.outcome import Outcome
+from nnunet_mim.benchmarking.training import reason_of
 from nnunet_mim.benchmarking.work import failures, finished_results, run_matrix
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import require_environment
 from nnunet_mim.system.files import write_atomically
 
-BENCH_FILE = "bench.yaml"
-
 
 def run_experiment(bench: Bench, retry: bool = False, bench_yaml: str = "") -> None:
-    """Check everything, train what has not been trained yet, report.
+    """Check everything, train what has not been trained yet (with `retry` also what failed the last time), report.
 
-    Args:
-        bench: the experiment.
-        retry: train also what failed the last time.
-        bench_yaml: the experiment as text, which is kept in the output folder once it is checked; "" for none.
-
-    Raises:
-        MiMError: bad input, or a validation case that a pretraining has seen, before any training; failed trainings,
-            at the end.
+    `bench_yaml`, the experiment as text, is kept in the output folder once it is checked. Raises MiMError for bad input
+    before any training, and for failed trainings at the end.
     """
-    check_device(bench)
+    _check_device(bench)
     matrix, seen, results = prepare(bench)
     if bench_yaml:
         bench.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(bench.output / BENCH_FILE, bench_yaml.encode())
+        write_atomically(bench.output / "bench.yaml", bench_yaml.encode())
     failed = failures(matrix)
     todo = [place for place in matrix.cells if place not in results and (retry or place not in failed)]
     state = f"{len(results)} finished, {len(todo)} to do; output {bench.output}"
@@ -51,20 +51,13 @@ def run_experiment(bench: Bench, retry: bool = False, bench_yaml: str = "") -> N
         report(matrix, seen, results, unfinished)
     if unfinished:
         broken = failures(matrix)  # an interrupted training continues without --retry
-        again = " with --retry" if broken and not retry else ""
-        state = "failed" if broken else "were interrupted"
-        raise MiMError(
-            f"{len(unfinished)} trainings {state}, {next(iter(unfinished))} first: see above, and repeat the command"
-            f"{again}"
-        )
+        remedy = "see above, and repeat the command" + (" with --retry" if broken and not retry else "")
+        state = f"{len(unfinished)} trainings {'failed' if broken else 'were interrupted'}"
+        raise MiMError(f"{state}, {next(iter(unfinished))} first: {remedy}")
 
 
 def report_experiment(bench: Bench) -> None:
-    """Report what is finished.
-
-    Raises:
-        MiMError: nothing is, or as `run_experiment`.
-    """
+    """Report what is finished. Raises MiMError where nothing is, or for bad input."""
     nothing = MiMError(f"no training in {bench.output} is finished, so there is nothing to report")
     if not bench.output.is_dir():
         raise nothing
@@ -75,27 +68,21 @@ def report_experiment(bench: Bench) -> None:
 
 
 def plan_experiment(bench: Bench) -> None:
-    """Print every training with its state and the hours it would take; train nothing.
-
-    Raises:
-        MiMError: as `run_experiment`, before any training.
-    """
+    """Print every training with its state and the hours it would take; train nothing. Raises MiMError for bad input."""
     matrix, _, results = prepare(bench)
     failed = failures(matrix)
-    hours = hours_of(matrix, results)
+    hours = _hours_of(matrix, results)
     for place in matrix.cells:
         state = "finished" if place in results else "failed" if place in failed else "to do"
         estimate = hours[place.dataset, place.arm]
         print(f"{place}: {state}{f', about {estimate:.2f} h' if estimate is not None else ''}")
     todo = [hours[place.dataset, place.arm] for place in matrix.cells if place not in results]
     at_a_time = len(bench.gpus) or (len(todo) if bench.slurm is not None else bench.jobs)
-    print(summary_of_plan(todo, len(matrix.cells), bench.device, at_a_time))
+    print(_summary_of_plan(todo, len(matrix.cells), bench.device, at_a_time))
 
 
-def summary_of_plan(todo: Sequence[float | None], total: int, device: str, at_a_time: int) -> str:
-    """One line: how many of `total` trainings are to do, and how long they take on the device; `todo` has the hours of
-    each, None where they are unknown.
-    """
+def _summary_of_plan(todo: Sequence[float | None], total: int, device: str, at_a_time: int) -> str:
+    """How many of `total` trainings are to do, and how long they take; `todo` has hours, None where unknown."""
     text = f"{len(todo)} of {total} trainings to do"
     known = [hours for hours in todo if hours is not None]
     text += f", about {sum(known):.1f} h of {device}" if known else ", hours unknown" if todo else ""
@@ -111,28 +98,25 @@ def prepare(bench: Bench, only_report: bool = False) -> tuple[Matrix, Seen, Resu
     matrix = build_matrix(bench)
     results = finished_results(matrix)
     if not only_report:
-        check_references(matrix, results)
+        _check_references(matrix, results)
     seen = look_for_seen_cases(matrix)
     if not bench.allow_seen:
         refuse_seen_cases(seen)
     return matrix, seen, results
 
 
-def check_references(matrix: Matrix, results: Collection[Place]) -> None:
+def _check_references(matrix: Matrix, results: Collection[Place]) -> None:
     """MiMError where the reference of a validation case is missing, which nnU-Net notices after hours of training."""
     todo = [cell for place, cell in matrix.cells.items() if place not in results]
     for path, source in {cell.reference(case): cell.arm.source for cell in todo for case in cell.val_cases}.items():
         if not path.is_file():
-            raise MiMError(
-                f"{path}, a validation case's reference, is missing: run nnUNetv2_preprocess -d {source.dataset[7:10]} "
-                f"-plans_name {source.plans_name} -c {source.configuration}, or copy it from labelsTr"
-            )
+            command = f"nnUNetv2_preprocess -d {source.dataset[7:10]} -plans_name {source.plans_name}"
+            remedy = f"run {command} -c {source.configuration}, or copy it from labelsTr"
+            raise MiMError(f"{path}, a validation case's reference, is missing: {remedy}")
 
 
-def check_device(bench: Bench) -> None:
+def _check_device(bench: Bench) -> None:
     """MiMError where this machine does not have the GPUs of the experiment. Jobs of SLURM run elsewhere."""
-    import torch
-
     if bench.device != "cuda" or bench.slurm is not None:
         return
     count = torch.cuda.device_count()
@@ -148,30 +132,70 @@ def report(matrix: Matrix, seen: Seen, results: Results, failed: Mapping[Place, 
     print(f"page: {matrix.bench.output / PAGE}")
 
 
-def hours_of(matrix: Matrix, results: Results) -> dict[tuple[str, str], float | None]:
+def _hours_of(matrix: Matrix, results: Results) -> dict[tuple[str, str], float | None]:
     """Hours of a training by (dataset, arm): the median of finished ones, else measured; None where that fails."""
-    hours: dict[tuple[str, str], float | None] = {}
+    finished: dict[tuple[str, str], list[float]] = {}
+    for place, result in results.items():
+        if result["cost"]:
+            finished.setdefault((place.dataset, place.arm), []).append(result["cost"]["seconds"] / 3600)
+    hours: dict[tuple[str, str], float | None] = {key: statistics.median(values) for key, values in finished.items()}
     measured: dict[tuple[str | None, ...], float | None] = {}
     for place, cell in matrix.cells.items():
-        here = (place.dataset, place.arm)
-        if here in hours:
-            continue
-        costs = [result["cost"] for other, result in results.items() if (other.dataset, other.arm) == here]
-        if done := [cost["seconds"] / 3600 for cost in costs if cost]:
-            hours[here] = statistics.median(done)
-            continue
         network = (cell.arm.identity["plans_sha256"], place.dataset, str(dict(cell.arm.spec.settings)))
-        if network not in measured:
-            measured[network] = measured_hours(cell, matrix.bench.device)
-        hours[here] = measured[network]
+        if (place.dataset, place.arm) not in hours and network not in measured:
+            try:
+                measured[network] = measure(cell, matrix.bench.device) / 3600
+            except Exception as error:  # networks are anybody's; a plan without one estimate is still a plan
+                print(f"note: no estimate for {cell.arm.spec.name} ({reason_of(error)[:200]})")
+                measured[network] = None
+        hours.setdefault((place.dataset, place.arm), measured.get(network))
     return hours
 
 
-def measured_hours(cell: Cell, device: str) -> float | None:
-    """Hours of a training, estimated from a few steps; None, with a note, where these fail."""
-    try:
-        return measure(cell, cell.dataset_json, device) / 3600
-    except Exception as error:  # networks are anybody's; a plan without one estimate is still a plan
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        print(f"note: no estimate for {cell.arm.spec.name} ({reason})")
-        return None
+def measure(cell: Cell, device: str) -> float:
+    """Seconds of a training with its validation, from the median of three steps on made-up patches. Reading and
+    augmenting patches, which runs at the same time, is not included.
+    """
+    source, length = cell.arm.source, cell.length
+    manager = PlansManager(dict(source.plans))
+    configuration = manager.get_configuration(source.configuration)
+    network = get_network_from_plans(
+        configuration.network_arch_class_name, configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import, source.in_channels,
+        manager.get_label_manager(cell.dataset_json).num_segmentation_heads, deep_supervision=True,
+    ).to(device)  # fmt: skip
+    patch = tuple(configuration.patch_size)
+    training = _median_seconds(network, (configuration.batch_size, source.in_channels, *patch), device, True)
+    network.eval()
+    forward = _median_seconds(network, (1, source.in_channels, *patch), device, False)
+    steps = length.epochs * (length.iterations * training + length.val_iterations * forward * configuration.batch_size)
+    shape = [max(a, round(b)) for a, b in zip(patch, configuration.median_image_size_in_voxels, strict=True)]
+    patches = math.prod(len(positions) for positions in compute_steps_for_sliding_window(shape, patch, 0.5))
+    return steps + len(cell.val_cases) * patches * views(cell) * forward
+
+
+def views(cell: Cell) -> int:
+    """Number of mirrored predictions of a patch."""
+    if not cell.arm.spec.is_mim:
+        return 2**3
+    axes = cell.recipe().mirror_axes
+    return 2 ** (2 if axes is None else len(axes))
+
+
+def _median_seconds(network: torch.nn.Module, shape: Iterable[int], device: str, train: bool) -> float:
+    """Median seconds of a forward pass, or of a forward and a backward pass, after one that does not count."""
+    patch = torch.randn(*shape, device=device)
+    precision = torch.autocast("cuda") if device == "cuda" else nullcontext()
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        with torch.set_grad_enabled(train), precision:
+            outputs = network(patch)
+            if train:
+                outputs = outputs if isinstance(outputs, list | tuple) else [outputs]
+                sum(output.float().square().mean() for output in outputs).backward()
+                network.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])

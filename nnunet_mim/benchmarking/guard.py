@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
-from nnunet_mim.benchmarking.cell import Arm, Cell
+from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.matrix import Matrix
 from nnunet_mim.checkpoint.format import read_safely
 from nnunet_mim.checkpoint.identity import leaked_cases, voxel_sha256
@@ -21,7 +21,6 @@ from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
 from nnunet_mim.nnunet.datasets import raw_images
 from nnunet_mim.system.files import write_atomically
 
-CACHE = "seen.json"
 VERSION = 2
 """version of the comparison; what other versions have found does not count"""
 READER = "SimpleITKIOWithReorient"
@@ -42,41 +41,36 @@ Seen = dict[tuple[str, int, str], Findings]
 
 
 def look_for_seen_cases(matrix: Matrix) -> Seen:
-    """Compare the validation cases with the records in every arm's checkpoint. The findings are kept in a file, so that
-    only new arms, datasets and folds take time (some seconds a case).
+    """Compare the validation cases with the records in every arm's checkpoint. The findings are kept in a file.
 
     A case is seen if the same dataset and identifier, the same preprocessed voxels, or the same image were pretrained
     on: a new name, another file format or compression, and another spacing or intensity window of the plans do not hide
     it. An image that was resampled, cropped or (where the pretraining's plans keep the orientation of files) turned
     before is another image.
     """
-    file = matrix.bench.output / CACHE
+    file = matrix.bench.output / "seen.json"
     try:
         kept = json.loads(file.read_text())
     except (OSError, ValueError):
         kept = {}
     found: Seen = {}
     before = dict(kept)
-    for place, cell in matrix.cells.items():
-        here = (place.dataset, place.fold, place.arm)
-        if here not in found:
-            found[here] = _findings(cell, here, kept) if cell.arm.checkpoint else Findings()
+    for here, cell in {(place.dataset, place.fold, place.arm): cell for place, cell in matrix.cells.items()}.items():
+        if not cell.arm.checkpoint:
+            found[here] = Findings()
+            continue
+        content = json.dumps([VERSION, here, cell.val_cases, cell.arm.identity], sort_keys=True)
+        key = hashlib.sha256(content.encode()).hexdigest()
+        if key in kept:
+            found[here] = Findings(tuple(kept[key]))
+            continue
+        found[here] = seen_cases(provenance_of(Path(cell.arm.checkpoint)), cell.arm, cell.val_cases)
+        if not found[here].unknown:  # otherwise more may be known the next time
+            kept[key] = list(found[here].seen)
     if kept != before:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(kept).encode())
     return found
-
-
-def _findings(cell: Cell, here: tuple[str, int, str], kept: dict[str, list[str]]) -> Findings:
-    """The findings of a cell's arm. Takes those that are kept, and keeps new ones that are sure."""
-    content = json.dumps([VERSION, here, cell.val_cases, cell.arm.identity], sort_keys=True)
-    key = hashlib.sha256(content.encode()).hexdigest()
-    if key in kept:
-        return Findings(tuple(kept[key]))
-    findings = seen_cases(provenance_of(Path(str(cell.arm.checkpoint))), cell.arm, cell.val_cases)
-    if not findings.unknown:  # otherwise more may be known the next time
-        kept[key] = list(findings.seen)
-    return findings
 
 
 def refuse_seen_cases(seen: Seen) -> None:
@@ -85,15 +79,13 @@ def refuse_seen_cases(seen: Seen) -> None:
     if leaks:
         (dataset, fold, arm), cases = leaks[0]
         others = f" (and {len(leaks) - 1} other combinations)" if len(leaks) > 1 else ""
-        raise MiMError(
-            f"the pretraining of arm {arm} has seen {len(cases)} of the validation cases of {dataset} fold {fold}, "
-            f"{cases[0]} first{others}: pretrain without them (-f {fold}), evaluate on other cases, or give "
-            "--allow-seen, which marks them in every table"
-        )
+        seen_here = f"{len(cases)} of the validation cases of {dataset} fold {fold}, {cases[0]} first{others}"
+        remedy = f"pretrain without them (-f {fold}), evaluate on other cases, or mark them in tables (--allow-seen)"
+        raise MiMError(f"the pretraining of arm {arm} has seen {seen_here}: {remedy}")
 
 
 def provenance_of(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint says about where its weights come from; None where it is not one of `mim_pretrain`."""
+    """Where a checkpoint says that its weights come from; None where it is not one of `mim_pretrain`."""
     try:
         stored = read_safely(checkpoint)
     except MiMError:
@@ -105,25 +97,27 @@ def provenance_of(checkpoint: Path) -> dict[str, Any] | None:
 
 def seen_cases(provenance: Mapping[str, Any] | None, arm: Arm, val_cases: tuple[str, ...]) -> Findings:
     """Which of an arm's validation cases are in the records of a pretraining."""
-    records = (provenance or {}).get("cases") or []
-    if not provenance or not records:
+    if not provenance or not (records := provenance.get("cases")):
         return Findings(unknown="the checkpoint does not say which cases it was trained on")
     source = arm.source
     cases = source.dataset_class(str(source.folder), list(val_cases))
-    seen = set(
-        leaked_cases(dict(provenance), source.dataset, val_cases, lambda name: np.asarray(cases.load_case(name)[0][:]))
-    )
+
+    def load(case: str) -> np.ndarray:
+        return np.asarray(cases.load_case(case)[0][:])
+
+    seen = set(leaked_cases(dict(provenance), source.dataset, val_cases, load))
     hashes = {record["sha256"] for record in records}
-    image_hashes = {record["image_sha256"] for record in records if record.get("image_sha256")}
+    image_hashes = {record.get("image_sha256") for record in records}
     files = raw_images(source.dataset)
     undecided = [case for case in val_cases if case not in seen]
+    missing = [case for case in undecided if case not in files]
     reader = recursive_find_reader_writer_by_name(provenance.get("image_reader_writer") or READER)()
-    for case in (case for case in undecided if case in files):
+    for case in sorted(set(undecided) - set(missing)):
         voxels, properties = reader.read_images(files[case])
         image = RawImage(case, voxels, Grid(np.zeros(3), np.diag([float(s) for s in properties["spacing"]])))
         if voxel_sha256(voxels) in image_hashes or voxel_sha256(preprocess(image, provenance)[0]) in hashes:
             seen.add(case)
     unknown = ""
-    if missing := [case for case in undecided if case not in files]:
+    if missing:
         unknown = f"{len(missing)} images are not in nnUNet_raw ({missing[0]} first), their preprocessed voxels are new"
     return Findings(tuple(sorted(seen)), unknown)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnunet_mim.benchmarking.arms import control_of, resolve_arm
 from nnunet_mim.benchmarking.bench_file import Bench
-from nnunet_mim.benchmarking.cell import Arm, Cell
-from nnunet_mim.benchmarking.splits import label_fraction, nested_subset
+from nnunet_mim.benchmarking.cell import Arm, Cell, control_of, resolve_arm
+from nnunet_mim.benchmarking.splits import labelled_subset
 from nnunet_mim.benchmarking.training import Training
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import dataset_name
@@ -43,8 +42,6 @@ class Matrix:
     bench: Bench
     cells: dict[Place, Cell]
     control: str
-    train_counts: dict[tuple[str, int, str], int] = field(default_factory=dict)
-    """number of training cases by (dataset, fold, labels)"""
 
     @property
     def datasets(self) -> list[str]:
@@ -54,9 +51,8 @@ class Matrix:
     @property
     def labels(self) -> list[str]:
         """Numbers of labels as the user wrote them, in ascending order."""
-        dataset = self.datasets[0]
-        fold = self.folds(dataset)[0]
-        return sorted(self.bench.labels, key=lambda labels: self.train_counts[dataset, fold, labels])
+        dataset, fold, *_ = next(iter(self.cells))
+        return sorted(self.bench.labels, key=lambda labels: self.train_count(dataset, fold, labels))
 
     @property
     def arms(self) -> list[str]:
@@ -67,6 +63,10 @@ class Matrix:
         """The folds of a dataset."""
         return list(dict.fromkeys(place.fold for place in self.cells if place.dataset == dataset))
 
+    def train_count(self, dataset: str, fold: int, labels: str) -> int:
+        """Number of training cases, which all seeds and arms share."""
+        return len(self.cells[Place(dataset, fold, labels, 0, self.arms[0])].train_cases)
+
     def training(self, place: Place, threads: int = 0) -> Training:
         """The training of a cell, in its folder."""
         labels = place.labels.replace("%", "pct")
@@ -76,15 +76,15 @@ class Matrix:
 
 
 def build_matrix(bench: Bench) -> Matrix:
-    """Find and check everything that can be wrong, before anything is trained.
-
-    Raises:
-        MiMError: names what is wrong.
-    """
-    _check_names(bench)
+    """Find and check everything that can be wrong, before anything is trained. Raises MiMError."""
+    if bad := [spec.name for spec in bench.arms if not spec.name.replace("_", "").isalnum()]:
+        raise MiMError(f"arm {bad[0]}: a name has letters, digits and _ only")
+    if len(set(bench.labels)) < len(bench.labels):
+        raise MiMError("labels are there twice: give each number once")
+    if not bench.labels:
+        raise MiMError("labels: give numbers, percentages or all")
     control = control_of(bench.arms, bench.control)
     cells: dict[Place, Cell] = {}
-    counts: dict[tuple[str, int, str], int] = {}
     for spec in bench.datasets:
         dataset = dataset_name(spec.dataset)
         if any(place.dataset == dataset for place in cells):
@@ -94,15 +94,12 @@ def build_matrix(bench: Bench) -> Matrix:
             arms = [resolve_arm(arm, dataset, spec.configuration, fold) for arm in bench.arms]
             train, val = _cases(arms, dataset, fold)
             if twice := sorted(set(val) & set(fold_of)):
-                raise MiMError(
-                    f"{dataset}: folds {fold_of[twice[0]]} and {fold} both validate {twice[0]}, which would count "
-                    "twice: give them in two experiments"
-                )
+                folds = f"{fold_of[twice[0]]} and {fold}"
+                raise MiMError(f"{dataset}: folds {folds} both validate {twice[0]}: give them in two experiments")
             fold_of |= dict.fromkeys(val, fold)
-            counts |= {(dataset, fold, labels): len(subset(train, labels, 0)) for labels in bench.labels}
             cells |= {
                 Place(dataset, fold, labels, seed, arm.spec.name): Cell(
-                    arm, fold, subset(train, labels, seed), val, seed, bench.length
+                    arm, fold, labelled_subset(train, labels, seed), val, seed, bench.length
                 )
                 for seed in range(bench.seeds)
                 for labels in bench.labels
@@ -112,19 +109,7 @@ def build_matrix(bench: Bench) -> Matrix:
         if cell.arm.spec.is_mim:
             cell.recipe()
     ordered = sorted(cells, key=lambda place: place.seed)  # stable: every arm and dataset has a result early
-    return Matrix(bench, {place: cells[place] for place in ordered}, control, counts)
-
-
-def _check_names(bench: Bench) -> None:
-    names = [spec.name for spec in bench.arms]
-    if len(set(names)) < len(names):
-        raise MiMError(f"arm {max(names, key=names.count)} is there twice: every arm needs a name of its own")
-    if bad := [name for name in names if not name.replace("_", "").isalnum()]:
-        raise MiMError(f"arm {bad[0]}: a name has letters, digits and _ only")
-    if len(set(bench.labels)) < len(bench.labels):
-        raise MiMError("labels are there twice: give each number once")
-    if not bench.labels:
-        raise MiMError("labels: give numbers, percentages or all")
+    return Matrix(bench, {place: cells[place] for place in ordered}, control)
 
 
 def _cases(arms: list[Arm], dataset: str, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -139,29 +124,6 @@ def _cases(arms: list[Arm], dataset: str, fold: int) -> tuple[tuple[str, ...], t
     return tuple(sorted(train)), val
 
 
-def subset(train: tuple[str, ...], labels: str, seed: int) -> tuple[str, ...]:
-    """The labelled cases of one training.
-
-    Args:
-        train: training cases of the fold, sorted.
-        labels: their number, a percentage (10%), or all.
-        seed: see `nested_subset`.
-
-    Raises:
-        MiMError: `labels` is none of these, or more than there are.
-    """
-    if labels == "all":
-        return train
-    number = labels.removesuffix("%")
-    maximum = 100 if labels.endswith("%") else len(train)
-    if not (number.isascii() and number.isdigit()) or not 1 <= int(number) <= maximum:
-        raise MiMError(
-            f"labels {labels}: give numbers from 1 to {len(train)} (the training cases of the fold), percentages from "
-            "1% to 100%, or all"
-        )
-    return label_fraction(train, int(number), seed) if labels.endswith("%") else nested_subset(train, int(number), seed)
-
-
 def mean_dice(result: Mapping[str, Any]) -> float:
     """Mean over the labels of a case, then over cases."""
     return float(np.nanmean([case_value(labels, "dice") for labels in result["cases"].values()]))
@@ -173,15 +135,12 @@ def case_value(labels: Mapping[str, Mapping[str, float]], metric: str, label: st
     As in nnU-Net, a label that neither the reference nor the prediction has is left out, and one that is found where
     the reference has none has a Dice of 0.
     """
-    values = [
-        found[metric] for name, found in labels.items() if label in (None, name) and (found["n_ref"] or found["n_pred"])
-    ]
+    shown = [found for name, found in labels.items() if label in (None, name)]
+    values = [found[metric] for found in shown if found["n_ref"] or found["n_pred"]]
     return float(np.mean(values)) if values else float("nan")
 
 
 def false_alarms(result: Mapping[str, Any]) -> tuple[int, int]:
-    """(number of labels that were predicted though the reference does not have them, number of labels that the
-    reference does not have), over all cases.
-    """
+    """(labels predicted where the reference has none, labels that the reference does not have), counted over cases."""
     absent = [found for labels in result["cases"].values() for found in labels.values() if not found["n_ref"]]
     return sum(bool(found["n_pred"]) for found in absent), len(absent)

@@ -19,18 +19,13 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
     return 2 * np.count_nonzero(prediction & reference) / total if total else float("nan")
 
 
-def surface_distances(
+def _surface_distances(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distances from every surface voxel of one mask to the nearest surface voxel of the other.
+    """Distances in mm of surface voxels of one mask (X, Y, Z) to the nearest surface voxel of the other, neither empty.
 
-    Args:
-        prediction, reference: (X, Y, Z) bool, neither empty. A voxel is on the surface if one of its six neighbours is
-            not in the mask, or outside the array.
-        spacing: mm per voxel and axis.
-
-    Returns:
-        (from prediction to reference, from reference to prediction), mm.
+    A voxel is on the surface if one of its six neighbours is not in the mask, or outside the array. Returns those from
+    prediction to reference, then those from reference to prediction.
     """
     (box,) = ndimage.find_objects((prediction | reference).astype(np.uint8))
     masks = [np.pad(mask[box], 1) for mask in (prediction, reference)]
@@ -39,26 +34,20 @@ def surface_distances(
     return to_reference[surfaces[0]], to_prediction[surfaces[1]]
 
 
-def surface_metrics(
+def _surface_metrics(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float]:
-    """95th percentile of the Hausdorff distance, and normalised surface Dice.
+    """95th percentile of the Hausdorff distance (mm), and normalised surface Dice, of masks (X, Y, Z).
 
-    Args:
-        prediction, reference: (X, Y, Z) bool.
-        spacing: mm per voxel and axis.
-        tolerance: maximum distance at which a surface voxel agrees with the other surface, mm.
-
-    Returns:
-        (hd95, nsd). hd95: the larger one of the 95th percentiles of both directions, mm. nsd: share of the surface
-        voxels of both masks that agree. Both are NaN where both masks are empty; where one is, hd95 is the diagonal of
-        the image, so that a missed organ counts as a large error, and nsd is 0.
+    hd95 is the larger one of the 95th percentiles of both directions; nsd the share of the surface voxels of both masks
+    that are at most `tolerance` (mm) from the other surface. Both are NaN where both masks are empty; where one is, nsd
+    is 0 and hd95 the diagonal of the image, so that a missed organ counts as a large error.
     """
     if not prediction.any() or not reference.any():
         if prediction.any() == reference.any():
             return float("nan"), float("nan")
         return float(np.linalg.norm(np.array(prediction.shape) * np.array(spacing))), 0.0
-    distances = surface_distances(prediction, reference, spacing)
+    distances = _surface_distances(prediction, reference, spacing)
     within = np.concatenate(distances) <= tolerance
     return max(float(np.percentile(d, 95)) for d in distances), float(within.mean())
 
@@ -74,15 +63,8 @@ def case_metrics(
     """Metrics of every label of one case, by the label's key in nnU-Net's summary.json: Dice, hd95 (mm), nsd, and
     numbers of voxels (n_ref, n_pred).
 
-    Args:
-        prediction, reference: label images on the same grid.
-        labels: labels without the background, or regions (several labels).
-        reader: nnU-Net's reader of images.
-        ignore: label of voxels that are left out.
-        tolerance: of the normalised surface Dice, mm.
-
-    Raises:
-        ValueError: the images are of different size.
+    `labels` are without the background, or regions (several labels); voxels with the label `ignore` are left out;
+    `tolerance` is that of the normalised surface Dice, mm.
     """
     references, properties = reader.read_seg(str(reference))  # (1, X, Y, Z)
     truth, predicted = references[0], reader.read_seg(str(prediction))[0][0]
@@ -92,7 +74,7 @@ def case_metrics(
     metrics = {}
     for label in labels:
         a, b = (region_or_label_to_mask(image, label) & counted for image in (predicted, truth))
-        hd95, nsd = surface_metrics(a, b, properties["spacing"], tolerance)
-        numbers = {"n_ref": int(b.sum()), "n_pred": int(a.sum())}
-        metrics[label_or_region_to_key(label)] = {"dice": dice(a, b), "hd95": hd95, "nsd": nsd, **numbers}
+        hd95, nsd = _surface_metrics(a, b, properties["spacing"], tolerance)
+        overlap = {"dice": dice(a, b), "hd95": hd95, "nsd": nsd}
+        metrics[label_or_region_to_key(label)] = {**overlap, "n_ref": int(b.sum()), "n_pred": int(a.sum())}
     return metrics

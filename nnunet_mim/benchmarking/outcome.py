@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ class Outcome:
     matrix: Matrix
     results: Mapping[Place, Mapping[str, Any]]
     seen: Seen
-    _compared: dict[tuple[str, str, str], tuple[Comparison, list[int]] | None] = field(default_factory=dict, repr=False)
 
     def seeds(self, dataset: str, labels: str, arm: str) -> list[int]:
         """Seeds of which every fold is finished."""
@@ -64,7 +64,7 @@ class Outcome:
 
     def label_text(self, dataset: str, labels: str) -> str:
         """Labels as the user wrote them, and the number of cases that they are."""
-        counts = sorted({self.matrix.train_counts[dataset, fold, labels] for fold in self.matrix.folds(dataset)})
+        counts = sorted({self.matrix.train_count(dataset, fold, labels) for fold in self.matrix.folds(dataset)})
         numbers = "/".join(map(str, counts))
         return labels if labels == numbers else f"{labels} ({numbers})"
 
@@ -75,24 +75,21 @@ class Outcome:
             return {}
         return {key: first["names"].get(key, key) for key in next(iter(first["cases"].values()))}
 
-    def comparison(self, dataset: str, labels: str, arm: str) -> tuple[Comparison, list[int]] | None:
-        """Dice (%) of an arm and of the control, and the seeds that both have; None where there are none."""
-        key = (dataset, labels, arm)
-        if key not in self._compared:
-            self._compared[key] = self._compare(*key)
-        return self._compared[key]
-
-    def _compare(self, dataset: str, labels: str, arm: str) -> tuple[Comparison, list[int]] | None:
-        control = self.matrix.control
-        both = [s for s in self.seeds(dataset, labels, arm) if s in self.seeds(dataset, labels, control)]
-        if not both or arm == control:
-            return None
-        of_arm, of_control = (self.values(dataset, labels, both, name, "dice") * 100 for name in (arm, control))
-        return compare(of_arm, of_control), both
+    @cached_property
+    def comparisons(self) -> dict[tuple[str, str, str], tuple[Comparison, list[int]]]:
+        """Dice (%) of arms and of the control by (dataset, labels, arm), and the seeds that both have."""
+        matrix, compared = self.matrix, {}
+        for dataset in matrix.datasets:
+            for arm in matrix.arms:
+                for labels in matrix.labels:
+                    seeds = [set(self.seeds(dataset, labels, name)) for name in (arm, matrix.control)]
+                    both = sorted(seeds[0] & seeds[1])
+                    if both and arm != matrix.control:
+                        ours, theirs = (self.values(dataset, labels, both, a, "dice") for a in (arm, matrix.control))
+                        compared[dataset, labels, arm] = compare(ours * 100, theirs * 100), both
+        return compared
 
     def corrected_ps(self) -> dict[tuple[str, str, str], float]:
         """p of every comparison by (dataset, labels, arm), corrected for the number of all of them (Holm)."""
-        matrix = self.matrix
-        keys = [(dataset, n, arm) for dataset in matrix.datasets for n in matrix.labels for arm in matrix.arms]
-        ps = {key: compared[0].p for key in keys if (compared := self.comparison(*key)) is not None}
-        return dict(zip(ps, holm(list(ps.values())), strict=True))
+        ps = [comparison.p for comparison, _ in self.comparisons.values()]
+        return dict(zip(self.comparisons, holm(ps), strict=True))

@@ -27,16 +27,10 @@ from nnunetv2.dataset_conversion.convert_MSD_dataset import entry_point
 entry_point()
 """
 """nnUNetv2_convert_MSD_dataset in a separate process: it starts a pool, and takes its folder from the environment"""
-LOG = "log.txt"
-POLL_SECONDS = 0.5
 
 
 def already_there(archive: Archive, raw: Path) -> bool:
-    """Whether the dataset is in nnUNet_raw, with the same cases.
-
-    Raises:
-        MiMError: it has other cases, or another dataset has its number.
-    """
+    """Whether the dataset is in nnUNet_raw. Raises MiMError where it has other cases, or another one has its number."""
     number = archive.dataset[7:10]
     if others := [str(name) for name in find_candidate_datasets(int(number)) if name != archive.dataset]:
         remedy = "give another number with --btcv_id" if archive.is_btcv else "move it away"
@@ -46,10 +40,8 @@ def already_there(archive: Archive, raw: Path) -> bool:
         return False
     names = {path.name.removesuffix(ENDING) for path in (folder / "labelsTr").glob(f"*{ENDING}")}
     if names != {case.name for case in archive.cases} or not (folder / "dataset.json").is_file():
-        raise MiMError(
-            f"{folder} is there already with {len(names)} cases, not the {len(archive.cases)} of {archive.folder}: "
-            "move it away to have it made anew"
-        )
+        counts = f"{len(names)} cases, not the {len(archive.cases)} of {archive.folder}"
+        raise MiMError(f"{folder} is there already with {counts}: move it away to have it made anew")
     return True
 
 
@@ -57,21 +49,17 @@ def check_space(archives: Sequence[Archive], raw: Path) -> None:
     """MiMError if nnUNet_raw does not exist or has no space for these archives."""
     if not raw.is_dir():
         raise MiMError(f"nnUNet_raw is {raw}, which is not a folder: make it, or set the variable to the right one")
-    needed = sum(path.stat().st_size for archive in archives for path in archive.files() if not _linkable(archive, raw))
-    free = shutil.disk_usage(raw).free
+    copied = [path for archive in archives if not _linkable(archive, raw) for path in archive.files()]
+    needed, free = sum(path.stat().st_size for path in copied) / 1e9, shutil.disk_usage(raw).free / 1e9
     if needed > free:
-        sizes = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed"
+        sizes = f"{free:.1f} GB free, {needed:.1f} GB are needed"
         raise MiMError(f"{raw} has {sizes}: make space, or convert fewer at once")
 
 
 def make_dataset(archive: Archive, raw: Path, processes: int) -> None:
-    """Make nnUNet_raw/DatasetXXX_Name of a checked archive; only one process at a time may make the same one.
+    """Make nnUNet_raw/DatasetXXX_Name of a checked archive, in a folder beside it until it is complete.
 
-    MSD goes through nnU-Net's own converter, in a folder of its own beside the dataset; images of BTCV are linked (hard
-    links), or copied where that is impossible.
-
-    Raises:
-        MiMError: it failed; nothing is left of it.
+    Only one process at a time may make the same one. Raises MiMError where it fails; nothing is left then.
     """
     partial = raw / f".mim_benchmark_{archive.dataset}-{os.getpid()}"
     remove_abandoned(partial)
@@ -97,24 +85,24 @@ def _convert_msd(archive: Archive, partial: Path, processes: int) -> None:
     for name in ("nnUNet_preprocessed", "nnUNet_results"):  # the converter asks them whether the number is free
         environment.pop(name, None)
     command = [sys.executable, "-c", CONVERT, "-i", str(archive.folder), "-np", str(processes)]
-    made = partial / archive.dataset
+    made, log_file = partial / archive.dataset, partial / "log.txt"
     with (
-        (partial / LOG).open("w") as log,
-        tqdm(total=len(list(archive.files())), desc=f"converting {archive.folder.name}", unit="file") as progress,
+        log_file.open("w") as log,
+        tqdm(total=len(archive.files()), desc=f"converting {archive.folder.name}", unit="file") as progress,
         subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as converter,
     ):
         try:
             while converter.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
-                    converter.wait(POLL_SECONDS)
+                    converter.wait(0.5)
                 progress.update(min(progress.total, len(list(made.glob(f"*/*{ENDING}")))) - progress.n)
         finally:
             converter.kill()
     if converter.returncode:
-        last = (partial / LOG).read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        last = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
         raise MiMError(f"nnU-Net's converter failed at {archive.folder} ({last[0][:300]}): repeat the command")
     complete = {case.name for case in archive.cases}
-    for path in [*(made / "imagesTr").iterdir(), *(made / "labelsTr").iterdir()]:
+    for path in made.glob("*Tr/*"):
         if path.name.removesuffix(ENDING).removesuffix("_0000") not in complete:
             path.unlink()
     description = json.loads((made / "dataset.json").read_text())
@@ -129,6 +117,7 @@ def _pairs(archive: Archive, made: Path) -> list[tuple[Path, Path]]:
 
 
 def _link_btcv(archive: Archive, made: Path) -> None:
+    """Link images and labels (hard links), or copy them where that is impossible, and describe the dataset."""
     for name in ("imagesTr", "labelsTr"):
         (made / name).mkdir(parents=True)
     for source, target in tqdm(_pairs(archive, made), desc=f"converting {archive.folder.name}", unit="file"):

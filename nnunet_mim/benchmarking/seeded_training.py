@@ -25,11 +25,6 @@ from filelock import FileLock
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.processes import end_with_parent
 
-MINIMUM_CHECKPOINTS = 4
-"""minimum number of times that a training is saved, so that an interrupted one can continue"""
-LOCK, PATIENCE = ".training.lock", 60
-"""file, and seconds that a training waits for it"""
-
 
 @dataclass(frozen=True)
 class Length:
@@ -45,13 +40,13 @@ class Length:
 def main(argv: list[str]) -> None:
     """Train with the arguments of the module's docstring; 0 threads: as nnU-Net sets them."""
     parent, seed, epochs, iterations, val_iterations, threads = map(int, argv[:6])
-    cost, command = Path(argv[6]), argv[7]
+    cost, command = Path(argv[6]), argv[7:]
     end_with_parent(parent)
-    with FileLock(cost.with_name(LOCK), timeout=PATIENCE):  # until a predecessor whose parent was killed has ended
-        train(seed, Length(epochs, iterations, val_iterations), threads, cost, command, argv[8:])
+    with FileLock(cost.with_name(".training.lock"), timeout=60):  # until one whose parent was killed has ended
+        _train(seed, Length(epochs, iterations, val_iterations), threads, cost, command)
 
 
-def train(seed: int, length: Length, threads: int, cost: Path, command: str, arguments: list[str]) -> None:
+def _train(seed: int, length: Length, threads: int, cost: Path, command: list[str]) -> None:
     """Run nnU-Net's command in this process."""
     import numpy as np
     import torch
@@ -63,13 +58,13 @@ def train(seed: int, length: Length, threads: int, cost: Path, command: str, arg
     if threads:
         torch.set_num_threads(threads)
         torch.set_num_threads = lambda nthreads: None  # nnU-Net takes all cores of the machine
-    entry = installed_command(command)
+    entry = installed_command(command[0])
     if entry is None:
-        sys.exit(f"{command} is not installed: install an nnU-Net that has it")
-    set_length(nnUNetTrainer, length)
-    save_whole(nnUNetTrainer)
-    record_cost(nnUNetTrainer, cost, time.time())
-    sys.argv = [command, *arguments]
+        sys.exit(f"{command[0]} is not installed: install an nnU-Net that has it")
+    _set_length(nnUNetTrainer, length)
+    _save_whole(nnUNetTrainer)
+    _record_cost(nnUNetTrainer, cost, time.time())
+    sys.argv = command
     entry.load()()
 
 
@@ -78,7 +73,7 @@ def installed_command(name: str) -> EntryPoint | None:
     return next((entry for entry in entry_points(group="console_scripts") if entry.name == name), None)
 
 
-def save_whole(trainer: Any) -> None:
+def _save_whole(trainer: Any) -> None:
     """Make a trainer class, and those derived from it, write checkpoints completely or not at all: nnU-Net cannot
     continue from half a checkpoint.
     """
@@ -93,7 +88,7 @@ def save_whole(trainer: Any) -> None:
     trainer.save_checkpoint = save_checkpoint
 
 
-def set_length(trainer: Any, length: Length) -> None:
+def _set_length(trainer: Any, length: Length) -> None:
     """Give a trainer class, and those derived from it, another length."""
     original = trainer.initialize
 
@@ -101,16 +96,17 @@ def set_length(trainer: Any, length: Length) -> None:
         self.num_epochs = length.epochs
         self.num_iterations_per_epoch = length.iterations
         self.num_val_iterations_per_epoch = length.val_iterations
-        self.save_every = max(1, min(self.save_every, length.epochs // MINIMUM_CHECKPOINTS))
+        self.save_every = max(1, min(self.save_every, length.epochs // 4))  # so that short trainings can continue too
         original(self)
 
     trainer.initialize = initialize
 
 
-def record_cost(trainer: Any, file: Path, began: float) -> None:
-    """Make a trainer class, and those derived from it, write the cost of every attempt to a file: its begin, seconds
-    until its last epoch or the end of its validation, maximum memory of the device (of the process on a CPU) in bytes,
-    and the number of the network's parameters.
+def _record_cost(trainer: Any, file: Path, began: float) -> None:
+    """Make a trainer class, and those derived from it, write the cost of every attempt to a file.
+
+    That is: its begin, seconds until its last epoch or the end of its validation, maximum memory of the device (of the
+    process on a CPU) in bytes, and the number of the network's parameters.
     """
     former = [attempt for attempt in attempts_of(file) if attempt["began"] != began]
 
@@ -135,7 +131,7 @@ def record_cost(trainer: Any, file: Path, began: float) -> None:
 
 
 def attempts_of(file: Path) -> list[dict[str, Any]]:
-    """What `record_cost` has written; nothing where there is no such file yet."""
+    """What `_record_cost` has written; nothing where there is no such file yet."""
     return json.loads(file.read_text()) if file.is_file() else []
 
 

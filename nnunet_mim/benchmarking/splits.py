@@ -18,13 +18,7 @@ Split = dict[str, list[str]]
 """train and val: names of cases, as an entry of nnU-Net's splits_final.json"""
 
 SPLITS_FILE = "splits_final.json"
-BTCV_BLOCKS = (
-    tuple(range(35, 41)),
-    tuple(range(29, 35)),
-    tuple(range(23, 29)),
-    (7, 8, 9, 10, 21, 22),
-    tuple(range(1, 7)),
-)
+BTCV_BLOCKS = (range(35, 41), range(29, 35), range(23, 29), (7, 8, 9, 10, 21, 22), range(1, 7))
 """validation cases of the published five folds of 24 and 6, by number; the first one is the usual 24/6 split"""
 BTCV_TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
 """test cases of the 18/12 split"""
@@ -39,13 +33,11 @@ def nnunet_splits(cases: Sequence[str]) -> list[Split]:
 
 
 def btcv_splits(cases: Sequence[str] = BTCV_CASES) -> list[Split]:
-    """The published splits of BTCV's 30 training cases: folds 0 to 4 (24/6), and as fold 5 the 18/12 one. MiMError for
-    other cases.
+    """The published splits of BTCV's training cases: folds 0 to 4 (24/6), and as fold 5 the 18/12 one. MiMError unless
+    `cases` are all 30.
     """
     if missing := sorted({*BTCV_CASES} - {*cases}):
         raise MiMError(f"BTCV's published splits need all 30 cases, {missing[0]} is missing: leave out --splits")
-    if others := sorted({*cases} - {*BTCV_CASES}):
-        raise MiMError(f"{others[0]} is in none of BTCV's published splits: take it out, or leave out --splits")
     splits = []
     for block in (*BTCV_BLOCKS, BTCV_TEST):
         val = [f"img{number:04d}" for number in sorted(block)]
@@ -53,31 +45,26 @@ def btcv_splits(cases: Sequence[str] = BTCV_CASES) -> list[Split]:
     return splits
 
 
-def nested_subset(cases: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
-    """`count` random cases, sorted. With the same seed a larger subset contains the smaller ones."""
+def labelled_subset(cases: Sequence[str], labels: str, seed: int) -> tuple[str, ...]:
+    """The labelled cases of one training, sorted. With the same seed a larger subset contains the smaller ones.
+
+    `labels` is their number, a percentage of `cases` (10%: rounded up, at least one), or all. Raises MiMError for
+    anything else, or more than there are.
+    """
+    amount, cases = labels if labels != "all" else "100%", sorted(cases)
+    number, maximum = amount.removesuffix("%"), 100 if amount.endswith("%") else len(cases)
+    if not (number.isascii() and number.isdigit()) or not 1 <= int(number) <= maximum:
+        numbers = f"numbers from 1 to {len(cases)} (the training cases of the fold)"
+        raise MiMError(f"labels {labels}: give {numbers}, percentages from 1% to 100%, or all")
+    count = -(-len(cases) * int(number) // maximum)
     order = np.random.default_rng(seed).permutation(len(cases))
     return tuple(sorted(cases[i] for i in order[:count]))
-
-
-def label_fraction(cases: Sequence[str], percent: int, seed: int) -> tuple[str, ...]:
-    """A percentage of the training cases, rounded up, at least one; see `nested_subset`. The order of `cases` does not
-    matter.
-
-    Raises:
-        MiMError: no cases, or a percentage that is not 1 to 100.
-    """
-    if not cases:
-        raise MiMError("there are no training cases to take a fraction of: look at the split")
-    if not 0 < percent <= 100:
-        raise MiMError(f"a label fraction of {percent} %: give a whole number from 1 to 100")
-    return nested_subset(sorted(cases), max(1, -(-len(cases) * percent // 100)), seed)
 
 
 def write_splits(preprocessed: Path, dataset: str, splits: Sequence[Split]) -> Path:
     """Write splits_final.json, which nnU-Net then uses, into nnUNet_preprocessed/DATASET. Returns the file.
 
-    Raises:
-        MiMError: one with other splits exists (it is kept), or it cannot be read or written.
+    Raises MiMError where one with other splits exists, which is kept, or it cannot be read or written.
     """
     path = preprocessed / dataset / SPLITS_FILE
     check_splits(path, splits)

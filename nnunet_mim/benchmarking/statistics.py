@@ -28,12 +28,7 @@ class Comparison:
 
 
 def compare(arm: np.ndarray, control: np.ndarray, seed: int = 0) -> Comparison:
-    """Compare two arms on the same seeds and cases; cases without a value in one of them are left out.
-
-    Args:
-        arm, control: (seeds, cases) of a metric; NaN where there is none.
-        seed: of the bootstrap.
-    """
+    """Compare two arms, (seeds, cases) of a metric each; cases with NaN are left out. `seed`: of the bootstrap."""
     differences = arm - control
     differences = differences[:, np.isfinite(differences).all(axis=0)]
     if not differences.size:
@@ -42,21 +37,16 @@ def compare(arm: np.ndarray, control: np.ndarray, seed: int = 0) -> Comparison:
     draws = np.random.default_rng(seed).integers(len(by_case), size=(RESAMPLES, len(by_case)))
     low, high = np.percentile(by_case[draws].mean(axis=1), [2.5, 97.5])
     mean = float(differences.mean())
-    return Comparison(mean, t_interval(differences), (float(low), float(high)), wilcoxon(by_case))
+    return Comparison(mean, _t_interval(differences), (float(low), float(high)), wilcoxon(by_case))
 
 
-def t_interval(differences: np.ndarray) -> tuple[float, float]:
+def _t_interval(differences: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of a crossed design in which seeds and cases are both random.
 
     A bootstrap over three seeds is far too narrow (it holds the truth in about 80 %). The variance of the mean is
     estimated from the mean squares of seeds, cases and their interaction, with Satterthwaite's degrees of freedom; with
-    two seeds that is still a little too narrow (about 90 %).
-
-    Args:
-        differences: (seeds, cases), all finite.
-
-    Returns:
-        (low, high); NaN with a single value.
+    two seeds that is still a little too narrow (about 90 %). `differences` are (seeds, cases), all finite. NaN with a
+    single value.
     """
     seeds, cases = differences.shape
     mean = differences.mean()
@@ -100,8 +90,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 def mean_sd(values: np.ndarray) -> tuple[float, float]:
     """Mean over seeds of the means over cases, and their standard deviation (NaN with one seed).
 
-    Args:
-        values: (seeds, cases); NaN are left out.
+    `values` are (seeds, cases); NaN are left out.
     """
     means = np.array([row[np.isfinite(row)].mean() for row in values if np.isfinite(row).any()])
     if not means.size:

@@ -16,10 +16,11 @@ METRICS = ("dice", "hd95", "nsd", "n_ref", "n_pred")
 SHOWN = {"dice": ("Dice %", 100), "hd95": ("HD95 mm", 1), "nsd": ("NSD %", 100)}
 """heading and factor of a metric"""
 Table = list[list[str]]
-LATEX = {sign: rf"\{sign}" for sign in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": "$<$",
-    ">": "$>$", "–": "--", "…": r"\ldots{}",
-}  # fmt: skip
+LATEX = str.maketrans(
+    {sign: rf"\{sign}" for sign in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    | {"<": "$<$", ">": "$>$", "–": "--", "…": r"\ldots{}"}
+)
 
 
 def main_table(outcome: Outcome, dataset: str) -> Table:
@@ -38,33 +39,31 @@ def comparison_table(outcome: Outcome, dataset: str) -> Table:
     heading = f"Dice % minus {outcome.matrix.control}"
     table = [["labels", "arm", "seeds", heading, "these trainings", "p", "p corrected", "iterations to reach it"]]
     for labels, arm, _ in outcome.rows(dataset):
-        compared = outcome.comparison(dataset, labels, arm)
-        if compared is None:
+        if (dataset, labels, arm) not in outcome.comparisons:
             continue
-        result, seeds = compared
+        result, seeds = outcome.comparisons[dataset, labels, arm]
         table.append([
             *_row_name(outcome, dataset, labels, arm),
             str(len(seeds)),
             f"{result.difference:+.2f} [{result.interval[0]:+.2f}, {result.interval[1]:+.2f}]",
             f"[{result.bootstrap[0]:+.2f}, {result.bootstrap[1]:+.2f}]",
-            p_text(result.p),
-            p_text(corrected[dataset, labels, arm]),
-            ", ".join(iterations_to_control(outcome, dataset, labels, arm, seeds)),
+            _p_text(result.p),
+            _p_text(corrected[dataset, labels, arm]),
+            ", ".join(_iterations_to_control(outcome, dataset, labels, arm, seeds)),
         ])  # fmt: skip
     return table
 
 
-def iterations_to_control(outcome: Outcome, dataset: str, labels: str, arm: str, seeds: Sequence[int]) -> list[str]:
+def _iterations_to_control(outcome: Outcome, dataset: str, labels: str, arm: str, seeds: Sequence[int]) -> list[str]:
     """Iterations until the learning curve is where the control's ends, for every training."""
     length, control = outcome.matrix.bench.length, outcome.matrix.control
     texts = []
     for seed in seeds:
         for fold in outcome.matrix.folds(dataset):
-            curve, goal_curve = (
-                smooth(outcome.results[Place(dataset, fold, labels, seed, name)]["curve"]) for name in (arm, control)
-            )
-            epoch = first_epoch_at(curve, goal_curve[-1])
-            never = f"> {length.epochs * length.iterations}" if np.isfinite(goal_curve[-1]) else "–"
+            places = [Place(dataset, fold, labels, seed, name) for name in (arm, control)]
+            curve, goal = (smooth(outcome.results[place]["curve"]) for place in places)
+            epoch = _first_epoch_at(curve, goal[-1])
+            never = f"> {length.epochs * length.iterations}" if np.isfinite(goal[-1]) else "–"
             texts.append(str(epoch * length.iterations) if epoch is not None else never)
     return texts
 
@@ -83,7 +82,7 @@ def smooth(curve: Sequence[float]) -> list[float]:
     return [float(np.mean(part)) if part else float("nan") for part in parts]
 
 
-def first_epoch_at(curve: Sequence[float], goal: float) -> int | None:
+def _first_epoch_at(curve: Sequence[float], goal: float) -> int | None:
     """First epoch (from 1) at which a learning curve reaches `goal`; None if never."""
     return next((number for number, value in enumerate(curve, start=1) if value >= goal), None)
 
@@ -125,21 +124,19 @@ def notes(outcome: Outcome, dataset: str) -> list[str]:
     """Sentences under the tables: cases that pretrainings have seen, and labels found where the reference has none."""
     lines = []
     for (name, fold, arm), findings in outcome.seen.items():
-        if name == dataset and findings.seen:
-            lines.append(
-                f"{arm}{MARK}: WARNING: its pretraining has seen {len(findings.seen)} of the validation cases of fold "
-                f"{fold} ({', '.join(findings.seen[:5])}{' …' if len(findings.seen) > 5 else ''})"
-            )
-        if name == dataset and findings.unknown:
-            lines.append(
-                f"{arm}: whether its pretraining has seen cases of fold {fold} is not sure: {findings.unknown}"
-            )
+        if name != dataset:
+            continue
+        if seen := findings.seen:
+            cases = f"{', '.join(seen[:5])}{' …' if len(seen) > 5 else ''}"
+            warning = f"WARNING: its pretraining has seen {len(seen)} of the validation cases of fold {fold} ({cases})"
+            lines.append(f"{arm}{MARK}: {warning}")
+        if why := findings.unknown:
+            lines.append(f"{arm}: whether its pretraining has seen cases of fold {fold} is not sure: {why}")
+    alarm = "found where the reference has nothing (Dice 0, as in nnU-Net)"
     for place, result in sorted(outcome.results.items()):
         found, absent = false_alarms(result)
         if place.dataset == dataset and found:
-            lines.append(
-                f"found where the reference has nothing (Dice 0, as in nnU-Net): {place}: {found} of {absent}"
-            )
+            lines.append(f"{alarm}: {place}: {found} of {absent}")
     return lines
 
 
@@ -167,17 +164,17 @@ def markdown_table(table: Table) -> str:
 
 def latex_table(table: Table, caption: str, below: Sequence[str] = ()) -> str:
     """A LaTeX table with booktabs, and sentences below it."""
-    rows = [" & ".join(latex_text(cell) for cell in row) + r" \\" for row in table]
+    rows = [" & ".join(_latex_text(cell) for cell in row) + r" \\" for row in table]
     return "\n".join([
-        r"\begin{table}", r"\centering", rf"\caption{{{latex_text(caption)}}}",
+        r"\begin{table}", r"\centering", rf"\caption{{{_latex_text(caption)}}}",
         rf"\begin{{tabular}}{{{'ll' + 'r' * (len(table[0]) - 2)}}}", r"\toprule", rows[0], r"\midrule", *rows[1:],
-        r"\bottomrule", r"\end{tabular}", *(rf"\par {latex_text(line)}" for line in below), r"\end{table}",
+        r"\bottomrule", r"\end{tabular}", *(rf"\par {_latex_text(line)}" for line in below), r"\end{table}",
     ])  # fmt: skip
 
 
-def latex_text(text: str) -> str:
+def _latex_text(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
-    return "".join(LATEX.get(sign, sign) for sign in text)
+    return text.translate(LATEX)
 
 
 def with_sd(numbers: np.ndarray) -> str:
@@ -186,6 +183,6 @@ def with_sd(numbers: np.ndarray) -> str:
     return f"{mean:.2f} ± {sd:.2f}" if np.isfinite(sd) else f"{mean:.2f}" if np.isfinite(mean) else "–"
 
 
-def p_text(p: float) -> str:
+def _p_text(p: float) -> str:
     """A probability with three digits."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if np.isfinite(p) else "–"

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -31,10 +31,6 @@ from nnunet_mim.trainers.finetune_config import PLANS_KEY
 KEY, RESULT, COST, FAILED, LOG = "key.json", "result.json", "cost.json", "failed.txt", "log.txt"
 BUSY = "another process is at work on it"
 POLL_SECONDS = 0.5
-
-
-class BusyError(MiMError):
-    """Another process is at work on a training."""
 
 
 class InterruptedTrainingError(MiMError):
@@ -63,22 +59,18 @@ class Training:
         return self.folder / "nnUNet_results" / source.dataset / name / f"fold_{self.cell.fold}"
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of a finished training, or None. If it was measured with another tolerance, its predictions are
-        measured again.
+        """The result of a finished training, or None. Raises MiMError where the folder holds another experiment.
 
-        Raises:
-            MiMError: the folder holds another experiment, finished or not.
+        If it was measured with another tolerance, its predictions are measured again.
         """
         if not (self.folder / KEY).is_file():
             return None
         stored, now = json.loads((self.folder / KEY).read_text()), json.loads(json.dumps(self.cell.key()))
-        decisive = [name for name in now if name != "checkpoint"]  # the file may have moved: its hash decides
-        changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in decisive if stored.get(name) != now[name]]
+        del now["checkpoint"]  # the file may have moved: its hash decides
+        changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in now if stored.get(name) != now[name]]
         if changed:
-            raise MiMError(
-                f"{self.folder} holds another experiment ({'; '.join(changed)[:300]}): give another output folder, or "
-                "delete it"
-            )
+            differences = "; ".join(changed)[:300]
+            raise MiMError(f"{self.folder} holds another experiment ({differences}): give another output, or delete it")
         if not (self.folder / RESULT).is_file():
             return None
         result = json.loads((self.folder / RESULT).read_text())
@@ -89,48 +81,33 @@ class Training:
 
     def failure(self) -> str | None:
         """Why the last attempt ended; None where it did not fail."""
-        try:
+        with suppress(FileNotFoundError):
             return (self.folder / FAILED).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
+        return None
 
     def __call__(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
-        """Train, unless another process has done so meanwhile.
-
-        Raises:
-            BusyError: another process is at work on it.
-            MiMError: as `train`.
-        """
-        with ExitStack() as lock:
-            try:
-                lock.enter_context(exclusive_lock(self.folder / ".lock", BUSY))
-            except MiMError as error:
-                raise BusyError(str(error)) if str(error) == BUSY else error from None
+        """Train, unless another process has done so meanwhile. Raises MiMError as `train`, or with BUSY."""
+        with exclusive_lock(self.folder / ".lock", BUSY):
             return self.finished() or self.train(gpu, stop)
 
     def checkpoint(self, *_: Any) -> Any:
-        """The job that submitit puts into the queue when this one's time is over: the same, which continues."""
+        """The job that submitit queues when the time of this one is over: the same, which continues."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
     def train(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
-        """Train and validate, continuing an interrupted attempt. Writes and returns the result; writes why it failed.
+        """Train and validate, continuing an interrupted attempt. Writes the result, which it returns, or why it failed.
 
-        Args:
-            gpu: the GPU of the training (CUDA_VISIBLE_DEVICES); None: as this process.
-            stop: ends the training when it is set.
-
-        Raises:
-            MiMError: the training failed; names its log.
-            InterruptedTrainingError: it was ended from outside, which is no failure.
+        `gpu` is as in CUDA_VISIBLE_DEVICES, None as in this process; `stop` ends the training when it is set. Raises
+        MiMError with the log where it fails, InterruptedTrainingError where it was ended from outside.
         """
         folder, log_file = self.folder, self.folder / LOG
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILED).unlink(missing_ok=True)
         try:
             write_atomically(folder / KEY, json.dumps(self.cell.key()).encode())
-            self.write_folders()
+            self._write_folders()
             with log_file.open("a") as log:
                 exit_code = _run(self.command(), log, self.environment(gpu), stop)
             if exit_code in (-signal.SIGTERM, -signal.SIGINT):
@@ -138,14 +115,13 @@ class Training:
             if exit_code or not (self.output / "validation" / "summary.json").is_file():
                 last = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
                 raise MiMError(f"training failed, see {log_file} ({last[0][:200]})")
-            result = {"key": self.cell.key(), **self.measured(), "cost": total_cost(folder / COST)}
+            result = {"key": self.cell.key(), **self.measured(), "cost": _total_cost(folder / COST)}
             write_atomically(folder / RESULT, json.dumps(result).encode())
             return result
         except InterruptedTrainingError:
             raise
         except (MiMError, OSError, ValueError, KeyError) as error:
-            kind = "" if isinstance(error, MiMError) else f"{type(error).__name__}: "
-            write_atomically(folder / FAILED, f"{kind}{error}".encode())
+            write_atomically(folder / FAILED, reason_of(error).encode())
             raise
 
     def command(self) -> list[str]:
@@ -172,21 +148,20 @@ class Training:
             environment[ENV_CHECKPOINT] = self.cell.arm.checkpoint
         return environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
 
-    def write_folders(self) -> None:
+    def _write_folders(self) -> None:
         """Write nnUNet_preprocessed of this training: links to the preprocessed dataset, its own split and plans."""
         cell, source = self.cell, self.cell.arm.source
-        base, real = self.folder / "nnUNet_preprocessed" / source.dataset, source.folder.parent
-        shutil.rmtree(self.folder / "nnUNet_preprocessed", ignore_errors=True)
+        base = self.folder / "nnUNet_preprocessed" / source.dataset
+        shutil.rmtree(base.parent, ignore_errors=True)
         base.mkdir(parents=True)
-        folders = [path.name for path in real.iterdir() if path.is_dir()]  # those of other configurations too
-        for name in ("dataset.json", "dataset_fingerprint.json", *folders):
-            if (real / name).exists():
+        for path in source.folder.parent.iterdir():  # other configurations too
+            if path.is_dir() or path.name in ("dataset.json", "dataset_fingerprint.json"):
+                link = base / path.name
                 try:
-                    os.symlink((real / name).resolve(), base / name)
+                    link.symlink_to(path.resolve())
                 except OSError as error:
-                    raise MiMError(
-                        f"cannot link {base / name} ({error.strerror}): allow links, or take another output folder"
-                    ) from error
+                    remedy = "allow links, or give another output folder"
+                    raise MiMError(f"cannot link {link} ({error.strerror}): {remedy}") from error
         split = {"train": list(cell.train_cases), "val": list(cell.val_cases)}
         (base / "splits_final.json").write_text(json.dumps([split] * (cell.fold + 1)))
         plans = {**source.plans, PLANS_KEY: cell.recipe().to_dict()} if cell.arm.spec.is_mim else dict(source.plans)
@@ -204,37 +179,37 @@ class Training:
         for entry in summary["metric_per_case"]:
             prediction = output / "validation" / Path(entry["prediction_file"]).name  # the folders may have moved since
             case = prediction.name.removesuffix(dataset_json["file_ending"])
-            files = prediction, self.cell.reference(case)
-            cases[case] = case_metrics(*files, list(summary["mean"]), reader, ignore, self.tolerance)
+            reference = self.cell.reference(case)
+            cases[case] = case_metrics(prediction, reference, list(summary["mean"]), reader, ignore, self.tolerance)
         # weights_only=False: the file is of our own training
         stored = torch.load(output / FINAL, map_location="cpu", weights_only=False)
         curve = [float(value) for value in stored["logging"]["mean_fg_dice"]]
         if len(curve) != (epochs := self.cell.length.epochs):
             raise MiMError(f"{output} was trained for {len(curve)} epochs, not {epochs}: another trainer's length?")
-        names = {
-            label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
-            for name, value in dataset_json["labels"].items()
-        }
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in dataset_json["labels"].items()}
+        names = {label_or_region_to_key(value): name for name, value in values.items()}
         return {"cases": cases, "curve": curve, "names": names, "tolerance": self.tolerance}
 
 
-def total_cost(file: Path) -> dict[str, Any]:
+def reason_of(error: Exception) -> str:
+    """The message of an error, in one line, with its kind where it is not ours."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, MiMError) else f"{type(error).__name__}: {text}"
+
+
+def _total_cost(file: Path) -> dict[str, Any]:
     """Cost of all attempts at a cell: seconds in all, maximum memory in bytes, parameters, device. Empty if unknown."""
     attempts = attempts_of(file)
     if not attempts:
         return {}
-    return {
-        **attempts[-1],
-        "seconds": sum(attempt["seconds"] for attempt in attempts),
-        "peak_bytes": max(attempt["peak_bytes"] for attempt in attempts),
-    }
+    seconds, peak_bytes = ([attempt[name] for attempt in attempts] for name in ("seconds", "peak_bytes"))
+    return {**attempts[-1], "seconds": sum(seconds), "peak_bytes": max(peak_bytes)}
 
 
 def _run(command: Sequence[str], log: IO[str], environment: Mapping[str, str], stop: Event | None) -> int:
     """Run a command until it ends or `stop` is set; Ctrl-C in the terminal does not reach it. Returns its exit code."""
-    process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-    )  # fmt: skip
+    out, err = log, subprocess.STDOUT
+    process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
     try:
         while stop is None or not stop.is_set():
             with suppress(subprocess.TimeoutExpired):

@@ -14,21 +14,16 @@ from threading import Event
 from typing import Any
 
 from nnunet_mim.benchmarking.matrix import Matrix, Place, Results, mean_dice
-from nnunet_mim.benchmarking.training import BUSY, BusyError, InterruptedTrainingError
+from nnunet_mim.benchmarking.training import BUSY, InterruptedTrainingError, reason_of
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.machine import usable_cores
 
 SLURM_POLL_SECONDS = 5.0
 Report = Callable[[Place, "dict[str, Any] | Exception"], None]
-"""is told the result of a training, or why there is none"""
 
 
 def finished_results(matrix: Matrix) -> Results:
-    """Results of the trainings that are finished already.
-
-    Raises:
-        MiMError: a folder holds another experiment.
-    """
+    """Results of the trainings that are finished already. Raises MiMError where a folder holds another experiment."""
     found = {place: matrix.training(place).finished() for place in matrix.cells}
     return {place: result for place, result in found.items() if result is not None}
 
@@ -42,20 +37,15 @@ def failures(matrix: Matrix) -> dict[Place, str]:
 def run_matrix(
     matrix: Matrix, todo: list[Place], results: Results, say: Callable[[str], None] = print
 ) -> dict[Place, str]:
-    """Train `todo`; adds to `results` as trainings finish.
-
-    Returns:
-        Why trainings failed or were interrupted. One failure does not end the others.
-    """
+    """Train `todo`; adds to `results` as trainings finish. Returns why others failed or were interrupted."""
     failed: dict[Place, str] = {}
     began = time.monotonic()
 
     def report(place: Place, outcome: dict[str, Any] | Exception) -> None:
-        if isinstance(outcome, BusyError):
-            say(f"left: {place}: {outcome}")
+        if isinstance(outcome, Exception) and BUSY in str(outcome):
+            say(f"left: {place}: {BUSY}")
         elif isinstance(outcome, Exception):
-            kind = "" if isinstance(outcome, MiMError) else f"{type(outcome).__name__}: "
-            failed[place] = f"{kind}{outcome}"
+            failed[place] = reason_of(outcome)
             state = "not finished" if isinstance(outcome, InterruptedTrainingError) else "failed"
             say(f"{state}: {place}: {failed[place]}")
         else:
@@ -66,10 +56,8 @@ def run_matrix(
             ahead = f", {left} to go, about {hours:.1f} h" if left else ""
             say(f"[{len(results)}/{len(matrix.cells)}] {place}: mean Dice {mean_dice(outcome):.3f}{ahead}")
 
-    if matrix.bench.slurm is not None:
-        _run_on_slurm(matrix, todo, report)
-    else:
-        _run_here(matrix, todo, report)
+    run = _run_here if matrix.bench.slurm is None else _run_on_slurm
+    run(matrix, todo, report)
     return failed
 
 
@@ -120,11 +108,11 @@ def _run_on_slurm(matrix: Matrix, todo: list[Place], report: Report) -> None:
             try:
                 report(place, job.result())
             except Exception as error:  # submitit's own, with the log of the job in it
-                if BUSY in str(error):
-                    report(place, BusyError(BUSY))
-                else:
-                    reason = matrix.training(place).failure() or _cause(error)
-                    report(place, MiMError(f"job {job.job_id}: {reason}: see {job.paths.stderr}"))
+                lines = [line.strip() for line in str(error).splitlines() if ": " in line]
+                lines = [line for line in lines if not line.startswith("-")]  # names of logs, below the traceback
+                cause = lines[-1][:300] if lines else reason_of(error)
+                reason = BUSY if BUSY in str(error) else matrix.training(place).failure() or cause
+                report(place, MiMError(f"job {job.job_id}: {reason}: see {job.paths.stderr}"))
         if waiting:
             time.sleep(SLURM_POLL_SECONDS)
 
@@ -141,19 +129,9 @@ def _slurm_executor(matrix: Matrix) -> Any:
     try:
         executor = submitit.AutoExecutor(folder=str(matrix.bench.output / "slurm"), cluster=cluster)
     except RuntimeError as error:
-        raise MiMError(f"slurm: {_one_line(error)}: run where SLURM is, or leave 'slurm' out") from error
+        raise MiMError(f"slurm: {reason_of(error)}: run where SLURM is, or leave 'slurm' out") from error
     try:
         executor.update_parameters(**{"name": "mim_benchmark", "gpus_per_node": 1, "cpus_per_task": 8, **options})
     except (TypeError, ValueError, NameError) as error:
-        raise MiMError(f"slurm: {_one_line(error)}: see submitit's parameters") from error
+        raise MiMError(f"slurm: {reason_of(error)}: see submitit's parameters") from error
     return executor
-
-
-def _cause(error: Exception) -> str:
-    """The last line of a job's traceback, which submitit puts above the names of its logs."""
-    lines = [line.strip() for line in str(error).splitlines() if ": " in line and not line.lstrip().startswith("-")]
-    return (lines or [type(error).__name__])[-1][:300]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -98,7 +98,7 @@ def test_trained_once_reported_and_resumed(workplace):
         (["--arms", "MiM", "Nothing"], "--arms Nothing: give MiM, Scratch, nnUNet"),
         (["--arms", "Mine=nnUNetTrainer:NoPlans"], "no plans 'NoPlans'"),
         (["--set", "no_such=1"], "unknown setting 'no_such'"),
-        (["--arms", "A=nnUNetTrainer:nnUNetMiMPlans", "--set", "lr=1"], "--set lr: no arm has a MiM recipe"),
+        (["--arms", "A=nnUNetTrainer:nnUNetMiMPlans", "--set", "lr=1"], "--set lr: no MiM arm for it"),
         (["--fold", "9"], "fold 9"),
         (["--arms", "A=nnUNetTrainerMiM:nnUNetMiMPlans:/gone.pth"], "/gone.pth does not exist"),
         (["--arms", "A=nnUNetTrainer:nnUNetMiMPlans:/gone.pth"], "/gone.pth does not exist"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nnunet_mim.benchmarking import archives
-from nnunet_mim.benchmarking.archives import BTCV_CASES, MSD_CASES, find_btcv, find_msd, geometry_problem
+from nnunet_mim.benchmarking.archives import BTCV_CASES, MSD_CASES, _geometry_problem, find_btcv, find_msd
 from nnunet_mim.benchmarking.cli import main
 from nnunet_mim.errors import MiMError
 
@@ -211,18 +211,18 @@ def test_rounded_origins_are_no_problem(volumes, tmp_path):
     image, label = tmp_path / "image.nii.gz", tmp_path / "label.nii.gz"
     volumes.write(image, volumes.ct())
     volumes.write(label, volumes.organs(1), origin=(-120.46, 33.25, 400.0))
-    assert geometry_problem(image, label) is None
+    assert _geometry_problem(image, label) is None
     volumes.write(label, volumes.organs(1), origin=(-120.0, 33.25, 400.0), direction=TURNED)
-    assert "origin" in (geometry_problem(image, label) or "")
-    assert geometry_problem(image, label, ignore_origin=True) is None
+    assert "origin" in (_geometry_problem(image, label) or "")
+    assert _geometry_problem(image, label, ignore_origin=True) is None
     volumes.write(label, volumes.organs(1), spacing=(0.8, 0.8, 2.4))
-    assert "spacing" in (geometry_problem(image, label, ignore_origin=True) or "")
+    assert "spacing" in (_geometry_problem(image, label, ignore_origin=True) or "")
 
 
 def test_a_fourth_axis_of_one_voxel_is_no_fourth_axis(volumes, tmp_path):
     path = tmp_path / "image.nii.gz"
     volumes.write(path, volumes.ct(0, (1, 8, 8, 8)))
-    assert archives.file_problem(path) is None
+    assert archives._file_problem(path) is None
 
 
 def test_links_to_the_archive_keep_their_name(msd, folders, tmp_path):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nnunet_mim.benchmarking.arms import control_of
 from nnunet_mim.benchmarking.bench_file import KNOWN_ARMS, ArmSpec, Bench, DatasetSpec, bench_of, read_bench
+from nnunet_mim.benchmarking.cell import control_of
 from nnunet_mim.benchmarking.seeded_training import Length
 from nnunet_mim.errors import MiMError
 

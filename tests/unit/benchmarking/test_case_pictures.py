@@ -44,7 +44,7 @@ def outcome(tmp_path, monkeypatch):
         )
         for spec in SPECS
     }  # fmt: skip
-    matrix = Matrix(bench, cells, "A", {(DATASET, 0, "all"): 1})
+    matrix = Matrix(bench, cells, "A")
     for number, case in enumerate(DICE):
         turned = number % 2 == 1
         write(raw / "imagesTr" / f"{case}_0000.nii.gz", ct, turned)

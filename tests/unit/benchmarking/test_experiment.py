@@ -8,14 +8,16 @@ import torch
 from nnunet_mim.benchmarking import experiment
 from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell, Length
-from nnunet_mim.benchmarking.estimate import measure, median_seconds, views
 from nnunet_mim.benchmarking.experiment import (
-    check_device,
-    check_references,
-    hours_of,
+    _check_device,
+    _check_references,
+    _hours_of,
+    _median_seconds,
+    _summary_of_plan,
+    measure,
     prepare,
     run_experiment,
-    summary_of_plan,
+    views,
 )
 from nnunet_mim.benchmarking.matrix import Matrix, Place
 from nnunet_mim.errors import MiMError
@@ -57,8 +59,10 @@ def test_an_estimate_counts_steps_patches_and_mirrored_views(monkeypatch):
         calls.append((tuple(shape), train))
         return 10.0 if train else 1.0
 
-    monkeypatch.setattr("nnunet_mim.benchmarking.estimate.median_seconds", seconds)
-    total = measure(cell_of(), {"labels": {"background": 0, "x": 1}}, "cpu")
+    monkeypatch.setattr("nnunet_mim.benchmarking.experiment._median_seconds", seconds)
+    cell = cell_of()
+    cell.__dict__["dataset_json"] = {"labels": {"background": 0, "x": 1}}
+    total = measure(cell, "cpu")
     assert calls == [((2, 1, 16, 16, 16), True), ((1, 1, 16, 16, 16), False)]
     assert total == 10 * (20 * 10.0 + 3 * 2 * 1.0) + 2 * 3 * 8 * 1.0
 
@@ -71,7 +75,7 @@ def test_views_are_those_of_the_recipe():
 
 def test_real_steps_take_time():
     network = torch.nn.Conv3d(1, 2, 3)
-    assert 0 < median_seconds(network, (1, 1, 8, 8, 8), "cpu", True) < 5
+    assert 0 < _median_seconds(network, (1, 1, 8, 8, 8), "cpu", True) < 5
     assert network.weight.grad is None
 
 
@@ -83,16 +87,14 @@ def test_hours_come_from_finished_trainings_before_measuring(monkeypatch, tmp_pa
         Place("D", 0, labels, 0, "A"): {"cost": {"seconds": seconds}} for labels, seconds in (("1", 3600), ("2", 7200))
     }
     matrix = Matrix(bench, cells, "A")
-    monkeypatch.setattr(experiment, "measure", lambda cell, content, device: 1800.0)
-    for cell in cells.values():
-        cell.__dict__["dataset_json"] = {}
-    assert hours_of(matrix, results) == {("D", "A"): 1.5, ("D", "B"): 0.5}
+    monkeypatch.setattr(experiment, "measure", lambda cell, device: 1800.0)
+    assert _hours_of(matrix, results) == {("D", "A"): 1.5, ("D", "B"): 0.5}
 
     def fails(*_):
         raise RuntimeError("no such network")
 
     monkeypatch.setattr(experiment, "measure", fails)
-    assert hours_of(matrix, results) == {("D", "A"): 1.5, ("D", "B"): None}
+    assert _hours_of(matrix, results) == {("D", "A"): 1.5, ("D", "B"): None}
     assert "no estimate for A (RuntimeError: no such network)" in capsys.readouterr().out
 
 
@@ -105,24 +107,24 @@ def test_a_missing_reference_is_noticed_before_any_training(tmp_path):
     (tmp_path / "gt_segmentations").mkdir()
     (tmp_path / "gt_segmentations" / "v.nrrd").touch()
     with pytest.raises(MiMError, match=r"w\.nrrd, .* missing: run nnUNetv2_preprocess -d 501 -plans_name P -c 3d_full"):
-        check_references(matrix, {})
-    check_references(matrix, {place})  # its result is there: nothing is compared any more
+        _check_references(matrix, {})
+    _check_references(matrix, {place})  # its result is there: nothing is compared any more
     (tmp_path / "gt_segmentations" / "w.nrrd").touch()
-    check_references(matrix, {})
+    _check_references(matrix, {})
 
 
 def test_references_are_looked_for_before_seen_cases_and_not_for_a_report(monkeypatch, tmp_path):
     """To look for seen cases reads every validation image."""
     looked = []
     for name, result in (("require_environment", None), ("build_matrix", "matrix"), ("finished_results", {}),
-                         ("check_references", None), ("look_for_seen_cases", {})):  # fmt: skip
+                         ("_check_references", None), ("look_for_seen_cases", {})):  # fmt: skip
         monkeypatch.setattr(experiment, name, lambda *_, name=name, result=result: looked.append(name) or result)
     bench = Bench((), ())
     assert prepare(bench) == ("matrix", {}, {})
-    assert looked[-2:] == ["check_references", "look_for_seen_cases"]
+    assert looked[-2:] == ["_check_references", "look_for_seen_cases"]
     looked.clear()
     prepare(bench, only_report=True)
-    assert "check_references" not in looked
+    assert "_check_references" not in looked
 
 
 @pytest.mark.parametrize(
@@ -164,18 +166,18 @@ def test_gpus_that_are_not_there(monkeypatch, tmp_path):
     bench = Bench((), (), gpus=("0", "3"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(MiMError, match="no GPU was found: give device cpu"):
-        check_device(bench)
+        _check_device(bench)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(MiMError, match="gpus: 3: 2 can be seen here, numbered from 0"):
-        check_device(bench)
-    check_device(Bench((), (), device="cpu"))
-    check_device(Bench((), (), gpus=(), slurm={}))
+        _check_device(bench)
+    _check_device(Bench((), (), device="cpu"))
+    _check_device(Bench((), (), gpus=(), slurm={}))
 
 
 def test_the_summary_of_a_plan_gives_no_hours_that_nobody_knows():
-    assert summary_of_plan([1.0, 0.25], 4, "cuda", 1) == "2 of 4 trainings to do, about 1.2 h of cuda"
-    assert summary_of_plan([1.0, None, None], 3, "cpu", 2) == (
+    assert _summary_of_plan([1.0, 0.25], 4, "cuda", 1) == "2 of 4 trainings to do, about 1.2 h of cuda"
+    assert _summary_of_plan([1.0, None, None], 3, "cpu", 2) == (
         "3 of 3 trainings to do, about 1.0 h of cpu; 2 at a time (2 not counted)"
     )
-    assert summary_of_plan([None, None], 2, "cuda", 1) == "2 of 2 trainings to do, hours unknown"
-    assert summary_of_plan([], 5, "cuda", 4) == "0 of 5 trainings to do"
+    assert _summary_of_plan([None, None], 2, "cuda", 1) == "2 of 2 trainings to do, hours unknown"
+    assert _summary_of_plan([], 5, "cuda", 4) == "0 of 5 trainings to do"

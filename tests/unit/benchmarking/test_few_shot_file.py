@@ -5,9 +5,16 @@ import re
 import pytest
 
 from nnunet_mim.benchmarking import experiment
-from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec, read_bench
+from nnunet_mim.benchmarking.bench_file import (
+    ArmSpec,
+    Bench,
+    DatasetSpec,
+    _parse_arm,
+    _settings_by_arm,
+    arm_entries,
+    read_bench,
+)
 from nnunet_mim.benchmarking.cli import main
-from nnunet_mim.benchmarking.few_shot_file import arm_entries, parse_arm, settings_by_arm
 from nnunet_mim.benchmarking.seeded_training import Length
 from nnunet_mim.errors import MiMError
 
@@ -15,22 +22,22 @@ MIM, SCRATCH = ArmSpec("MiM", "nnUNetTrainerMiM", "P", "a.pth"), ArmSpec("Scratc
 
 
 def test_arms_of_the_command_line():
-    assert parse_arm("MiM", "Q") == ArmSpec("MiM", "nnUNetTrainerMiM", "Q")
-    assert parse_arm("A=nnUNetTrainer", "Q") == ArmSpec("A", "nnUNetTrainer", "Q")
-    assert parse_arm("A=T:P:/x/y.pth", "Q") == ArmSpec("A", "T", "P", "/x/y.pth")
+    assert _parse_arm("MiM", "Q") == ArmSpec("MiM", "nnUNetTrainerMiM", "Q")
+    assert _parse_arm("A=nnUNetTrainer", "Q") == ArmSpec("A", "nnUNetTrainer", "Q")
+    assert _parse_arm("A=T:P:/x/y.pth", "Q") == ArmSpec("A", "T", "P", "/x/y.pth")
     for text in ("Nothing", "=T", "A="):
         with pytest.raises(MiMError, match=f"--arms {text}: give MiM"):
-            parse_arm(text, "Q")
+            _parse_arm(text, "Q")
 
 
 def test_settings_for_all_mim_arms_and_for_one():
     arms = (MIM, SCRATCH, ArmSpec("Stock", "nnUNetTrainer", "P"))
-    assert settings_by_arm({"Scratch.lr": 2, "lr": 1, "drop_path": 0.1}, arms) == {
+    assert _settings_by_arm({"Scratch.lr": 2, "lr": 1, "drop_path": 0.1}, arms) == {
         "MiM": {"lr": 1, "drop_path": 0.1},
         "Scratch": {"lr": 2, "drop_path": 0.1},
     }
     with pytest.raises(MiMError, match=r"--set Stock\.lr: no MiM arm Stock \(there are MiM, Scratch\)"):
-        settings_by_arm({"Stock.lr": 1}, arms)
+        _settings_by_arm({"Stock.lr": 1}, arms)
 
 
 def test_two_arms_of_one_name():

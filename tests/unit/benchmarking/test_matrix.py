@@ -17,8 +17,8 @@ from nnunet_mim.benchmarking import matrix as matrix_module
 from nnunet_mim.benchmarking import work
 from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
 from nnunet_mim.benchmarking.cell import Arm
-from nnunet_mim.benchmarking.matrix import Place, build_matrix, subset
-from nnunet_mim.benchmarking.splits import nested_subset
+from nnunet_mim.benchmarking.matrix import Place, build_matrix
+from nnunet_mim.benchmarking.splits import labelled_subset
 from nnunet_mim.benchmarking.training import FAILED, InterruptedTrainingError, Training
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.locks import exclusive_lock
@@ -31,7 +31,7 @@ TRAIN = tuple(f"case_{i:02d}" for i in range(40))
 @settings(max_examples=30, deadline=None)
 def test_subsets_are_nested_and_differ_by_seed(available, seed):
     cases = [f"case_{i:02d}" for i in range(available)]
-    subsets = [nested_subset(cases, count, seed) for count in range(1, available + 1)]
+    subsets = [labelled_subset(cases, str(count), seed) for count in range(1, available + 1)]
     for smaller, larger in pairwise(subsets):
         assert set(smaller) < set(larger)
         assert len(larger) == len(smaller) + 1
@@ -39,16 +39,16 @@ def test_subsets_are_nested_and_differ_by_seed(available, seed):
 
 
 def test_other_seeds_draw_other_cases():
-    assert len({nested_subset(TRAIN, 5, seed) for seed in range(10)}) == 10
+    assert len({labelled_subset(TRAIN, "5", seed) for seed in range(10)}) == 10
 
 
 def test_numbers_percentages_and_all():
-    assert subset(TRAIN, "all", 3) == TRAIN
-    assert len(subset(TRAIN, "10%", 3)) == 4
-    assert subset(TRAIN, "4", 3) == subset(TRAIN, "10%", 3), "of one seed, the same cases"
+    assert labelled_subset(TRAIN, "all", 3) == TRAIN
+    assert len(labelled_subset(TRAIN, "10%", 3)) == 4
+    assert labelled_subset(TRAIN, "4", 3) == labelled_subset(TRAIN, "10%", 3), "of one seed, the same cases"
     for labels in ("0", "41", "0%", "101%", "few", "-1", "1.5"):
         with pytest.raises(MiMError, match="give numbers from 1 to 40"):
-            subset(TRAIN, labels, 0)
+            labelled_subset(TRAIN, labels, 0)
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,12 @@ def test_all_combinations_with_the_same_cases_for_all_arms(bench):
     assert len({matrix.training(place).folder for place in matrix.cells}) == 24
     assert matrix.datasets == ["Dataset501_X", "Dataset502_X"]
     assert matrix.folds("Dataset501_X") == [0, 1]
-    assert matrix.train_counts["Dataset501_X", 1, "10%"] == 4
+    assert matrix.train_count("Dataset501_X", 1, "10%") == 4
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"arms": (MIM, MIM)}, "arm MiM is there twice"),
         ({"arms": (replace(MIM, name="a/b"),)}, "arm a/b: a name has letters"),
         ({"labels": ("5", "5")}, "labels are there twice"),
         ({"labels": ()}, "labels: give numbers"),

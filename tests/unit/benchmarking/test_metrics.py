@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_mim.benchmarking.metrics import case_metrics, dice, surface_distances, surface_metrics
+from nnunet_mim.benchmarking.metrics import _surface_distances, _surface_metrics, case_metrics, dice
 
 SPACING = (3.0, 1.0, 1.5)
 READER = SimpleITKIO()
 
 
 def hausdorff95(prediction, reference, spacing):
-    return surface_metrics(prediction, reference, spacing, 1.0)[0]
+    return _surface_metrics(prediction, reference, spacing, 1.0)[0]
 
 
 def surface_dice(prediction, reference, tolerance, spacing=SPACING):
-    return surface_metrics(prediction, reference, spacing, tolerance)[1]
+    return _surface_metrics(prediction, reference, spacing, tolerance)[1]
 
 
 def box(shape, low, high):
@@ -56,7 +56,7 @@ masks = hnp.arrays(bool, (4, 5, 6)).filter(lambda mask: mask.any())
 @given(masks, masks)
 def test_distances_are_those_of_a_slow_search(prediction, reference):
     for found, expected in zip(
-        surface_distances(prediction, reference, SPACING), slow_distances(prediction, reference, SPACING), strict=True
+        _surface_distances(prediction, reference, SPACING), slow_distances(prediction, reference, SPACING), strict=True
     ):
         assert sorted(found) == pytest.approx(sorted(expected))
 
@@ -98,7 +98,7 @@ def test_the_largest_distance_and_dice_are_simpleitks(prediction, reference):
 
     largest = sitk.HausdorffDistanceImageFilter()
     largest.Execute(image(surface(prediction)), image(surface(reference)))
-    found = surface_distances(prediction, reference, SPACING)
+    found = _surface_distances(prediction, reference, SPACING)
     assert max(map(max, found)) == pytest.approx(largest.GetHausdorffDistance(), rel=1e-5)
     overlap = sitk.LabelOverlapMeasuresImageFilter()
     overlap.Execute(image(prediction), image(reference))
@@ -119,21 +119,21 @@ def test_one_far_voxel_in_a_hundred_does_not_count():
     prediction = reference.copy()
     prediction[39, 19, 19] = True
     assert hausdorff95(prediction, reference, (1, 1, 1)) == 0.0
-    assert max(surface_distances(prediction, reference, (1, 1, 1))[0]) > 24
+    assert max(_surface_distances(prediction, reference, (1, 1, 1))[0]) > 24
 
 
 def test_masks_that_touch_the_border_have_a_surface_there():
     whole = np.ones((4, 4, 4), bool)
-    assert len(surface_distances(whole, whole, (1, 1, 1))[0]) == 4**3 - 2**3
+    assert len(_surface_distances(whole, whole, (1, 1, 1))[0]) == 4**3 - 2**3
 
 
 def test_empty_masks():
     empty, full = np.zeros((3, 4, 12), bool), np.ones((3, 4, 12), bool)
     assert math.isnan(dice(empty, empty))
-    assert all(math.isnan(value) for value in surface_metrics(empty, empty, SPACING, 1.0))
+    assert all(math.isnan(value) for value in _surface_metrics(empty, empty, SPACING, 1.0))
     for pair in ((empty, full), (full, empty)):
         assert dice(*pair) == 0
-        assert surface_metrics(*pair, (1.0, 1.0, 1.0), 1.0) == (13.0, 0.0)  # 3, 4, 12: the diagonal
+        assert _surface_metrics(*pair, (1.0, 1.0, 1.0), 1.0) == (13.0, 0.0)  # 3, 4, 12: the diagonal
 
 
 def test_of_files_in_mm(tmp_path):

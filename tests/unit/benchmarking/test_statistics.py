@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from nnunet_mim.benchmarking import statistics
-from nnunet_mim.benchmarking.statistics import compare, mean_sd, t_interval, wilcoxon
+from nnunet_mim.benchmarking.statistics import _t_interval, compare, mean_sd, wilcoxon
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def test_cases_without_a_value_are_left_out():
 def test_with_one_seed_it_is_the_t_interval_over_cases():
     values = np.random.default_rng(0).normal(1, 2, (1, 9))
     low, high = stats.t.interval(0.95, 8, values.mean(), values.std(ddof=1) / 3)
-    assert t_interval(values) == pytest.approx((low, high))
-    assert t_interval(values.T) == pytest.approx((low, high)), "and over seeds with one case"
-    assert all(map(math.isnan, t_interval(values[:, :1])))
+    assert _t_interval(values) == pytest.approx((low, high))
+    assert _t_interval(values.T) == pytest.approx((low, high)), "and over seeds with one case"
+    assert all(map(math.isnan, _t_interval(values[:, :1])))
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 8])
@@ -54,7 +54,7 @@ def test_the_interval_holds_the_truth_in_95_percent(seeds, luck, hardness, noise
     hits = 0
     for _ in range(trials):
         parts = random.normal(0, luck, (seeds, 1)), random.normal(0, hardness, (1, 14))
-        low, high = t_interval(sum(parts) + random.normal(0, noise, (seeds, 14)))
+        low, high = _t_interval(sum(parts) + random.normal(0, noise, (seeds, 14)))
         hits += low <= 0 <= high
     assert hits >= (0.88 if seeds == 2 else 0.91) * trials
 

@@ -16,15 +16,15 @@ from nnunet_mim.benchmarking.cell import Arm, Cell
 from nnunet_mim.benchmarking.guard import Findings
 from nnunet_mim.benchmarking.matrix import Matrix, Place
 from nnunet_mim.benchmarking.outcome import Outcome
-from nnunet_mim.benchmarking.published_numbers import numbers_for
+from nnunet_mim.benchmarking.published_numbers import published_table
 from nnunet_mim.benchmarking.statistics import holm
 from nnunet_mim.benchmarking.tables import (
+    _first_epoch_at,
+    _latex_text,
     comparison_table,
     cost_table,
     every_value,
-    first_epoch_at,
     label_table,
-    latex_text,
     main_table,
     markdown_table,
     notes,
@@ -72,14 +72,13 @@ def outcome(tmp_path):
         source = SimpleNamespace(folder=tmp_path / dataset / "P_3d")
         cells = {
             Place(dataset, fold, labels, seed, spec.name): Cell(
-                Arm(spec, source, spec.checkpoint), fold, ("a",), ("x", "y"), seed, bench.length
+                Arm(spec, source, spec.checkpoint), fold, ("a",) * count, ("x", "y"), seed, bench.length
             )
-            for fold in folds for seed in range(2) for labels in bench.labels for spec in SPECS
+            for fold in folds for seed in range(2) for labels, count in (("5", 5), ("20%", 9 + fold)) for spec in SPECS
         }  # fmt: skip
-        counts = {(dataset, fold, labels): n for fold in folds for labels, n in (("5", 5), ("20%", 9 + fold))}
         filled = {Place(dataset, *(key if len(key) == 4 else (0, *key))): value for key, value in results.items()}
         findings = {(dataset, fold, spec.name): Findings() for fold in folds for spec in SPECS}
-        return Outcome(Matrix(bench, cells, "Scratch", counts), filled, {**findings, **dict(seen)})
+        return Outcome(Matrix(bench, cells, "Scratch"), filled, {**findings, **dict(seen)})
 
     return make
 
@@ -182,7 +181,7 @@ def test_corrected_ps_count_every_comparison_of_the_report(outcome):
     results = {(labels, 0, arm): noisy(0.6 if arm == "MiM" else 0.5) for labels in ("5", "20%") for _, arm in
                ((0, "MiM"), (0, "Scratch"))}  # fmt: skip
     found = outcome(results)
-    plain = [found.comparison(DATASET, labels, "MiM")[0].p for labels in ("5", "20%")]
+    plain = [found.comparisons[DATASET, labels, "MiM"][0].p for labels in ("5", "20%")]
     assert plain == [pytest.approx(2 / 2**8)] * 2, "all eight differences are positive"
     assert list(found.corrected_ps().values()) == [pytest.approx(4 / 2**8)] * 2
 
@@ -203,8 +202,8 @@ def test_every_value_is_in_the_csv(outcome):
 def test_markdown_and_latex():
     assert markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
     assert markdown_table([["a|b"], ["1"]]) == "| a/b |\n|---|\n| 1 |"
-    assert latex_text("50 % of a_b & > 3 ± 1") == r"50 \% of a\_b \& $>$ 3 $\pm$ 1"
-    assert latex_text("a\\b…x") == r"a\textbackslash{}b\ldots{}x"
+    assert _latex_text("50 % of a_b & > 3 ± 1") == r"50 \% of a\_b \& $>$ 3 $\pm$ 1"
+    assert _latex_text("a\\b…x") == r"a\textbackslash{}b\ldots{}x"
 
 
 def write_dataset_json(outcome):
@@ -238,15 +237,15 @@ def test_all_files_are_written_and_the_page_needs_no_other(outcome):
 
 
 def test_published_numbers_stand_apart_with_their_source(outcome):
-    assert numbers_for(DATASET) == []
+    assert published_table(DATASET) == []
     btcv = outcome(dataset="Dataset220_BTCV")
     write_dataset_json(btcv)
     text = write_bench_report(btcv, {})
     assert text.index("### Published elsewhere") > text.index("| labels | arm |")
     assert "| nnU-Net | 83.08 | five folds of nnU-Net, from random weights | nnU-Net, documentation" in text
-    assert all(number.source and number.protocol for number in numbers_for("Dataset220_BTCV"))
+    assert all(method and protocol and source for method, _, protocol, source in published_table("Dataset220_BTCV"))
     assert "published elsewhere" in (btcv.matrix.bench.output / "table.tex").read_text()
-    assert {n.dataset for n in numbers_for("Dataset003_Liver")} == {"Liver"}
+    assert [row[1] for row in published_table("Dataset003_Liver")] == ["Dice %", "80.09", "81.60", "82.34"]
 
 
 def test_a_smooth_curve_by_hand():
@@ -257,8 +256,8 @@ def test_a_smooth_curve_by_hand():
 
 
 def test_first_epoch_that_reaches_a_goal():
-    assert first_epoch_at([0.1, 0.3, 0.2, 0.5], 0.3) == 2
-    assert first_epoch_at([0.1, 0.3], 0.31) is None
+    assert _first_epoch_at([0.1, 0.3, 0.2, 0.5], 0.3) == 2
+    assert _first_epoch_at([0.1, 0.3], 0.31) is None
 
 
 def test_figures_say_their_numbers(outcome):

@@ -14,8 +14,8 @@ import torch
 from nnunet_mim.benchmarking import training as module
 from nnunet_mim.benchmarking.bench_file import ArmSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell
-from nnunet_mim.benchmarking.seeded_training import Length, installed_command, record_cost, save_whole, set_length
-from nnunet_mim.benchmarking.training import KEY, RESULT, InterruptedTrainingError, Training, total_cost
+from nnunet_mim.benchmarking.seeded_training import Length, _record_cost, _save_whole, _set_length, installed_command
+from nnunet_mim.benchmarking.training import KEY, RESULT, InterruptedTrainingError, Training, _total_cost
 from nnunet_mim.errors import MiMError
 
 
@@ -204,7 +204,7 @@ def test_checkpoints_are_written_whole_or_not_at_all(tmp_path):
                 raise KeyboardInterrupt
             Path(filename).write_text("whole")
 
-    save_whole(Trainer)
+    _save_whole(Trainer)
     trainer, file = Trainer(), tmp_path / "checkpoint_latest.pth"
     trainer.dies = False
     trainer.save_checkpoint(str(file))
@@ -230,7 +230,7 @@ def test_another_command_takes_its_checkpoint_from_the_plans(make_cell, commands
 
 def test_the_cost_of_all_attempts(tmp_path):
     file = tmp_path / "cost.json"
-    assert total_cost(file) == {}
+    assert _total_cost(file) == {}
 
     class Trainer:
         device, network = torch.device("cpu"), torch.nn.Linear(3, 4)
@@ -243,10 +243,10 @@ def test_the_cost_of_all_attempts(tmp_path):
 
     for began in (time.time() - 30, time.time() - 100):
         again = type("Again", (Trainer,), {"on_epoch_end": Trainer.on_epoch_end})
-        record_cost(again, file, began)
+        _record_cost(again, file, began)
         assert again().on_epoch_end() == "epoch"
         assert again().perform_actual_validation(True) is True
-    cost = total_cost(file)
+    cost = _total_cost(file)
     assert cost["seconds"] == pytest.approx(130, abs=5)
     assert (cost["parameters"], cost["device"]) == (16, "cpu")
     assert 10e6 < cost["peak_bytes"] < 100e9
@@ -259,7 +259,7 @@ def test_a_long_training_is_saved_no_less_often_than_by_nnunet_itself():
         def initialize(self):
             pass
 
-    set_length(Trainer, Length(1000, 250, 50))
+    _set_length(Trainer, Length(1000, 250, 50))
     trainer = Trainer()
     trainer.initialize()
     assert trainer.save_every == 50
@@ -283,7 +283,7 @@ def test_the_length_holds_for_trainers_with_one_of_their_own():
             super().__init__()
             self.num_epochs = 250
 
-    set_length(Trainer, Length(12, 34, 56))
+    _set_length(Trainer, Length(12, 34, 56))
     trainer = Long()
     trainer.initialize()
     assert (trainer.num_epochs, trainer.scheduled_for, trainer.save_every) == (12, 12, 3)
