@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nnunet_mim.benchmarking import tables
-from nnunet_mim.benchmarking.bench_figures import bars_figure, cases_figure, curves_figure
-from nnunet_mim.benchmarking.case_pictures import case_pictures, label_numbers
+from nnunet_mim.benchmarking.bench_figures import bars_figure, case_pictures, cases_figure, curves_figure, label_numbers
 from nnunet_mim.benchmarking.matrix import Place
 from nnunet_mim.benchmarking.outcome import MARK, Outcome
 from nnunet_mim.benchmarking.published_numbers import WARNING, published_table

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_mim.benchmarking.bench_figures import cases_figure
+from nnunet_mim.benchmarking.bench_figures import _around, case_pictures, cases_figure
 from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
-from nnunet_mim.benchmarking.case_pictures import around, case_pictures
 from nnunet_mim.benchmarking.cell import Arm, Cell
 from nnunet_mim.benchmarking.matrix import Matrix, Place
 from nnunet_mim.benchmarking.outcome import Outcome
@@ -106,4 +105,4 @@ def test_labels_that_are_not_shown_do_not_choose_the_slice(outcome):
 
 
 def test_a_window_around_nothing_is_everything():
-    assert around(np.zeros((5, 6), bool), (1.0, 1.0)) == (slice(None), slice(None))
+    assert _around(np.zeros((5, 6), bool), (1.0, 1.0)) == (slice(None), slice(None))
