@@ -169,7 +169,7 @@ def write_index(source: Source, infos: Sequence[CaseInfo]) -> None:
     _save_cache(source, index, np.array([_stamp(source, name) for name in index.names.tolist()]))
 
 
-def describe_case(source: Source, case: str) -> CaseInfo:
+def _describe_case(source: Source, case: str) -> CaseInfo:
     """Read one case completely and describe it.
 
     Raises:
@@ -226,7 +226,7 @@ def _bytes(hashes: Sequence[str]) -> np.ndarray:
 
 def _describe_or_error(source: Source, case: str) -> CaseInfo | MiMError:
     try:
-        return describe_case(source, case)
+        return _describe_case(source, case)
     except MiMError as error:
         return error
 

@@ -220,7 +220,7 @@ def read_crop(case: Case, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarr
     inside = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))
     path = case.source.case_file(case.info.case)
     try:
-        voxels = np.asarray(open_voxels(case)[inside], dtype=np.float32)
+        voxels = np.asarray(_open_voxels(case)[inside], dtype=np.float32)
         if voxels.shape[1:] != tuple(high - low):
             raise ValueError(f"it has become smaller than {case.info.shape} voxels")
     except Exception as error:
@@ -233,7 +233,7 @@ def read_crop(case: Case, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarr
     return crop, valid
 
 
-def open_voxels(case: Case) -> Any:
+def _open_voxels(case: Case) -> Any:
     """The voxels of a case, not read yet, as nnU-Net's dataset class opens them.
 
     That class opens the segmentation and reads the properties as well, which takes longer than reading a small crop;

@@ -24,7 +24,7 @@ SHARE_AHEAD = 0.25
 """of the machine's memory that batches held ready may take"""
 
 
-def batches_ahead(workers: int, batch_bytes: int, processes: int, memory: int) -> int:
+def _batches_ahead(workers: int, batch_bytes: int, processes: int, memory: int) -> int:
     """Batches that each worker holds ready.
 
     Args:
@@ -61,7 +61,7 @@ def training_batches(
         dataset,
         batch_sampler=(list(range(first, first + n)) for first in firsts),  # type: ignore[arg-type]
         num_workers=workers,
-        prefetch_factor=batches_ahead(workers, batch_bytes, here, physical_memory()) if workers else None,
+        prefetch_factor=_batches_ahead(workers, batch_bytes, here, physical_memory()) if workers else None,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_stopping_to_parent,
     )

@@ -50,7 +50,7 @@ def index_sources(sources: Sequence[Source], strict: bool = False) -> tuple[Case
     for source in sources:
         damaged = {}
         if issubclass(source.dataset_class, nnUNetDatasetNumpy):
-            damaged = unpack(source)
+            damaged = _unpack(source)
         index, found = read_index(source, remember_vanished=strict)
         indexes.append(index)
         bad += [f"{source.dataset} {case.case}: {damaged.get(case.case, case.problem)}" for case in found]
@@ -63,12 +63,12 @@ def index_sources(sources: Sequence[Source], strict: bool = False) -> tuple[Case
     return cases, bad
 
 
-def unpack(source: Source) -> dict[str, str]:
+def _unpack(source: Source) -> dict[str, str]:
     """Unpack `.npz` cases that are not yet. Returns what is wrong with damaged ones, which are left as they are."""
     damaged = {}
     for case in source.cases:
         try:
-            check_npz(source, case)
+            _check_npz(source, case)
         except MiMError as error:
             damaged[case] = str(error)
     if not damaged:
@@ -88,7 +88,7 @@ def unpack(source: Source) -> dict[str, str]:
     return damaged
 
 
-def check_npz(source: Source, case: str) -> None:
+def _check_npz(source: Source, case: str) -> None:
     """Raise MiMError for an `.npz` that is damaged: unpacking it would fail without naming it."""
     path = source.folder / f"{case}.npz"
     try:
@@ -100,7 +100,7 @@ def check_npz(source: Source, case: str) -> None:
         ) from error
 
 
-def split_cases(cases: Cases, fold: int | str, config: PretrainConfig) -> tuple[Cases, Cases]:
+def _split_cases(cases: Cases, fold: int | str, config: PretrainConfig) -> tuple[Cases, Cases]:
     """Training cases, and the held-out ones that the loss is measured on.
 
     With a fold, its validation cases of nnU-Net's own split are held out of every labelled dataset. Of a dataset
@@ -136,7 +136,7 @@ def split_cases(cases: Cases, fold: int | str, config: PretrainConfig) -> tuple[
 
 def run_data(cases: Cases, fold: int | str, config: PretrainConfig) -> RunData:
     """Cases, and the intensities that padding and the flat-token rule need."""
-    train, val = split_cases(cases, fold, config)
+    train, val = _split_cases(cases, fold, config)
     sources, ranges = cases.sources, train.column("ranges")
     fill, width = [], []
     for channel in range(sources[0].in_channels):

@@ -71,7 +71,7 @@ class HeldOut:
         encoder's features.
         """
         crops, errors = zip(*(self._evaluate_crop(model, number) for number in range(len(self.views))), strict=True)
-        features = torch.cat([encoder_tokens(model, view) for views in self.views for view in views])
+        features = torch.cat([_encoder_tokens(model, view) for views in self.views for view in views])
         levels = [
             self._mean_level(position, [crop[position] for crop in crops], [error[position] for error in errors])
             for position in range(len(self.constants))
@@ -108,11 +108,11 @@ class HeldOut:
                 own = [i for i, n in enumerate(targets) if n and self.datasets[i] == dataset]
                 if own:
                     losses = [crops[i].reconstruction for i in own]
-                    datasets[dataset] = weighted_mean(losses, [targets[i] for i in own])
+                    datasets[dataset] = _weighted_mean(losses, [targets[i] for i in own])
         return replace(
             self.constants[position],
-            **vars(averaged(crops, weighted_mean)),
-            psnr=decibel(weighted_mean(errors, targets)),
+            **vars(averaged(crops, _weighted_mean)),
+            psnr=_decibel(_weighted_mean(errors, targets)),
             datasets=datasets,
         )
 
@@ -125,8 +125,8 @@ class HeldOut:
         guesses = {}
         for name in crops[0]:
             losses, errors = zip(*(crop[name] for crop in crops), strict=True)
-            guesses[name] = weighted_mean(losses, self._n_targets(position))
-            guesses[f"{name}_psnr"] = decibel(weighted_mean(errors, self._n_targets(position)))
+            guesses[name] = _weighted_mean(losses, self._n_targets(position))
+            guesses[f"{name}_psnr"] = _decibel(_weighted_mean(errors, self._n_targets(position)))
         chance = None
         if position and self.config.alignment == "infonce":
             parent = self.views[0][position - 1]
@@ -139,12 +139,12 @@ class HeldOut:
         return [float(is_target[position].sum()) for is_target in self.is_target]
 
 
-def decibel(error: float) -> float:
+def _decibel(error: float) -> float:
     """Peak signal-to-noise ratio of a mean squared error in units of the peak."""
     return -10 * math.log10(max(error, 1e-12))
 
 
-def encoder_tokens(model: PretrainingNetwork, view: LevelViews) -> Tensor:
+def _encoder_tokens(model: PretrainingNetwork, view: LevelViews) -> Tensor:
     """(T, D) float32: what the encoder says about the visible tokens of the first view of a level."""
     return model.visible_features(view.images[:1], view.ids_keep[:1], view.ids_masked[:1]).flatten(0, 1).float()
 
@@ -169,7 +169,7 @@ def feature_spread(features: Tensor) -> tuple[float, float]:
     return float(rank), float(std)
 
 
-def weighted_mean(values: Sequence[Any], weights: Sequence[Any] | None = None) -> float:
+def _weighted_mean(values: Sequence[Any], weights: Sequence[Any] | None = None) -> float:
     """Mean of numbers; 0 where all weights are 0. None: all weigh the same."""
     total = total_weight = 0.0
     for value, weight in zip(values, weights or [1.0] * len(values), strict=True):

@@ -21,8 +21,8 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, start: int) -> None:
-        self.train = MetricsFile(folder / "train.csv", start)
-        self.val = MetricsFile(folder / "val.csv", start)
+        self.train = _MetricsFile(folder / "train.csv", start)
+        self.val = _MetricsFile(folder / "val.csv", start)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def add(self, iteration: int, figures: TrainingFigures[float] | Measurement[float]) -> None:
@@ -37,7 +37,7 @@ class MetricsLog:
         self.board.close()
 
 
-class MetricsFile:
+class _MetricsFile:
     """A CSV file with one row per logged iteration. The first row decides the columns; what a later one lacks, and NaN,
     is left empty.
 

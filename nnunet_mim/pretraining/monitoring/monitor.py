@@ -35,12 +35,12 @@ class Monitor:
     def __init__(self, data: RunData, config: PretrainConfig, fabric: Fabric, views_per_pass: int | None) -> None:
         self.fabric = fabric
         self.config = config
-        crops = held_out_crops(data, config, fabric.device)
+        crops = _held_out_crops(data, config, fabric.device)
         fill, flat_threshold, width = (
             torch.tensor(values, device=fabric.device) for values in (data.fill, data.flat_threshold, data.width)
         )
         self.held_out = HeldOut(crops, fill, flat_threshold, width, config, views_per_pass)
-        self.probe = label_probe(data, config, fabric.device)
+        self.probe = _label_probe(data, config, fabric.device)
         self.seconds: dict[str, list[float]] = defaultdict(list)
         """duration of every measurement, by kind"""
 
@@ -71,7 +71,7 @@ class Monitor:
         self.seconds[kind].append(time.perf_counter() - since)
 
 
-def label_probe(data: RunData, config: PretrainConfig, device: torch.device) -> LabelProbe | None:
+def _label_probe(data: RunData, config: PretrainConfig, device: torch.device) -> LabelProbe | None:
     """The probe of a run; None where it is switched off or there are no labels."""
     if not config.probe_every:
         return None
@@ -80,7 +80,7 @@ def label_probe(data: RunData, config: PretrainConfig, device: torch.device) -> 
     return None if cases is None else LabelProbe(*cases, data.fill, seed=config.seed, device=device)
 
 
-def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> HeldOutCrops:
+def _held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> HeldOutCrops:
     """`val_crops` fixed crops of the held-out cases, from one dataset after the other, at least one of each."""
     groups = [data.val.of_dataset(int(number)) for number in np.flatnonzero(data.val.counts)]
     datasets = [

@@ -80,9 +80,9 @@ class StepLog:
         """
         state, batch_size = self.state, self.run.config.batch_size
         done, first = state.iteration, state.iteration - len(self.steps)
-        self.means, bad = mean_figures(self.steps, self.ranks)
+        self.means, bad = _mean_figures(self.steps, self.ranks)
         for number in bad:
-            names = culprits(self.dataset, first + number, bad[number], batch_size)
+            names = _culprits(self.dataset, first + number, bad[number], batch_size)
             self.say(state.skipped.add(first + number + 1, names))
         speed = len(self.steps) * batch_size / (time.perf_counter() - self.since)
         state.crops_seen.update(self.dataset.counts(range(first * batch_size, done * batch_size)))
@@ -90,7 +90,7 @@ class StepLog:
         counts = {name: float(n) for name, n in state.crops_seen.items()}
         row = replace(self.means, learning_rate=rate, crops_per_s=speed, unread=failed, crops=counts)
         self.record.log(done, row)
-        self.bar.set_postfix(progress_text(self.means, self.record.last, speed), refresh=False)
+        self.bar.set_postfix(_progress_text(self.means, self.record.last, speed), refresh=False)
         self.steps.clear()
         state.skipped.check(done, self.run.folder)
         self.restart_clock()
@@ -105,7 +105,7 @@ class StepLog:
             self.bar.write(text)
 
 
-def mean_figures(
+def _mean_figures(
     steps: Sequence[TrainingFigures[Tensor]], ranks: Ranks
 ) -> tuple[TrainingFigures[float], dict[int, list[bool]]]:
     """Mean over steps and ranks, read from the device in one go, and the sum of the levels' losses.
@@ -142,7 +142,7 @@ def mean_figures(
     return means, {i: (crops[i] > 0).tolist() for i, step in enumerate(on_host) if step.skipped}
 
 
-def culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size: int) -> list[str]:
+def _culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size: int) -> list[str]:
     """Names of the cases of a skipped step: those whose features were not finite, or all if none or all were."""
     numbers = range(iteration * batch_size, (iteration + 1) * batch_size)
     chosen = [number for number, is_bad in zip(numbers, bad, strict=True) if is_bad] or numbers
@@ -152,7 +152,7 @@ def culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size: 
     ]
 
 
-def progress_text(train: TrainingFigures[float], val: Measurement[float], crops_per_s: float) -> dict[str, str]:
+def _progress_text(train: TrainingFigures[float], val: Measurement[float], crops_per_s: float) -> dict[str, str]:
     """What the progress bar shows beside speed and time left."""
     losses = {level.number: train.level(level.number).reconstruction for level in val.reconstructed}
     return {

@@ -52,14 +52,14 @@ class Verdict(NamedTuple):
     """begins with the kind"""
 
 
-class Series(NamedTuple):
+class _Series(NamedTuple):
     """The finite values of one figure."""
 
     iterations: np.ndarray
     values: np.ndarray
 
 
-class Trend(NamedTuple):
+class _Trend(NamedTuple):
     """Straight line through one figure over a stretch of measurements."""
 
     first: float
@@ -152,21 +152,21 @@ def verdict_on(rows: Rows, config: PretrainConfig) -> Verdict:
     return verdict(rows, config.warmup_fraction * config.iterations, config.level_weights)
 
 
-def _series(rows: Rows, figure: Callable[[Measurement[float]], float | None]) -> Series:
+def _series(rows: Rows, figure: Callable[[Measurement[float]], float | None]) -> _Series:
     """One figure of all measurements in which it is finite."""
     pairs = [(row.iteration, figure(row)) for row in rows]
     pairs = [(iteration, value) for iteration, value in pairs if value is not None and math.isfinite(value)]
-    return Series(*np.array(pairs, dtype=float).reshape(-1, 2).T)
+    return _Series(*np.array(pairs, dtype=float).reshape(-1, 2).T)
 
 
 def _level_series(
     rows: Rows, level: HeldOutLevel[float], figure: Callable[[HeldOutLevel[float]], float | None]
-) -> Series:
+) -> _Series:
     """One figure of one level."""
     return _series(rows, lambda row: figure(row.level(level.number)))
 
 
-def _losses(rows: Rows) -> dict[str, Series]:
+def _losses(rows: Rows) -> dict[str, _Series]:
     """Reconstruction loss of each level that the last row has, or the loss of all where there are no levels."""
     levels = rows[-1].reconstructed
     if not levels:
@@ -174,7 +174,7 @@ def _losses(rows: Rows) -> dict[str, Series]:
     return {level.title: _level_series(rows, level, lambda one: one.reconstruction) for level in levels}
 
 
-def _last_stretch(iterations: Sequence[float], losses: Mapping[str, Series]) -> tuple[int, int, dict[str, Trend]]:
+def _last_stretch(iterations: Sequence[float], losses: Mapping[str, _Series]) -> tuple[int, int, dict[str, _Trend]]:
     """First and one-past-last number of the rows that are judged, and their trends: the last quarter, at least
     MIN_STRETCH rows; where no loss falls there, the same without the last row, which may be a bad measurement.
     """
@@ -187,7 +187,7 @@ def _last_stretch(iterations: Sequence[float], losses: Mapping[str, Series]) -> 
     return start, stop, trends
 
 
-def _flat_since(iterations: Sequence[float], losses: Mapping[str, Series], start: int) -> int:
+def _flat_since(iterations: Sequence[float], losses: Mapping[str, _Series], start: int) -> int:
     """Number of the earliest row after which no level falls, neither to the end nor over the first rows."""
     length = _shortest(len(iterations))
     while start > 0:
@@ -204,7 +204,7 @@ def _shortest(n_rows: int) -> int:
     return min(n_rows, max(MIN_STRETCH, math.ceil(n_rows / 4)))
 
 
-def _new_bests(losses: Mapping[str, Series], start: float) -> dict[str, float]:
+def _new_bests(losses: Mapping[str, _Series], start: float) -> dict[str, float]:
     """Relative fall, by level, of the lowest loss from iteration `start` on below the lowest one before, where it is
     more than MIN_CHANGE and than noise: what a slow fall with much noise looks like.
     """
@@ -218,7 +218,7 @@ def _new_bests(losses: Mapping[str, Series], start: float) -> dict[str, float]:
     return falls
 
 
-def _trends(losses: Mapping[str, Series], iterations: Sequence[float]) -> dict[str, Trend]:
+def _trends(losses: Mapping[str, _Series], iterations: Sequence[float]) -> dict[str, _Trend]:
     """Trends of losses over a stretch of iterations; none where it has fewer than two values."""
     trends = {}
     for name, (x, y) in losses.items():
@@ -228,7 +228,7 @@ def _trends(losses: Mapping[str, Series], iterations: Sequence[float]) -> dict[s
     return {name: trend for name, trend in trends.items() if trend is not None}
 
 
-def _trend(x: np.ndarray, y: np.ndarray, noise: float) -> Trend | None:
+def _trend(x: np.ndarray, y: np.ndarray, noise: float) -> _Trend | None:
     """Least-squares line; None for fewer than two points."""
     if len(x) < 2 or x[0] == x[-1]:
         return None
@@ -237,7 +237,7 @@ def _trend(x: np.ndarray, y: np.ndarray, noise: float) -> Trend | None:
     slope = float((centred * y).sum()) / spread
     span = float(x[-1] - x[0])
     first = float(y.mean()) + slope * float(centred[0])
-    return Trend(first, first + slope * span, noise * span / math.sqrt(spread))
+    return _Trend(first, first + slope * span, noise * span / math.sqrt(spread))
 
 
 def _without_jumps(y: np.ndarray) -> np.ndarray:
@@ -304,7 +304,7 @@ def _fell_to_chance(rows: Rows, level: HeldOutLevel[float]) -> bool:
     return bool(loss.min() < BETTER_THAN_CHANCE * blind and (np.abs(loss[-2:] - blind) < AT_CHANCE * blind).all())
 
 
-def _changes(trends: Mapping[str, Trend]) -> str:
+def _changes(trends: Mapping[str, _Trend]) -> str:
     """`fell by 3.7% at level 1 and 5.5% at level 2, and did not change beyond its noise at level 3`."""
     falls = [f"{trend.fall:.1%} at {name}" for name, trend in trends.items() if trend.falls]
     rises = [f"{-trend.fall:.1%} at {name}" for name, trend in trends.items() if trend.rises]

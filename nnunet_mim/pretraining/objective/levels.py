@@ -54,7 +54,7 @@ def level_losses(
         n_targets = ranks.sum(is_target.sum())
         inside = (~view.outside).to(view.images.dtype)  # (N,)
         n_inside = ranks.sum(inside.sum())
-        own_place = place_index(views[position - 1], ranks.rank) if position else None  # (N,)
+        own_place = _place_index(views[position - 1], ranks.rank) if position else None  # (N,)
         features = []
         for part in passes(len(view.images), views_per_pass):  # n of the N views
             inputs = view.images[part], view.ids_keep[part], view.ids_masked[part]  # (n, C, X, Y, Z), (n, K), (n, M)
@@ -64,7 +64,7 @@ def level_losses(
             loss = config.level_weights[number - 1] * reconstruction
             alignment = top1 = None
             if output.child is not None and own_place is not None:
-                alignment, top1 = alignment_loss(output, own_place[part], inside[part], n_inside, config)
+                alignment, top1 = _alignment_loss(output, own_place[part], inside[part], n_inside, config)
                 loss = loss + config.alignment_weight * alignment
             figures = LevelFigures(
                 number,
@@ -75,14 +75,14 @@ def level_losses(
                 alignment_top1=top1,
                 alignment=alignment,
                 loss=loss,
-                nonfinite=nonfinite_views(output.features, view.crop[part], n_crops=len(views[0].images)),
+                nonfinite=_nonfinite_views(output.features, view.crop[part], n_crops=len(views[0].images)),
             )
             yield loss, mapped(torch.detach, figures), output
-            features.append(place_features(output.features.detach(), view.level))  # (n * places, D)
+            features.append(_place_features(output.features.detach(), view.level))  # (n * places, D)
         parent_features = ranks.gather(torch.cat(features))  # (ranks * N * places, D)
 
 
-def alignment_loss(
+def _alignment_loss(
     output: LevelOutput, own_place: Tensor, inside: Tensor, n_inside: Tensor, config: PretrainConfig
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of one pass that `config.alignment` names.
@@ -141,20 +141,20 @@ def target_tokens(view: LevelViews, flat_threshold: Tensor) -> tuple[Tensor, Ten
     return ~(padded | flat), padded_share, flat_share
 
 
-def place_features(features: Tensor, level: Level) -> Tensor:
+def _place_features(features: Tensor, level: Level) -> Tensor:
     """Mean decoder feature of every place of every view: (N, L, D) → (N * n_places, D)."""
     tokens = on_device(level, features.device).tokens_of_region  # (places, tokens)
     return features[:, tokens].mean(dim=2).flatten(0, 1)
 
 
 @torch.no_grad()
-def nonfinite_views(features: Tensor, crop: Tensor, n_crops: int) -> Tensor:
+def _nonfinite_views(features: Tensor, crop: Tensor, n_crops: int) -> Tensor:
     """(n_crops,) number of views of each crop whose features (N, L, D) are not finite; crop (N,) int64."""
     bad = ~torch.isfinite(features).flatten(1).all(dim=1)  # (N,)
     return torch.zeros(n_crops, device=features.device).index_add_(0, crop, bad.float())
 
 
-def place_index(parent: LevelViews, rank: int = 0) -> Tensor:
+def _place_index(parent: LevelViews, rank: int = 0) -> Tensor:
     """(N_child,) int64: the row of `place_features` of all ranks' parents that each child of a rank was cut from."""
     N, _ = parent.places.shape
     row = torch.arange(rank * N, (rank + 1) * N, device=parent.places.device)  # of each parent among those of all ranks

@@ -12,7 +12,7 @@ from nnunet_mim.geometry import Level
 from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks
 
 
-class LevelTensors(NamedTuple):
+class _LevelTensors(NamedTuple):
     """int64 tensors of the properties of `Level` with the same names."""
 
     fov: Tensor
@@ -28,9 +28,9 @@ class LevelTensors(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def on_device(level: Level, device: torch.device) -> LevelTensors:
+def on_device(level: Level, device: torch.device) -> _LevelTensors:
     """Tensors of `level`, made once: a copy in every iteration would make host and GPU wait for each other."""
-    return LevelTensors(
+    return _LevelTensors(
         fov=torch.as_tensor(level.fov, device=device),
         region_of_token=torch.as_tensor(level.region_of_token, device=device),
         tokens_of_region=torch.as_tensor(level.tokens_of_region, device=device),
