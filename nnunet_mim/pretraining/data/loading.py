@@ -25,13 +25,8 @@ SHARE_AHEAD = 0.25
 
 
 def _batches_ahead(workers: int, batch_bytes: int, processes: int, memory: int) -> int:
-    """Batches that each worker holds ready.
-
-    Args:
-        workers: of each process that trains.
-        batch_bytes: of a batch of one process.
-        processes: that train on this machine.
-        memory: bytes; 0: unknown.
+    """Batches that each worker holds ready, where so many processes train on this machine, each with so many workers;
+    memory in bytes, 0: unknown.
     """
     if not memory:
         return MAX_AHEAD

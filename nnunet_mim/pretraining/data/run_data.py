@@ -48,12 +48,10 @@ def index_sources(sources: Sequence[Source], strict: bool = False) -> tuple[Case
     """
     indexes, bad = [], []
     for source in sources:
-        damaged = {}
-        if issubclass(source.dataset_class, nnUNetDatasetNumpy):
-            damaged = _unpack(source)
-        index, found = read_index(source, remember_vanished=strict)
+        damaged = _unpack(source) if issubclass(source.dataset_class, nnUNetDatasetNumpy) else {}
+        index, problems = read_index(source, remember_vanished=strict)
         indexes.append(index)
-        bad += [f"{source.dataset} {case.case}: {damaged.get(case.case, case.problem)}" for case in found]
+        bad += [f"{source.dataset} {case}: {damaged.get(case, problem)}" for case, problem in problems.items()]
     if bad and strict:
         more = f" ({len(bad) - 1} more cases cannot be used: {', '.join(b.split(':')[0] for b in bad[1:])})"
         raise MiMError(f"{bad[0]}{more if bad[1:] else ''}")
@@ -110,25 +108,23 @@ def _split_cases(cases: Cases, fold: int | str, config: PretrainConfig) -> tuple
     Raises:
         MiMError: too few cases, or a fold and no labels anywhere.
     """
-    held_out, any_split = [], False
+    held_out, any_split, names = [], False, cases.column("names")
     for number, source in enumerate(cases.sources):
         rows = np.flatnonzero(cases.numbers[:, 0] == number)
-        names = cases.indexes[number].names[cases.numbers[rows, 1]]
         chosen = fold_validation_cases(source, int(fold)) if fold != "all" else ()
-        any_split = any_split or bool(chosen)
         if chosen:
-            held_out.append(rows[np.isin(names, chosen)])
+            any_split = True
+            held_out.append(rows[np.isin(names[rows], chosen)])
         else:
             count = max(1, min(config.val_cases, len(rows) // 10)) if len(rows) > 1 else 0
             held_out.append(np.random.default_rng(config.seed).permutation(rows)[:count])
     if fold != "all" and not any_split:
         raise MiMError(f"-f {fold}: none of the datasets has labels, so there is no split; leave out -f")
-    is_held_out = np.zeros(len(cases), bool)
-    is_held_out[np.concatenate(held_out)] = True
+    val_numbers = np.concatenate(held_out)
     hashes = [row.tobytes() for row in cases.column("hashes")]
-    seen = {hashes[i] for i in np.flatnonzero(is_held_out)}
-    known_there = np.array([hash_ in seen for hash_ in hashes], bool)
-    train, val = cases.take(np.flatnonzero(~known_there)), cases.take(np.flatnonzero(is_held_out))
+    held_out_hashes = {hashes[number] for number in val_numbers}
+    is_training = [hash_ not in held_out_hashes for hash_ in hashes]
+    train, val = cases.take(np.flatnonzero(is_training)), cases.take(val_numbers)
     if not len(train) or not len(val):
         raise MiMError(f"{len(cases)} cases are too few: pretraining needs at least one to train on and one held out")
     return train, val
@@ -137,14 +133,9 @@ def _split_cases(cases: Cases, fold: int | str, config: PretrainConfig) -> tuple
 def run_data(cases: Cases, fold: int | str, config: PretrainConfig) -> RunData:
     """Cases, and the intensities that padding and the flat-token rule need."""
     train, val = _split_cases(cases, fold, config)
-    sources, ranges = cases.sources, train.column("ranges")
-    fill, width = [], []
-    for channel in range(sources[0].in_channels):
-        low, high = sources[0].window(channel) or (
-            float(ranges[:, 0, channel].min()),
-            float(ranges[:, 1, channel].max()),
-        )
-        fill.append(low)
-        width.append(high - low)
-    flat = tuple(FLAT_FRACTION * w for w in width)
-    return RunData(list(sources), train, val, fold, tuple(fill), flat, tuple(width))
+    source, ranges = cases.sources[0], train.column("ranges")
+    lowest, highest = ranges[:, 0].min(axis=0).tolist(), ranges[:, 1].max(axis=0).tolist()
+    windows = [source.window(channel) or (lowest[channel], highest[channel]) for channel in range(source.in_channels)]
+    width = tuple(high - low for low, high in windows)
+    fill, flat = tuple(low for low, _ in windows), tuple(FLAT_FRACTION * w for w in width)
+    return RunData(list(cases.sources), train, val, fold, fill, flat, width)

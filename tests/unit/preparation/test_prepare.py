@@ -138,7 +138,7 @@ def test_the_index_is_there_already(preparing, images, here, monkeypatch):
     original = case_index._describe_case
     monkeypatch.setattr(case_index, "_describe_case", lambda *_: pytest.fail("read again"))
     index, bad = read_index(source)
-    assert bad == []
+    assert bad == {}
     for info in index:
         assert replace(info, image_sha256="") == original(source, info.case)
     reader = SimpleITKIOWithReorient()
