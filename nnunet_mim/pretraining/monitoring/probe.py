@@ -76,10 +76,8 @@ class LabelProbe:
 
     @torch.no_grad()
     def evaluate(self, encoder: FeatureSource) -> ProbeFigures[float]:
-        """Dice of each label over the voxels of all held-out boxes, and their mean.
-
-        Each is that of the best threshold (see `best_dice`). The same encoder gives the same figures; it is left in the
-        mode, training or not, that it was in. Empty where no label is in boxes of both sides.
+        """Dice of each label at the best threshold over the voxels of all held-out boxes, and their mean; empty where
+        no label is in boxes of both sides. The encoder's mode, training or not, stays.
 
         Raises:
             MiMError: the features are not finite.
@@ -104,12 +102,12 @@ class LabelProbe:
 
     def _fit(self, encoder: FeatureSource) -> Tensor:
         """(F, labels) coefficients for the channels of all maps, one map after the other."""
-        features = []
+        features, labels = [], []
         for box, voxels in zip(self.train, self.voxels, strict=True):
             image = self._padded(encoder, box.image)
             features.append(_features_at(_feature_maps(encoder, image), voxels.to(self.device), image.shape[2:]).cpu())
-        labels = torch.cat([box.labels[tuple(voxels.T)] for box, voxels in zip(self.train, self.voxels, strict=True)])
-        is_class = labels[:, None] == torch.tensor([0, *self.labels])
+            labels.append(box.labels[tuple(voxels.T)])
+        is_class = torch.cat(labels)[:, None] == torch.tensor([0, *self.labels])
         weights = (is_class / is_class.sum(dim=0).clamp(min=1)).sum(dim=1)  # background and every label weigh the same
         coefficients = _ridge(torch.cat(features), is_class[:, 1:], weights, RIDGE)
         if not torch.isfinite(coefficients).all():
@@ -133,19 +131,11 @@ class LabelProbe:
 
 
 def probe_cases(
-    train: Cases, held_out: Cases, counts: tuple[int, int] = (6, 4), seed: int = 0
+    train: Cases, held_out: Cases, counts: Sequence[int] = (6, 4), seed: int = 0
 ) -> tuple[list[Case], list[Case]] | None:
-    """Choose labelled cases to fit on and to test on, at random.
+    """Choose at random labelled cases to fit on and to test on, at most `counts`; None where there are no labels.
 
     All are of one dataset, the first with labelled cases on both sides: another's labels mean something else.
-
-    Args:
-        train, held_out: cases of a run.
-        counts: maximum number of cases of each.
-        seed: of the choice.
-
-    Returns:
-        Cases of each, or None where there are no labels.
     """
     for dataset in range(len(train.sources)):
         chosen = []
@@ -254,38 +244,24 @@ def _voxel_scores(maps: Sequence[Tensor], token_size: Size3, shape: Sequence[int
 
 
 def _ridge(features: Tensor, targets: Tensor, weights: Tensor, strength: float) -> Tensor:
-    """Coefficients b of the closed form of min Σ w (t − x·b − c)² / Σ w + strength · Σ (σ b)², in float64.
+    """Coefficients b of the closed form of min Σ w (t − x·b − c)² / Σ w + strength · Σ (σ b)²: (F, K) float64.
 
-    Features are standardised with their weighted mean and deviation σ; the intercept c is free and left out. A feature
-    that does not vary gets 0.
-
-    Args:
-        features: (S, F).
-        targets: (S, K).
-        weights: (S,) 0 or more.
-        strength: of the penalty.
-
-    Returns:
-        (F, K) float64.
+    Features x (S, F) are standardised with their mean and deviation σ under the weights w (S,); t are targets (S, K).
+    The intercept c is free and left out. A feature that does not vary gets 0.
     """
     share = (weights.double() / weights.double().sum())[:, None]
     x, y = features.double(), targets.double()
     x = x - (share * x).sum(dim=0)
     y = y - (share * y).sum(dim=0)
-    deviation = (share * x.square()).sum(dim=0).sqrt()
-    x /= deviation.clamp(min=1e-6)
+    deviation = (share * x.square()).sum(dim=0).sqrt().clamp(min=1e-6)
+    x /= deviation
     penalty = strength * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     solution = torch.linalg.solve(x.T @ (share * x) + penalty, x.T @ (share * y))
-    return solution / deviation.clamp(min=1e-6)[:, None]
+    return solution / deviation[:, None]
 
 
 def _best_dice(scores: Tensor, is_label: Tensor) -> float:
-    """Largest Dice of {scores ≥ t} and the label over all t; exact above 0.02, an upper bound below.
-
-    Args:
-        scores: (V,) of all voxels.
-        is_label: (V,) bool.
-    """
+    """Largest Dice of {scores ≥ t} and the label over all t, both (V,); exact above 0.02, an upper bound below."""
     inside = scores[is_label].sort(descending=True).values
     outside = scores[~is_label]
     outside = outside.topk(min(len(outside), 100 * len(inside))).values  # with more false voxels Dice is below 0.02

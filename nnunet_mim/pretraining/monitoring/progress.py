@@ -25,15 +25,8 @@ SHOWN_EVERY_S = 10.0
 
 
 class StepLog:
-    """The progress bar, and the rows of train.csv: each holds the steps since the one before.
-
-    Args:
-        run: what is computed.
-        state: of the run; skipped steps and drawn crops are counted in it.
-        record: that rows are written to.
-        dataset: crops of the run by number.
-        ranks: processes.
-        device: of this process.
+    """The progress bar, and the rows of train.csv: each holds the steps since the one before. Skipped steps and drawn
+    crops are counted in the state of the run.
     """
 
     def __init__(
@@ -54,10 +47,8 @@ class StepLog:
         self.restart_clock()
 
     def note_unread(self, numbers: Tensor) -> None:
-        """Name the cases of a batch that cannot be read any more, (B, TRIES), see CropDataset.
-
-        Raises:
-            MiMError: there is one, and the run is strict.
+        """Name the cases of a batch that cannot be read any more, (B, TRIES), see CropDataset. Raises MiMError if there
+        is one and the run is strict.
         """
         for name in self.unread.add(numbers):
             if self.run.strict:
@@ -70,13 +61,8 @@ class StepLog:
         self.bar.update(1)
 
     def write_row(self, rate: float) -> None:
-        """Write the mean figures of the steps since the last row, and name those that were skipped.
-
-        Args:
-            rate: learning rate of the last step.
-
-        Raises:
-            MiMError: too many steps were skipped.
+        """Write the mean figures of the steps since the last row and the learning rate of the last step, and name
+        those that were skipped. Raises MiMError if they are too many.
         """
         state, batch_size = self.state, self.run.config.batch_size
         done, first = state.iteration, state.iteration - len(self.steps)
@@ -146,10 +132,8 @@ def _culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size:
     """Names of the cases of a skipped step: those whose features were not finite, or all if none or all were."""
     numbers = range(iteration * batch_size, (iteration + 1) * batch_size)
     chosen = [number for number, is_bad in zip(numbers, bad, strict=True) if is_bad] or numbers
-    cases = [dataset.case_of(number) for number in chosen]
-    return [
-        f"{case.source.dataset} {case.info.case}, crop {number}" for case, number in zip(cases, chosen, strict=True)
-    ]
+    cases = {number: dataset.case_of(number) for number in chosen}
+    return [f"{case.source.dataset} {case.info.case}, crop {number}" for number, case in cases.items()]
 
 
 def _progress_text(train: TrainingFigures[float], val: Measurement[float], crops_per_s: float) -> dict[str, str]:

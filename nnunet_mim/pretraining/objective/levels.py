@@ -85,17 +85,15 @@ def level_losses(
 def _alignment_loss(
     output: LevelOutput, own_place: Tensor, inside: Tensor, n_inside: Tensor, config: PretrainConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss of one pass that `config.alignment` names.
+    """The loss that `config.alignment` names, of n views with a parent; for `infonce` also the share of views whose own
+    place is the most similar one, else None.
 
     Args:
-        output: of the network, n views with a parent.
-        own_place: (n,) as of `place_index`.
+        output: of the network.
+        own_place: (n,) as of `_place_index`.
         inside: (n,) weights, 0 for a view outside the volume.
         n_inside: scalar, sum of the weights of all passes and ranks.
         config: names the loss.
-
-    Returns:
-        The loss; for `infonce` also the share of views whose own place is the most similar one, else None.
     """
     assert output.child is not None
     assert output.parent is not None

@@ -78,7 +78,7 @@ def nested_views(
     offset = torch.zeros(crops.shape[0], 3, dtype=torch.int64, device=device)
     views = []
     for level in levels:
-        images = _resize(cut(crops, crop, offset, level.fov), level)
+        images = _resize(_cut(crops, crop, offset, level.fov), level)
         padded = _padded_tokens(offset, valid[crop], level)
         avoid = None
         if flat_threshold is not None and level.n_children:
@@ -103,7 +103,7 @@ def _fill_padding(crops: Tensor, valid: Tensor, fill: Tensor) -> Tensor:
     return torch.where(inside, crops, fill.to(crops.dtype).reshape(1, -1, 1, 1, 1))
 
 
-def cut(crops: Tensor, crop: Tensor, offset: Tensor, fov: Size3) -> Tensor:
+def _cut(crops: Tensor, crop: Tensor, offset: Tensor, fov: Size3) -> Tensor:
     """Cut one box per view: (B, C, …), (N,), (N, 3) → (N, C, *fov)."""
     if fov == tuple(crops.shape[2:]):
         return crops
@@ -124,14 +124,8 @@ def _resize(boxes: Tensor, level: Level) -> Tensor:
 def _empty_places(images: Tensor, padded: Tensor, level: Level, flat_threshold: Tensor) -> Tensor:
     """Which places hold no target: every token of theirs is flat (air) or has padding in it.
 
-    Args:
-        images: (N, C, *view_size).
-        padded: (N, L) bool, True = padding in the token.
-        level: geometry.
-        flat_threshold: (C,) standard deviation below which a token is flat.
-
     Returns:
-        (N, n_places) bool, True = empty.
+        (N, n_places) bool, True = empty; of images (N, C, *view_size) with `padded` as in LevelViews.
     """
     tokens = tokens_from_grid(images.permute(0, 2, 3, 4, 1), level.token_size).flatten(2)
     no_target = flat_tokens(tokens, flat_threshold) | padded  # (N, L)
@@ -139,15 +133,12 @@ def _empty_places(images: Tensor, padded: Tensor, level: Level, flat_threshold: 
 
 
 def _padded_tokens(offset: Tensor, valid: Tensor, level: Level) -> Tensor:
-    """Which tokens have a voxel outside the volume in them.
+    """Which tokens have a voxel outside the volume in them: (N, L) bool, True = padding in the token.
 
     Args:
         offset: (N, 3) first voxel of each view's box in its crop.
         valid: (N, 3, 2) volume's first and one-past-last voxel in the crop, per view.
         level: geometry.
-
-    Returns:
-        (N, L) bool, True = padding in the token.
     """
     N, _ = offset.shape
     padded = torch.zeros(N, *level.grid, dtype=torch.bool, device=offset.device)

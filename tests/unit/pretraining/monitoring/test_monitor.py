@@ -12,7 +12,7 @@ from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.pretraining.data.run_data import index_sources, run_data
 from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
-from nnunet_mim.pretraining.monitoring.held_out import HeldOut, HeldOutCrops, _decibel, _weighted_mean, feature_spread
+from nnunet_mim.pretraining.monitoring.held_out import HeldOut, _decibel, _feature_spread, _weighted_mean
 from nnunet_mim.pretraining.monitoring.metrics_log import _MetricsFile
 from nnunet_mim.pretraining.monitoring.monitor import _held_out_crops
 from nnunet_mim.pretraining.monitoring.progress import _progress_text
@@ -71,16 +71,16 @@ def test_a_row_that_was_cut_short_is_dropped(tmp_path):
 def test_spread_of_features_by_hand():
     """Two directions of equal strength: rank 2. All tokens the same: rank 1, no deviation. Random: rank near D, 1."""
     cross = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
-    rank, std = feature_spread(cross)
+    rank, std = _feature_spread(cross)
     assert rank == pytest.approx(2)
     assert std == pytest.approx(2 * (2 / 3) ** 0.5 / 3 * 3**0.5)  # two axes deviate by sqrt(2/3), the third not at all
-    rank, std = feature_spread(torch.ones(50, 8) + 1e-9 * torch.randn(50, 8))
+    rank, std = _feature_spread(torch.ones(50, 8) + 1e-9 * torch.randn(50, 8))
     assert std < 1e-6
     torch.manual_seed(0)
-    rank, std = feature_spread(torch.randn(2000, 16))
+    rank, std = _feature_spread(torch.randn(2000, 16))
     assert 15.5 < rank <= 16
     assert std == pytest.approx(1, abs=0.05)
-    rank, _ = feature_spread(torch.randn(2000, 1) * torch.randn(1, 16) + 0.01 * torch.randn(2000, 16))
+    rank, _ = _feature_spread(torch.randn(2000, 1) * torch.randn(1, 16) + 0.01 * torch.randn(2000, 16))
     assert rank < 2.5
 
 
@@ -97,7 +97,7 @@ def toy():
 
     def held_out(datasets=("A", "A", "A"), **options):
         tensors = torch.zeros(1), torch.tensor([0.04]), torch.tensor([8.0])
-        return HeldOut(HeldOutCrops(crops, valid, list(datasets)), *tensors, config, **options)
+        return HeldOut(crops, valid, list(datasets), *tensors, config, **options)
 
     return model, held_out
 
@@ -125,10 +125,9 @@ def test_held_out_crops_come_from_every_dataset(write_dataset):
     data = run_data(index_sources(sources)[0], "all", config)
     assert data.val.counts.tolist() == [1, 1, 0]  # a tenth, at least one, but not the only one
     assert data.train.counts.tolist() == [11, 2, 1]
-    crops = _held_out_crops(data, config, torch.device("cpu"))
-    names = crops.datasets
+    crops, valid, names = _held_out_crops(data, config)
     assert names == ["Dataset900_Tiny", "Dataset920_Tiny", "Dataset900_Tiny", "Dataset920_Tiny", "Dataset900_Tiny"]
-    assert len(crops.crops) == len(crops.valid) == 5
+    assert len(crops) == len(valid) == 5
 
 
 def test_decibel_by_hand():
