@@ -60,7 +60,7 @@ class CaseIndex:
     """(N, 32) uint8: hashes of the images; 0 where they are not known"""
 
     @classmethod
-    def of(cls, infos: Sequence[CaseInfo], channels: int = 1) -> CaseIndex:
+    def of(cls, infos: Sequence[CaseInfo], channels: int) -> CaseIndex:
         """From CaseInfos of cases with so many channels."""
         no_body = ((-1, -1, -1),) * N_BODY_POINTS
         return cls(
@@ -156,18 +156,18 @@ def _describe_case(source: Source, case: str) -> CaseInfo | str:
         return f"{path} has shape {data.shape}, the plans say {source.in_channels} channels: {remedy(source, case)}"
     if not np.isfinite(data).all():
         return f"{path} holds NaN or infinite voxels: correct the image, then {remedy(source, case)}"
-    return describe_voxels(case, data, body_threshold(source))
+    return describe_voxels(source, case, data)
 
 
-def describe_voxels(case: str, data: np.ndarray, threshold: float) -> CaseInfo:
-    """Describe preprocessed voxels (C, X, Y, Z), all finite; `threshold` as `body_threshold` gives it."""
+def describe_voxels(source: Source, case: str, data: np.ndarray) -> CaseInfo:
+    """Describe preprocessed voxels (C, X, Y, Z), all finite."""
     return CaseInfo(
         case,
         tuple(int(n) for n in data.shape[1:]),  # type: ignore[arg-type]
         voxel_sha256(data),
         tuple(float(c.min()) for c in data),
         tuple(float(c.max()) for c in data),
-        _body_points(data[0], threshold),
+        _body_points(data[0], _body_threshold(source)),
     )
 
 
@@ -176,10 +176,8 @@ def remedy(source: Source, case: str) -> str:
     return f"preprocess {source.dataset} again, or move the files of '{case}' out of the folder"
 
 
-def body_threshold(source: Source) -> float:
-    """Normalised intensity above which a voxel of channel 0 counts as body: -500 HU, or just above the window's
-    minimum.
-    """
+def _body_threshold(source: Source) -> float:
+    """Normalised intensity above which a voxel of channel 0 is body: BODY_HU, or just above the window's minimum."""
     window = source.window(0)
     if window is None:
         return -np.inf

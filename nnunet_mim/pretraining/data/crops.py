@@ -83,10 +83,8 @@ class Cases(Sequence[Case]):
 
 
 class CropDataset(Dataset):
-    """Crop number i of an endless, reproducible sequence.
-
-    A crop depends on (seed, i) alone, so a resumed run, any number of workers and any number of devices see the same
-    one.
+    """An endless sequence of crops. Crop i depends on (seed, i) alone, so a resumed run, any number of workers and any
+    number of devices see the same one.
 
     Args:
         cases: to draw from.
@@ -110,12 +108,9 @@ class CropDataset(Dataset):
         self.shares = dataset_shares(cases.counts, temperature)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Crop number `index`.
-
-        Returns:
-            crop (C, *crop_size) float32, 0 outside the volume; valid (3, 2) int64, the volume's first and one-past-last
-            voxel in the crop; (TRIES,) int64, numbers in `cases` of those that could not be read and were replaced by
-            another one, -1 for none. NaN comes through: the step will be skipped and named.
+        """Crop number `index`: (C, *crop_size) float32, 0 outside the volume; its valid box (3, 2) int64, the volume's
+        first and one-past-last voxel in the crop; and (TRIES,) int64, numbers in `cases` of those that could not be
+        read and were replaced by another one, -1 for none. NaN comes through: the step will be skipped and named.
 
         Raises:
             MiMError: no case of TRIES can be read.
@@ -133,7 +128,7 @@ class CropDataset(Dataset):
         return self._read(index)[0]
 
     def counts(self, indexes: Iterable[int]) -> dict[str, int]:
-        """How many of these crops are drawn from each dataset, by its name; nothing is read."""
+        """Number of these crops from each dataset, by its name; nothing is read."""
         drawn = np.searchsorted(self.ends, [self._draw(index)[1] for index in indexes], side="right")
         counts = np.bincount(drawn, minlength=len(self.ends))
         return {source.dataset: int(n) for source, n in zip(self.cases.sources, counts, strict=True)}
@@ -230,9 +225,7 @@ def _open_voxels(case: Case) -> Any:
 
 
 def case_records(cases: Cases) -> list[dict[str, str]]:
-    """Dataset, identifier and content hash of each case, as stored under `provenance["cases"]`; also the hash of its
-    image where `mim_prepare` has read it.
-    """
+    """Each case as stored under `provenance["cases"]`; with the hash of its image where `mim_prepare` has read it."""
     datasets = [cases.sources[number].dataset for number in cases.numbers[:, 0]]
     columns = zip(datasets, cases.column("names").tolist(), cases.column("hashes"), cases.column("images"), strict=True)
     return [

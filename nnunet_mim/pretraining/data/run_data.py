@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,47 +61,37 @@ def index_sources(sources: Sequence[Source], strict: bool = False) -> tuple[Case
 
 def _unpack(source: Source) -> dict[str, str]:
     """Unpack `.npz` cases that are not yet. Returns what is wrong with damaged ones, which are left as they are."""
-    damaged = {}
-    for case in source.cases:
-        try:
-            _check_npz(source, case)
-        except MiMError as error:
-            damaged[case] = str(error)
+    damaged = {case: problem for case in source.cases if (problem := _damage(source, case))}
     if not damaged:
         source.dataset_class.unpack_dataset(str(source.folder), False, max(1, usable_cores() // 2), True)
         return {}
     for case in source.cases:
-        file = source.folder / f"{case}.npy"
-        if case not in damaged and not file.is_file():
-            try:
-                with np.load(source.folder / f"{case}.npz") as archive:
-                    for name, part in ((f"{case}_seg.npy", "seg"), (f"{case}.npy", "data")):
-                        content = io.BytesIO()
-                        np.save(content, archive[part])
-                        write_atomically(source.folder / name, content.getvalue())
-            except (KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-                damaged[case] = f"cannot read {source.folder / case}.npz ({error}): {remedy(source, case)}"
+        if case not in damaged and not (source.folder / f"{case}.npy").is_file():
+            with np.load(source.folder / f"{case}.npz") as archive:
+                for name, part in ((f"{case}_seg.npy", "seg"), (f"{case}.npy", "data")):
+                    content = io.BytesIO()
+                    np.save(content, archive[part])
+                    write_atomically(source.folder / name, content.getvalue())
     return damaged
 
 
-def _check_npz(source: Source, case: str) -> None:
-    """Raise MiMError for an `.npz` that is damaged: unpacking it would fail without naming it."""
+def _damage(source: Source, case: str) -> str:
+    """What is wrong with an `.npz` that nnU-Net would fail to unpack without naming it; empty for a sound one."""
     path = source.folder / f"{case}.npz"
     try:
         with np.load(path) as archive:
-            _ = archive["data"].shape
+            _ = archive["data"], archive["seg"]
     except Exception as error:
-        raise MiMError(
-            f"cannot read {path} ({type(error).__name__}: {error}): preprocess {source.dataset} again, or move it away"
-        ) from error
+        return f"cannot read {path} ({type(error).__name__}: {error}): {remedy(source, case)}"
+    return ""
 
 
 def _split_cases(cases: Cases, fold: int | str, config: PretrainConfig) -> tuple[Cases, Cases]:
-    """Training cases, and the held-out ones that the loss is measured on.
+    """Training cases and held-out ones; content never appears on both sides.
 
     With a fold, its validation cases of nnU-Net's own split are held out of every labelled dataset. Of a dataset
     without labels, and of all where there is no fold, `config.val_cases` cases (at most a tenth, at least one) are held
-    out at random. Content never appears on both sides.
+    out at random.
 
     Raises:
         MiMError: too few cases, or a fold and no labels anywhere.

@@ -25,10 +25,9 @@ class HeldOut:
     """Measures a network on held-out crops, with fixed masks and children.
 
     Args:
-        crops, valid: as in `nested_views`.
+        crops, valid, fill: as in `nested_views`.
         datasets: name of each crop's dataset.
-        fill, flat_threshold: (C,) as in training.
-        width: (C,) of the intensity window.
+        flat_threshold, width: (C,) as in RunData.
         config: of the run; its seed fixes the masks.
         views_per_pass: largest number of views computed at once; None: all views of a level of one crop.
     """
@@ -60,14 +59,11 @@ class HeldOut:
         """(N, M) bool for each of the views: True = the masked token counts in the loss"""
         self.n_targets = [[float(crop.sum()) for crop in level] for level in zip(*self.is_target, strict=True)]
         """of each crop, by level"""
-        self.constants = [self._constants(position) for position in range(len(levels_of(config)))]
-        """by level, see `_constants`"""
+        self.constants = [self._constants(position) for position in range(len(self.n_targets))]
 
     @torch.no_grad()
     def evaluate(self, model: PretrainingNetwork) -> Measurement[float]:
-        """Measure a network: means over all target tokens, or over crops for what has none, and the spread of the
-        encoder's features.
-        """
+        """Means over all target tokens, or over crops for what has none, and the spread of the encoder's features."""
         crops, errors = zip(*(self._evaluate_crop(model, number) for number in range(len(self.views))), strict=True)
         tokens = [  # the visible ones of the first view of every level
             model.visible_features(view.images[:1], view.ids_keep[:1], view.ids_masked[:1]).flatten(0, 1).float()

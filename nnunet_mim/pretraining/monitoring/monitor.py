@@ -24,14 +24,7 @@ from nnunet_mim.pretraining.monitoring.probe import LabelProbe, probe_cases
 
 
 class Monitor:
-    """Measurements on held-out cases. Every rank does all of them, so that none waits for another.
-
-    Args:
-        data: cases.
-        config: of the run.
-        fabric: device and precision.
-        views_per_pass: largest number of views computed at once; None: all views of a level of one crop.
-    """
+    """Measurements on held-out cases. Every rank does all of them, so that none waits for another."""
 
     def __init__(self, data: RunData, config: PretrainConfig, fabric: Fabric, views_per_pass: int | None) -> None:
         self.fabric = fabric

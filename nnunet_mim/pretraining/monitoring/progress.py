@@ -94,13 +94,10 @@ class StepLog:
 def _mean_figures(
     steps: Sequence[TrainingFigures[Tensor]], ranks: Ranks
 ) -> tuple[TrainingFigures[float], dict[int, list[bool]]]:
-    """Mean over steps and ranks, read from the device in one go, and the sum of the levels' losses.
+    """Means over steps and ranks, read from the device in one go; and by number of each skipped step, whether each crop
+    of its batch had features that were not finite.
 
     Skipped steps count in `skipped` alone, which is their number; where all were skipped, the other means are NaN.
-
-    Returns:
-        means; and for each skipped step its number in `steps` and whether each crop of its batch had features that were
-        not finite.
     """
     # levels are shares of a sum over ranks already, all else is the same on every rank
     rows = [mapped(lambda value: value / ranks.world, step).row() for step in steps]

@@ -58,7 +58,7 @@ def verdict(rows: Rows, warmup_iterations: float = 0, level_weights: Sequence[fl
     """Judge a run.
 
     Args:
-        rows: measurements, oldest first; figures that are missing (or not a number) are not judged.
+        rows: figures that are missing (or not a number) are not judged.
         warmup_iterations: in which the learning rate still rises.
         level_weights: of the reconstruction losses; a level of weight 0 is not trained, and so not judged.
 
@@ -137,8 +137,8 @@ def _losses(rows: Rows) -> dict[str, Series]:
 
 
 def _last_stretch(iterations: Sequence[float], losses: Mapping[str, Series]) -> tuple[int, int, dict[str, float]]:
-    """First and one-past-last number of the rows that are judged, and `_falls` over them: the last quarter, at least
-    MIN_STRETCH rows; where no loss falls there, the same without the last row, which may be a bad measurement.
+    """First and one-past-last number of the rows that are judged, and `_falls` over them; where no loss falls there,
+    those one earlier, as the last row may be a bad measurement.
     """
     stop = len(iterations)
     start = stop - _shortest(stop)
@@ -162,7 +162,7 @@ def _flat_since(iterations: Sequence[float], losses: Mapping[str, Series], start
 
 
 def _shortest(n_rows: int) -> int:
-    """Minimum number of rows that are judged."""
+    """Number of rows that are judged: the last quarter, at least MIN_STRETCH where there are so many."""
     return min(n_rows, max(MIN_STRETCH, math.ceil(n_rows / 4)))
 
 
@@ -209,9 +209,7 @@ def _any_fell(falls: Mapping[str, float]) -> bool:
 
 
 def _without_jumps(y: np.ndarray) -> np.ndarray:
-    """Replace values far above both neighbours by the mean of these: at a high learning rate a held-out loss jumps now
-    and then, and is back at the next measurement.
-    """
+    """Replace values far above both neighbours by the mean of these, as they occur at a high learning rate."""
     if len(y) < 4:
         return y
     far = JUMP * np.median(np.abs(np.diff(y)))
@@ -222,9 +220,7 @@ def _without_jumps(y: np.ndarray) -> np.ndarray:
 
 
 def _noise(y: np.ndarray) -> float:
-    """Standard deviation of the last values about their own smooth course, from second differences; 0 for fewer than
-    three values.
-    """
+    """Standard deviation of the last values about their smooth course, from second differences; 0 for fewer than 3."""
     later = y[-max(NOISE_ROWS, len(y) // 4) :]
     return float(np.sqrt(np.mean(np.diff(later, 2) ** 2) / 6)) if len(later) > 2 else 0.0
 

@@ -35,17 +35,15 @@ def level_losses(
 
     Args:
         model: MaskInMask, or what calls it.
-        views: of all levels.
         flat_threshold: (C,) standard deviation below which a token is no target.
-        config: weights of the losses.
         views_per_pass: largest number of views in one pass; None: all views of a level.
         recompute: numbers (1 to 3) of the levels that keep no activations inside blocks.
         ranks: the views are this rank's part of a batch, as large on every rank.
         n_computed: number of levels, from the outermost on; None: all. See `levels_that_count`.
 
     Yields:
-        the pass's share of the weighted loss, its share of the level's figures (detached, to be added up over passes
-        with `add_pass`, and over ranks), and the network's output.
+        the pass's share of the weighted loss; its share of the level's figures, detached, to be summed by `add_pass`
+        and over ranks; and the network's output.
     """
     parent_features = None
     for position, view in enumerate(views[:n_computed]):
@@ -56,7 +54,7 @@ def level_losses(
         n_inside = ranks.sum(inside.sum())
         own_place = _place_index(views[position - 1], ranks.rank) if position else None  # (N,)
         features = []
-        for part in passes(len(view.images), views_per_pass):  # n of the N views
+        for part in _passes(len(view.images), views_per_pass):  # n of the N views
             inputs = view.images[part], view.ids_keep[part], view.ids_masked[part]  # (n, C, X, Y, Z), (n, K), (n, M)
             output = model(*inputs, number - 2 if position else None, parent_features, number in recompute)
             tokens = view.masked_tokens(part)  # (n, M, P)
@@ -110,7 +108,7 @@ def levels_that_count(config: PretrainConfig, n_levels: int) -> int:
     return max((n + 1 for n in range(n_levels) if weights[n] > 0 or (aligned and n > 0)), default=n_levels)
 
 
-def passes(n_views: int, views_per_pass: int | None) -> Iterator[slice]:
+def _passes(n_views: int, views_per_pass: int | None) -> Iterator[slice]:
     """Cut `n_views` into slices of at most `views_per_pass`."""
     step = views_per_pass or n_views
     return (slice(first, min(first + step, n_views)) for first in range(0, n_views, step))
@@ -126,14 +124,11 @@ def add_pass(levels: list[LevelFigures[Tensor]], part: LevelFigures[Tensor]) -> 
 
 @torch.no_grad()
 def target_tokens(view: LevelViews, flat_threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which masked tokens count in the loss: those without padding that are not flat (air).
-
-    Returns:
-        (N, M) bool, True = counts; and of each view the padded and the flat tokens as shares of all masked tokens of
-        the level, each (N,).
+    """Which masked tokens count in the loss, (N, M) bool, True = without padding and not flat (air); and of each view
+    the padded and the flat tokens as shares of all masked tokens of the level, each (N,).
     """
     padded = torch.gather(view.padded, 1, view.ids_masked)  # (N, M)
-    flat = torch.cat([flat_tokens(view.masked_tokens(part), flat_threshold) for part in passes(padded.shape[0], 4)])
+    flat = torch.cat([flat_tokens(view.masked_tokens(part), flat_threshold) for part in _passes(padded.shape[0], 4)])
     padded_share = padded.float().sum(dim=1) / padded.numel()
     flat_share = (flat & ~padded).float().sum(dim=1) / padded.numel()
     return ~(padded | flat), padded_share, flat_share

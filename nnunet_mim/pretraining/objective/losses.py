@@ -49,15 +49,9 @@ def reconstruction_loss(
 
 @torch.no_grad()
 def voxel_error(prediction: Tensor, tokens: Tensor, is_target: Tensor, width: Tensor) -> Tensor:
-    """Squared error of the voxels themselves, each token's true mean and standard deviation put back.
-
-    Args:
-        prediction, tokens, is_target: as in `reconstruction_loss`.
-        width: (C,) of the intensity window, in the units of the voxels.
-
-    Returns:
-        scalar: sum over target tokens of the mean squared error in units of the window's width. The peak
-        signal-to-noise ratio in dB is -10 log10 of its mean.
+    """Squared error of the voxels themselves, each token's true mean and standard deviation put back: sum over target
+    tokens of the mean squared error, in units of the intensity window's width (C,). The peak signal-to-noise ratio in
+    dB is -10 log10 of its mean. Other arguments as in `reconstruction_loss`.
     """
     tokens = full(tokens)
     spread = (tokens.var(dim=-1, keepdim=True) + VARIANCE_EPS).sqrt()
