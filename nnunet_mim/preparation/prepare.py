@@ -34,7 +34,7 @@ from nnunet_mim.preparation.mim_plans import check_can_write, write_plans
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps
 from nnunet_mim.preparation.screening import Header, read_header
 from nnunet_mim.preparation.workers import run_jobs
-from nnunet_mim.pretraining.data.case_index import info_from_json, write_index
+from nnunet_mim.pretraining.data.case_index import CaseInfo, write_index
 from nnunet_mim.system.files import write_atomically
 
 MADE_BY = {"made_by": "mim_prepare"}
@@ -326,7 +326,8 @@ def _final_fingerprint(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 def _indexed(prepared: Prepared) -> Prepared:
     """With its cases, whose index is written so that opening a run reads no voxels."""
-    infos = [info_from_json(entry["info"], entry["image_sha256"]) for entry in prepared.log.prepared.values()]
+    entries = prepared.log.prepared.values()
+    infos = [CaseInfo(**entry["info"] | {"image_sha256": entry["image_sha256"]}) for entry in entries]
     source = replace(prepared.source, cases=tuple(info.case for info in infos))
     write_index(source, infos)
     return replace(prepared, source=source)

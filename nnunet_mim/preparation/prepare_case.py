@@ -21,7 +21,7 @@ from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.finding import Volume, voxel_files
 from nnunet_mim.preparation.resampling import LeanConfiguration
 from nnunet_mim.preparation.screening import NOT_FINITE, damaged, last_line, voxel_problem
-from nnunet_mim.pretraining.data.case_index import BODY_HU, body_threshold, describe_voxels
+from nnunet_mim.pretraining.data.case_index import BODY_HU, describe_voxels
 
 CONFIGURATION = "3d_fullres"
 """the one configuration that mim_prepare makes"""
@@ -134,7 +134,7 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
         arrays.pop(), arrays.pop(), properties, manager, configuration, dict(job.dataset_json)
     )
     properties.setdefault("class_locations", {})  # nnU-Net's data loader needs it also without labels
-    info = describe_voxels(job.case.name, prepared, body_threshold(job.source))
+    info = describe_voxels(job.source, job.case.name, prepared)
     try:
         save(prepared, seg, properties, partial, tuple(configuration.patch_size))
         stamps = move(partial, job.source.folder, job.case.name)

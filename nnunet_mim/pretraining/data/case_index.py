@@ -8,13 +8,11 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import overload
 
 import numpy as np
 from tqdm import tqdm
 
 from nnunet_mim.checkpoint.identity import voxel_sha256
-from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.machine import usable_cores
@@ -45,7 +43,7 @@ class CaseInfo:
 
 
 @dataclass(frozen=True, eq=False)
-class CaseIndex(Sequence[CaseInfo]):
+class CaseIndex:
     """CaseInfo of many cases in a few arrays: 10,000 take 5 MB, and worker processes share the memory."""
 
     names: np.ndarray
@@ -62,7 +60,7 @@ class CaseIndex(Sequence[CaseInfo]):
     """(N, 32) uint8: hashes of the images; 0 where they are not known"""
 
     @classmethod
-    def of(cls, infos: Sequence[CaseInfo], channels: int = 1) -> CaseIndex:
+    def of(cls, infos: Sequence[CaseInfo], channels: int) -> CaseIndex:
         """From CaseInfos of cases with so many channels."""
         no_body = ((-1, -1, -1),) * N_BODY_POINTS
         return cls(
@@ -77,13 +75,7 @@ class CaseIndex(Sequence[CaseInfo]):
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, number: int) -> CaseInfo: ...
-    @overload
-    def __getitem__(self, number: slice) -> CaseIndex: ...
-    def __getitem__(self, number: int | slice) -> CaseInfo | CaseIndex:
-        if isinstance(number, slice):
-            return self.take(np.arange(len(self))[number])
+    def __getitem__(self, number: int) -> CaseInfo:
         points = self.points[number].tolist()
         return CaseInfo(
             str(self.names[number]),
@@ -95,111 +87,87 @@ class CaseIndex(Sequence[CaseInfo]):
             self.images[number].tobytes().hex() if self.images[number].any() else "",
         )
 
-    def take(self, numbers: np.ndarray) -> CaseIndex:
+    def take(self, rows: Sequence[int] | np.ndarray) -> CaseIndex:
         """Some of the cases."""
-        return CaseIndex(*(values[numbers] for values in vars(self).values()))
-
-
-@dataclass(frozen=True)
-class BadCase:
-    """A case that cannot be trained on."""
-
-    case: str
-    problem: str
-    """one line: the file, what is wrong, the remedy"""
+        return CaseIndex(*(values[np.asarray(rows, np.int64)] for values in vars(self).values()))
 
 
 def read_index(
-    source: Source, n_threads: int | None = None, show_progress: bool = True, remember_vanished: bool = False
-) -> tuple[CaseIndex, list[BadCase]]:
+    source: Source, show_progress: bool = True, remember_vanished: bool = False
+) -> tuple[CaseIndex, dict[str, str]]:
     """Describe all cases of a dataset, reading only those that are new or changed since the cached index was written.
 
     Args:
         source: dataset.
-        n_threads: that read.
         show_progress: with a bar.
         remember_vanished: name cases that have vanished again the next time.
 
     Returns:
-        the sound cases by name, and those that cannot be read, are truncated, have other channels than the plans, hold
-        NaN or infinity, or have vanished since the index was written.
+        the sound cases by name; and of those that cannot be read, are truncated, have other channels than the plans,
+        hold NaN or infinity, or have vanished since the index was written, one line: file, what is wrong, remedy.
     """
     cached, old_stamps = _load_cache(source)
     row_of = {name: row for row, name in enumerate(cached.names.tolist())}
-    bad = [
-        BadCase(
-            name,
-            f"{source.case_file(name)} has vanished since the last run: preprocess {source.dataset} again, or repeat "
-            "the command to go on without it",
-        )
-        for name in sorted(row_of.keys() - set(source.cases))
-    ]
-    stamps, missing, rows = {}, [], []
-    for case in source.cases:
-        stamps[case] = _stamp(source, case)
-        row = row_of.get(case)
-        if row is not None and (old_stamps[row] == stamps[case]).all():
-            rows.append(row)
-        else:
-            missing.append(case)
-    if not missing and len(rows) == len(cached):
+    vanished = sorted(row_of.keys() - set(source.cases))
+    bad = {
+        name: f"{source.case_file(name)} has vanished since the last run: preprocess {source.dataset} again, or repeat "
+        "the command to go on without it"
+        for name in vanished
+    }
+    stamps = {case: _stamp(source, case) for case in source.cases}
+    rows = {case: row_of[case] for case in source.cases if case in row_of}
+    rows = {case: row for case, row in rows.items() if (old_stamps[row] == stamps[case]).all()}
+    if len(rows) == len(cached) == len(source.cases):
         return cached, bad
-    with ThreadPoolExecutor(n_threads or min(8, usable_cores())) as pool:
-        described = pool.map(lambda case: _describe_or_error(source, case), missing)
-        progress = tqdm(described, total=len(missing), desc=f"checking {source.dataset}", disable=not show_progress)
-        results = dict(zip(missing, progress, strict=True))
-    for case, result in results.items():  # the same voxels, copied or unpacked anew, are still of the same image
-        row = row_of.get(case)
-        if isinstance(result, CaseInfo) and row is not None and cached[row].sha256 == result.sha256:
-            results[case] = replace(result, image_sha256=cached[row].image_sha256)
-    sound = [result for result in results.values() if isinstance(result, CaseInfo)]
-    bad += [BadCase(case, str(result)) for case, result in results.items() if isinstance(result, MiMError)]
-    index = _sorted(cached.take(np.array(rows, np.int64)), CaseIndex.of(sound, source.in_channels))
-    known = index
-    if remember_vanished:
-        gone = [row for name, row in row_of.items() if name not in stamps]
-        known = _sorted(index, cached.take(np.array(gone, np.int64)))
-    _save_cache(source, known, np.array([stamps.get(name, GONE) for name in known.names.tolist()]))
+    missing = [case for case in source.cases if case not in rows]
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
+        described = pool.map(lambda case: _describe_case(source, case), missing)
+        bar = tqdm(described, total=len(missing), desc=f"checking {source.dataset}", disable=not show_progress)
+        results = dict(zip(missing, bar, strict=True))
+    sound = []
+    for case, result in results.items():
+        if isinstance(result, str):
+            bad[case] = result
+            continue
+        if case in row_of and cached[row_of[case]].sha256 == result.sha256:  # copied or unpacked anew: the same image
+            result = replace(result, image_sha256=cached[row_of[case]].image_sha256)
+        sound.append(result)
+    index = _sorted(cached.take(list(rows.values())), CaseIndex.of(sound, source.in_channels))
+    known = _sorted(index, cached.take([row_of[name] for name in vanished])) if remember_vanished else index
+    _save_cache(source, known, [stamps.get(name, GONE) for name in known.names.tolist()])
     return index, bad
 
 
 def write_index(source: Source, infos: Sequence[CaseInfo]) -> None:
     """Keep what is known already of a dataset's cases, so that `read_index` need not read them."""
-    index = _sorted(CaseIndex.of([], source.in_channels), CaseIndex.of(infos, source.in_channels))
-    _save_cache(source, index, np.array([_stamp(source, name) for name in index.names.tolist()]))
+    index = _sorted(CaseIndex.of(infos, source.in_channels))
+    _save_cache(source, index, [_stamp(source, name) for name in index.names.tolist()])
 
 
-def describe_case(source: Source, case: str) -> CaseInfo:
-    """Read one case completely and describe it.
-
-    Raises:
-        MiMError: it cannot be read, has other channels than the plans, or holds NaN or infinity.
-    """
+def _describe_case(source: Source, case: str) -> CaseInfo | str:
+    """Read one case completely and describe it, or say why it cannot be trained on."""
     path = source.case_file(case)
     try:
         data = np.asarray(source.dataset_class(str(source.folder), [case]).load_case(case)[0][:])
     except Exception as error:
-        raise MiMError(
-            f"cannot read {path} ({type(error).__name__}: {_one_line(error)}): {remedy(source, case)}"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        return f"cannot read {path} ({type(error).__name__}: {reason}): {remedy(source, case)}"
     if data.ndim != 4 or data.shape[0] != source.in_channels:
-        raise MiMError(
-            f"{path} has shape {data.shape}, the plans say {source.in_channels} channels: {remedy(source, case)}"
-        )
+        return f"{path} has shape {data.shape}, the plans say {source.in_channels} channels: {remedy(source, case)}"
     if not np.isfinite(data).all():
-        raise MiMError(f"{path} holds NaN or infinite voxels: correct the image, then {remedy(source, case)}")
-    return describe_voxels(case, data, body_threshold(source))
+        return f"{path} holds NaN or infinite voxels: correct the image, then {remedy(source, case)}"
+    return describe_voxels(source, case, data)
 
 
-def describe_voxels(case: str, data: np.ndarray, threshold: float) -> CaseInfo:
-    """Describe preprocessed voxels (C, X, Y, Z), all finite; `threshold` as `body_threshold` gives it."""
+def describe_voxels(source: Source, case: str, data: np.ndarray) -> CaseInfo:
+    """Describe preprocessed voxels (C, X, Y, Z), all finite."""
     return CaseInfo(
         case,
         tuple(int(n) for n in data.shape[1:]),  # type: ignore[arg-type]
         voxel_sha256(data),
         tuple(float(c.min()) for c in data),
         tuple(float(c.max()) for c in data),
-        _body_points(data[0], threshold),
+        _body_points(data[0], _body_threshold(source)),
     )
 
 
@@ -208,10 +176,8 @@ def remedy(source: Source, case: str) -> str:
     return f"preprocess {source.dataset} again, or move the files of '{case}' out of the folder"
 
 
-def body_threshold(source: Source) -> float:
-    """Normalised intensity above which a voxel of channel 0 counts as body: -500 HU, or just above the window's
-    minimum.
-    """
+def _body_threshold(source: Source) -> float:
+    """Normalised intensity above which a voxel of channel 0 is body: BODY_HU, or just above the window's minimum."""
     window = source.window(0)
     if window is None:
         return -np.inf
@@ -224,20 +190,12 @@ def _bytes(hashes: Sequence[str]) -> np.ndarray:
     return np.array([list(bytes.fromhex(h or "00" * 32)) for h in hashes], np.uint8).reshape(-1, 32)
 
 
-def _describe_or_error(source: Source, case: str) -> CaseInfo | MiMError:
-    try:
-        return describe_case(source, case)
-    except MiMError as error:
-        return error
-
-
 def _body_points(volume: np.ndarray, threshold: float) -> tuple[tuple[int, int, int], ...]:
     inside = np.flatnonzero(volume > threshold)
     if inside.size == 0:
         return ()
     chosen = np.random.default_rng(0).choice(inside, size=N_BODY_POINTS)
-    points = np.stack(np.unravel_index(chosen, volume.shape), axis=-1)
-    return tuple(tuple(int(v) for v in point) for point in points)  # type: ignore[misc]
+    return tuple(zip(*(axis.tolist() for axis in np.unravel_index(chosen, volume.shape)), strict=True))  # type: ignore[arg-type]
 
 
 def _stamp(source: Source, case: str) -> tuple[int, int]:
@@ -267,26 +225,12 @@ def _load_cache(source: Source) -> tuple[CaseIndex, np.ndarray]:
     return CaseIndex.of([], source.in_channels), np.empty((0, 2), np.int64)
 
 
-def _save_cache(source: Source, index: CaseIndex, stamps: np.ndarray) -> None:
+def _save_cache(source: Source, index: CaseIndex, stamps: Sequence[tuple[int, int]]) -> None:
     path = source.index_file
     content = io.BytesIO()
-    np.savez(content, version=INDEX_VERSION, stamps=stamps.reshape(-1, 2), **vars(index))
+    np.savez(content, version=INDEX_VERSION, stamps=np.array(stamps, np.int64).reshape(-1, 2), **vars(index))
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, content.getvalue())
     except OSError as error:
-        print(
-            f"note: the case index could not be cached in {path.parent} ({error.strerror}); it is made anew next time"
-        )
-
-
-def info_from_json(info: dict, image_sha256: str) -> CaseInfo:
-    """Inverse of `asdict`, through JSON, with the hash of the image, which its describer did not see."""
-    return CaseInfo(
-        info["case"], tuple(info["shape"]), info["sha256"], tuple(info["low"]), tuple(info["high"]),
-        tuple(tuple(point) for point in info["body_points"]), image_sha256,
-    )  # fmt: skip
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        print(f"note: the case index could not be cached in {path.parent} ({error.strerror}): made anew next time")

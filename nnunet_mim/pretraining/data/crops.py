@@ -45,9 +45,9 @@ class Cases(Sequence[Case]):
         self.sources = tuple(sources)
         self.indexes = tuple(indexes)
         if numbers is None:
-            numbers = np.concatenate(
-                [np.stack([np.full(len(i), s), np.arange(len(i))], axis=1) for s, i in enumerate(indexes)]
-            )
+            lengths = [len(index) for index in indexes]
+            rows = np.concatenate([np.arange(length) for length in lengths])
+            numbers = np.stack([np.repeat(np.arange(len(lengths)), lengths), rows], axis=1)
         self.numbers = numbers
 
     def __len__(self) -> int:
@@ -69,11 +69,8 @@ class Cases(Sequence[Case]):
 
     def column(self, name: str) -> np.ndarray:
         """One array of the indexes (`names`, `shapes`, …) for all cases."""
-        parts = [
-            getattr(index, name)[self.numbers[self.numbers[:, 0] == source, 1]]
-            for source, index in enumerate(self.indexes)
-        ]
-        return np.concatenate(parts)
+        rows = [self.numbers[self.numbers[:, 0] == source, 1] for source in range(len(self.indexes))]
+        return np.concatenate([getattr(index, name)[r] for index, r in zip(self.indexes, rows, strict=True)])
 
     @property
     def counts(self) -> np.ndarray:
@@ -86,10 +83,8 @@ class Cases(Sequence[Case]):
 
 
 class CropDataset(Dataset):
-    """Crop number i of an endless, reproducible sequence.
-
-    A crop depends on (seed, i) alone, so a resumed run, any number of workers and any number of devices see the same
-    one.
+    """An endless sequence of crops. Crop i depends on (seed, i) alone, so a resumed run, any number of workers and any
+    number of devices see the same one.
 
     Args:
         cases: to draw from.
@@ -113,12 +108,9 @@ class CropDataset(Dataset):
         self.shares = dataset_shares(cases.counts, temperature)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Crop number `index`.
-
-        Returns:
-            crop (C, *crop_size) float32, 0 outside the volume; valid (3, 2) int64, the volume's first and one-past-last
-            voxel in the crop; (TRIES,) int64, numbers in `cases` of those that could not be read and were replaced by
-            another one, -1 for none. NaN comes through: the step will be skipped and named.
+        """Crop number `index`: (C, *crop_size) float32, 0 outside the volume; its valid box (3, 2) int64, the volume's
+        first and one-past-last voxel in the crop; and (TRIES,) int64, numbers in `cases` of those that could not be
+        read and were replaced by another one, -1 for none. NaN comes through: the step will be skipped and named.
 
         Raises:
             MiMError: no case of TRIES can be read.
@@ -136,7 +128,7 @@ class CropDataset(Dataset):
         return self._read(index)[0]
 
     def counts(self, indexes: Iterable[int]) -> dict[str, int]:
-        """How many of these crops are drawn from each dataset, by its name; nothing is read."""
+        """Number of these crops from each dataset, by its name; nothing is read."""
         drawn = np.searchsorted(self.ends, [self._draw(index)[1] for index in indexes], side="right")
         counts = np.bincount(drawn, minlength=len(self.ends))
         return {source.dataset: int(n) for source, n in zip(self.cases.sources, counts, strict=True)}
@@ -172,11 +164,7 @@ class CropDataset(Dataset):
 
 
 class UnreadCases:
-    """Cases that could not be read during a run.
-
-    Args:
-        cases: that crops are cut from.
-    """
+    """Cases that could not be read during a run, among those that crops are cut from."""
 
     def __init__(self, cases: Cases) -> None:
         self.cases = cases
@@ -201,12 +189,8 @@ def dataset_shares(counts: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def read_crop(case: Case, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Read one box; only the chunks it touches are decompressed.
-
-    Args:
-        case: which.
-        start: (3,) first voxel, may be negative.
-        size: (3,) voxels.
+    """Read the box of `size` (3,) voxels from `start` (3,) on, which may be negative; only the chunks it touches are
+    decompressed.
 
     Returns:
         (C, *size) float32 with 0 outside the volume, and the valid box (3, 2) int64 as in CropDataset.
@@ -220,24 +204,18 @@ def read_crop(case: Case, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarr
     inside = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))
     path = case.source.case_file(case.info.case)
     try:
-        voxels = np.asarray(open_voxels(case)[inside], dtype=np.float32)
+        voxels = np.asarray(_open_voxels(case)[inside], dtype=np.float32)
         if voxels.shape[1:] != tuple(high - low):
             raise ValueError(f"it has become smaller than {case.info.shape} voxels")
     except Exception as error:
         raise MiMError(f"cannot read {path} ({type(error).__name__}: {error}): preprocess this case again") from error
-    if voxels.shape[1:] == tuple(size):
-        return voxels, valid
-    crop = np.zeros((voxels.shape[0], *size), dtype=np.float32)
-    place = (slice(None), *(slice(int(a), int(b)) for a, b in valid))
-    crop[place] = voxels
-    return crop, valid
+    margins = np.stack([valid[:, 0], size - valid[:, 1]], axis=-1)
+    return np.pad(voxels, [(0, 0), *margins.tolist()]), valid
 
 
-def open_voxels(case: Case) -> Any:
-    """The voxels of a case, not read yet, as nnU-Net's dataset class opens them.
-
-    That class opens the segmentation and reads the properties as well, which takes longer than reading a small crop;
-    nothing here needs them.
+def _open_voxels(case: Case) -> Any:
+    """The voxels of a case, not read yet, as nnU-Net's dataset class opens them; but not its segmentation and
+    properties, which take longer than reading a small crop.
     """
     name, folder = case.info.case, str(case.source.folder)
     dataset = case.source.dataset_class(folder, [name])
@@ -247,9 +225,7 @@ def open_voxels(case: Case) -> Any:
 
 
 def case_records(cases: Cases) -> list[dict[str, str]]:
-    """Dataset, identifier and content hash of each case, as stored under `provenance["cases"]`; also the hash of its
-    image where `mim_prepare` has read it.
-    """
+    """Each case as stored under `provenance["cases"]`; with the hash of its image where `mim_prepare` has read it."""
     datasets = [cases.sources[number].dataset for number in cases.numbers[:, 0]]
     columns = zip(datasets, cases.column("names").tolist(), cases.column("hashes"), cases.column("images"), strict=True)
     return [

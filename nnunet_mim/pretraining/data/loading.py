@@ -24,14 +24,9 @@ SHARE_AHEAD = 0.25
 """of the machine's memory that batches held ready may take"""
 
 
-def batches_ahead(workers: int, batch_bytes: int, processes: int, memory: int) -> int:
-    """Batches that each worker holds ready.
-
-    Args:
-        workers: of each process that trains.
-        batch_bytes: of a batch of one process.
-        processes: that train on this machine.
-        memory: bytes; 0: unknown.
+def _batches_ahead(workers: int, batch_bytes: int, processes: int, memory: int) -> int:
+    """Batches that each worker holds ready, where so many processes train on this machine, each with so many workers;
+    memory in bytes, 0: unknown.
     """
     if not memory:
         return MAX_AHEAD
@@ -61,7 +56,7 @@ def training_batches(
         dataset,
         batch_sampler=(list(range(first, first + n)) for first in firsts),  # type: ignore[arg-type]
         num_workers=workers,
-        prefetch_factor=batches_ahead(workers, batch_bytes, here, physical_memory()) if workers else None,
+        prefetch_factor=_batches_ahead(workers, batch_bytes, here, physical_memory()) if workers else None,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_stopping_to_parent,
     )

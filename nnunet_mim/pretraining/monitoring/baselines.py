@@ -11,17 +11,13 @@ from nnunet_mim.pretraining.objective.views import LevelViews
 
 
 def trivial_losses(view: LevelViews, is_target: Tensor, width: Tensor) -> dict[str, tuple[float, float]]:
-    """What the two trivial predictors reach.
+    """Reconstruction loss and `voxel_error` (means over target tokens) of two trivial predictors: `token_mean` predicts
+    0, the token's own mean; `infill` predicts `infill_tokens`, normalised like the target.
 
     Args:
         view: views of one level.
         is_target: (N, M) bool, True = counts in the loss.
         width: (C,) of the intensity window.
-
-    Returns:
-        reconstruction loss and `voxel_error` (means over target tokens) of `token_mean`: predicting 0, the token's own
-        mean; and of `infill`: each masked voxel takes the value of the nearest voxel of the nearest visible tokens
-        (`infill_tokens`), normalised like the target.
     """
     tokens = view.masked_tokens()
     predictions = {"token_mean": torch.zeros_like(tokens), "infill": normalize_tokens(infill_tokens(view))}
@@ -50,23 +46,14 @@ def infill_tokens(view: LevelViews) -> Tensor:
     filled = []
     for image, keep, masked in zip(images, view.ids_keep.cpu().numpy(), view.ids_masked.cpu().numpy(), strict=True):
         for token in masked:
-            steps = (positions[keep] - positions[token]) * size
-            distance = np.square(steps).sum(axis=1)
-            nearest = keep[distance == distance.min()]
-            filled.append(
-                np.mean([_nearest_voxels(image, positions[token], positions[v], size) for v in nearest], axis=0)
-            )
+            distance = np.square((positions[keep] - positions[token]) * size).sum(axis=1)
+            nearest = positions[keep[distance == distance.min()]]
+            filled.append(np.mean([_nearest_voxels(image, positions[token], v, size) for v in nearest], axis=0))
     return torch.from_numpy(np.stack(filled)).reshape(*view.ids_masked.shape, -1).to(view.images)
 
 
 def _nearest_voxels(image: np.ndarray, token: np.ndarray, visible: np.ndarray, size: np.ndarray) -> np.ndarray:
     """(P,) for each voxel of `token` the nearest voxel of `visible`; image is (X, Y, Z, C)."""
-    index = [
-        np.clip(
-            np.arange(token[a] * size[a], (token[a] + 1) * size[a]),
-            visible[a] * size[a],
-            (visible[a] + 1) * size[a] - 1,
-        )
-        for a in range(3)
-    ]
-    return image[np.ix_(*index)].reshape(-1)
+    first, lowest = token * size, visible * size
+    voxels = [np.clip(np.arange(f, f + n), low, low + n - 1) for f, low, n in zip(first, lowest, size, strict=True)]
+    return image[np.ix_(*voxels)].reshape(-1)

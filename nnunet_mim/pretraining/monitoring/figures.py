@@ -20,7 +20,6 @@ F = TypeVar("F", bound="LevelFigures[Any] | TrainingFigures[Any]")
 LEVELS = (1, 2, 3)
 """numbers of the levels, outermost first; a run whose data is thin skips the first ones"""
 
-
 # How a field differs from the others; every field whose default is None is a figure.
 BY_TARGETS = {"by_targets": True}
 """its mean is weighted by the number of target tokens"""
@@ -122,7 +121,7 @@ class TrainingFigures(Generic[T]):
             row |= _named(level, f"train/level{level.number}/")
         row |= _named(self, "train/")
         row |= {f"train/crops/{dataset}": number for dataset, number in self.crops.items()}
-        return _measured(row)
+        return {name: value for name, value in row.items() if value is not None}
 
     @classmethod
     def from_row(cls, row: Mapping[str, T]) -> TrainingFigures[T]:
@@ -142,7 +141,7 @@ class Measurement(Generic[T]):
     loss: T | None = None
     """sum of the levels"""
     feature_rank: T | None = field(default=None, metadata={"column": "val/features/rank"})
-    """effective rank of the encoder's features, see `feature_spread`"""
+    """effective rank of the encoder's features, see held_out.py"""
     feature_std: T | None = field(default=None, metadata={"column": "val/features/std"})
     """their spread; 1 in all directions, 0 all the same"""
     probe: ProbeFigures[T] = field(default_factory=ProbeFigures)
@@ -171,7 +170,7 @@ class Measurement(Generic[T]):
         row |= {f"val/level{level.number}/alignment_chance": level.alignment_chance for level in self.levels}
         row |= _named(self.probe, "val/probe/")
         row |= {f"val/probe/dice_{label}": dice for label, dice in self.probe.labels.items()}
-        return _measured(row)
+        return {name: value for name, value in row.items() if value is not None}
 
     @classmethod
     def from_row(cls, row: Mapping[str, T]) -> Measurement[T]:
@@ -202,14 +201,9 @@ def mapped(function: Callable[..., Any], *figures: F) -> F:
     return replace(figures[0], **{name: function(*(getattr(one, name) for one in figures)) for name in names})
 
 
-def averaged(
-    level: Sequence[LevelFigures[S]], mean: Callable[[list[S], list[S] | None], T]
-) -> LevelFigures[T]:
-    """Means of the figures of one level over steps or crops.
-
-    Args:
-        level: figures of each step or crop.
-        mean: of values and weights, which are the numbers of target tokens; None: all weigh the same.
+def averaged(level: Sequence[LevelFigures[S]], mean: Callable[[list[S], list[S] | None], T]) -> LevelFigures[T]:
+    """Figures of one level, averaged over steps or crops by `mean`, a function of values and weights: the numbers of
+    target tokens, or None where all weigh the same.
     """
     targets = [one.targets for one in level if one.targets is not None]
     columns = [f for f in fields(LevelFigures) if _column(f) is not None and getattr(level[0], f.name) is not None]
@@ -236,7 +230,3 @@ def _read(kind: Any, row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def _by_key(row: Mapping[str, T], pattern: str) -> dict[str, T]:
     """Values by the part of their name that a group of a pattern stands for."""
     return {match[1]: value for name, value in row.items() if (match := re.fullmatch(pattern, name))}
-
-
-def _measured(row: Mapping[str, T | None]) -> dict[str, T]:
-    return {name: value for name, value in row.items() if value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,34 +21,29 @@ from nnunet_mim.pretraining.objective.losses import voxel_error
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 
 
-@dataclass(frozen=True)
-class HeldOutCrops:
-    """Fixed crops of held-out cases."""
-
-    crops: Tensor
-    """(B, C, *field of view of the first level)"""
-    valid: Tensor
-    """(B, 3, 2) as in `nested_views`"""
-    datasets: list[str]
-    """of each crop"""
-
-
 class HeldOut:
     """Measures a network on held-out crops, with fixed masks and children.
 
     Args:
-        held_out: crops.
-        fill, flat_threshold: (C,) as in training.
-        width: (C,) of the intensity window.
+        crops, valid, fill: as in `nested_views`.
+        datasets: name of each crop's dataset.
+        flat_threshold, width: (C,) as in RunData.
         config: of the run; its seed fixes the masks.
         views_per_pass: largest number of views computed at once; None: all views of a level of one crop.
     """
 
     def __init__(
-        self, held_out: HeldOutCrops, fill: Tensor, flat_threshold: Tensor, width: Tensor, config: PretrainConfig,
+        self,
+        crops: Tensor,
+        valid: Tensor,
+        datasets: Sequence[str],
+        fill: Tensor,
+        flat_threshold: Tensor,
+        width: Tensor,
+        config: PretrainConfig,
         views_per_pass: int | None = None,
-    ) -> None:  # fmt: skip
-        self.datasets = held_out.datasets
+    ) -> None:
+        self.datasets = datasets
         self.views_per_pass = views_per_pass
         self.flat_threshold = flat_threshold
         self.width = width
@@ -56,27 +51,30 @@ class HeldOut:
         place_threshold = flat_threshold if config.body_children else None
         self.views: list[list[LevelViews]] = []
         """of each crop, by level"""
-        for number in range(held_out.crops.shape[0]):
-            generator = torch.Generator(held_out.crops.device).manual_seed(config.seed * 1_000_003 + number)
-            crop, valid = held_out.crops[number : number + 1], held_out.valid[number : number + 1]
-            self.views.append(nested_views(crop, valid, fill, levels_of(config), generator, place_threshold))
+        for number, (crop, box) in enumerate(zip(crops, valid, strict=True)):
+            generator = torch.Generator(crops.device).manual_seed(config.seed * 1_000_003 + number)
+            views = nested_views(crop[None], box[None], fill, levels_of(config), generator, place_threshold)
+            self.views.append(views)
         self.is_target = [[target_tokens(view, flat_threshold)[0] for view in views] for views in self.views]
         """(N, M) bool for each of the views: True = the masked token counts in the loss"""
-        self.constants = [self._constants(position) for position in range(len(levels_of(config)))]
-        """by level, see `_constants`"""
+        self.n_targets = [[float(crop.sum()) for crop in level] for level in zip(*self.is_target, strict=True)]
+        """of each crop, by level"""
+        self.constants = [self._constants(position) for position in range(len(self.n_targets))]
 
     @torch.no_grad()
     def evaluate(self, model: PretrainingNetwork) -> Measurement[float]:
-        """Measure a network: means over all target tokens, or over crops for what has none, and the spread of the
-        encoder's features.
-        """
+        """Means over all target tokens, or over crops for what has none, and the spread of the encoder's features."""
         crops, errors = zip(*(self._evaluate_crop(model, number) for number in range(len(self.views))), strict=True)
-        features = torch.cat([encoder_tokens(model, view) for views in self.views for view in views])
+        tokens = [  # the visible ones of the first view of every level
+            model.visible_features(view.images[:1], view.ids_keep[:1], view.ids_masked[:1]).flatten(0, 1).float()
+            for views in self.views
+            for view in views
+        ]
         levels = [
             self._mean_level(position, [crop[position] for crop in crops], [error[position] for error in errors])
             for position in range(len(self.constants))
         ]
-        rank, std = feature_spread(features)
+        rank, std = _feature_spread(torch.cat(tokens))
         loss = sum(level.loss or 0.0 for level in levels)
         return Measurement(levels=tuple(levels), loss=loss, feature_rank=rank, feature_std=std)
 
@@ -101,32 +99,29 @@ class HeldOut:
         self, position: int, crops: Sequence[LevelFigures[Tensor]], errors: Sequence[float]
     ) -> HeldOutLevel[float]:
         """One level over all crops, from the figures and the error of each."""
-        targets = self._n_targets(position)
+        targets, names = self.n_targets[position], dict.fromkeys(self.datasets)
         datasets = {}
-        if len(set(self.datasets)) > 1:
-            for dataset in dict.fromkeys(self.datasets):
-                own = [i for i, n in enumerate(targets) if n and self.datasets[i] == dataset]
-                if own:
-                    losses = [crops[i].reconstruction for i in own]
-                    datasets[dataset] = weighted_mean(losses, [targets[i] for i in own])
+        for dataset in names if len(names) > 1 else ():
+            own = [i for i, n in enumerate(targets) if n and self.datasets[i] == dataset]
+            if own:
+                losses = [crops[i].reconstruction for i in own]
+                datasets[dataset] = _weighted_mean(losses, [targets[i] for i in own])
         return replace(
             self.constants[position],
-            **vars(averaged(crops, weighted_mean)),
-            psnr=decibel(weighted_mean(errors, targets)),
+            **vars(averaged(crops, _weighted_mean)),
+            psnr=_decibel(_weighted_mean(errors, targets)),
             datasets=datasets,
         )
 
     def _constants(self, position: int) -> HeldOutLevel[float]:
         """What does not depend on the network: trivial predictors, and alignment by chance."""
-        crops = [
-            trivial_losses(views[position], is_target[position], self.width)
-            for views, is_target in zip(self.views, self.is_target, strict=True)
-        ]
-        guesses = {}
+        pairs = zip(self.views, self.is_target, strict=True)
+        crops = [trivial_losses(views[position], is_target[position], self.width) for views, is_target in pairs]
+        targets, guesses = self.n_targets[position], {}
         for name in crops[0]:
             losses, errors = zip(*(crop[name] for crop in crops), strict=True)
-            guesses[name] = weighted_mean(losses, self._n_targets(position))
-            guesses[f"{name}_psnr"] = decibel(weighted_mean(errors, self._n_targets(position)))
+            guesses[name] = _weighted_mean(losses, targets)
+            guesses[f"{name}_psnr"] = _decibel(_weighted_mean(errors, targets))
         chance = None
         if position and self.config.alignment == "infonce":
             parent = self.views[0][position - 1]
@@ -134,26 +129,14 @@ class HeldOut:
         number = level_number(position, len(self.views[0]))
         return HeldOutLevel(number, alignment_chance=chance, guesses=GuessFigures(**guesses))
 
-    def _n_targets(self, position: int) -> list[float]:
-        """Number of target tokens of each crop at one level."""
-        return [float(is_target[position].sum()) for is_target in self.is_target]
 
-
-def decibel(error: float) -> float:
+def _decibel(error: float) -> float:
     """Peak signal-to-noise ratio of a mean squared error in units of the peak."""
     return -10 * math.log10(max(error, 1e-12))
 
 
-def encoder_tokens(model: PretrainingNetwork, view: LevelViews) -> Tensor:
-    """(T, D) float32: what the encoder says about the visible tokens of the first view of a level."""
-    return model.visible_features(view.images[:1], view.ids_keep[:1], view.ids_masked[:1]).flatten(0, 1).float()
-
-
-def feature_spread(features: Tensor) -> tuple[float, float]:
-    """How far an encoder's features are from all being the same.
-
-    Args:
-        features: (T, D), T tokens.
+def _feature_spread(features: Tensor) -> tuple[float, float]:
+    """How far an encoder's features (T, D) of T tokens are from all being the same.
 
     Returns:
         Effective rank: exp of the entropy of the singular values of the centred features as shares of their sum
@@ -169,7 +152,7 @@ def feature_spread(features: Tensor) -> tuple[float, float]:
     return float(rank), float(std)
 
 
-def weighted_mean(values: Sequence[Any], weights: Sequence[Any] | None = None) -> float:
+def _weighted_mean(values: Sequence[Any], weights: Sequence[Any] | None = None) -> float:
     """Mean of numbers; 0 where all weights are 0. None: all weigh the same."""
     total = total_weight = 0.0
     for value, weight in zip(values, weights or [1.0] * len(values), strict=True):

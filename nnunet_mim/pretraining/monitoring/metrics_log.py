@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
+from nnunet_mim.system.files import write_atomically
 
 
 class MetricsLog:
-    """Writes rows of figures into the folder of a run.
-
-    Args:
-        folder: of the run, exists.
-        start: iteration that the run continues from; 0 for a new one.
-    """
+    """Writes rows of figures into the folder of a run that continues from iteration `start`, 0 for a new one."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        self.train = MetricsFile(folder / "train.csv", start)
-        self.val = MetricsFile(folder / "val.csv", start)
+        self.train = _MetricsFile(folder / "train.csv", start)
+        self.val = _MetricsFile(folder / "val.csv", start)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def add(self, iteration: int, figures: TrainingFigures[float] | Measurement[float]) -> None:
@@ -37,15 +32,11 @@ class MetricsLog:
         self.board.close()
 
 
-class MetricsFile:
+class _MetricsFile:
     """A CSV file with one row per logged iteration. The first row decides the columns; what a later one lacks, and NaN,
     is left empty.
 
-    A resumed run drops the rows after its checkpoint, and a last row that was cut short, and goes on.
-
-    Args:
-        path: of the file.
-        start: iteration of the checkpoint that the run continues from, 0 for a new run.
+    A run that continues from iteration `start` drops the rows after it and a last row that was cut short.
     """
 
     def __init__(self, path: Path, start: int) -> None:
@@ -53,13 +44,10 @@ class MetricsFile:
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
         complete = [line for line in lines if line.endswith("\n")]
         kept = complete[:1] + [line for line in complete[1:] if int(line.split(",", 1)[0]) <= start]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write_atomically(path, "".join(kept).encode())
         self.columns = kept[0].strip().split(",") if kept else []
 
     def append(self, iteration: int, figures: dict[str, float]) -> None:
-        """Add a row."""
         row = {"iteration": str(iteration), **{name: f"{value:.6g}" for name, value in without_nan(figures).items()}}
         new = not self.columns
         self.columns = self.columns or ["iteration", *figures]

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import levels_of
@@ -18,37 +19,29 @@ from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases
 from nnunet_mim.pretraining.data.run_data import RunData
 from nnunet_mim.pretraining.monitoring.figures import Measurement
-from nnunet_mim.pretraining.monitoring.held_out import HeldOut, HeldOutCrops
+from nnunet_mim.pretraining.monitoring.held_out import HeldOut
 from nnunet_mim.pretraining.monitoring.probe import LabelProbe, probe_cases
 
 
 class Monitor:
-    """Measurements on held-out cases. Every rank does all of them, so that none waits for another.
-
-    Args:
-        data: cases.
-        config: of the run.
-        fabric: device and precision.
-        views_per_pass: largest number of views computed at once; None: all views of a level of one crop.
-    """
+    """Measurements on held-out cases. Every rank does all of them, so that none waits for another."""
 
     def __init__(self, data: RunData, config: PretrainConfig, fabric: Fabric, views_per_pass: int | None) -> None:
         self.fabric = fabric
         self.config = config
-        crops = held_out_crops(data, config, fabric.device)
+        crops, valid, datasets = _held_out_crops(data, config)
         fill, flat_threshold, width = (
             torch.tensor(values, device=fabric.device) for values in (data.fill, data.flat_threshold, data.width)
         )
-        self.held_out = HeldOut(crops, fill, flat_threshold, width, config, views_per_pass)
-        self.probe = label_probe(data, config, fabric.device)
+        crops, valid = crops.to(fabric.device), valid.to(fabric.device)
+        self.held_out = HeldOut(crops, valid, datasets, fill, flat_threshold, width, config, views_per_pass)
+        cases = probe_cases(data.train, data.val, config.probe_cases, config.seed) if config.probe_every else None
+        self.probe = cases and LabelProbe(*cases, data.fill, seed=config.seed, device=fabric.device)
         self.seconds: dict[str, list[float]] = defaultdict(list)
         """duration of every measurement, by kind"""
 
     def measure(self, model: PretrainingNetwork, iteration: int) -> Measurement[float]:
-        """Measure with HeldOut and, where it is due, LabelProbe.
-
-        Eager: graphs without gradients are not worth compiling.
-        """
+        """Measure with HeldOut and, where it is due, LabelProbe."""
         with self.clock("held_out"), self.fabric.autocast():
             figures = replace(self.held_out.evaluate(model), iteration=iteration)
         if self.probe is not None and self.due(iteration):
@@ -71,17 +64,10 @@ class Monitor:
         self.seconds[kind].append(time.perf_counter() - since)
 
 
-def label_probe(data: RunData, config: PretrainConfig, device: torch.device) -> LabelProbe | None:
-    """The probe of a run; None where it is switched off or there are no labels."""
-    if not config.probe_every:
-        return None
-    n_train, n_held_out = config.probe_cases
-    cases = probe_cases(data.train, data.val, (n_train, n_held_out), config.seed)
-    return None if cases is None else LabelProbe(*cases, data.fill, seed=config.seed, device=device)
-
-
-def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) -> HeldOutCrops:
-    """`val_crops` fixed crops of the held-out cases, from one dataset after the other, at least one of each."""
+def _held_out_crops(data: RunData, config: PretrainConfig) -> tuple[Tensor, Tensor, list[str]]:
+    """`val_crops` fixed crops of the held-out cases, from one dataset after the other, at least one of each: crops and
+    valid boxes as in `nested_views`, and the dataset of each.
+    """
     groups = [data.val.of_dataset(int(number)) for number in np.flatnonzero(data.val.counts)]
     datasets = [
         CropDataset(cases, levels_of(config)[0].fov, body_fraction=1.0, seed=config.seed, stream=1) for cases in groups
@@ -95,4 +81,4 @@ def held_out_crops(data: RunData, config: PretrainConfig, device: torch.device) 
         crops.append(crop)
         valid.append(box)
         names.append(groups[which][0].source.dataset)
-    return HeldOutCrops(torch.stack(crops).to(device), torch.stack(valid).to(device), names)
+    return torch.stack(crops), torch.stack(valid), names

@@ -40,7 +40,7 @@ MAX_TRIES = 4
 
 
 @dataclass(frozen=True)
-class LabelledBox:
+class _LabelledBox:
     """A box of a case around its labels."""
 
     image: Tensor
@@ -69,17 +69,15 @@ class LabelProbe:
     ) -> None:  # fmt: skip
         self.device = torch.device(device)
         self.fill = torch.tensor(fill, device=self.device)
-        self.train = [read_box(case, box_size, seed) for case in train]
-        self.held_out = [read_box(case, box_size, seed) for case in held_out]
-        self.labels = common_labels(self.train, self.held_out)
-        self.voxels = [sample_voxels(box.labels, self.labels, seed) for box in self.train]
+        self.train = [_read_box(case, box_size, seed) for case in train]
+        self.held_out = [_read_box(case, box_size, seed) for case in held_out]
+        self.labels = _common_labels(self.train, self.held_out)
+        self.voxels = [_sample_voxels(box.labels, self.labels, seed) for box in self.train]
 
     @torch.no_grad()
     def evaluate(self, encoder: FeatureSource) -> ProbeFigures[float]:
-        """Dice of each label over the voxels of all held-out boxes, and their mean.
-
-        Each is that of the best threshold (see `best_dice`). The same encoder gives the same figures; it is left in the
-        mode, training or not, that it was in. Empty where no label is in boxes of both sides.
+        """Dice of each label at the best threshold over the voxels of all held-out boxes, and their mean; empty where
+        no label is in boxes of both sides. The encoder's mode, training or not, stays.
 
         Raises:
             MiMError: the features are not finite.
@@ -96,29 +94,29 @@ class LabelProbe:
         dice = {}
         for number, label in enumerate(self.labels):  # one at a time: scores of whole boxes are large
             dense = [
-                voxel_scores([m[number] for m in maps], encoder.token_size, box.labels.shape).flatten()
+                _voxel_scores([m[number] for m in maps], encoder.token_size, box.labels.shape).flatten()
                 for maps, box in zip(scores, self.held_out, strict=True)
             ]
-            dice[label] = best_dice(torch.cat(dense)[is_labelled], labels[is_labelled] == label)
+            dice[label] = _best_dice(torch.cat(dense)[is_labelled], labels[is_labelled] == label)
         return ProbeFigures(sum(dice.values()) / len(dice) if dice else None, dice)
 
     def _fit(self, encoder: FeatureSource) -> Tensor:
         """(F, labels) coefficients for the channels of all maps, one map after the other."""
-        features = []
+        features, labels = [], []
         for box, voxels in zip(self.train, self.voxels, strict=True):
             image = self._padded(encoder, box.image)
-            features.append(features_at(feature_maps(encoder, image), voxels.to(self.device), image.shape[2:]).cpu())
-        labels = torch.cat([box.labels[tuple(voxels.T)] for box, voxels in zip(self.train, self.voxels, strict=True)])
-        is_class = labels[:, None] == torch.tensor([0, *self.labels])
+            features.append(_features_at(_feature_maps(encoder, image), voxels.to(self.device), image.shape[2:]).cpu())
+            labels.append(box.labels[tuple(voxels.T)])
+        is_class = torch.cat(labels)[:, None] == torch.tensor([0, *self.labels])
         weights = (is_class / is_class.sum(dim=0).clamp(min=1)).sum(dim=1)  # background and every label weigh the same
-        coefficients = ridge(torch.cat(features), is_class[:, 1:], weights, RIDGE)
+        coefficients = _ridge(torch.cat(features), is_class[:, 1:], weights, RIDGE)
         if not torch.isfinite(coefficients).all():
             raise MiMError("label probe: the encoder's features are not finite")
         return coefficients.float().to(self.device)
 
     def _scores(self, encoder: FeatureSource, image: Tensor, coefficients: Tensor) -> list[Tensor]:
         """The maps' summands of the scores, (labels, …) on each map's own grid."""
-        maps = feature_maps(encoder, self._padded(encoder, image))
+        maps = _feature_maps(encoder, self._padded(encoder, image))
         parts = coefficients.split([m.shape[0] for m in maps])
         with torch.autocast(self.device.type, enabled=False):
             return [torch.einsum("cxyz,ck->kxyz", m, part) for m, part in zip(maps, parts, strict=True)]
@@ -133,39 +131,31 @@ class LabelProbe:
 
 
 def probe_cases(
-    train: Cases, held_out: Cases, counts: tuple[int, int] = (6, 4), seed: int = 0
+    train: Cases, held_out: Cases, counts: Sequence[int] = (6, 4), seed: int = 0
 ) -> tuple[list[Case], list[Case]] | None:
-    """Choose labelled cases to fit on and to test on, at random.
+    """Choose at random labelled cases to fit on and to test on, at most `counts`; None where there are no labels.
 
     All are of one dataset, the first with labelled cases on both sides: another's labels mean something else.
-
-    Args:
-        train, held_out: cases of a run.
-        counts: maximum number of cases of each.
-        seed: of the choice.
-
-    Returns:
-        Cases of each, or None where there are no labels.
     """
     for dataset in range(len(train.sources)):
         chosen = []
         for cases, count in zip((train, held_out), counts, strict=True):
             candidates = cases.of_dataset(dataset)
             order = np.random.default_rng(seed).permutation(len(candidates))[: MAX_TRIES * count]
-            chosen.append(list(islice(filter(has_labels, (candidates[int(n)] for n in order)), count)))
+            chosen.append(list(islice(filter(_has_labels, (candidates[int(n)] for n in order)), count)))
         if all(chosen):
             return chosen[0], chosen[1]
     return None
 
 
-def has_labels(case: Case) -> bool:
+def _has_labels(case: Case) -> bool:
     """Whether a voxel of a case has a label other than background."""
-    labels = read_labels(case)
+    labels = _read_labels(case)
     return labels is not None and bool((labels > 0).any())
 
 
-def read_labels(case: Case) -> np.ndarray | None:
-    """(X, Y, Z) int16 labels of a case as in LabelledBox; None where no segmentation can be read."""
+def _read_labels(case: Case) -> np.ndarray | None:
+    """(X, Y, Z) int16 labels of a case as in _LabelledBox; None where no segmentation can be read."""
     source, name = case.source, case.info.case
     try:
         segmentation = source.dataset_class(str(source.folder), [name]).load_case(name)[1]
@@ -177,21 +167,21 @@ def read_labels(case: Case) -> np.ndarray | None:
     return np.where(labels == ignore, IGNORED, labels.clip(min=0)).astype(np.int16)
 
 
-def read_box(case: Case, max_size: Size3, seed: int) -> LabelledBox:
+def _read_box(case: Case, max_size: Size3, seed: int) -> _LabelledBox:
     """Read a box inside the volume with all labels or, where they spread wider, some of them. Its place is random:
     where in a box an organ lies must say nothing.
     """
-    labels = read_labels(case)
+    labels = _read_labels(case)
     if labels is None or not (labels > 0).any():
         raise MiMError(f"case '{case.info.case}' of {case.source.dataset} has no labels for the label probe")
     size = np.minimum(max_size, labels.shape)
-    start = box_start(labels > 0, size, np.random.default_rng([seed, int(case.info.sha256[:8], 16)]))
+    start = _box_start(labels > 0, size, np.random.default_rng([seed, int(case.info.sha256[:8], 16)]))
     image, _ = read_crop(case, start, size)
     inside = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
-    return LabelledBox(torch.from_numpy(image), torch.from_numpy(labels[inside].astype(np.int64)))
+    return _LabelledBox(torch.from_numpy(image), torch.from_numpy(labels[inside].astype(np.int64)))
 
 
-def box_start(foreground: np.ndarray, size: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def _box_start(foreground: np.ndarray, size: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """(3,) first voxel of a box with all foreground along the axes where it fits, and at least one voxel of it."""
     voxel = np.unravel_index(random.choice(np.flatnonzero(foreground)), foreground.shape)
     start = []
@@ -206,14 +196,14 @@ def box_start(foreground: np.ndarray, size: np.ndarray, random: np.random.Genera
     return np.array(start)
 
 
-def common_labels(train: Sequence[LabelledBox], held_out: Sequence[LabelledBox]) -> list[int]:
+def _common_labels(train: Sequence[_LabelledBox], held_out: Sequence[_LabelledBox]) -> list[int]:
     """Labels in boxes of both sides, ascending; at most MAX_LABELS, those in the largest number of training boxes."""
     counts = Counter(label for box in train for label in box.labels.unique().tolist() if label > 0)
     tried = {label for box in held_out for label in box.labels.unique().tolist()}
     return sorted(sorted(counts.keys() & tried, key=lambda label: (-counts[label], label))[:MAX_LABELS])
 
 
-def sample_voxels(labels: Tensor, wanted: Sequence[int], seed: int) -> Tensor:
+def _sample_voxels(labels: Tensor, wanted: Sequence[int], seed: int) -> Tensor:
     """(S, 3) voxels of a box to regress on: of each wanted label, near labels, and anywhere in the background."""
     random = np.random.default_rng(seed)
     volume = labels.numpy()
@@ -225,7 +215,7 @@ def sample_voxels(labels: Tensor, wanted: Sequence[int], seed: int) -> Tensor:
     return torch.from_numpy(np.stack(np.unravel_index(np.concatenate(chosen), volume.shape), axis=-1))
 
 
-def feature_maps(encoder: FeatureSource, image: Tensor) -> list[Tensor]:
+def _feature_maps(encoder: FeatureSource, image: Tensor) -> list[Tensor]:
     """The encoder's maps (C, …) of one image (1, C, …), in float32, each followed by its means over 3 x 3 x 3 places,
     continued at the edges: a linear regression cannot look around by itself.
     """
@@ -236,14 +226,14 @@ def feature_maps(encoder: FeatureSource, image: Tensor) -> list[Tensor]:
     return maps
 
 
-def features_at(maps: Sequence[Tensor], voxels: Tensor, size: Sequence[int]) -> Tensor:
+def _features_at(maps: Sequence[Tensor], voxels: Tensor, size: Sequence[int]) -> Tensor:
     """(S, F) all maps' channels at voxels (S, 3) of an image of `size`, interpolated (trilinear)."""
     grid = ((2 * voxels + 1) / torch.tensor(size, device=voxels.device) - 1).flip(-1)[None, None, None]
     at = [F.grid_sample(m[None], grid, padding_mode="border", align_corners=False)[0, :, 0, 0] for m in maps]
     return torch.cat(at).T
 
 
-def voxel_scores(maps: Sequence[Tensor], token_size: Size3, shape: Sequence[int]) -> Tensor:
+def _voxel_scores(maps: Sequence[Tensor], token_size: Size3, shape: Sequence[int]) -> Tensor:
     """Sum of maps, each a 3-D array, interpolated to the voxels of their image and cropped to `shape`.
 
     Interpolating and a linear map of the channels may be swapped: `features_at` times the coefficients is the same.
@@ -253,39 +243,25 @@ def voxel_scores(maps: Sequence[Tensor], token_size: Size3, shape: Sequence[int]
     return total[tuple(map(slice, shape))]  # type: ignore[index]
 
 
-def ridge(features: Tensor, targets: Tensor, weights: Tensor, strength: float) -> Tensor:
-    """Coefficients b of the closed form of min Σ w (t − x·b − c)² / Σ w + strength · Σ (σ b)², in float64.
+def _ridge(features: Tensor, targets: Tensor, weights: Tensor, strength: float) -> Tensor:
+    """Coefficients b of the closed form of min Σ w (t − x·b − c)² / Σ w + strength · Σ (σ b)²: (F, K) float64.
 
-    Features are standardised with their weighted mean and deviation σ; the intercept c is free and left out. A feature
-    that does not vary gets 0.
-
-    Args:
-        features: (S, F).
-        targets: (S, K).
-        weights: (S,) 0 or more.
-        strength: of the penalty.
-
-    Returns:
-        (F, K) float64.
+    Features x (S, F) are standardised with their mean and deviation σ under the weights w (S,); t are targets (S, K).
+    The intercept c is free and left out. A feature that does not vary gets 0.
     """
     share = (weights.double() / weights.double().sum())[:, None]
     x, y = features.double(), targets.double()
     x = x - (share * x).sum(dim=0)
     y = y - (share * y).sum(dim=0)
-    deviation = (share * x.square()).sum(dim=0).sqrt()
-    x /= deviation.clamp(min=1e-6)
+    deviation = (share * x.square()).sum(dim=0).sqrt().clamp(min=1e-6)
+    x /= deviation
     penalty = strength * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     solution = torch.linalg.solve(x.T @ (share * x) + penalty, x.T @ (share * y))
-    return solution / deviation.clamp(min=1e-6)[:, None]
+    return solution / deviation[:, None]
 
 
-def best_dice(scores: Tensor, is_label: Tensor) -> float:
-    """Largest Dice of {scores ≥ t} and the label over all t; exact above 0.02, an upper bound below.
-
-    Args:
-        scores: (V,) of all voxels.
-        is_label: (V,) bool.
-    """
+def _best_dice(scores: Tensor, is_label: Tensor) -> float:
+    """Largest Dice of {scores ≥ t} and the label over all t, both (V,); exact above 0.02, an upper bound below."""
     inside = scores[is_label].sort(descending=True).values
     outside = scores[~is_label]
     outside = outside.topk(min(len(outside), 100 * len(inside))).values  # with more false voxels Dice is below 0.02

@@ -25,15 +25,8 @@ SHOWN_EVERY_S = 10.0
 
 
 class StepLog:
-    """The progress bar, and the rows of train.csv: each holds the steps since the one before.
-
-    Args:
-        run: what is computed.
-        state: of the run; skipped steps and drawn crops are counted in it.
-        record: that rows are written to.
-        dataset: crops of the run by number.
-        ranks: processes.
-        device: of this process.
+    """The progress bar, and the rows of train.csv: each holds the steps since the one before. Skipped steps and drawn
+    crops are counted in the state of the run.
     """
 
     def __init__(
@@ -54,10 +47,8 @@ class StepLog:
         self.restart_clock()
 
     def note_unread(self, numbers: Tensor) -> None:
-        """Name the cases of a batch that cannot be read any more, (B, TRIES), see CropDataset.
-
-        Raises:
-            MiMError: there is one, and the run is strict.
+        """Name the cases of a batch that cannot be read any more, (B, TRIES), see CropDataset. Raises MiMError if there
+        is one and the run is strict.
         """
         for name in self.unread.add(numbers):
             if self.run.strict:
@@ -70,19 +61,14 @@ class StepLog:
         self.bar.update(1)
 
     def write_row(self, rate: float) -> None:
-        """Write the mean figures of the steps since the last row, and name those that were skipped.
-
-        Args:
-            rate: learning rate of the last step.
-
-        Raises:
-            MiMError: too many steps were skipped.
+        """Write the mean figures of the steps since the last row and the learning rate of the last step, and name
+        those that were skipped. Raises MiMError if they are too many.
         """
         state, batch_size = self.state, self.run.config.batch_size
         done, first = state.iteration, state.iteration - len(self.steps)
-        self.means, bad = mean_figures(self.steps, self.ranks)
+        self.means, bad = _mean_figures(self.steps, self.ranks)
         for number in bad:
-            names = culprits(self.dataset, first + number, bad[number], batch_size)
+            names = _culprits(self.dataset, first + number, bad[number], batch_size)
             self.say(state.skipped.add(first + number + 1, names))
         speed = len(self.steps) * batch_size / (time.perf_counter() - self.since)
         state.crops_seen.update(self.dataset.counts(range(first * batch_size, done * batch_size)))
@@ -90,7 +76,7 @@ class StepLog:
         counts = {name: float(n) for name, n in state.crops_seen.items()}
         row = replace(self.means, learning_rate=rate, crops_per_s=speed, unread=failed, crops=counts)
         self.record.log(done, row)
-        self.bar.set_postfix(progress_text(self.means, self.record.last, speed), refresh=False)
+        self.bar.set_postfix(_progress_text(self.means, self.record.last, speed), refresh=False)
         self.steps.clear()
         state.skipped.check(done, self.run.folder)
         self.restart_clock()
@@ -105,16 +91,13 @@ class StepLog:
             self.bar.write(text)
 
 
-def mean_figures(
+def _mean_figures(
     steps: Sequence[TrainingFigures[Tensor]], ranks: Ranks
 ) -> tuple[TrainingFigures[float], dict[int, list[bool]]]:
-    """Mean over steps and ranks, read from the device in one go, and the sum of the levels' losses.
+    """Means over steps and ranks, read from the device in one go; and by number of each skipped step, whether each crop
+    of its batch had features that were not finite.
 
     Skipped steps count in `skipped` alone, which is their number; where all were skipped, the other means are NaN.
-
-    Returns:
-        means; and for each skipped step its number in `steps` and whether each crop of its batch had features that were
-        not finite.
     """
     # levels are shares of a sum over ranks already, all else is the same on every rank
     rows = [mapped(lambda value: value / ranks.world, step).row() for step in steps]
@@ -142,17 +125,15 @@ def mean_figures(
     return means, {i: (crops[i] > 0).tolist() for i, step in enumerate(on_host) if step.skipped}
 
 
-def culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size: int) -> list[str]:
+def _culprits(dataset: CropDataset, iteration: int, bad: list[bool], batch_size: int) -> list[str]:
     """Names of the cases of a skipped step: those whose features were not finite, or all if none or all were."""
     numbers = range(iteration * batch_size, (iteration + 1) * batch_size)
     chosen = [number for number, is_bad in zip(numbers, bad, strict=True) if is_bad] or numbers
-    cases = [dataset.case_of(number) for number in chosen]
-    return [
-        f"{case.source.dataset} {case.info.case}, crop {number}" for case, number in zip(cases, chosen, strict=True)
-    ]
+    cases = {number: dataset.case_of(number) for number in chosen}
+    return [f"{case.source.dataset} {case.info.case}, crop {number}" for number, case in cases.items()]
 
 
-def progress_text(train: TrainingFigures[float], val: Measurement[float], crops_per_s: float) -> dict[str, str]:
+def _progress_text(train: TrainingFigures[float], val: Measurement[float], crops_per_s: float) -> dict[str, str]:
     """What the progress bar shows beside speed and time left."""
     losses = {level.number: train.level(level.number).reconstruction for level in val.reconstructed}
     return {

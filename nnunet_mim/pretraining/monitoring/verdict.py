@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from nnunet_mim.pretraining.monitoring.figures import HeldOutLevel, Measurement
 
 Rows = Sequence[Measurement[float]]
 """measurements, oldest first"""
+Series = tuple[np.ndarray, np.ndarray]
+"""iterations and values of one figure where it is finite"""
 
 TOO_EARLY = "too early to say"
 LEARNING = "learning"
@@ -52,44 +54,11 @@ class Verdict(NamedTuple):
     """begins with the kind"""
 
 
-class Series(NamedTuple):
-    """The finite values of one figure."""
-
-    iterations: np.ndarray
-    values: np.ndarray
-
-
-class Trend(NamedTuple):
-    """Straight line through one figure over a stretch of measurements."""
-
-    first: float
-    """start of the line"""
-    last: float
-    """end of the line"""
-    error: float
-    """standard error of `last` − `first`"""
-
-    @property
-    def fall(self) -> float:
-        """Relative fall from start to end; negative for a rise."""
-        return (self.first - self.last) / max(abs(self.first), 1e-12)
-
-    @property
-    def falls(self) -> bool:
-        """Whether it falls by more than MIN_CHANGE and than the noise explains."""
-        return self.fall > MIN_CHANGE and self.first - self.last > STANDARD_ERRORS * self.error
-
-    @property
-    def rises(self) -> bool:
-        """Whether it rises by as much."""
-        return -self.fall > MIN_CHANGE and self.last - self.first > STANDARD_ERRORS * self.error
-
-
 def verdict(rows: Rows, warmup_iterations: float = 0, level_weights: Sequence[float] = (1.0, 1.0, 1.0)) -> Verdict:
     """Judge a run.
 
     Args:
-        rows: measurements, oldest first; figures that are missing (or not a number) are not judged.
+        rows: figures that are missing (or not a number) are not judged.
         warmup_iterations: in which the learning rate still rises.
         level_weights: of the reconstruction losses; a level of weight 0 is not trained, and so not judged.
 
@@ -108,6 +77,11 @@ def verdict(rows: Rows, warmup_iterations: float = 0, level_weights: Sequence[fl
     return Verdict(kind, f"{kind}: {text}")
 
 
+def verdict_on(rows: Rows, config: PretrainConfig) -> Verdict:
+    """`verdict` on a run with these settings."""
+    return verdict(rows, config.warmup_fraction * config.iterations, config.level_weights)
+
+
 def _judge(rows: Rows, warmup_iterations: float) -> tuple[str, str]:
     """Kind of verdict, and what follows it in the sentence."""
     if broken := _collapse(rows):
@@ -120,71 +94,60 @@ def _judge(rows: Rows, warmup_iterations: float) -> tuple[str, str]:
     if len(rows) > MIN_STRETCH and rows[0].iteration == 0:
         rows = rows[1:]  # the untrained network: what it takes to say nothing wrong is no progress
     iterations, losses = [row.iteration for row in rows], _losses(rows)
-    start, stop, trends = _last_stretch(iterations, losses)
-    if not trends:
+    start, stop, falls = _last_stretch(iterations, losses)
+    if not falls:
         return TOO_EARLY, "no reconstruction loss on held-out cases"
-    if len(rows) <= 2 * MIN_STRETCH and _no_better(rows, "token_mean").keys() == trends.keys():
+    useless = _no_better(rows, "token_mean")
+    if len(rows) <= 2 * MIN_STRETCH and useless.keys() == falls.keys():
         return TOO_EARLY, "no level is better than predicting each token's mean yet"
     worse = _no_better(rows, "infill")
-    if any(trend.falls for trend in trends.values()):
+    compared = _compared(rows, worse)
+    ending = f"; {compared}" if compared else ""
+    if _any_fell(falls):
         ends = f"from iteration {iterations[start]:.0f} to {iterations[stop - 1]:.0f}"
-        return LEARNING, f"{ends} the held-out loss {_changes(trends)}{_compared(rows, worse)}"
+        return LEARNING, f"{ends} the held-out loss {_changes(falls)}{ending}"
     if better := _new_bests(losses, iterations[start]):
-        falls = _and([f"{fall:.1%} at {name}" for name, fall in better.items()])
-        since = f"since iteration {iterations[start]:.0f} the best held-out loss fell by {falls}"
-        return LEARNING, f"{since}{_compared(rows, worse)}"
+        best = _and([f"{fall:.1%} at {name}" for name, fall in better.items()])
+        return LEARNING, f"since iteration {iterations[start]:.0f} the best held-out loss fell by {best}{ending}"
     if len(rows) < MIN_STRETCH:
         return TOO_EARLY, f"{len(rows)} measurements, and no level improved"
 
     flat = _flat_since(iterations, losses, start)
     text = f"no level improved beyond its noise since iteration {iterations[flat]:.0f}"
-    if useless := _no_better(rows, "token_mean"):
+    if useless:
         text += f", and {_and(list(useless))} no better than predicting each token's mean"
-    if rising := [name for name, trend in _trends(losses, iterations[flat:]).items() if trend.rises]:
+    if rising := [name for name, fall in _falls(losses, iterations[flat:]).items() if fall < 0]:
         text += f", and {_and(rising)} got worse (the network learns the training cases by heart)"
-    if worse:
-        return WORSE, f"{_beside(worse)}; {text}"
-    return PLATEAUED, f"{text}{_compared(rows, worse)}"
+    return (WORSE, f"{compared}; {text}") if worse else (PLATEAUED, f"{text}{ending}")
 
 
-def verdict_on(rows: Rows, config: PretrainConfig) -> Verdict:
-    """`verdict` on a run with these settings."""
-    return verdict(rows, config.warmup_fraction * config.iterations, config.level_weights)
-
-
-def _series(rows: Rows, figure: Callable[[Measurement[float]], float | None]) -> Series:
-    """One figure of all measurements in which it is finite."""
-    pairs = [(row.iteration, figure(row)) for row in rows]
-    pairs = [(iteration, value) for iteration, value in pairs if value is not None and math.isfinite(value)]
-    return Series(*np.array(pairs, dtype=float).reshape(-1, 2).T)
-
-
-def _level_series(
-    rows: Rows, level: HeldOutLevel[float], figure: Callable[[HeldOutLevel[float]], float | None]
-) -> Series:
-    """One figure of one level."""
-    return _series(rows, lambda row: figure(row.level(level.number)))
+def _series(rows: Rows, values: Iterable[float | None]) -> Series:
+    """The finite ones among the values of a figure in all rows."""
+    pairs = [(row.iteration, value) for row, value in zip(rows, values, strict=True) if value is not None]
+    x, y = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
 def _losses(rows: Rows) -> dict[str, Series]:
     """Reconstruction loss of each level that the last row has, or the loss of all where there are no levels."""
     levels = rows[-1].reconstructed
     if not levels:
-        return {"all levels": _series(rows, lambda row: row.loss)}
-    return {level.title: _level_series(rows, level, lambda one: one.reconstruction) for level in levels}
+        return {"all levels": _series(rows, [row.loss for row in rows])}
+    return {level.title: _series(rows, [row.level(level.number).reconstruction for row in rows]) for level in levels}
 
 
-def _last_stretch(iterations: Sequence[float], losses: Mapping[str, Series]) -> tuple[int, int, dict[str, Trend]]:
-    """First and one-past-last number of the rows that are judged, and their trends: the last quarter, at least
-    MIN_STRETCH rows; where no loss falls there, the same without the last row, which may be a bad measurement.
+def _last_stretch(iterations: Sequence[float], losses: Mapping[str, Series]) -> tuple[int, int, dict[str, float]]:
+    """First and one-past-last number of the rows that are judged, and `_falls` over them; where no loss falls there,
+    those one earlier, as the last row may be a bad measurement.
     """
     stop = len(iterations)
     start = stop - _shortest(stop)
-    trends = _trends(losses, iterations[start:])
-    before = _trends(losses, iterations[start - 1 : stop - 1]) if start > 0 else {}
-    if any(trend.falls for trend in before.values()) and not any(trend.falls for trend in trends.values()):
-        return start - 1, stop - 1, before
-    return start, stop, trends
+    falls = _falls(losses, iterations[start:])
+    if start > 0 and not _any_fell(falls):
+        earlier = _falls(losses, iterations[start - 1 : stop - 1])
+        if _any_fell(earlier):
+            return start - 1, stop - 1, earlier
+    return start, stop, falls
 
 
 def _flat_since(iterations: Sequence[float], losses: Mapping[str, Series], start: int) -> int:
@@ -192,15 +155,14 @@ def _flat_since(iterations: Sequence[float], losses: Mapping[str, Series], start
     length = _shortest(len(iterations))
     while start > 0:
         earlier = iterations[start - 1 :]
-        both = [*_trends(losses, earlier).values(), *_trends(losses, earlier[:length]).values()]
-        if any(trend.falls for trend in both):
+        if _any_fell(_falls(losses, earlier)) or _any_fell(_falls(losses, earlier[:length])):
             break
         start -= 1
     return start
 
 
 def _shortest(n_rows: int) -> int:
-    """Minimum number of rows that are judged."""
+    """Number of rows that are judged: the last quarter, at least MIN_STRETCH where there are so many."""
     return min(n_rows, max(MIN_STRETCH, math.ceil(n_rows / 4)))
 
 
@@ -218,32 +180,36 @@ def _new_bests(losses: Mapping[str, Series], start: float) -> dict[str, float]:
     return falls
 
 
-def _trends(losses: Mapping[str, Series], iterations: Sequence[float]) -> dict[str, Trend]:
-    """Trends of losses over a stretch of iterations; none where it has fewer than two values."""
-    trends = {}
+def _falls(losses: Mapping[str, Series], iterations: Sequence[float]) -> dict[str, float]:
+    """Relative fall, by level, of the least-squares line through a loss over a stretch of iterations; negative for a
+    rise, 0 where it is less than MIN_CHANGE or may be noise. A level with fewer than two values there is left out.
+    """
+    falls = {}
     for name, (x, y) in losses.items():
         y = _without_jumps(y)
+        noise = _noise(y)
         inside = (x >= iterations[0]) & (x <= iterations[-1])
-        trends[name] = _trend(x[inside], y[inside], _noise(y))
-    return {name: trend for name, trend in trends.items() if trend is not None}
+        if len(np.unique(x[inside])) < 2:
+            continue
+        x, y = x[inside], y[inside]
+        centred = x - x.mean()
+        spread = float((centred**2).sum())
+        slope = float((centred * y).sum()) / spread
+        span = float(x[-1] - x[0])
+        first = float(y.mean()) + slope * float(centred[0])
+        last = first + slope * span
+        fall = (first - last) / max(abs(first), 1e-12)
+        is_clear = abs(fall) > MIN_CHANGE and abs(first - last) > STANDARD_ERRORS * noise * span / math.sqrt(spread)
+        falls[name] = fall if is_clear else 0.0
+    return falls
 
 
-def _trend(x: np.ndarray, y: np.ndarray, noise: float) -> Trend | None:
-    """Least-squares line; None for fewer than two points."""
-    if len(x) < 2 or x[0] == x[-1]:
-        return None
-    centred = x - x.mean()
-    spread = float((centred**2).sum())
-    slope = float((centred * y).sum()) / spread
-    span = float(x[-1] - x[0])
-    first = float(y.mean()) + slope * float(centred[0])
-    return Trend(first, first + slope * span, noise * span / math.sqrt(spread))
+def _any_fell(falls: Mapping[str, float]) -> bool:
+    return any(fall > 0 for fall in falls.values())
 
 
 def _without_jumps(y: np.ndarray) -> np.ndarray:
-    """Replace values far above both neighbours by the mean of these: at a high learning rate a held-out loss jumps now
-    and then, and is back at the next measurement.
-    """
+    """Replace values far above both neighbours by the mean of these, as they occur at a high learning rate."""
     if len(y) < 4:
         return y
     far = JUMP * np.median(np.abs(np.diff(y)))
@@ -254,9 +220,7 @@ def _without_jumps(y: np.ndarray) -> np.ndarray:
 
 
 def _noise(y: np.ndarray) -> float:
-    """Standard deviation of the last values about their own smooth course, from second differences; 0 for fewer than
-    three values.
-    """
+    """Standard deviation of the last values about their smooth course, from second differences; 0 for fewer than 3."""
     later = y[-max(NOISE_ROWS, len(y) // 4) :]
     return float(np.sqrt(np.mean(np.diff(later, 2) ** 2) / 6)) if len(later) > 2 else 0.0
 
@@ -265,11 +229,12 @@ def _no_better(rows: Rows, guess: str) -> dict[str, tuple[float, float]]:
     """Loss of each level that is no better than a trivial guess (an attribute of GuessFigures), and that of the guess;
     means of the last two measurements.
     """
-    levels = {}
+    levels, rows = {}, rows[-2:]
     for level in rows[-1].reconstructed:
-        _, loss = _level_series(rows[-2:], level, lambda one: one.reconstruction)
-        _, other = _level_series(rows[-2:], level, lambda one: getattr(one.guesses, guess))
-        if len(loss) and len(other) and loss.mean() > (1 - MIN_CHANGE) * other.mean():
+        figures = [row.level(level.number) for row in rows]
+        _, loss = _series(rows, [one.reconstruction for one in figures])
+        _, other = _series(rows, [getattr(one.guesses, guess) for one in figures])
+        if len(other) and loss.mean() > (1 - MIN_CHANGE) * other.mean():
             levels[level.title] = float(loss.mean()), float(other.mean())
     return levels
 
@@ -282,8 +247,8 @@ def _collapse(rows: Rows) -> str:
     losses = [last.loss, *(level.reconstruction for level in last.levels)]
     if not all(math.isfinite(loss) for loss in losses if loss is not None):
         return f"at iteration {last.iteration:.0f} the held-out loss is no finite number"
-    _, rank = _series(rows[-2:], lambda row: row.feature_rank)
-    _, std = _series(rows[-2:], lambda row: row.feature_std)
+    _, rank = _series(rows[-2:], [row.feature_rank for row in rows[-2:]])
+    _, std = _series(rows[-2:], [row.feature_std for row in rows[-2:]])
     if len(rank) and rank.max() < MIN_RANK:
         return f"the encoder's features have an effective rank of {rank[-1]:.1f}: they say next to nothing"
     if len(std) and std.max() < MIN_STD:
@@ -296,7 +261,7 @@ def _collapse(rows: Rows) -> str:
 
 def _fell_to_chance(rows: Rows, level: HeldOutLevel[float]) -> bool:
     """Whether the last two alignment losses are those of a blind guess, after better ones; `level` of the last row."""
-    _, loss = _level_series(rows, level, lambda one: one.alignment)
+    _, loss = _series(rows, [row.level(level.number).alignment for row in rows])
     chance = level.alignment_chance
     if len(loss) < MIN_MEASUREMENTS or chance is None or not 0 < chance < 1:
         return False
@@ -304,28 +269,24 @@ def _fell_to_chance(rows: Rows, level: HeldOutLevel[float]) -> bool:
     return bool(loss.min() < BETTER_THAN_CHANCE * blind and (np.abs(loss[-2:] - blind) < AT_CHANCE * blind).all())
 
 
-def _changes(trends: Mapping[str, Trend]) -> str:
+def _changes(falls: Mapping[str, float]) -> str:
     """`fell by 3.7% at level 1 and 5.5% at level 2, and did not change beyond its noise at level 3`."""
-    falls = [f"{trend.fall:.1%} at {name}" for name, trend in trends.items() if trend.falls]
-    rises = [f"{-trend.fall:.1%} at {name}" for name, trend in trends.items() if trend.rises]
-    others = [name for name, trend in trends.items() if not (trend.falls or trend.rises)]
-    parts = [f"fell by {_and(falls)}" if falls else "", f"rose by {_and(rises)}" if rises else ""]
-    parts.append(f"did not change beyond its noise at {_and(others)}" if others else "")
-    return ", and ".join(part for part in parts if part)
+    parts = {
+        "fell by": [f"{fall:.1%} at {name}" for name, fall in falls.items() if fall > 0],
+        "rose by": [f"{-fall:.1%} at {name}" for name, fall in falls.items() if fall < 0],
+        "did not change beyond its noise at": [name for name, fall in falls.items() if fall == 0],
+    }
+    return ", and ".join(f"{what} {_and(levels)}" for what, levels in parts.items() if levels)
 
 
 def _compared(rows: Rows, worse: Mapping[str, tuple[float, float]]) -> str:
-    """Clause on in-filling, where it has been measured."""
+    """Clause on in-filling, where it has been measured; `worse` as of `_no_better`."""
     if worse:
-        return f"; {_beside(worse)}"
-    guesses = [_level_series(rows[-2:], level, lambda one: one.guesses.infill) for level in rows[-1].reconstructed]
-    return "; every level is better than in-filling" if any(len(guess.values) for guess in guesses) else ""
-
-
-def _beside(worse: Mapping[str, tuple[float, float]]) -> str:
-    losses = _and([f"{loss:.3f} against {infill:.3f}" for loss, infill in worse.values()])
-    still = "is still no better" if len(worse) == 1 else "are still no better"
-    return f"{_and(list(worse))} {still} than in-filling ({losses})"
+        losses = _and([f"{loss:.3f} against {infill:.3f}" for loss, infill in worse.values()])
+        return f"{_and(list(worse))} {'is' if len(worse) == 1 else 'are'} still no better than in-filling ({losses})"
+    infill = [row.level(level.number).guesses.infill for level in rows[-1].reconstructed for row in rows[-2:]]
+    measured = any(loss is not None and math.isfinite(loss) for loss in infill)
+    return "every level is better than in-filling" if measured else ""
 
 
 def _and(words: Sequence[str]) -> str:

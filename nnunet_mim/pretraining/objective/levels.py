@@ -35,17 +35,15 @@ def level_losses(
 
     Args:
         model: MaskInMask, or what calls it.
-        views: of all levels.
         flat_threshold: (C,) standard deviation below which a token is no target.
-        config: weights of the losses.
         views_per_pass: largest number of views in one pass; None: all views of a level.
         recompute: numbers (1 to 3) of the levels that keep no activations inside blocks.
         ranks: the views are this rank's part of a batch, as large on every rank.
         n_computed: number of levels, from the outermost on; None: all. See `levels_that_count`.
 
     Yields:
-        the pass's share of the weighted loss, its share of the level's figures (detached, to be added up over passes
-        with `add_pass`, and over ranks), and the network's output.
+        the pass's share of the weighted loss; its share of the level's figures, detached, to be summed by `add_pass`
+        and over ranks; and the network's output.
     """
     parent_features = None
     for position, view in enumerate(views[:n_computed]):
@@ -54,9 +52,9 @@ def level_losses(
         n_targets = ranks.sum(is_target.sum())
         inside = (~view.outside).to(view.images.dtype)  # (N,)
         n_inside = ranks.sum(inside.sum())
-        own_place = place_index(views[position - 1], ranks.rank) if position else None  # (N,)
+        own_place = _place_index(views[position - 1], ranks.rank) if position else None  # (N,)
         features = []
-        for part in passes(len(view.images), views_per_pass):  # n of the N views
+        for part in _passes(len(view.images), views_per_pass):  # n of the N views
             inputs = view.images[part], view.ids_keep[part], view.ids_masked[part]  # (n, C, X, Y, Z), (n, K), (n, M)
             output = model(*inputs, number - 2 if position else None, parent_features, number in recompute)
             tokens = view.masked_tokens(part)  # (n, M, P)
@@ -64,7 +62,7 @@ def level_losses(
             loss = config.level_weights[number - 1] * reconstruction
             alignment = top1 = None
             if output.child is not None and own_place is not None:
-                alignment, top1 = alignment_loss(output, own_place[part], inside[part], n_inside, config)
+                alignment, top1 = _alignment_loss(output, own_place[part], inside[part], n_inside, config)
                 loss = loss + config.alignment_weight * alignment
             figures = LevelFigures(
                 number,
@@ -75,27 +73,25 @@ def level_losses(
                 alignment_top1=top1,
                 alignment=alignment,
                 loss=loss,
-                nonfinite=nonfinite_views(output.features, view.crop[part], n_crops=len(views[0].images)),
+                nonfinite=_nonfinite_views(output.features, view.crop[part], n_crops=len(views[0].images)),
             )
             yield loss, mapped(torch.detach, figures), output
-            features.append(place_features(output.features.detach(), view.level))  # (n * places, D)
+            features.append(_place_features(output.features.detach(), view.level))  # (n * places, D)
         parent_features = ranks.gather(torch.cat(features))  # (ranks * N * places, D)
 
 
-def alignment_loss(
+def _alignment_loss(
     output: LevelOutput, own_place: Tensor, inside: Tensor, n_inside: Tensor, config: PretrainConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss of one pass that `config.alignment` names.
+    """The loss that `config.alignment` names, of n views with a parent; for `infonce` also the share of views whose own
+    place is the most similar one, else None.
 
     Args:
-        output: of the network, n views with a parent.
-        own_place: (n,) as of `place_index`.
+        output: of the network.
+        own_place: (n,) as of `_place_index`.
         inside: (n,) weights, 0 for a view outside the volume.
         n_inside: scalar, sum of the weights of all passes and ranks.
         config: names the loss.
-
-    Returns:
-        The loss; for `infonce` also the share of views whose own place is the most similar one, else None.
     """
     assert output.child is not None
     assert output.parent is not None
@@ -112,7 +108,7 @@ def levels_that_count(config: PretrainConfig, n_levels: int) -> int:
     return max((n + 1 for n in range(n_levels) if weights[n] > 0 or (aligned and n > 0)), default=n_levels)
 
 
-def passes(n_views: int, views_per_pass: int | None) -> Iterator[slice]:
+def _passes(n_views: int, views_per_pass: int | None) -> Iterator[slice]:
     """Cut `n_views` into slices of at most `views_per_pass`."""
     step = views_per_pass or n_views
     return (slice(first, min(first + step, n_views)) for first in range(0, n_views, step))
@@ -128,33 +124,30 @@ def add_pass(levels: list[LevelFigures[Tensor]], part: LevelFigures[Tensor]) -> 
 
 @torch.no_grad()
 def target_tokens(view: LevelViews, flat_threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which masked tokens count in the loss: those without padding that are not flat (air).
-
-    Returns:
-        (N, M) bool, True = counts; and of each view the padded and the flat tokens as shares of all masked tokens of
-        the level, each (N,).
+    """Which masked tokens count in the loss, (N, M) bool, True = without padding and not flat (air); and of each view
+    the padded and the flat tokens as shares of all masked tokens of the level, each (N,).
     """
     padded = torch.gather(view.padded, 1, view.ids_masked)  # (N, M)
-    flat = torch.cat([flat_tokens(view.masked_tokens(part), flat_threshold) for part in passes(padded.shape[0], 4)])
+    flat = torch.cat([flat_tokens(view.masked_tokens(part), flat_threshold) for part in _passes(padded.shape[0], 4)])
     padded_share = padded.float().sum(dim=1) / padded.numel()
     flat_share = (flat & ~padded).float().sum(dim=1) / padded.numel()
     return ~(padded | flat), padded_share, flat_share
 
 
-def place_features(features: Tensor, level: Level) -> Tensor:
+def _place_features(features: Tensor, level: Level) -> Tensor:
     """Mean decoder feature of every place of every view: (N, L, D) → (N * n_places, D)."""
     tokens = on_device(level, features.device).tokens_of_region  # (places, tokens)
     return features[:, tokens].mean(dim=2).flatten(0, 1)
 
 
 @torch.no_grad()
-def nonfinite_views(features: Tensor, crop: Tensor, n_crops: int) -> Tensor:
+def _nonfinite_views(features: Tensor, crop: Tensor, n_crops: int) -> Tensor:
     """(n_crops,) number of views of each crop whose features (N, L, D) are not finite; crop (N,) int64."""
     bad = ~torch.isfinite(features).flatten(1).all(dim=1)  # (N,)
     return torch.zeros(n_crops, device=features.device).index_add_(0, crop, bad.float())
 
 
-def place_index(parent: LevelViews, rank: int = 0) -> Tensor:
+def _place_index(parent: LevelViews, rank: int = 0) -> Tensor:
     """(N_child,) int64: the row of `place_features` of all ranks' parents that each child of a rank was cut from."""
     N, _ = parent.places.shape
     row = torch.arange(rank * N, (rank + 1) * N, device=parent.places.device)  # of each parent among those of all ranks

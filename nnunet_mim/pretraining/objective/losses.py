@@ -21,14 +21,10 @@ def normalize_tokens(tokens: Tensor) -> Tensor:
 
 
 def flat_tokens(tokens: Tensor, thresholds: Tensor) -> Tensor:
-    """Which tokens are too uniform to be a target (air).
-
-    Args:
-        tokens: (..., P) raw voxels, channel last.
-        thresholds: (C,) smallest standard deviation per channel.
+    """Which tokens (..., P), raw voxels with the channel last, are too uniform to be a target (air).
 
     Returns:
-        (...) bool, True = flat: in every channel the unbiased standard deviation is below the threshold.
+        (...) bool, True = flat: in every channel the unbiased standard deviation is below its threshold (C,).
     """
     channels = tokens.unflatten(-1, (-1, thresholds.shape[0]))  # (..., voxels, C)
     return (channels.std(dim=-2) < thresholds).all(dim=-1)
@@ -44,9 +40,6 @@ def reconstruction_loss(
         tokens: (N, M, P) raw voxels of the same tokens.
         is_target: (N, M) bool, True = counts. No target at all gives 0.
         n_targets: number of targets that the mean is over, where these views are a part of them; None: those here.
-
-    Returns:
-        scalar.
     """
     error = (full(prediction) - normalize_tokens(full(tokens))).square().mean(dim=-1)
     weight = is_target.to(error.dtype)
@@ -56,15 +49,9 @@ def reconstruction_loss(
 
 @torch.no_grad()
 def voxel_error(prediction: Tensor, tokens: Tensor, is_target: Tensor, width: Tensor) -> Tensor:
-    """Squared error of the voxels themselves, each token's true mean and standard deviation put back.
-
-    Args:
-        prediction, tokens, is_target: as in `reconstruction_loss`.
-        width: (C,) of the intensity window, in the units of the voxels.
-
-    Returns:
-        scalar: sum over target tokens of the mean squared error in units of the window's width. The peak
-        signal-to-noise ratio in dB is -10 log10 of its mean.
+    """Squared error of the voxels themselves, each token's true mean and standard deviation put back: sum over target
+    tokens of the mean squared error, in units of the intensity window's width (C,). The peak signal-to-noise ratio in
+    dB is -10 log10 of its mean. Other arguments as in `reconstruction_loss`.
     """
     tokens = full(tokens)
     spread = (tokens.var(dim=-1, keepdim=True) + VARIANCE_EPS).sqrt()

@@ -12,25 +12,20 @@ from nnunet_mim.geometry import Level
 from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks
 
 
-class LevelTensors(NamedTuple):
-    """int64 tensors of the properties of `Level` with the same names."""
+class _LevelTensors(NamedTuple):
+    """int64 tensors of the properties of `Level` with the same names and shapes."""
 
     fov: Tensor
-    """(3,)"""
     region_of_token: Tensor
-    """(n_tokens,)"""
     tokens_of_region: Tensor
-    """(n_places, tokens per region)"""
     region_offsets: Tensor
-    """(n_places, 3)"""
     token_bounds: tuple[Tensor, ...]
-    """per axis (g, 2)"""
 
 
 @lru_cache(maxsize=64)
-def on_device(level: Level, device: torch.device) -> LevelTensors:
+def on_device(level: Level, device: torch.device) -> _LevelTensors:
     """Tensors of `level`, made once: a copy in every iteration would make host and GPU wait for each other."""
-    return LevelTensors(
+    return _LevelTensors(
         fov=torch.as_tensor(level.fov, device=device),
         region_of_token=torch.as_tensor(level.region_of_token, device=device),
         tokens_of_region=torch.as_tensor(level.tokens_of_region, device=device),
@@ -64,9 +59,7 @@ def random_masks(
     order = ranks.draw(n, level.n_units, device, generator).argsort(dim=1)
     masked_units = order[:, : level.n_masked_units]
     unit_mask = torch.zeros(n, level.n_units, dtype=torch.bool, device=device).scatter(1, masked_units, True)
-    mask = unit_mask
-    if level.masks_regions:
-        mask = unit_mask[:, on_device(level, device).region_of_token]
+    mask = unit_mask[:, on_device(level, device).region_of_token] if level.masks_regions else unit_mask
     tokens = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible first, each part in raster order
     ids_keep, ids_masked = tokens[:, : level.n_visible_tokens], tokens[:, level.n_visible_tokens :]
     if avoid is not None:

@@ -73,16 +73,16 @@ def nested_views(
         One LevelViews per level; level l+1 has n_children views for each view of level l, in its order.
     """
     device = crops.device
-    crops = fill_padding(crops, valid, fill)
+    crops = _fill_padding(crops, valid, fill)
     crop = torch.arange(crops.shape[0], device=device)
     offset = torch.zeros(crops.shape[0], 3, dtype=torch.int64, device=device)
     views = []
     for level in levels:
-        images = resize(cut(crops, crop, offset, level.fov), level)
-        padded = padded_tokens(offset, valid[crop], level)
+        images = _resize(_cut(crops, crop, offset, level.fov), level)
+        padded = _padded_tokens(offset, valid[crop], level)
         avoid = None
         if flat_threshold is not None and level.n_children:
-            avoid = empty_places(images, padded, level, flat_threshold)
+            avoid = _empty_places(images, padded, level, flat_threshold)
         ids_keep, ids_masked, places = random_masks(crop.shape[0], level, device, generator, avoid, ranks)
         box_end = offset + on_device(level, device).fov
         outside = ((box_end <= valid[crop, :, 0]) | (offset >= valid[crop, :, 1])).any(dim=1)
@@ -92,7 +92,7 @@ def nested_views(
     return views
 
 
-def fill_padding(crops: Tensor, valid: Tensor, fill: Tensor) -> Tensor:
+def _fill_padding(crops: Tensor, valid: Tensor, fill: Tensor) -> Tensor:
     """Replace every voxel outside the volume by the window's minimum. Shapes as in `nested_views`."""
     B, _, *size = crops.shape
     inside = torch.ones(B, 1, *size, dtype=torch.bool, device=crops.device)
@@ -103,7 +103,7 @@ def fill_padding(crops: Tensor, valid: Tensor, fill: Tensor) -> Tensor:
     return torch.where(inside, crops, fill.to(crops.dtype).reshape(1, -1, 1, 1, 1))
 
 
-def cut(crops: Tensor, crop: Tensor, offset: Tensor, fov: Size3) -> Tensor:
+def _cut(crops: Tensor, crop: Tensor, offset: Tensor, fov: Size3) -> Tensor:
     """Cut one box per view: (B, C, …), (N,), (N, 3) → (N, C, *fov)."""
     if fov == tuple(crops.shape[2:]):
         return crops
@@ -112,7 +112,7 @@ def cut(crops: Tensor, crop: Tensor, offset: Tensor, fov: Size3) -> Tensor:
     return boxes.permute(0, 4, 1, 2, 3)  # (N, fx, fy, fz, C) → (N, C, fx, fy, fz)
 
 
-def resize(boxes: Tensor, level: Level) -> Tensor:
+def _resize(boxes: Tensor, level: Level) -> Tensor:
     """Resize (N, C, *fov) to (N, C, *view_size): area average down, trilinear (align_corners=False) up."""
     if max(level.down) > 1:
         boxes = F.avg_pool3d(boxes, level.down)
@@ -121,33 +121,24 @@ def resize(boxes: Tensor, level: Level) -> Tensor:
     return boxes
 
 
-def empty_places(images: Tensor, padded: Tensor, level: Level, flat_threshold: Tensor) -> Tensor:
+def _empty_places(images: Tensor, padded: Tensor, level: Level, flat_threshold: Tensor) -> Tensor:
     """Which places hold no target: every token of theirs is flat (air) or has padding in it.
 
-    Args:
-        images: (N, C, *view_size).
-        padded: (N, L) bool, True = padding in the token.
-        level: geometry.
-        flat_threshold: (C,) standard deviation below which a token is flat.
-
     Returns:
-        (N, n_places) bool, True = empty.
+        (N, n_places) bool, True = empty; of images (N, C, *view_size) with `padded` as in LevelViews.
     """
     tokens = tokens_from_grid(images.permute(0, 2, 3, 4, 1), level.token_size).flatten(2)
     no_target = flat_tokens(tokens, flat_threshold) | padded  # (N, L)
     return no_target[:, on_device(level, images.device).tokens_of_region].all(dim=2)
 
 
-def padded_tokens(offset: Tensor, valid: Tensor, level: Level) -> Tensor:
-    """Which tokens have a voxel outside the volume in them.
+def _padded_tokens(offset: Tensor, valid: Tensor, level: Level) -> Tensor:
+    """Which tokens have a voxel outside the volume in them: (N, L) bool, True = padding in the token.
 
     Args:
         offset: (N, 3) first voxel of each view's box in its crop.
         valid: (N, 3, 2) volume's first and one-past-last voxel in the crop, per view.
         level: geometry.
-
-    Returns:
-        (N, L) bool, True = padding in the token.
     """
     N, _ = offset.shape
     padded = torch.zeros(N, *level.grid, dtype=torch.bool, device=offset.device)

@@ -135,10 +135,10 @@ def test_what_is_no_ct_is_left_out_with_its_reason(preparing, images, ct, dicom,
 def test_the_index_is_there_already(preparing, images, here, monkeypatch):
     preparing.new(images)
     source = find_source("800", "nnUNetMiMPlans", "3d_fullres")
-    original = case_index.describe_case
-    monkeypatch.setattr(case_index, "describe_case", lambda *_: pytest.fail("read again"))
+    original = case_index._describe_case
+    monkeypatch.setattr(case_index, "_describe_case", lambda *_: pytest.fail("read again"))
     index, bad = read_index(source)
-    assert bad == []
+    assert bad == {}
     for info in index:
         assert replace(info, image_sha256="") == original(source, info.case)
     reader = SimpleITKIOWithReorient()

@@ -183,7 +183,7 @@ def test_killed_and_repeated(preparing, tmp_path, ct):
         assert (preparing.folder() / f"{case}.b2nd").stat().st_mtime_ns == stamp
     assert len(list(preparing.folder().iterdir())) == 3 * 12
     index, bad = read_index(find_source("800", "nnUNetMiMPlans", "3d_fullres"))
-    assert (len(index), bad) == (12, [])
+    assert (len(index), bad) == (12, {})
 
 
 @pytest.mark.slow

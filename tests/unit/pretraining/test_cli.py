@@ -317,8 +317,8 @@ def test_all_damaged_cases_are_named_and_sound_ones_are_not_read_again(write_dat
     assert "case_01.b2nd" in message
     assert "1 more cases cannot be used: Dataset900_Tiny case_03" in message
     described = []
-    original = case_index.describe_case
-    monkeypatch.setattr(case_index, "describe_case", lambda s, case: described.append(case) or original(s, case))
+    original = case_index._describe_case
+    monkeypatch.setattr(case_index, "_describe_case", lambda s, case: described.append(case) or original(s, case))
     refused(capsys, "-d", "900", *SMALL, "--strict")
     assert sorted(described) == ["case_01", "case_03"]
 

@@ -12,7 +12,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining import loop
 from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigures
-from nnunet_mim.pretraining.monitoring.progress import culprits, mean_figures
+from nnunet_mim.pretraining.monitoring.progress import _culprits, _mean_figures
 from nnunet_mim.pretraining.state import TrainingState
 from nnunet_mim.pretraining.stopping import SkippedSteps
 
@@ -102,7 +102,7 @@ def step(loss, targets, skipped=0.0, bad=(0.0, 0.0)):
 
 def test_means_leave_skipped_steps_out():
     steps = [step(1.0, 10.0), step(float("nan"), 7.0, 1.0, (0.0, 3.0)), step(4.0, 20.0)]
-    figures, bad = mean_figures(steps, ALONE)
+    figures, bad = _mean_figures(steps, ALONE)
     means = figures.row()
     assert means["train/level3/reconstruction"] == pytest.approx((1 * 10 + 4 * 20) / 30)
     assert means["train/level3/targets"] == 15
@@ -113,7 +113,7 @@ def test_means_leave_skipped_steps_out():
 
 
 def test_nothing_but_skipped_steps_give_no_figure():
-    figures, bad = mean_figures([step(float("nan"), 7.0, 1.0)], ALONE)
+    figures, bad = _mean_figures([step(float("nan"), 7.0, 1.0)], ALONE)
     means = figures.row()
     assert means.pop("train/skipped") == 1
     assert bad == {0: [False, False]}
@@ -133,5 +133,5 @@ def test_all_of_a_batch_are_named_where_none_is_to_blame():
 
             return Case
 
-    assert culprits(Crops(), 3, [False, True], 2) == ["Dataset1_X case_7, crop 7"]
-    assert culprits(Crops(), 3, [False, False], 2) == ["Dataset1_X case_6, crop 6", "Dataset1_X case_7, crop 7"]
+    assert _culprits(Crops(), 3, [False, True], 2) == ["Dataset1_X case_7, crop 7"]
+    assert _culprits(Crops(), 3, [False, False], 2) == ["Dataset1_X case_6, crop 6", "Dataset1_X case_7, crop 7"]

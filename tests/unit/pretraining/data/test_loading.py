@@ -5,7 +5,7 @@ import os
 import pytest
 
 from nnunet_mim.pretraining import options
-from nnunet_mim.pretraining.data.loading import batches_ahead
+from nnunet_mim.pretraining.data.loading import _batches_ahead
 from nnunet_mim.pretraining.options import _default_workers
 from nnunet_mim.system import machine
 
@@ -46,8 +46,8 @@ def test_limits_of_a_container(monkeypatch, tmp_path):
 
 def test_batches_ahead_take_a_quarter_of_the_memory():
     """12 workers with 100 MB a batch: 4 each are 4.8 GB, of 64 GB a quarter is more, of 12 GB it is enough for 2."""
-    assert batches_ahead(12, GB // 10, 1, 64 * GB) == 4
-    assert batches_ahead(12, GB // 10, 1, 12 * GB) == 2
-    assert batches_ahead(12, GB // 10, 2, 12 * GB) == 1
-    assert batches_ahead(12, GB, 8, 12 * GB) == 1
-    assert batches_ahead(12, GB, 8, 0) == 4
+    assert _batches_ahead(12, GB // 10, 1, 64 * GB) == 4
+    assert _batches_ahead(12, GB // 10, 1, 12 * GB) == 2
+    assert _batches_ahead(12, GB // 10, 2, 12 * GB) == 1
+    assert _batches_ahead(12, GB, 8, 12 * GB) == 1
+    assert _batches_ahead(12, GB, 8, 0) == 4

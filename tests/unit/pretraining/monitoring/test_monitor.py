@@ -12,16 +12,16 @@ from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.pretraining.data.run_data import index_sources, run_data
 from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
-from nnunet_mim.pretraining.monitoring.held_out import HeldOut, HeldOutCrops, decibel, feature_spread, weighted_mean
-from nnunet_mim.pretraining.monitoring.metrics_log import MetricsFile
-from nnunet_mim.pretraining.monitoring.monitor import held_out_crops
-from nnunet_mim.pretraining.monitoring.progress import progress_text
+from nnunet_mim.pretraining.monitoring.held_out import HeldOut, _decibel, _feature_spread, _weighted_mean
+from nnunet_mim.pretraining.monitoring.metrics_log import _MetricsFile
+from nnunet_mim.pretraining.monitoring.monitor import _held_out_crops
+from nnunet_mim.pretraining.monitoring.progress import _progress_text
 
 
 def test_weighted_mean_by_hand():
-    assert weighted_mean([1.0, 5.0, 1000.0], [3, 1, 0]) == pytest.approx(2.0)  # a crop without a target says nothing
-    assert weighted_mean([7.0], [0]) == 0.0
-    assert weighted_mean([1.0, 5.0]) == 3.0
+    assert _weighted_mean([1.0, 5.0, 1000.0], [3, 1, 0]) == pytest.approx(2.0)  # a crop without a target says nothing
+    assert _weighted_mean([7.0], [0]) == 0.0
+    assert _weighted_mean([1.0, 5.0]) == 3.0
 
 
 def rows_of(path):
@@ -31,10 +31,10 @@ def rows_of(path):
 
 def test_metrics_file_of_a_continued_run_drops_what_came_after_the_checkpoint(tmp_path):
     path = tmp_path / "train.csv"
-    first = MetricsFile(path, start=0)
+    first = _MetricsFile(path, start=0)
     for iteration in (10, 20, 30):
         first.append(iteration, {"loss": 1 / iteration})
-    second = MetricsFile(path, start=20)
+    second = _MetricsFile(path, start=20)
     assert [iteration for iteration, _ in rows_of(path)] == [10, 20]
     second.append(30, {"loss": 0.5})
     assert rows_of(path) == [(10, pytest.approx(0.1)), (20, pytest.approx(0.05)), (30, 0.5)]
@@ -43,12 +43,12 @@ def test_metrics_file_of_a_continued_run_drops_what_came_after_the_checkpoint(tm
 def test_a_new_run_starts_a_new_file(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("iteration,loss\n10,1\n")
-    MetricsFile(path, start=0).append(1, {"loss": 2.0})
+    _MetricsFile(path, start=0).append(1, {"loss": 2.0})
     assert rows_of(path) == [(1, 2.0)]
 
 
 def test_no_figure_is_an_empty_cell_and_keeps_its_column(tmp_path):
-    file = MetricsFile(tmp_path / "train.csv", start=0)
+    file = _MetricsFile(tmp_path / "train.csv", start=0)
     file.append(10, {"loss": float("nan"), "skipped": 10.0})
     file.append(20, {"loss": 0.5, "skipped": 0.0})
     assert file.path.read_text().splitlines() == ["iteration,loss,skipped", "10,,10", "20,0.5,0"]
@@ -58,29 +58,29 @@ def test_progress_names_levels_and_speed():
     train = {f"train/level{n}/reconstruction": n / 10 for n in (2, 3)}
     val = {f"val/level{n}/reconstruction": n / 2 for n in (2, 3)} | {"val/loss": 9.0}
     figures = TrainingFigures.from_row(train), Measurement.from_row(val)
-    assert progress_text(*figures, 1.5) == {"L2": "0.200", "L3": "0.300", "val": "1.000/1.500", "crops/s": "1.50"}
+    assert _progress_text(*figures, 1.5) == {"L2": "0.200", "L3": "0.300", "val": "1.000/1.500", "crops/s": "1.50"}
 
 
 def test_a_row_that_was_cut_short_is_dropped(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("iteration,loss\n10,1.5\n20,0.25\n3")  # 30 was being written when the power went
-    MetricsFile(path, start=30).append(30, {"loss": 0.125})
+    _MetricsFile(path, start=30).append(30, {"loss": 0.125})
     assert rows_of(path) == [(10, 1.5), (20, 0.25), (30, 0.125)]
 
 
 def test_spread_of_features_by_hand():
     """Two directions of equal strength: rank 2. All tokens the same: rank 1, no deviation. Random: rank near D, 1."""
     cross = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
-    rank, std = feature_spread(cross)
+    rank, std = _feature_spread(cross)
     assert rank == pytest.approx(2)
     assert std == pytest.approx(2 * (2 / 3) ** 0.5 / 3 * 3**0.5)  # two axes deviate by sqrt(2/3), the third not at all
-    rank, std = feature_spread(torch.ones(50, 8) + 1e-9 * torch.randn(50, 8))
+    rank, std = _feature_spread(torch.ones(50, 8) + 1e-9 * torch.randn(50, 8))
     assert std < 1e-6
     torch.manual_seed(0)
-    rank, std = feature_spread(torch.randn(2000, 16))
+    rank, std = _feature_spread(torch.randn(2000, 16))
     assert 15.5 < rank <= 16
     assert std == pytest.approx(1, abs=0.05)
-    rank, _ = feature_spread(torch.randn(2000, 1) * torch.randn(1, 16) + 0.01 * torch.randn(2000, 16))
+    rank, _ = _feature_spread(torch.randn(2000, 1) * torch.randn(1, 16) + 0.01 * torch.randn(2000, 16))
     assert rank < 2.5
 
 
@@ -97,7 +97,7 @@ def toy():
 
     def held_out(datasets=("A", "A", "A"), **options):
         tensors = torch.zeros(1), torch.tensor([0.04]), torch.tensor([8.0])
-        return HeldOut(HeldOutCrops(crops, valid, list(datasets)), *tensors, config, **options)
+        return HeldOut(crops, valid, list(datasets), *tensors, config, **options)
 
     return model, held_out
 
@@ -125,15 +125,14 @@ def test_held_out_crops_come_from_every_dataset(write_dataset):
     data = run_data(index_sources(sources)[0], "all", config)
     assert data.val.counts.tolist() == [1, 1, 0]  # a tenth, at least one, but not the only one
     assert data.train.counts.tolist() == [11, 2, 1]
-    crops = held_out_crops(data, config, torch.device("cpu"))
-    names = crops.datasets
+    crops, valid, names = _held_out_crops(data, config)
     assert names == ["Dataset900_Tiny", "Dataset920_Tiny", "Dataset900_Tiny", "Dataset920_Tiny", "Dataset900_Tiny"]
-    assert len(crops.crops) == len(crops.valid) == 5
+    assert len(crops) == len(valid) == 5
 
 
 def test_decibel_by_hand():
-    assert decibel(0.01) == pytest.approx(20)
-    assert decibel(1.0) == 0
+    assert _decibel(0.01) == pytest.approx(20)
+    assert _decibel(1.0) == 0
 
 
 def test_held_out_figures_match_another_way_to_get_them():

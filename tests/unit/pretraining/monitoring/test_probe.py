@@ -18,18 +18,18 @@ from nnunet_mim.pretraining.monitoring import probe as probe_module
 from nnunet_mim.pretraining.monitoring.figures import ProbeFigures
 from nnunet_mim.pretraining.monitoring.probe import (
     IGNORED,
-    LabelledBox,
     LabelProbe,
-    best_dice,
-    box_start,
-    common_labels,
-    features_at,
+    _best_dice,
+    _box_start,
+    _common_labels,
+    _features_at,
+    _LabelledBox,
+    _read_box,
+    _read_labels,
+    _ridge,
+    _sample_voxels,
+    _voxel_scores,
     probe_cases,
-    read_box,
-    read_labels,
-    ridge,
-    sample_voxels,
-    voxel_scores,
 )
 
 SHAPE = (24, 20, 27)
@@ -97,25 +97,25 @@ def test_ridge_is_least_squares_on_the_augmented_system(reference, strength):
     random = np.random.default_rng(0)
     features = random.normal(3, [1, 10, 0.1, 2], size=(60, 4)) @ random.normal(size=(4, 4))
     targets, weights = random.normal(1, 1, size=(60, 2)), random.uniform(0, 2, size=60)
-    found = ridge(*(torch.from_numpy(a) for a in (features, targets, weights)), strength)
+    found = _ridge(*(torch.from_numpy(a) for a in (features, targets, weights)), strength)
     np.testing.assert_allclose(found, reference.probe.ridge(features, targets, weights, strength), rtol=1e-8)
 
 
 def test_ridge_by_hand():
     # x = ±1, t = x: standardised already; b = 1 / (1 + strength)
     x = torch.tensor([[-1.0], [1.0]])
-    assert ridge(x, x, torch.ones(2), 0.25).item() == pytest.approx(0.8)
+    assert _ridge(x, x, torch.ones(2), 0.25).item() == pytest.approx(0.8)
     # a hundred times the feature: a hundredth of the coefficient, the same prediction
-    assert ridge(100 * x, x, torch.ones(2), 0.25).item() == pytest.approx(0.008)
+    assert _ridge(100 * x, x, torch.ones(2), 0.25).item() == pytest.approx(0.008)
     # a voxel of weight 0 is not there
-    assert ridge(torch.cat([x, x[:1] * 50]), torch.cat([x, x[1:]]), torch.tensor([1, 1, 0]), 0.25).item() == (
+    assert _ridge(torch.cat([x, x[:1] * 50]), torch.cat([x, x[1:]]), torch.tensor([1, 1, 0]), 0.25).item() == (
         pytest.approx(0.8)
     )
 
 
 def test_ridge_gives_nothing_to_a_feature_that_does_not_vary():
     x = torch.tensor([[0.0, 7.1], [1.0, 7.1], [2.0, 7.1]])
-    found = ridge(x, x[:, :1], torch.ones(3), 1e-3)
+    found = _ridge(x, x[:, :1], torch.ones(3), 1e-3)
     assert found[0, 0] == pytest.approx(1, abs=1e-2)
     assert found[1, 0] == pytest.approx(0, abs=1e-6)
 
@@ -124,26 +124,26 @@ def test_best_dice_by_hand():
     inside = torch.tensor([1, 0, 1, 1, 0, 0], dtype=torch.bool)
     scores = torch.tensor([0.9, 0.8, 0.7, 0.1, 0.6, 0.0])
     # thresholds 0.9: 2/(1+3), 0.7: 4/(3+3), 0.1: 6/(5+3)
-    assert best_dice(scores, inside) == pytest.approx(0.75)
-    assert best_dice(inside.float(), inside) == 1
-    assert best_dice(-inside.float(), inside) == pytest.approx(6 / 9)  # all voxels
-    assert best_dice(scores, torch.zeros(6, dtype=torch.bool)) == 0
+    assert _best_dice(scores, inside) == pytest.approx(0.75)
+    assert _best_dice(inside.float(), inside) == 1
+    assert _best_dice(-inside.float(), inside) == pytest.approx(6 / 9)  # all voxels
+    assert _best_dice(scores, torch.zeros(6, dtype=torch.bool)) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30))
 def test_best_dice_with_ties_against_its_twin(reference, voxels):
     scores, is_label = zip(*voxels, strict=True)
-    found = best_dice(torch.tensor(scores).float(), torch.tensor(is_label))
+    found = _best_dice(torch.tensor(scores).float(), torch.tensor(is_label))
     assert found == pytest.approx(reference.probe.best_dice(scores, is_label))
 
 
 def test_best_dice_of_a_rare_label_is_a_bound_below_two_percent():
     is_label = torch.arange(100_000) < 10
-    assert best_dice(torch.zeros(100_000), is_label) < 0.02
+    assert _best_dice(torch.zeros(100_000), is_label) < 0.02
     scores = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) + 0.9 * is_label
     exact = max(2 * int((is_label & (scores >= t)).sum()) / (int((scores >= t).sum()) + 10) for t in scores[:10])
     assert exact > 0.02
-    assert best_dice(scores, is_label) == pytest.approx(exact)
+    assert _best_dice(scores, is_label) == pytest.approx(exact)
 
 
 def test_features_at_voxels_and_dense_scores_agree_with_the_twin(reference):
@@ -151,7 +151,7 @@ def test_features_at_voxels_and_dense_scores_agree_with_the_twin(reference):
     strides = [(1, 2, 2), (2, 4, 4)]
     maps = [torch.randn(3, 8, 6, 4, generator=generator), torch.randn(2, 4, 3, 2, generator=generator)]
     voxels = torch.tensor([[0, 0, 0], [7, 11, 7], [3, 5, 2], [4, 1, 6], [6, 10, 5]])
-    features = features_at(maps, voxels, (8, 12, 8))
+    features = _features_at(maps, voxels, (8, 12, 8))
     for row, voxel in zip(features, voxels.tolist(), strict=True):
         twin = [
             reference.probe.interpolated(channel.numpy(), stride, voxel)
@@ -161,7 +161,7 @@ def test_features_at_voxels_and_dense_scores_agree_with_the_twin(reference):
 
     coefficients = torch.randn(5, generator=generator)
     parts = [torch.einsum("cxyz,c->xyz", m, c) for m, c in zip(maps, coefficients.split([3, 2]), strict=True)]
-    dense = voxel_scores(parts, (2, 4, 4), (7, 11, 8))
+    dense = _voxel_scores(parts, (2, 4, 4), (7, 11, 8))
     assert dense.shape == (7, 11, 8)
     inside = (voxels < torch.tensor([7, 11, 8])).all(dim=1)
     torch.testing.assert_close(dense[tuple(voxels[inside].T)], (features @ coefficients)[inside])
@@ -197,7 +197,7 @@ def test_as_many_labelled_cases_as_asked_for_each_chosen_by_the_seed(cubes):
 
 def test_few_cases_of_a_large_unlabelled_dataset_are_looked_at(cubes, monkeypatch):
     looked_at = []
-    monkeypatch.setattr(probe_module, "has_labels", lambda case: looked_at.append(case))
+    monkeypatch.setattr(probe_module, "_has_labels", lambda case: looked_at.append(case))
     many = Cases(cubes.sources, cubes.indexes, np.repeat(cubes.numbers, 10, axis=0))
     assert probe_cases(many, many, (3, 2)) is None
     assert len(looked_at) == 4 * (3 + 2)
@@ -217,9 +217,9 @@ def test_labels_are_read_with_the_ignore_label_left_out(cases_of, storage):
     seg = labels_with((2, 2, 2), (10, 10, 10))
     seg[0], seg[1] = -1, 3
     case = cases_of([seg], storage=storage)[0]
-    assert read_labels(case).tolist() == np.where(seg < 0, 0, seg).tolist()
+    assert _read_labels(case).tolist() == np.where(seg < 0, 0, seg).tolist()
     (case.source.folder.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "ignore": 3}}))
-    labels = read_labels(case)
+    labels = _read_labels(case)
     assert (labels[0] == 0).all()
     assert (labels[1] == IGNORED).all()
     assert set(np.unique(labels[2:])) == {0, 1, 2}
@@ -233,7 +233,7 @@ def test_a_box_lies_in_the_volume_and_holds_the_labels_where_they_fit(data):
     foreground = np.zeros(shape, dtype=bool)
     for _ in range(data.draw(st.integers(1, 3))):
         foreground[tuple(data.draw(st.integers(0, int(n) - 1)) for n in shape)] = True
-    start = box_start(foreground, size, np.random.default_rng(data.draw(st.integers(0, 99))))
+    start = _box_start(foreground, size, np.random.default_rng(data.draw(st.integers(0, 99))))
     assert (start >= 0).all()
     assert (start + size <= shape).all()
     inside = foreground[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
@@ -246,7 +246,7 @@ def test_a_box_lies_in_the_volume_and_holds_the_labels_where_they_fit(data):
 
 
 def test_a_box_shows_image_and_labels_of_the_same_place(cubes):
-    box = read_box(cubes[0], (16, 24, 20), seed=0)
+    box = _read_box(cubes[0], (16, 24, 20), seed=0)
     assert box.image.shape == (1, 16, 20, 20)
     assert box.labels.shape == (16, 20, 20)
     torch.testing.assert_close(box.image[0], box.labels.float())
@@ -254,28 +254,28 @@ def test_a_box_shows_image_and_labels_of_the_same_place(cubes):
 
 
 def box_with(*labels):
-    return LabelledBox(torch.zeros(1, 4, 4, 4), torch.tensor([*labels, *[0] * (64 - len(labels))]).reshape(4, 4, 4))
+    return _LabelledBox(torch.zeros(1, 4, 4, 4), torch.tensor([*labels, *[0] * (64 - len(labels))]).reshape(4, 4, 4))
 
 
 def test_labels_of_both_sides_are_probed(monkeypatch):
     train, held_out = [box_with(1, 2, 3), box_with(2, 3), box_with(3, IGNORED)], [box_with(2, 4), box_with(3, 1)]
-    assert common_labels(train, held_out) == [1, 2, 3]
-    assert common_labels(train, [box_with(2)]) == [2]
+    assert _common_labels(train, held_out) == [1, 2, 3]
+    assert _common_labels(train, [box_with(2)]) == [2]
     monkeypatch.setattr(probe_module, "MAX_LABELS", 2)
-    assert common_labels(train, held_out) == [2, 3]
+    assert _common_labels(train, held_out) == [2, 3]
 
 
 def test_sampled_voxels():
     labels = torch.zeros(40, 40, 40, dtype=torch.int64)
     labels[5:8, 5:8, 5:8], labels[20:31, 20:31, 20:31], labels[:, :, 39] = 1, 2, IGNORED
-    voxels = sample_voxels(labels, [1, 2], seed=0)
+    voxels = _sample_voxels(labels, [1, 2], seed=0)
     found = labels[tuple(voxels.T)]
     assert found.bincount().tolist() == [6000, 27, 1000]  # all of label 1
     near = voxels[27 + 1000 :][:2000]
     by_label = [((near >= low - 3) & (near < high + 3)).all(dim=1) for low, high in ((5, 8), (20, 31))]
     assert (by_label[0] | by_label[1]).all()
-    assert torch.equal(voxels, sample_voxels(labels, [1, 2], seed=0))
-    assert not torch.equal(voxels, sample_voxels(labels, [1, 2], seed=1))
+    assert torch.equal(voxels, _sample_voxels(labels, [1, 2], seed=0))
+    assert not torch.equal(voxels, _sample_voxels(labels, [1, 2], seed=1))
 
 
 # The probe

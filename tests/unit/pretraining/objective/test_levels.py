@@ -11,11 +11,11 @@ from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
 from nnunet_mim.pretraining.objective.levels import (
+    _place_features,
+    _place_index,
     add_pass,
     level_losses,
     levels_that_count,
-    place_features,
-    place_index,
 )
 from nnunet_mim.pretraining.objective.masks import mask_of
 from nnunet_mim.pretraining.objective.views import nested_views
@@ -235,7 +235,7 @@ def test_alignment_sends_no_gradient_into_the_parent_pass():
     output = model(views[1].images, views[1].ids_keep, views[1].ids_masked, 0, seen[1].clone())
     logits = nn.functional.normalize(output.child, dim=1) @ nn.functional.normalize(output.parent, dim=1).T
     inside = ~views[1].outside
-    target = place_index(views[0])[inside]
+    target = _place_index(views[0])[inside]
     (config.alignment_weight * nn.functional.cross_entropy(logits[inside] / config.temperature, target)).backward()
     assert_close(found, gradients(model))
 
@@ -339,13 +339,13 @@ def test_place_features_and_index_point_at_the_place_a_child_was_cut_from(refere
     config = CONFIGS[name]
     for parent, child in zip(make_views(config), make_views(config)[1:], strict=False):
         features = torch.randn(len(parent.images), parent.level.n_tokens, 5, dtype=torch.float64)
-        places = place_features(features, parent.level)
+        places = _place_features(features, parent.level)
         regions = reference.geometry.tokens_of_regions(
             config.view_size, config.network.token_size, parent.level.n_regions
         )
         wanted = torch.stack(reference.losses.place_features(features, regions))
         torch.testing.assert_close(places, wanted)
-        index = place_index(parent)
+        index = _place_index(parent)
         assert len(index) == len(child.images)
         for n, row in enumerate(index.tolist()):
             view, place = divmod(row, len(regions))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import build_levels, ladder_levels, levels_of, views_per_crop
 from nnunet_mim.pretraining.objective.masks import mask_of
-from nnunet_mim.pretraining.objective.views import fill_padding, nested_views
+from nnunet_mim.pretraining.objective.views import _fill_padding, nested_views
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def test_nothing_under_the_padding_reaches_a_view(case, garbage):
 
 def test_fill_is_per_channel():
     crops = torch.zeros(1, 2, 2, 2, 2)
-    filled = fill_padding(crops, torch.tensor([[[0, 2], [1, 2], [0, 2]]]), torch.tensor([-4.0, 7.0]))
+    filled = _fill_padding(crops, torch.tensor([[[0, 2], [1, 2], [0, 2]]]), torch.tensor([-4.0, 7.0]))
     assert filled[0, 0, :, 0].unique().tolist() == [-4]
     assert filled[0, 1, :, 0].unique().tolist() == [7]
     assert filled[0, :, :, 1].unique().tolist() == [0]
