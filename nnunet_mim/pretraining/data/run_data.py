@@ -140,7 +140,7 @@ def run_data(cases: Cases, fold: int | str, config: PretrainConfig) -> RunData:
     sources, ranges = cases.sources, train.column("ranges")
     fill, width = [], []
     for channel in range(sources[0].in_channels):
-        low, high = sources[0].window(channel) or (
+        low, high = sources[0].intensities.normalized_window(channel) or (
             float(ranges[:, 0, channel].min()),
             float(ranges[:, 1, channel].max()),
         )
