@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nnunet_mim.benchmarking.archives import ENDING, Archive
 from nnunet_mim.errors import MiMError
-from nnunet_mim.preparation.workers import remove_abandoned
+from nnunet_mim.preparation.prepare_case import remove_abandoned
 from nnunet_mim.system.files import write_atomically
 
 CONVERT = """

@@ -1,7 +1,6 @@
 """nnU-Net's folders, and the names and raw files of the datasets in them.
 
-Nothing here makes processes. nnU-Net's own function forks twelve to sort file names, and a forked child of a process
-with threads (torch, OpenMP, a progress bar) can wait for ever for a lock.
+Nothing here forks, as nnU-Net's own function does: the child of a process with threads can wait for ever for a lock.
 """
 
 from __future__ import annotations
@@ -37,11 +36,18 @@ def required_folder(variable: str) -> str:
     return folder
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises MiMError for one that cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise MiMError(f"cannot read {path} ({error}): restore the file, or delete it and plan anew") from error
+
+
 def dataset_name(given: str) -> str:
     """Name of a dataset in nnUNet_raw or nnUNet_preprocessed, from its number (`501`) or name (`Dataset501_Name`).
 
-    Raises:
-        MiMError: no such dataset, or several with this number.
+    Raises MiMError for no such dataset, or several with this number.
     """
     roots = [Path(str(root)) for root in (nnUNet_raw, nnUNet_preprocessed) if root.is_set()]
     names = sorted({path.name for root in roots for path in root.glob("Dataset[0-9][0-9][0-9]_*") if path.is_dir()})
@@ -59,10 +65,7 @@ def dataset_name(given: str) -> str:
 def raw_files(raw: Path, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
     """For every training case of a folder in nnUNet_raw its "images", one file per channel, and its "label".
 
-    The result is that of nnU-Net's `get_filenames_of_train_images_and_targets`.
-
-    Raises:
-        MiMError: there is no imagesTr.
+    The result is that of nnU-Net's `get_filenames_of_train_images_and_targets`. Raises MiMError without imagesTr.
     """
     if "dataset" in dataset_json:
         return get_filenames_of_train_images_and_targets(str(raw), deepcopy(dict(dataset_json)))
@@ -84,7 +87,7 @@ def raw_images(dataset: str) -> dict[str, list[str]]:
     folder = Path(str(nnUNet_raw), dataset) if nnUNet_raw.is_set() else None
     if folder is None or not (folder / "dataset.json").is_file():
         return {}
-    dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = read_json(folder / "dataset.json")
     if "dataset" not in dataset_json and not (folder / "imagesTr").is_dir():
         return {}
     return {case: entry["images"] for case, entry in raw_files(folder, dataset_json).items()}

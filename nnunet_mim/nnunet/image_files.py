@@ -17,11 +17,7 @@ def case_name(path: Path) -> str:
 
 
 def header_of(path: str | Path) -> sitk.ImageFileReader:
-    """A reader that has read the header of an image file.
-
-    Raises:
-        RuntimeError: SimpleITK cannot read it.
-    """
+    """A reader that has read the header of an image file. Raises RuntimeError where SimpleITK cannot."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
@@ -31,8 +27,7 @@ def header_of(path: str | Path) -> sitk.ImageFileReader:
 def check_gzip(path: Path) -> None:
     """Read a compressed file to its end, as SimpleITK says nothing where one is damaged. Other files pass unread.
 
-    Raises:
-        OSError, EOFError, zlib.error: it ends early or has another checksum.
+    Raises OSError, EOFError or zlib.error where it ends early or has another checksum.
     """
     if path.suffix == ".gz":
         with gzip.open(path) as file:

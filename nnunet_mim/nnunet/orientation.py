@@ -24,17 +24,14 @@ MIRRORING_IS_OFF = (
     "recipe (mim_prepare turns images; stock nnU-Net mirrors all axes)"
 )
 
-MAX_HEADERS = 50
-"""maximum number of headers that are read; most datasets are stored in one way"""
-
 
 def left_right_axes(images: Iterable[Path]) -> set[int]:
-    """Array axes (z, y, x as nnU-Net reads them) that run along left-right in the first images.
+    """Array axes (z, y, x as nnU-Net reads them) that run along left-right in the first 50 images.
 
     It is {2} for images stored in axial slices. Unreadable and 2-D images are skipped: nnU-Net itself reports them.
     """
     found = set()
-    for path in islice(images, MAX_HEADERS):
+    for path in islice(images, 50):
         try:
             reader = header_of(path)
         except RuntimeError:
@@ -48,9 +45,7 @@ def left_right_axes(images: Iterable[Path]) -> set[int]:
 def mirroring_is_unsafe(raw: Path, dataset_json: dict[str, Any]) -> bool:
     """Whether the default mirroring axes would exchange left and right, as some images are not in axial slices.
 
-    Args:
-        raw: the dataset's folder in nnUNet_raw; False where it is gone.
-        dataset_json: content of its dataset.json.
+    `raw` is the dataset's folder in nnUNet_raw; where it is gone the answer is False.
     """
     if "dataset" in dataset_json:
         images = [Path(case["images"][0]) for case in raw_files(raw, dataset_json).values() if case["images"]]

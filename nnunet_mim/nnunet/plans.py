@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -11,28 +10,19 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import required_folder
+from nnunet_mim.nnunet.datasets import read_json
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS
 
 HYBRID_UNET = "HybridUNet"
 """class name of this package's network in plans"""
 MAX_SPACING_RATIO = 1.5
 """two spacings count as alike up to this ratio on every axis"""
-VOXEL_SETTINGS = (
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-)
-"""entries of a configuration that decide the preprocessed voxels"""
 
 
 def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     """A 3-D configuration of the plans, with what it inherits filled in.
 
-    Raises:
-        MiMError: not in the plans, 2-D, or the second stage of a cascade.
+    Raises MiMError where it is not in the plans, 2-D, or the second stage of a cascade.
     """
     available = sorted(plans["configurations"])
     if configuration not in available:
@@ -47,10 +37,9 @@ def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any
     return config
 
 
-def require_preprocessed(plans: dict[str, Any], configuration: str, config: dict[str, Any]) -> None:
-    """Raise MiMError unless the cases of this configuration have been preprocessed."""
-    dataset, plans_name = plans["dataset_name"], plans["plans_name"]
-    folder = Path(required_folder("nnUNet_preprocessed"), dataset, config["data_identifier"])
+def require_preprocessed(folder: Path, plans_name: str, configuration: str) -> None:
+    """Raise MiMError unless there are files in the folder of a configuration's preprocessed cases."""
+    dataset = folder.parent.name
     if not folder.is_dir() or not any(folder.iterdir()):
         raise MiMError(
             f"{dataset} is not preprocessed for {plans_name} {configuration} ({folder} is missing or empty): run "
@@ -73,7 +62,7 @@ def saved_plans(run_folder: Path) -> dict[str, Any] | None:
     plans_file = run_folder / "plans.json"
     if not plans_file.is_file() or not any(run_folder.glob("fold_*/checkpoint_*.pth")):
         return None
-    return json.loads(plans_file.read_text())
+    return read_json(plans_file)
 
 
 def saved_architecture(run_folder: Path, configuration: str) -> dict[str, Any] | None:
@@ -102,5 +91,6 @@ def voxels_key(plans: dict[str, Any], configuration: str) -> list[Any]:
         [windows[str(channel)][name] for name in WINDOW_FIELDS] if scheme == CT_NORMALIZATION else None
         for channel, scheme in enumerate(config["normalization_schemes"])
     ]
-    settings = [config.get(name) for name in VOXEL_SETTINGS]
+    resampling = ("resampling_fn_data", "resampling_fn_data_kwargs")
+    settings = [config.get(name) for name in ("spacing", "normalization_schemes", "use_mask_for_norm", *resampling)]
     return [plans["transpose_forward"], plans.get("image_reader_writer"), ct_windows, *settings]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import dataset_name
+from nnunet_mim.nnunet.datasets import dataset_name, read_json
 from nnunet_mim.nnunet.intensities import Intensities
+from nnunet_mim.nnunet.plans import require_preprocessed
 
 
 @dataclass(frozen=True)
@@ -60,34 +60,18 @@ class Source:
         """How the channels were normalised."""
         return Intensities(self.normalization, self.intensity_properties)
 
-    def window(self, channel: int) -> tuple[float, float] | None:
-        """Lowest and highest normalised intensity of a CT channel; None where the channel is no CT."""
-        return self.intensities.normalized_window(channel)
-
-    def to_hounsfield(self, channel: int = 0) -> tuple[float, float]:
-        """(std, mean) of a channel: HU = voxel * std + mean. (1, 0) where the channel is no CT."""
-        return self.intensities.scale(channel)
-
 
 def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
-    """Find a preprocessed dataset.
+    """Find a preprocessed dataset by its number (`501`) or name (`Dataset501_Name`).
 
-    Args:
-        dataset: number (`501`) or name (`Dataset501_Name`).
-        plans_name: plans identifier.
-        configuration: a 3-D configuration of the plans.
-
-    Raises:
-        MiMError: unknown dataset, plans or configuration; 2-D; not preprocessed; nothing in the folder.
+    Raises MiMError for an unknown dataset, plans or configuration, a 2-D one, and where nothing is preprocessed.
     """
     name = dataset_name(dataset)
-    base = Path(str(nnUNet_preprocessed)) / name
+    base = Path(str(nnUNet_preprocessed), name)
     plans_file = base / f"{plans_name}.json"
-    number = name[len("Dataset") :].split("_")[0]
     if not base.is_dir():
-        raise MiMError(
-            f"{name} is not preprocessed ({base} does not exist): run nnUNetv2_plan_and_preprocess -d {number}"
-        )
+        command = f"nnUNetv2_plan_and_preprocess -d {name[7:10]}"
+        raise MiMError(f"{name} is not preprocessed ({base} does not exist): run {command}")
     if not plans_file.is_file():
         found = sorted(p.stem for p in base.glob("*.json") if "configurations" in read_json(p))
         raise MiMError(f"no plans '{plans_name}' for {name}: choose one with -p ({', '.join(found) or 'none found'})")
@@ -99,11 +83,8 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
     if len(manager.patch_size) != 3:
         raise MiMError(f"configuration '{configuration}' is 2-D; MiM pretrains on volumes: use -c 3d_fullres")
     folder = base / manager.data_identifier
-    command = f"nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {configuration}"
-    if not folder.is_dir():
-        raise MiMError(
-            f"{name} is not preprocessed for {plans_name} {configuration} ({folder} is missing): run {command}"
-        )
+    require_preprocessed(folder, plans_name, configuration)
+    command = f"nnUNetv2_preprocess -d {name[7:10]} -plans_name {plans_name} -c {configuration}"
     try:
         dataset_class = infer_dataset_class(str(folder))
     except (AssertionError, RuntimeError) as error:
@@ -119,14 +100,13 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
 
 
 def require_same_units(sources: Sequence[Source]) -> None:
-    """Raise MiMError unless all datasets have the first one's spacing, axes, channels, normalisation and intensity
-    window.
-    """
+    """Raise MiMError unless all datasets have the first one's spacing, axes, normalisation and intensity windows."""
     first = sources[0]
     for other in sources[1:]:
         same_spacing = all(abs(a - b) <= 1e-3 * a for a, b in zip(first.spacing, other.spacing, strict=True))
         same_window = first.normalization == other.normalization and all(
-            first.window(c) == other.window(c) for c in range(first.in_channels)
+            first.intensities.normalized_window(channel) == other.intensities.normalized_window(channel)
+            for channel in range(first.in_channels)
         )
         same_axes = first.plans.get("transpose_forward") == other.plans.get("transpose_forward")
         if not (same_spacing and same_window and same_axes):
@@ -153,28 +133,13 @@ def orientation_warning(sources: Sequence[Source]) -> str | None:
 
 def window_warning(source: Source) -> str | None:
     """What a narrow CT window cuts off, or None for a window of at least -1000 to 900 HU."""
-    if (window := source.intensities.hounsfield_window()) is None:
+    window = source.intensities.hounsfield_window()
+    if window is None or (window[0] <= -1000 and window[1] >= 900):
         return None
-    low, high = window
-    lost = [
-        tissue
-        for tissue, hu in (("lung", -800), ("fat", -100), ("contrast and soft tissue", 200))
-        if not low <= hu <= high
-    ]
-    if high < 900:
-        lost.append("bone")
-    if low <= -1000 and high >= 900:
-        return None
-    lost_text = ", ".join(lost) or "some tissue"
+    tissues = {"lung": -800, "fat": -100, "contrast and soft tissue": 200, "bone": 900}
+    lost = [tissue for tissue, hu in tissues.items() if not window[0] <= hu <= window[1]]
     return (
-        f"the plans '{source.plans_name}' clip CT to {low:g} … {high:g} HU: {lost_text} cannot be told apart in "
-        f"pretraining. mim_plan -d {source.dataset} writes plans with a wide window"
+        f"the plans '{source.plans_name}' clip CT to {window[0]:g} … {window[1]:g} HU: "
+        f"{', '.join(lost) or 'some tissue'} cannot be told apart in pretraining. mim_plan -d {source.dataset} writes "
+        "plans with a wide window"
     )
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises MiMError for one that cannot be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise MiMError(f"cannot read {path} ({error}): restore the file, or delete it and plan anew") from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.source import Source, read_json
+from nnunet_mim.nnunet.datasets import read_json
+from nnunet_mim.nnunet.source import Source
 
 N_FOLDS = 5
 """number of folds of nnU-Net's own split"""
@@ -20,10 +21,8 @@ def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
 def split_of(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Training and validation cases of a fold, preprocessed or not; both empty for a dataset without labels.
 
-    Reads `splits_final.json`, or computes what nnU-Net would write there.
-
-    Raises:
-        MiMError: the split has no such fold, or there are too few cases for nnU-Net's split.
+    Reads `splits_final.json`, or computes what nnU-Net would write there. Raises MiMError where there is no such fold,
+    or there are too few cases for nnU-Net's split.
     """
     base = source.folder.parent
     splits_file = base / "splits_final.json"

@@ -12,10 +12,11 @@ from typing import Any
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.config import ENCODERS, PRESETS
 from nnunet_mim.errors import MiMError, exit_code
-from nnunet_mim.nnunet.datasets import dataset_name, required_folder
+from nnunet_mim.nnunet.datasets import dataset_name, read_json, required_folder
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
-from nnunet_mim.preparation.mim_plans import PlanSettings, check_can_write, make_mim_plans, write_plans
+from nnunet_mim.preparation.mim_plans import PlanSettings, check_can_write, make_mim_plans
 from nnunet_mim.settings import parse_settings, settings_help
+from nnunet_mim.system.files import write_atomically
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
 DESCRIPTION = """\
@@ -59,10 +60,8 @@ def run(options: argparse.Namespace) -> None:
         raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
     preset = (options.preset or "base") if hybrid else None
 
-    readers = {base_plans.get("image_reader_writer")}
-    if checkpoint is not None:
-        readers.add(checkpoint.provenance.get("image_reader_writer"))
-    turned = not readers.isdisjoint(REORIENTING.values())
+    readers = [p.get("image_reader_writer") for p in (base_plans, checkpoint.provenance if checkpoint else {})]
+    turned = any(reader in REORIENTING.values() for reader in readers)
     raw = Path(os.environ.get("nnUNet_raw", ""), dataset.name)
     unsafe = hybrid and not turned and "mirror_axes" not in settings and mirroring_is_unsafe(raw, dataset_json)
     if unsafe:
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         notes.append(MIRRORING_IS_OFF)
     plans_file = dataset / f"{options.o}.json"
     preprocessed = check_can_write(plans, plans_file, options.overwrite)
-    write_plans(plans, plans_file)
+    write_atomically(plans_file, json.dumps(plans, indent=4).encode())
     size = preset if checkpoint is None else checkpoint.preset
     print(f"wrote {plans_file}")
     for note in [f"network: HybridUNet {size}" if hybrid else f"network: nnU-Net's own, of {options.p}", *notes]:
@@ -100,15 +99,11 @@ def _read_plans(dataset: Path, plans: str, checkpoint: str | None) -> list[dict[
         again = f"change its plans with mim_prepare -d {number} -s SPACING --set KEY=VALUE, or "
         remedy = f"{'' if checkpoint else again}run `{command}` first"
         raise MiMError(f"{dataset.name} was prepared by mim_prepare and has no {plans}: {remedy}")
-    contents = []
-    for path in (dataset / f"{plans}.json", dataset / "dataset_fingerprint.json", dataset / "dataset.json"):
+    paths = [dataset / f"{name}.json" for name in (plans, "dataset_fingerprint", "dataset")]
+    for path in paths:
         if not path.is_file():
             raise MiMError(f"{path} does not exist: run `{command}` first")
-        try:
-            contents.append(json.loads(path.read_text()))
-        except ValueError as error:
-            raise MiMError(f"{path} is not valid JSON ({error}): run `{command}` again") from error
-    return contents
+    return [read_json(path) for path in paths]
 
 
 def _parser() -> argparse.ArgumentParser:

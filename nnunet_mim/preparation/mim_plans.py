@@ -22,9 +22,9 @@ from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.nnunet.plans import configuration_of, n_channels, spacings_alike, voxels_key
 from nnunet_mim.settings import check_known_keys, setting
-from nnunet_mim.system.files import write_atomically
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig, default_mirror_axes
 from nnunet_mim.trainers.resolve_plans import network_for
+from nnunet_mim.trainers.transfer import check_channels
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,22 @@ class PlanSettings:
         None, "lowest and highest HU of a CT channel", default_text="-1000, 1000, or pretraining's"
     )
 
-
-PLAN_SETTINGS = tuple(field.name for field in fields(PlanSettings))
-RECIPE_SETTINGS = tuple(field.name for field in fields(FinetuneConfig))
+    def __post_init__(self) -> None:
+        for name, unit in (("patch_size", "voxels"), ("spacing", "mm")):
+            value = getattr(self, name)
+            if value is not None and not _is_numbers(value, 3):
+                raise MiMError(
+                    f"--set {name} must be three numbers ({unit}, array order), e.g. {name}=96,96,96; got {value}"
+                )
+        if self.spacing is not None and min(self.spacing) <= 0:
+            raise MiMError(f"--set spacing must be above 0, got {self.spacing}")
+        if self.batch_size is not None and (type(self.batch_size) is not int or self.batch_size < 1):
+            raise MiMError(f"--set batch_size must be a whole number above 0, got {self.batch_size}")
+        window = self.ct_window
+        if window is not None and (not _is_numbers(window, 2) or window[0] >= window[1]):
+            raise MiMError(
+                f"--set ct_window must be the lowest and the highest HU, e.g. ct_window=-1000,1000; got {window}"
+            )
 
 
 def make_mim_plans(
@@ -60,16 +73,10 @@ def make_mim_plans(
     """Plans with one configuration, from a dataset's base plans and fingerprint.
 
     Args:
-        base_plans: plans of an nnU-Net planner.
-        fingerprint: dataset_fingerprint.json.
-        dataset_json: dataset.json.
-        plans_name: name of the new plans.
-        configuration: the one configuration they hold.
         preset: network size where there is no checkpoint. None: keep the residual encoder U-Net of the base plans,
             without a recipe.
         checkpoint: pretraining to finetune; its network, spacing and intensity windows are used where they suit.
-        settings: overrides: fields of FinetuneConfig, patch_size (voxels), spacing (mm), batch_size, ct_window (HU,
-            lowest and highest).
+        settings: fields of PlanSettings and FinetuneConfig.
 
     Returns:
         (plans, lines that say what was chosen and why).
@@ -77,41 +84,44 @@ def make_mim_plans(
     Raises:
         MiMError: bad settings, a 2-D configuration, a checkpoint that does not fit.
     """
-    settings = dict(settings or {})
     keep_network = preset is None and checkpoint is None
-    check_known_keys(settings, [*(() if keep_network else RECIPE_SETTINGS), *PLAN_SETTINGS], "--set")
+    recipe_names = [] if keep_network else [field.name for field in fields(FinetuneConfig)]
+    settings = settings or {}
+    check_known_keys(settings, [*recipe_names, *(field.name for field in fields(PlanSettings))], "--set")
+    recipe = FinetuneConfig(**{name: value for name, value in settings.items() if name in recipe_names})
+    chosen = PlanSettings(**{name: value for name, value in settings.items() if name not in recipe_names})
     notes: list[str] = []
     if checkpoint is not None:
-        base_plans, notes = oriented_like(checkpoint, base_plans, configuration)
+        check_channels(checkpoint, n_channels(dataset_json))
+        base_plans, notes = _oriented_like(checkpoint, base_plans, configuration)
     config = deepcopy(configuration_of(base_plans, configuration))
-    if checkpoint is not None and checkpoint.in_channels not in (1, n_channels(dataset_json)):
-        raise MiMError(
-            f"checkpoint {checkpoint.path} was pretrained on {checkpoint.in_channels} channels, the dataset has "
-            f"{n_channels(dataset_json)}: pretrain on this dataset, or on one channel (which fits any number)"
-        )
     plans = {k: v for k, v in deepcopy(base_plans).items() if k not in ("configurations", "pretrain_info")}
     plans["plans_name"] = plans_name
     for key in ("inherits_from", "next_stage", "previous_stage"):
         config.pop(key, None)
     config["data_identifier"] = f"{plans_name}_{configuration}"
-    plans["foreground_intensity_properties_per_channel"], window_notes = intensity_windows(
+    plans["foreground_intensity_properties_per_channel"], window_notes = _intensity_windows(
         plans["foreground_intensity_properties_per_channel"],
         config["normalization_schemes"],
         checkpoint,
-        _given_window(settings.get("ct_window")),
+        chosen.ct_window,
     )
 
-    spacing, reason = _choose_spacing(config["spacing"], checkpoint, settings.get("spacing"))
+    spacing, reason = _choose_spacing(config["spacing"], checkpoint, chosen.spacing)
     notes.append(f"spacing (mm, array order): {[round(s, 3) for s in spacing]} ({reason})")
     if spacing != list(config["spacing"]):
         config["median_image_size_in_voxels"] = median_shape(fingerprint, spacing, base_plans["transpose_forward"])
     config["spacing"] = spacing
-    notes.extend(_fit_network(config, preset, checkpoint, settings))
+    notes.extend(_fit_network(config, preset, checkpoint, chosen))
     plans["configurations"] = {configuration: config}
     if checkpoint is not None:
-        plans["pretrain_info"] = pretrain_info(checkpoint)
+        plans["pretrain_info"] = {  # for nnU-Net's development branch and nnUNetTrainerMiM
+            "checkpoint_path": checkpoint.path,
+            "pt_num_in_channels": checkpoint.in_channels,
+            "pt_used_patchsize": list(checkpoint.view_size),
+            **HYBRID_KEYS,
+        }
     if not keep_network:
-        recipe = FinetuneConfig(**{key: value for key, value in settings.items() if key in RECIPE_SETTINGS})
         if recipe.mirror_axes is None:
             recipe = replace(recipe, mirror_axes=default_mirror_axes(base_plans["transpose_forward"]))
         plans[PLANS_KEY] = recipe.to_dict()
@@ -119,7 +129,7 @@ def make_mim_plans(
 
 
 def _fit_network(
-    config: dict[str, Any], preset: str | None, checkpoint: PretrainedCheckpoint | None, settings: dict[str, Any]
+    config: dict[str, Any], preset: str | None, checkpoint: PretrainedCheckpoint | None, chosen: PlanSettings
 ) -> list[str]:
     """Set architecture, patch size and batch size of a configuration whose spacing is settled. Returns notes."""
     notes: list[str] = []
@@ -134,17 +144,17 @@ def _fit_network(
         check_resenc(config["architecture"])
         step = cumulative_strides(config["architecture"]["arch_kwargs"]["strides"])[-1]
     median = config["median_image_size_in_voxels"]
-    config["patch_size"] = _choose_patch(config["patch_size"], median, step, settings.get("patch_size"))
-    config["batch_size"] = _choose_batch(config["batch_size"], settings.get("batch_size"))
+    patch = chosen.patch_size
+    if patch is not None and any(type(n) is not int or n < s or n % s for n, s in zip(patch, step, strict=True)):
+        raise MiMError(f"--set patch_size must be multiples of the token size {list(step)}, got {patch}")
+    config["patch_size"] = list(patch or suitable_patch(config["patch_size"], median, step))
+    config["batch_size"] = chosen.batch_size or config["batch_size"]
     if network is not None:
         config["architecture"] = plans_architecture(network, config["patch_size"])
-    return [
-        *notes,
-        f"patch {config['patch_size']}, batch {config['batch_size']} (base plans: median image {median})",
-    ]
+    return [*notes, f"patch {config['patch_size']}, batch {config['batch_size']} (base plans: median image {median})"]
 
 
-def oriented_like(
+def _oriented_like(
     checkpoint: PretrainedCheckpoint, base_plans: dict[str, Any], configuration: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Base plans with the order of axes and the orientation of images that a network was pretrained with, and notes.
@@ -172,11 +182,11 @@ def oriented_like(
     return plans, notes
 
 
-def intensity_windows(
+def _intensity_windows(
     base: dict[str, Any],
     schemes: Sequence[str],
     checkpoint: PretrainedCheckpoint | None,
-    given: tuple[float, float] | None = None,
+    given: tuple[float, float] | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """foreground_intensity_properties_per_channel of new plans, from those of the base plans, and notes.
 
@@ -196,7 +206,7 @@ def intensity_windows(
         window = {**WIDE_CT_WINDOW, **{name: float(value) for name, value in (stored or {}).items()}}
         reason = "as in pretraining" if stored else "the wide window"
         if given is not None:
-            clip = {"percentile_00_5": given[0], "percentile_99_5": given[1]}
+            clip = {"percentile_00_5": float(given[0]), "percentile_99_5": float(given[1])}
             differs = bool(stored) and any(window[name] != value for name, value in clip.items())
             reason = "--set; WARNING: another one in pretraining" if differs else "--set"
             window |= clip
@@ -206,16 +216,6 @@ def intensity_windows(
             f"{window['mean']:g}, std {window['std']:g} ({reason})"
         )
     return windows, notes
-
-
-def pretrain_info(checkpoint: PretrainedCheckpoint) -> dict[str, Any]:
-    """The block of plans that nnU-Net's development branch and nnUNetTrainerMiM read."""
-    return {
-        "checkpoint_path": checkpoint.path,
-        "pt_num_in_channels": checkpoint.in_channels,
-        "pt_used_patchsize": list(checkpoint.view_size),
-        **HYBRID_KEYS,
-    }
 
 
 def median_shape(
@@ -239,8 +239,7 @@ def suitable_patch(base_patch: Sequence[int], median: Sequence[float], token_siz
 def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool, name_flag: str = "-o") -> bool:
     """Whether the preprocessed folder exists and was made with the same spacing and normalisation.
 
-    Raises:
-        MiMError: it was made with others, and `overwrite` is off.
+    Raises MiMError where it was made with others and `overwrite` is off.
     """
     (configuration,) = plans["configurations"]
     folder = plans_file.parent / plans["configurations"][configuration]["data_identifier"]
@@ -258,19 +257,11 @@ def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool, na
     return same
 
 
-def write_plans(plans: dict[str, Any], plans_file: Path) -> None:
-    """Write a plans file."""
-    write_atomically(plans_file, json.dumps(plans, indent=4).encode())
-
-
 def _choose_spacing(
-    base: Sequence[float], checkpoint: PretrainedCheckpoint | None, given: Any
+    base: Sequence[float], checkpoint: PretrainedCheckpoint | None, given: Sequence[float] | None
 ) -> tuple[list[float], str]:
     if given is not None:
-        spacing = _three(given, "spacing", "mm")
-        if min(spacing) <= 0:
-            raise MiMError(f"--set spacing must be above 0, got {given}")
-        return [float(s) for s in spacing], "as given"
+        return [float(s) for s in given], "as given"
     pretrained = checkpoint.provenance.get("spacing") if checkpoint is not None else None
     if not pretrained:
         return list(base), "base plans"
@@ -278,37 +269,6 @@ def _choose_spacing(
     if spacings_alike(pretrained, base):
         return [float(s) for s in pretrained], "as in pretraining"
     return list(base), f"base plans; WARNING: pretrained at {shown}, too far from this dataset's own to be taken over"
-
-
-def _choose_patch(base: Sequence[int], median: Sequence[float], step: Sequence[int], given: Any) -> list[int]:
-    if given is None:
-        return suitable_patch(base, median, step)
-    patch = _three(given, "patch_size", "voxels")
-    if any(not isinstance(n, int) or n < p or n % p for n, p in zip(patch, step, strict=True)):
-        raise MiMError(f"--set patch_size must be multiples of the token size {list(step)}, got {given}")
-    return patch
-
-
-def _choose_batch(base: int, given: Any) -> int:
-    if given is None:
-        return base
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise MiMError(f"--set batch_size must be a whole number above 0, got {given}")
-    return given
-
-
-def _given_window(given: Any) -> tuple[float, float] | None:
-    if given is None:
-        return None
-    if not _is_numbers(given, 2) or given[0] >= given[1]:
-        raise MiMError(f"--set ct_window must be the lowest and the highest HU, e.g. ct_window=-1000,1000; got {given}")
-    return float(given[0]), float(given[1])
-
-
-def _three(value: Any, name: str, unit: str) -> list:
-    if not _is_numbers(value, 3):
-        raise MiMError(f"--set {name} must be three numbers ({unit}, array order), e.g. {name}=96,96,96; got {value}")
-    return list(value)
 
 
 def _is_numbers(value: Any, count: int) -> bool:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import raw_files
+from nnunet_mim.nnunet.datasets import raw_files, read_json
 from nnunet_mim.nnunet.plans import voxels_key
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import CaseLog, Entry, earlier_names, input_key
@@ -30,15 +30,11 @@ from nnunet_mim.preparation.common_plans import (
     fingerprint_of,
 )
 from nnunet_mim.preparation.finding import find_volumes
-from nnunet_mim.preparation.mim_plans import check_can_write, write_plans
-from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps
+from nnunet_mim.preparation.mim_plans import check_can_write
+from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps, run_jobs
 from nnunet_mim.preparation.screening import Header, read_header
-from nnunet_mim.preparation.workers import run_jobs
 from nnunet_mim.pretraining.data.case_index import CaseInfo, write_index
 from nnunet_mim.system.files import write_atomically
-
-MADE_BY = {"made_by": "mim_prepare"}
-"""entry in dataset.json of datasets that later calls may rewrite"""
 
 
 @dataclass(frozen=True)
@@ -95,10 +91,7 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
     """Make an nnU-Net dataset (DatasetXXX_Name) without labels from all CT in some folders, and preprocess it.
 
     Cases of earlier calls for the same dataset are kept. Image files stay where they are; DICOM series, which nnU-Net
-    cannot read, are written into `imagesTr`.
-
-    Raises:
-        MiMError: nothing usable, or the dataset holds something else.
+    cannot read, are written into `imagesTr`. Raises MiMError where nothing is usable or the dataset is another's.
     """
     raw, base = Path(str(nnUNet_raw), dataset), Path(str(nnUNet_preprocessed), dataset)
     earlier = _earlier_dataset(raw)
@@ -110,22 +103,22 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
     survey = _survey(dataset, base, cases, False, config)
     images = {name: entry["images"] for name, entry in earlier.items()}
     images |= {case.name: list(case.images) for case in cases if case.name in survey.headers}
-    dataset_json = unlabelled_dataset(images)
+    dataset_json = _unlabelled_dataset(images)
     plans, notes, same = _plan(survey, dataset_json)
 
     (raw / "imagesTr").mkdir(parents=True, exist_ok=True)
     if not earlier:
-        _write_json(raw / DATASET_JSON, unlabelled_dataset({}))
+        _write_json(raw / DATASET_JSON, _unlabelled_dataset({}))
     prepared = _prepare(survey, plans, notes, same, dataset_json)
-    drop_duplicates(prepared.log, prepared.source.folder)
+    _drop_duplicates(prepared.log, prepared.source.folder)
     entries, skipped = prepared.log.prepared, prepared.log.skipped
     images = {name: files for name, files in images.items() if name in earlier and name not in skipped}
     images |= {name: entry["images"] for name, entry in entries.items()}
     for case in cases:  # series that turned out to be of no use
         if case.series is not None and case.name not in images:
             Path(case.images[0]).unlink(missing_ok=True)
-    _write_json(raw / DATASET_JSON, unlabelled_dataset(images))
-    _write_json(base / DATASET_JSON, unlabelled_dataset(images))
+    for folder in (raw, base):
+        _write_json(folder / DATASET_JSON, _unlabelled_dataset(images))
     _write_json(base / FINGERPRINT, _final_fingerprint(entries))
     return _indexed(prepared)
 
@@ -133,13 +126,12 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
 def prepare_dataset(dataset: str, config: PrepareConfig) -> Prepared:
     """Preprocess an existing nnU-Net dataset, with labels or without, with the same plans as all others.
 
-    Raises:
-        MiMError: no raw data, labels for some cases only, or the output folder holds something else.
+    Raises MiMError for no raw data, labels for some cases only, or an output folder that holds something else.
     """
     raw, base = Path(str(nnUNet_raw), dataset), Path(str(nnUNet_preprocessed), dataset)
     if not (raw / DATASET_JSON).is_file():
         raise MiMError(f"{raw / DATASET_JSON} does not exist: give the number of a dataset in nnUNet_raw, or -i FOLDER")
-    dataset_json = _read_json(raw / DATASET_JSON)
+    dataset_json = read_json(raw / DATASET_JSON)
     files = raw_files(raw, dataset_json)
     missing = [entry["label"] for entry in files.values() if not os.path.isfile(entry["label"])]
     labelled = len(missing) < len(files)
@@ -158,7 +150,7 @@ def prepare_dataset(dataset: str, config: PrepareConfig) -> Prepared:
     base.mkdir(parents=True, exist_ok=True)
     _write_json(base / DATASET_JSON, dataset_json)
     if labelled:
-        copy_labels(cases, base / "gt_segmentations", dataset_json["file_ending"])
+        _copy_labels(cases, base / "gt_segmentations", dataset_json["file_ending"])
     prepared = _prepare(survey, plans, notes, same, dataset_json)
     entries = prepared.log.prepared
     if not labelled:
@@ -174,8 +166,8 @@ def _earlier_dataset(raw: Path) -> dict[str, Any]:
     """Cases that `mim_prepare -i` has listed in dataset.json before. Raises MiMError for any other dataset."""
     if not raw.is_dir() or not any(path.name != "imagesTr" or any(path.iterdir()) for path in raw.iterdir()):
         return {}
-    content = _read_json(raw / DATASET_JSON) if (raw / DATASET_JSON).is_file() else {}
-    if not content.items() >= MADE_BY.items():
+    content = read_json(raw / DATASET_JSON) if (raw / DATASET_JSON).is_file() else {}
+    if content.get("made_by") != "mim_prepare":
         raise MiMError(f"{raw} holds a dataset that -i has not made: prepare it without -i, or take another -d")
     return content["dataset"]
 
@@ -208,7 +200,7 @@ def _plan(survey: _Survey, dataset_json: Mapping[str, Any]) -> tuple[dict[str, A
     )  # fmt: skip
     same = check_can_write(plans, survey.plans_file, config.overwrite, "-p")
     if same and not config.settings and config.preset is None:
-        return _read_json(survey.plans_file), ["the plans that are there already"], True
+        return read_json(survey.plans_file), ["the plans that are there already"], True
     return plans, notes, same
 
 
@@ -222,7 +214,7 @@ def _prepare(
         shutil.rmtree(folder)
         log.clear()
     folder.mkdir(parents=True, exist_ok=True)
-    write_plans(plans, survey.plans_file)
+    write_atomically(survey.plans_file, json.dumps(plans, indent=4).encode())
     source = Source(
         survey.dataset, survey.config.plans_name, CONFIGURATION, folder, nnUNetDatasetBlosc2, (),
         tuple(chosen["spacing"]), tuple(chosen["normalization_schemes"]),
@@ -251,9 +243,7 @@ def _prepare(
         todo = [name for name in duplicates if not _is_done(log, name, keys[name], folder)]
     if not log.prepared:
         reasons = "; ".join(f"{entry['case']}: {entry['reason']}" for entry in list(log.skipped.values())[:3])
-        raise MiMError(
-            f"no case of {survey.dataset} could be prepared ({reasons}): give CT volumes in Hounsfield units"
-        )
+        raise MiMError(f"no case of {survey.dataset} could be prepared ({reasons}): give CT in Hounsfield units")
     return Prepared(source, log, survey.labelled, notes)
 
 
@@ -276,7 +266,7 @@ def _leave_out(log: CaseLog, folder: Path, entry: Entry) -> None:
     log.add(entry)
 
 
-def drop_duplicates(log: CaseLog, folder: Path) -> None:
+def _drop_duplicates(log: CaseLog, folder: Path) -> None:
     """Of cases with the same voxels keep the one that was prepared first."""
     same = defaultdict(list)
     for name, entry in log.entries.items():  # in the order of the log
@@ -289,7 +279,7 @@ def drop_duplicates(log: CaseLog, folder: Path) -> None:
             _leave_out(log, folder, {**entry, "reason": reason, "same_as": kept})
 
 
-def copy_labels(cases: Sequence[RawCase], folder: Path, ending: str) -> None:
+def _copy_labels(cases: Sequence[RawCase], folder: Path, ending: str) -> None:
     """Copy labels to where nnU-Net's validation looks for them, as its preprocessing does."""
     folder.mkdir(exist_ok=True)
     for case in cases:
@@ -298,7 +288,7 @@ def copy_labels(cases: Sequence[RawCase], folder: Path, ending: str) -> None:
             write_atomically(target, Path(case.label).read_bytes())
 
 
-def unlabelled_dataset(images: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _unlabelled_dataset(images: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """nnU-Net's dataset.json of CT without labels; its label files are named, but need not exist."""
     return {
         "channel_names": {"0": "CT"},
@@ -306,7 +296,7 @@ def unlabelled_dataset(images: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         "numTraining": len(images),
         "file_ending": ".nii.gz",
         "overwrite_image_reader_writer": "SimpleITKIOWithReorient",
-        **MADE_BY,
+        "made_by": "mim_prepare",
         "dataset": {
             name: {"images": list(files), "label": f"labelsTr/{name}.nii.gz"} for name, files in sorted(images.items())
         },
@@ -331,13 +321,6 @@ def _indexed(prepared: Prepared) -> Prepared:
     source = replace(prepared.source, cases=tuple(info.case for info in infos))
     write_index(source, infos)
     return replace(prepared, source=source)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise MiMError(f"cannot read {path} ({error}): correct or restore it") from error
 
 
 def _write_json(path: Path, content: Any) -> None:

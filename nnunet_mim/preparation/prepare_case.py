@@ -1,10 +1,14 @@
-"""Read, check, preprocess and save one case, with nnU-Net's own code, in a worker process."""
+"""Read, check, preprocess and save cases with nnU-Net's own code, each in a worker process."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +26,12 @@ from nnunet_mim.preparation.finding import Volume, voxel_files
 from nnunet_mim.preparation.resampling import LeanConfiguration
 from nnunet_mim.preparation.screening import NOT_FINITE, damaged, last_line, voxel_problem
 from nnunet_mim.pretraining.data.case_index import BODY_HU, describe_voxels
+from nnunet_mim.system.processes import end_with_parent
 
 CONFIGURATION = "3d_fullres"
 """the one configuration that mim_prepare makes"""
 HISTOGRAM_HU = np.arange(-1050.0, 2051.0, 25.0)
 """edges of the histogram's bins; the first and the last bin hold everything beyond them"""
-SAMPLE = 200
-"""number of voxels in the body whose intensities are kept for the fingerprint"""
 ENDINGS = ("_seg.b2nd", ".pkl", ".b2nd")
 """endings of the files of a preprocessed case; the last one makes it visible to nnU-Net"""
 
@@ -77,6 +80,47 @@ def file_stamps(folder: Path, case: str) -> list[list[int]] | None:
     return [[s.st_size, s.st_mtime_ns] for s in status]
 
 
+def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prepare cases in worker processes; yields (case, result) as they are finished.
+
+    Raises MiMError where a worker died or could not write. Finished cases are kept.
+    """
+    if not jobs:
+        return
+    partial = Path(f"{jobs[0].source.folder}.partial-{os.getpid()}")  # half-written cases
+    remove_abandoned(partial)
+    partial.mkdir()
+    for library in ("OMP", "OPENBLAS", "MKL"):  # in the workers; this process does not compute
+        os.environ[f"{library}_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, initializer=end_with_parent) as pool:
+        futures = {pool.submit(prepare_case, job, str(partial)): job.case.name for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            running = ", ".join(sorted(path.stem for path in partial.glob("*.running"))) or "unknown"
+            raise MiMError(
+                f"a worker process died (out of memory?) at one of these cases: {running}. What is finished is kept: "
+                "repeat the command with fewer processes (-np), or move the case away"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_abandoned(partial: Path) -> None:
+    """Remove the folders NAME-PROCESS beside `partial`, which has such a name, whose process has ended."""
+    if os.name == "nt":  # os.kill(…, 0) ends a process there
+        return
+    stem = partial.name.rsplit("-", 1)[0]
+    for folder in partial.parent.glob(f"{stem}-*"):
+        try:
+            os.kill(int(folder.name.rsplit("-", 1)[1]), 0)
+        except (OSError, ValueError):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def prepare_case(job: Job, partial: str) -> dict[str, Any]:
     """Prepare one case. `partial` is a folder for half-written files, on the disk of the preprocessed cases.
 
@@ -108,7 +152,7 @@ def prepare_case(job: Job, partial: str) -> dict[str, Any]:
 def _prepare(job: Job, partial: Path) -> dict[str, Any]:
     images, label = job.case.images, job.case.label
     if job.case.series is not None:
-        write_series(job.case.series, Path(images[0]))
+        _write_series(job.case.series, Path(images[0]))
     for file in images if label is None else (*images, label):
         if problem := damaged(Path(file)):
             return {"problem": problem if file != label else f"{problem}: {file}"}
@@ -125,8 +169,8 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
         "image_sha256": voxel_sha256(data),
         "spacing": [float(s) for s in properties["spacing"]],
         "shape": list(data.shape[1:]),
-        "sample": body_sample(data),
-        "histogram": np.sum([histogram(part) for part in data[0]], axis=0).tolist(),
+        "sample": _body_sample(data),
+        "histogram": np.sum([_histogram(part) for part in data[0]], axis=0).tolist(),
     }
     arrays = [seg, data]  # nnU-Net makes copies; without a reference here the originals need not stay in memory
     del data, seg
@@ -137,7 +181,7 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
     info = describe_voxels(job.source, job.case.name, prepared)
     try:
         save(prepared, seg, properties, partial, tuple(configuration.patch_size))
-        stamps = move(partial, job.source.folder, job.case.name)
+        stamps = _move(partial, job.source.folder, job.case.name)
     except (OSError, RuntimeError) as error:  # Blosc2's errors are RuntimeErrors
         raise MiMError(
             f"cannot write {job.source.folder} ({last_line(error)}): free space, then repeat the command"
@@ -145,7 +189,7 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
     return {**image_facts, "info": asdict(info), "stamps": stamps}
 
 
-def write_series(series: Volume, path: Path) -> None:
+def _write_series(series: Volume, path: Path) -> None:
     """Write a DICOM series as an image file, in Hounsfield units, atomically."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(series.files)
@@ -159,27 +203,21 @@ def write_series(series: Volume, path: Path) -> None:
         raise MiMError(f"cannot write {path} ({last_line(error)}): free space, then repeat the command") from error
 
 
-def histogram(voxels: np.ndarray) -> np.ndarray:
-    """Number of voxels in each bin of HISTOGRAM_HU."""
+def _histogram(voxels: np.ndarray) -> np.ndarray:
     return np.histogram(voxels.clip(HISTOGRAM_HU[0], HISTOGRAM_HU[-1]), HISTOGRAM_HU)[0]
 
 
-def body_sample(data: np.ndarray) -> list[list[float]]:
-    """Intensities of up to SAMPLE random voxels inside the body, which channel 0 shows; one list per channel."""
-    random = np.random.default_rng(0)
-    places = random.integers(data[0].size, size=20 * SAMPLE)
-    first = data[0].reshape(-1)[places]
-    places = places[first > BODY_HU][:SAMPLE]
+def _body_sample(data: np.ndarray) -> list[list[float]]:
+    """Intensities of up to 200 random voxels inside the body, which channel 0 shows; one list per channel."""
+    places = np.random.default_rng(0).integers(data[0].size, size=4000)
+    places = places[data[0].reshape(-1)[places] > BODY_HU][:200]
     return [channel.reshape(-1)[places].round(3).tolist() for channel in data]
 
 
 def save(
     data: np.ndarray, seg: np.ndarray, properties: dict[str, Any], partial: Path, patch_size: tuple[int, ...]
 ) -> None:
-    """Write a preprocessed case with nnU-Net's own function to `partial`, a path without an ending.
-
-    The patch size of the plans decides the chunks of the files.
-    """
+    """Write a preprocessed case with nnU-Net's own function to `partial`, a path without an ending."""
     seg = seg.astype(np.int16, copy=False)
     blocks, chunks = comp_blosc2_params(data.shape, patch_size, data.itemsize)
     blocks_seg, chunks_seg = comp_blosc2_params(seg.shape, patch_size, seg.itemsize)
@@ -188,11 +226,8 @@ def save(
     )
 
 
-def move(partial: Path, folder: Path, case: str) -> list[list[int]] | None:
-    """Move the files of a case into its folder once they are safe on the disk. Returns their stamps.
-
-    The file that makes the case visible to nnU-Net moves last.
-    """
+def _move(partial: Path, folder: Path, case: str) -> list[list[int]] | None:
+    """Move the files of a case into its folder once they are safe on the disk. Returns their stamps."""
     for ending in ENDINGS:
         with open(f"{partial}{ending}", "rb") as file:
             os.fsync(file.fileno())

@@ -20,8 +20,6 @@ from nnunet_mim.reporting.figures import Slices, gallery_figure, histogram_figur
 from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.system.files import write_atomically
 
-SHOWN_CASES = 6
-
 
 def skipped_lines(skipped: Mapping[str, Entry]) -> list[str]:
     """One line per kind of reason: the number of cases that were left out, and an example."""
@@ -37,28 +35,29 @@ def write_report(prepared: Prepared, preset: str | None) -> Path:
     """Write the page and `…_skipped.csv` into the folder of the log. Returns the path of the page."""
     entries, skipped, source = prepared.log.prepared, prepared.log.skipped, prepared.source
     folder, stem = prepared.log.path.parent, prepared.log.path.stem
-    write_atomically(folder / f"{stem}_skipped.csv", skipped_table(skipped))
-    gallery = gallery_figure([slices_of(source, name) for name in evenly(list(entries), SHOWN_CASES)])
+    table = [["case", "file", "reason"], *([case, e["files"][0], e["reason"]] for case, e in skipped.items())]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    write_atomically(folder / f"{stem}_skipped.csv", text.getvalue().encode())
+    shown = np.unique(np.linspace(0, len(entries) - 1, 6).round()).astype(int)  # up to six, evenly spread
+    gallery = gallery_figure([_slices_of(source, list(entries)[i]) for i in shown])
     views = "From the front and from below, all in the same scale. The patient's right is on the left."
     sections = [
-        Section("Cases", table=facts_table(prepared), words=True),
+        Section("Cases", table=_facts_table(prepared), words=True),
         Section("Pictures", views, figures=[gallery]),
     ]
-    if source.intensities.is_ct():
+    if window := source.intensities.hounsfield_window():
         counts = np.sum([entry["histogram"] for entry in entries.values()], axis=0)
-        properties = source.intensity_properties["0"]
-        window = properties["percentile_00_5"], properties["percentile_99_5"]
         beyond = counts[HISTOGRAM_HU[1:] <= window[0]].sum(), counts[HISTOGRAM_HU[:-1] >= window[1]].sum()
         share = [f"{100 * n / counts.sum():.1f} %" for n in beyond]
-        text = (
+        explanation = (
             f"Voxels of all cases by HU before resampling. {share[0]} lie below the window and {share[1]} above it; "
             "they are set to its ends."
         )
-        sections.append(Section("Intensities", text, figures=[histogram_figure(HISTOGRAM_HU, counts, window)]))
+        sections.append(Section("Intensities", explanation, figures=[histogram_figure(HISTOGRAM_HU, counts, window)]))
     if skipped:
-        table = [["file", "reason"], *([entry["files"][0], entry["reason"]] for entry in skipped.values())]
-        text = f"The first 200 of {len(skipped)}; {stem}_skipped.csv holds all." if len(table) > 201 else ""
-        sections.append(Section("Left out", text, table=table[:201], words=True))
+        note = f"The first 200 of {len(skipped)}; {stem}_skipped.csv holds all." if len(table) > 201 else ""
+        sections.append(Section("Left out", note, table=[row[1:] for row in table[:201]], words=True))
     sections.append(Section("Plans", code="\n".join(prepared.notes)))
     sections.append(Section("Next", code=next_command([source], preset)))
     path = folder / f"{stem}.html"
@@ -75,16 +74,7 @@ def next_command(sources: Sequence[Source], preset: str | None) -> str:
     return f"mim_pretrain -d {numbers} -p {sources[0].plans_name}{size}"
 
 
-def skipped_table(skipped: Mapping[str, Entry]) -> bytes:
-    """CSV with case, file and reason of what was left out."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "file", "reason"])
-    writer.writerows([entry["case"], entry["files"][0], entry["reason"]] for entry in skipped.values())
-    return text.getvalue().encode()
-
-
-def facts_table(prepared: Prepared) -> list[list[str]]:
+def _facts_table(prepared: Prepared) -> list[list[str]]:
     """Counts, spacings and sizes of a prepared dataset, as rows of a table."""
     entries, source = prepared.log.prepared, prepared.source
     shapes = np.array([entry["info"]["shape"] for entry in entries.values()])
@@ -104,17 +94,11 @@ def facts_table(prepared: Prepared) -> list[list[str]]:
     ]
 
 
-def evenly(names: Sequence[str], count: int) -> list[str]:
-    """Up to `count` of the names, evenly spread over the list."""
-    return [names[int(i)] for i in np.unique(np.linspace(0, len(names) - 1, count).round())]
-
-
-def slices_of(source: Source, case: str) -> Slices:
+def _slices_of(source: Source, case: str) -> Slices:
     """Two slices through the middle of a preprocessed case, turned upright; HU where it is CT."""
     data, _, _, properties = source.dataset_class(str(source.folder), [case]).load_case(case)
     turn = orientation_of((0, 1, 2), direction_of(properties))
-    std, mean = source.to_hounsfield()
-    volume = np.asarray(data[0:1])[0] * std + mean
-    image = turn.array(volume)
+    std, mean = source.intensities.scale()
+    image = turn.array(np.asarray(data[0:1])[0] * std + mean)
     z, y, _ = (n // 2 for n in image.shape)
     return Slices(case, image[:, y], image[z], turn.triple(source.spacing))

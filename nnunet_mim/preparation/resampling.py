@@ -20,8 +20,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from scipy.ndimage import zoom
 
 SLICES_AT_ONCE = 16
-DEFAULT_KWARGS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-DEFAULT_SEG_KWARGS = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
 
 
 class LeanConfiguration(ConfigurationManager):
@@ -29,40 +27,32 @@ class LeanConfiguration(ConfigurationManager):
 
     @property
     def resampling_fn_data(self) -> Any:
-        config = self.configuration
-        default = config["resampling_fn_data"] == resample_data_or_seg_to_shape.__name__
-        if default and config["resampling_fn_data_kwargs"] == DEFAULT_KWARGS:
-            return resample_image
-        return super().resampling_fn_data
+        return _resample_image if self._is_default("data", is_seg=False, order=3) else super().resampling_fn_data
 
     @property
     def resampling_fn_seg(self) -> Any:
-        stock, config = super().resampling_fn_seg, self.configuration
-        default = config["resampling_fn_seg"] == resample_data_or_seg_to_shape.__name__
-        default = default and config["resampling_fn_seg_kwargs"] == DEFAULT_SEG_KWARGS
+        stock, default = super().resampling_fn_seg, self._is_default("seg", is_seg=True, order=1)
 
         def resample(seg: np.ndarray, new_shape: Sequence[int], *spacings: Any) -> np.ndarray:
             if not default or determine_do_sep_z_and_axis(None, *spacings)[0]:
                 return stock(seg, new_shape, *spacings)
-            return resample_outside(seg, new_shape) if seg.max() <= 0 else resample_labels(seg, new_shape)
+            return _resample_outside(seg, new_shape) if seg.max() <= 0 else _resample_labels(seg, new_shape)
 
         return resample
 
+    def _is_default(self, kind: str, **kwargs: Any) -> bool:
+        name, given = (self.configuration[f"resampling_fn_{kind}{ending}"] for ending in ("", "_kwargs"))
+        kwargs |= {"order_z": 0, "force_separate_z": None}
+        return name == resample_data_or_seg_to_shape.__name__ and given == kwargs
 
-def resample_image(
+
+def _resample_image(
     image: np.ndarray, new_shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
 ) -> np.ndarray:
     """Resample images like nnU-Net's `resample_data_or_seg_to_shape` with its default settings.
 
-    That is cubic splines, but the nearest slice along an axis with much larger spacing than the others.
-
-    Args:
-        image: (C, X, Y, Z) float32.
-        new_shape: voxels per axis.
-        spacing, new_spacing: mm per axis, before and after.
-
-    Returns:
-        (C, *new_shape) float32.
+    That is cubic splines, but the nearest slice along an axis with much larger spacing (mm) than the others.
+    (C, X, Y, Z) float32 → (C, *new_shape) float32.
     """
     if tuple(image.shape[1:]) == tuple(new_shape):
         return image
@@ -77,24 +67,18 @@ def resample_image(
     return result
 
 
-def resample_outside(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
+def _resample_outside(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
     """Resample the segmentation of a case without labels, where nnU-Net marks voxels outside the image with -1.
 
-    The mask is interpolated linearly, as nnU-Net does, a few slices at a time.
-
-    Args:
-        seg: (1, X, Y, Z) integer, 0 and -1.
-        new_shape: voxels per axis.
-
-    Returns:
-        (1, *new_shape), same type.
+    The mask is interpolated linearly, as nnU-Net does, a few slices at a time. (1, X, Y, Z) integer, 0 and -1 →
+    (1, *new_shape) of the same type.
     """
     if tuple(seg.shape[1:]) == tuple(new_shape):
         return seg
     result = np.zeros((1, *new_shape), seg.dtype)
     if not seg.any():
         return result
-    across, rows, columns = (spline_matrix(n, m, 1) for n, m in zip(seg.shape[1:], new_shape, strict=True))
+    across, rows, columns = (_spline_matrix(n, m, 1) for n, m in zip(seg.shape[1:], new_shape, strict=True))
     for first in range(0, new_shape[0], SLICES_AT_ONCE):
         part = across[first : first + SLICES_AT_ONCE]
         used = np.flatnonzero(part.any(axis=0))
@@ -104,7 +88,7 @@ def resample_outside(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
     return result
 
 
-def resample_labels(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
+def _resample_labels(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
     """Resample labels (C, X, Y, Z) to (C, *new_shape) like nnU-Net's `resample_data_or_seg_to_shape`.
 
     That holds for its default settings where no axis has much larger spacing than the others. The function is the same,
@@ -128,7 +112,7 @@ def _slice_by_slice(volume: np.ndarray, new_shape: tuple[int, ...], axis: int) -
 
 def _along_axes(volume: np.ndarray, new_shape: tuple[int, ...], axes: Sequence[int]) -> np.ndarray:
     for axis in sorted(axes, key=lambda a: new_shape[a] / volume.shape[a]):  # the axis that shrinks most first
-        matrix = spline_matrix(volume.shape[axis], new_shape[axis]).astype(np.float32)
+        matrix = _spline_matrix(volume.shape[axis], new_shape[axis]).astype(np.float32)
         if axis == 0:
             volume = (matrix @ volume.reshape(volume.shape[0], -1)).reshape(-1, *volume.shape[1:])
         elif axis == 1:
@@ -139,7 +123,7 @@ def _along_axes(volume: np.ndarray, new_shape: tuple[int, ...], axes: Sequence[i
 
 
 @lru_cache(maxsize=16)
-def spline_matrix(old: int, new: int, order: int = 3) -> np.ndarray:
+def _spline_matrix(old: int, new: int, order: int = 3) -> np.ndarray:
     """Matrix (new, old) that interpolates `old` values with splines of this order at the centres of `new` equal parts.
 
     Beyond the edges values are constant.

@@ -7,21 +7,22 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.settings import check_known_keys, setting
+from nnunet_mim.settings import check_known_keys, check_value, setting
 
 PLANS_KEY = "mim_finetune"
-NNUNET_GRAD_CLIP = 12.0
-"""gradient norm at which nnU-Net's own training step clips before anything else"""
+COUNTS = ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch")
 FRACTIONS = ("warmup_fraction", "decoder_first_fraction", "drop_path", "foreground_prior")
-LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (lambda value: value > 0, "above 0"),
     "layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "weight_decay": (lambda value: value >= 0, "0 or more"),
-    "grad_clip": (lambda value: 0 < value <= NNUNET_GRAD_CLIP, f"above 0 and at most {NNUNET_GRAD_CLIP:g}"),
+    "schedule": (lambda value: value in ("cosine", "poly"), "cosine or poly"),
+    "grad_clip": (lambda value: 0 < value <= 12, "above 0 and at most 12"),  # nnU-Net clips at 12 before
     "oversample_foreground": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    **dict.fromkeys(COUNTS, (lambda value: value >= 1, "a whole number above 0")),
     **dict.fromkeys(FRACTIONS, (lambda value: 0 <= value < 1, "0 or more and below 1")),
 }
-"""numbers of the recipe: whether a value is valid, and what is"""
+"""settings of the recipe: whether a value is valid, and what is"""
 
 
 @dataclass(frozen=True)
@@ -65,26 +66,23 @@ class FinetuneConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
-            _check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number above 0", self)
-        for name, (is_valid, wanted) in LIMITS.items():
-            _check(name, _is_number(getattr(self, name)), "a number", self)
-            _check(name, is_valid(getattr(self, name)), wanted, self)
-        _check("schedule", self.schedule in ("cosine", "poly"), "cosine or poly", self)
-        _check("deep_supervision", isinstance(self.deep_supervision, bool), "true or false", self)
-        axes = self.mirror_axes
-        if axes is not None:
-            valid = isinstance(axes, (list, tuple)) and all(_is_int(axis) and 0 <= axis <= 2 for axis in axes)
-            _check("mirror_axes", valid, "a list of axes 0, 1, 2 (or null: all but left-right)", self)
-            object.__setattr__(self, "mirror_axes", tuple(sorted(set(axes))))
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.default is not None:
+                check_value(f"{PLANS_KEY}.{entry.name}", value, entry.default)
+            is_valid, wanted = LIMITS.get(entry.name, (lambda _: True, ""))
+            if not is_valid(value):
+                raise MiMError(f"{PLANS_KEY}.{entry.name} must be {wanted}, got {value!r}")
+        if self.mirror_axes is not None:
+            check_value(f"{PLANS_KEY}.mirror_axes", self.mirror_axes, (0, 1))
+            axes = tuple(sorted(set(self.mirror_axes)))
+            if not set(axes) <= {0, 1, 2}:
+                raise MiMError(f"{PLANS_KEY}.mirror_axes must be axes 0, 1, 2 (null: all but left-right), got {axes}")
+            object.__setattr__(self, "mirror_axes", axes)
 
     @classmethod
     def from_plans(cls, plans: dict[str, Any]) -> FinetuneConfig:
-        """Read `plans["mim_finetune"]`; missing settings have their defaults.
-
-        Raises:
-            MiMError: unknown key, or a value of the wrong kind.
-        """
+        """Read `plans["mim_finetune"]`; missing settings have their defaults. Raises MiMError for a bad one."""
         block = plans.get(PLANS_KEY, {})
         if not isinstance(block, dict):
             raise MiMError(f"'{PLANS_KEY}' in the plans file must be a block of settings, got {block!r}")
@@ -96,27 +94,9 @@ class FinetuneConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-def left_right_axis(transpose_forward: Sequence[int]) -> int:
-    """Array axis of left-right in preprocessed data, for images stored in axial slices.
-
-    nnU-Net reads those as (z, y, x) and then transposes; left-right is where axis 2 went.
-    """
-    return list(transpose_forward).index(2)
-
-
 def default_mirror_axes(transpose_forward: Sequence[int]) -> tuple[int, ...]:
-    """All array axes but left-right, whose mirroring would exchange left and right organs."""
-    return tuple(axis for axis in range(3) if axis != left_right_axis(transpose_forward))
+    """All array axes but left-right of preprocessed data, for images stored in axial slices.
 
-
-def _check(name: str, valid: bool, wanted: str, config: FinetuneConfig) -> None:
-    if not valid:
-        raise MiMError(f"{PLANS_KEY}.{name} must be {wanted}, got {getattr(config, name)!r}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    nnU-Net reads those as (z, y, x) and then transposes. Mirroring left-right would exchange left and right organs.
+    """
+    return tuple(axis for axis, before in enumerate(transpose_forward) if before != 2)

@@ -22,10 +22,9 @@ from nnunet_mim.errors import one_line_errors
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.nnunet.datasets import required_folder
 from nnunet_mim.trainers.finetune_config import default_mirror_axes
-from nnunet_mim.trainers.heads import start_from_prior
 from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
 from nnunet_mim.trainers.resolve_plans import resolve_plans
-from nnunet_mim.trainers.transfer import TransferReport, check_architecture, transfer_encoder
+from nnunet_mim.trainers.transfer import TransferReport, check_architecture, start_from_prior, transfer_encoder
 
 TRANSFER_FILE = "mim_transfer.json"
 
@@ -152,7 +151,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         if differences:
             self._log(units_warning(differences))
         record = {
-            **self._report.to_dict(),
+            **{name: getattr(self._report, name) for name in ("source", "loaded", "adapted", "fresh")},
             "leaked_cases": leaked,
             "n_val_cases": len(val_cases),
             "unit_differences": differences,

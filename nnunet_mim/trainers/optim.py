@@ -11,8 +11,6 @@ from nnunet_mim.checkpoint.format import ENCODER_PREFIX
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
-POLY_EXPONENT = 0.9
-
 
 def lr_factor(iteration: int, total: int, config: FinetuneConfig, encoder: bool = True) -> float:
     """Learning rate at an iteration, as a share of the peak.
@@ -23,8 +21,6 @@ def lr_factor(iteration: int, total: int, config: FinetuneConfig, encoder: bool 
 
     Args:
         iteration: number of optimiser steps already done, 0 … total - 1.
-        total: number of optimiser steps of the whole training.
-        config: recipe.
         encoder: whether this is the rate of the encoder, or of all else.
     """
     first = round(total * config.decoder_first_fraction)
@@ -36,16 +32,14 @@ def lr_factor(iteration: int, total: int, config: FinetuneConfig, encoder: bool 
         return (iteration + 1) / warmup
     progress = min(1.0, (iteration - warmup) / max(1, total - warmup))
     if config.schedule == "poly":
-        return (1 - progress) ** POLY_EXPONENT
+        return (1 - progress) ** 0.9
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class IterationSchedule:
     """Sets the learning rate of every group from the global iteration, so that `--c` needs no saved state.
 
-    Args:
-        optimizer: its groups may have an `lr_scale`, and `encoder` (whether they belong to it).
-        config: recipe, with the numbers of epochs and iterations.
+    The groups of the optimiser may have an `lr_scale`, and `encoder` (whether they belong to it).
     """
 
     def __init__(self, optimizer: Optimizer, config: FinetuneConfig) -> None:
@@ -72,11 +66,8 @@ class IterationSchedule:
 
 
 def encoder_layer(name: str, n_vit_blocks: int) -> int:
-    """Layer of an encoder parameter: 0-2 stages, 3 token embedding, from 4 transformer blocks, last the final norm.
-
-    Args:
-        name: name of the parameter in HybridEncoder, e.g. `stages.1.blocks.0.conv1.weight`.
-        n_vit_blocks: number of transformer blocks of that encoder.
+    """Layer of a parameter of HybridEncoder: 0-2 stages, 3 token embedding, from 4 transformer blocks, last the final
+    norm. A name is `stages.1.blocks.0.conv1.weight`, for example.
     """
     parts = name.split(".")
     if parts[0] == "stages":

@@ -13,7 +13,7 @@ from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.checkpoint.locate import FINAL, find_checkpoint, no_checkpoint_error
 from nnunet_mim.config import PRESETS, NetworkConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.geometry import suitable_strides
+from nnunet_mim.geometry import cumulative_strides, suitable_strides
 from nnunet_mim.networks.hybrid_unet import plans_architecture
 from nnunet_mim.nnunet.datasets import required_folder
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
@@ -28,7 +28,7 @@ from nnunet_mim.nnunet.plans import (
     uses_hybrid_unet,
 )
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
-from nnunet_mim.trainers.transfer import check_architecture, describe
+from nnunet_mim.trainers.transfer import check_architecture
 
 DEFAULT_PRESET = "base"
 
@@ -63,19 +63,18 @@ def resolve_plans(
 
     Args:
         plans: content of the plans file, with `continue_training` as nnU-Net adds it; not changed.
-        configuration: e.g. 3d_fullres.
         fold: number or "all".
-        dataset_json: content of dataset.json.
         trainer: class name, part of the output folder's name.
         pretrained: whether this trainer starts from a pretraining checkpoint; False: the control.
 
     Raises:
-        MiMError: any bad input; one line.
+        MiMError: any bad input.
     """
     plans = deepcopy(plans)
     finetune = FinetuneConfig.from_plans(plans)
     config = configuration_of(plans, configuration)
-    require_preprocessed(plans, configuration, config)
+    dataset = Path(required_folder("nnUNet_preprocessed"), plans["dataset_name"])
+    require_preprocessed(dataset / config["data_identifier"], plans["plans_name"], configuration)
     results = required_folder("nnUNet_results")
     trainers = dict.fromkeys([trainer] if pretrained else [trainer, "nnUNetTrainerMiM"])
     folders = [Path(results, plans["dataset_name"], f"{t}__{plans['plans_name']}__{configuration}") for t in trainers]
@@ -94,6 +93,8 @@ def resolve_plans(
             raise no_checkpoint_error(plans, configuration, fold, results)
     if architecture is None:
         architecture, notes = _new_architecture(plans, config, checkpoint)
+    if notes:
+        notes.extend(_deep_supervision_note(architecture, config["patch_size"]))
     if finetune.mirror_axes is None:
         axes, mirroring_notes = _mirror_axes(plans, dataset_json, folders)
         finetune = replace(finetune, mirror_axes=axes)
@@ -118,8 +119,8 @@ def network_for(checkpoint: PretrainedCheckpoint, spacing: tuple[float, ...]) ->
     strides = suitable_strides(spacing)
     if strides == network.strides:
         return network, []
-    shown = [[list(stride) for stride in of] for of in (strides, network.strides)]
-    note = f"strides {shown[0]} suit this spacing (pretraining: {shown[1]}); kernels between stages are resized to them"
+    now, before = ([list(stride) for stride in of] for of in (strides, network.strides))
+    note = f"strides {now} suit this spacing (pretraining: {before}); kernels between stages are resized to them"
     return replace(network, strides=strides), [note]
 
 
@@ -128,8 +129,7 @@ def _settled_architecture(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Architecture of the plans, or of earlier trainings in these output folders, and notes; None where all are silent.
 
-    Raises:
-        MiMError: the plans and the trainings in the first folder disagree.
+    Raises MiMError where the plans and the trainings in the first folder disagree.
     """
     planned = config["architecture"] if uses_hybrid_unet(config) else None
     saved = saved_architecture(folders[0], configuration)
@@ -144,8 +144,7 @@ def _settled_architecture(
         architecture = saved_architecture(folder, configuration)
         if architecture is not None:
             network = f"that of {folder.name}, whose control this is"
-            note = f"Plans {plans['plans_name']} name another network, replaced by {network}"
-            return architecture, [note, *_deep_supervision_note(architecture, config["patch_size"])]
+            return architecture, [f"Plans {plans['plans_name']} name another network, replaced by {network}"]
     return None, []
 
 
@@ -156,16 +155,16 @@ def _new_architecture(
     spacing = tuple(config["spacing"])
     if checkpoint is not None:
         network, notes = network_for(checkpoint, spacing)
-        origin = f"the checkpoint ({checkpoint.preset}: {describe(network)})"
+        origin = f"the checkpoint ({checkpoint.preset})"
     else:
-        network, notes = replace(PRESETS[DEFAULT_PRESET], strides=suitable_strides(spacing)), []
-        origin = (
-            f"the default preset {DEFAULT_PRESET} ({describe(network)}); the control of a pretrained network needs the "
-            f"same one: set nnUNet_mim_checkpoint or use plans of mim_plan"
-        )
-    note = f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {origin}"
-    architecture = plans_architecture(network, config["patch_size"])
-    return architecture, [note, *notes, *_deep_supervision_note(architecture, config["patch_size"])]
+        network = replace(PRESETS[DEFAULT_PRESET], strides=suitable_strides(spacing))
+        notes = ["The control needs the network of its twin: set nnUNet_mim_checkpoint, or use plans of mim_plan"]
+        origin = f"the default preset {DEFAULT_PRESET}"
+    note = (
+        f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {origin}: embed_dims "
+        f"{network.embed_dims}, depths {network.depths}, heads {network.num_heads}, token {network.token_size}"
+    )
+    return plans_architecture(network, config["patch_size"]), [note, *notes]
 
 
 def _mirror_axes(
@@ -188,10 +187,8 @@ def _mirror_axes(
 
 def _deep_supervision_note(architecture: dict[str, Any], patch_size: list[int]) -> list[str]:
     """A note where nnU-Net's rounding of low-resolution target sizes shifts the targets against the network's grid."""
-    strides = architecture["arch_kwargs"]["strides"]
-    steps = [1, 1, 1]
-    for stride in strides[: len(strides) - 2]:  # the lowest supervised level has no weight in the loss
-        steps = [a * b for a, b in zip(steps, stride, strict=True)]
+    # the lowest supervised level has no weight in the loss
+    steps = list(cumulative_strides(architecture["arch_kwargs"]["strides"])[-3])
     if all(n % s == 0 for n, s in zip(patch_size, steps, strict=True)):
         return []
     return [

@@ -1,15 +1,15 @@
-"""Transfer of pretrained weights into the encoder of a HybridUNet. No weight is skipped silently."""
+"""Initial weights of a HybridUNet: its pretrained encoder (no weight is skipped silently), and biases of its heads."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunet_mim.checkpoint.format import ENCODER_PREFIX, PretrainedCheckpoint
-from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 
@@ -36,18 +36,9 @@ class TransferReport:
             lines.extend(f"    {n}{' (' + self.adapted[n] + ')' if n in self.adapted else ''}" for n in names)
         return lines
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"source": self.source, "loaded": self.loaded, "adapted": self.adapted, "fresh": self.fresh}
-
 
 def check_architecture(checkpoint: PretrainedCheckpoint, arch_kwargs: dict[str, Any], in_channels: int) -> None:
-    """Refuse a checkpoint that does not fit the network of the plans.
-
-    Strides may differ (kernels are adapted), and a one-channel encoder fits any number of channels.
-
-    Raises:
-        MiMError: other widths, depths, heads or MLP ratio, or several channels that are not the dataset's.
-    """
+    """Raise MiMError for a checkpoint that does not fit the network of the plans. Strides may differ."""
     for name in ("embed_dims", "depths", "num_heads", "mlp_ratio"):
         stored = getattr(checkpoint.network, name)
         wanted = tuple(arch_kwargs[name]) if isinstance(stored, tuple) else arch_kwargs[name]
@@ -56,6 +47,11 @@ def check_architecture(checkpoint: PretrainedCheckpoint, arch_kwargs: dict[str, 
                 f"checkpoint {checkpoint.path} is of another architecture ({name} {stored}, the plans have {wanted}): "
                 f"write plans for it with `mim_plan -pc CHECKPOINT`"
             )
+    check_channels(checkpoint, in_channels)
+
+
+def check_channels(checkpoint: PretrainedCheckpoint, in_channels: int) -> None:
+    """Raise MiMError for several channels that are not the dataset's: one channel fits any number."""
     if checkpoint.in_channels not in (1, in_channels):
         raise MiMError(
             f"checkpoint {checkpoint.path} was pretrained on {checkpoint.in_channels} channels, the dataset has "
@@ -67,12 +63,7 @@ def check_architecture(checkpoint: PretrainedCheckpoint, arch_kwargs: dict[str, 
 def transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> TransferReport:
     """Copy all pretrained encoder weights into `network.encoder`, adapted where channels or strides differ.
 
-    Args:
-        network: on any device; changed in place.
-        checkpoint: of the same widths and depths (`check_architecture`).
-
-    Raises:
-        MiMError: a parameter is missing on either side, or its shape differs in a way no rule covers.
+    Raises MiMError where a parameter is missing on either side, or its shape differs in a way no rule covers.
     """
     target = network.encoder.state_dict()
     missing, unexpected = sorted(set(target) - set(checkpoint.encoder)), sorted(set(checkpoint.encoder) - set(target))
@@ -85,9 +76,10 @@ def transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> T
     for name, parameter in target.items():
         weight, done = checkpoint.encoder[name], []
         if name == INPUT_LAYER and weight.shape[1] == 1 and parameter.shape[1] > 1:
-            weight = repeat_input_channel(weight, parameter.shape[1])
+            # divided, so that an image in every channel gives the same response
+            weight = weight.expand(-1, parameter.shape[1], *weight.shape[2:]) / parameter.shape[1]
             done.append(f"1 → {parameter.shape[1]} input channels, repeated and divided")
-        if is_patch_kernel(name) and weight.shape[2:] != parameter.shape[2:]:
+        if _is_patch_kernel(name) and weight.shape[2:] != parameter.shape[2:]:
             done.append(f"kernel {tuple(weight.shape[2:])} → {tuple(parameter.shape[2:])}, response kept")
             weight = resize_kernel(weight, tuple(parameter.shape[2:]))
         if weight.shape != parameter.shape:
@@ -102,20 +94,13 @@ def transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> T
             report.loaded.append(f"{ENCODER_PREFIX}{name}")
     report.n_values = {name: p.numel() for name, p in network.state_dict().items()}
     report.fresh = [n for n in report.n_values if n not in report.adapted and not n.startswith(ENCODER_PREFIX)]
-    accounted = len(report.loaded) + len(report.adapted) + len(report.fresh)
-    assert len(report.loaded) + len(report.adapted) == len(checkpoint.encoder)
-    assert accounted == len(report.n_values)
+    assert len(report.loaded) + len(report.adapted) + len(report.fresh) == len(report.n_values)
     return report
 
 
-def is_patch_kernel(name: str) -> bool:
+def _is_patch_kernel(name: str) -> bool:
     """Whether a parameter is the weight of an encoder convolution with kernel = stride."""
     return name.endswith((".embed.proj.weight", ".to_token.weight", "token_embed.proj.weight"))
-
-
-def repeat_input_channel(weight: Tensor, channels: int) -> Tensor:
-    """Weight (out, 1, …) → (out, channels, …), divided so that an image in every channel gives the same response."""
-    return weight.expand(-1, channels, *weight.shape[2:]) / channels
 
 
 def resize_kernel(weight: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -135,7 +120,25 @@ def resize_kernel(weight: Tensor, size: tuple[int, ...]) -> Tensor:
     return weight
 
 
-def describe(network: NetworkConfig) -> str:
-    """Sizes of an encoder in one line, for logs."""
-    sizes = f"embed_dims {network.embed_dims}, depths {network.depths}, heads {network.num_heads}"
-    return f"{sizes}, token {network.token_size}"
+def start_from_prior(heads: nn.ModuleList, foreground: float, regions: bool) -> None:
+    """Set the biases of the heads so that they predict about the true share of foreground.
+
+    This is the prior of RetinaNet (arXiv 1708.02002) for a softmax. AdamW moves a bias by about the learning rate per
+    step, so short trainings would need hundreds of steps to learn that most voxels are background
+    (benchmarks/results/2026-11-26_head_prior_cpu.md). Weights are not changed: RetinaNet's small ones slow the start.
+
+    Args:
+        heads: 1x1x1 convolutions; their outputs are classes (background first) or regions.
+        foreground: probability of all foreground classes together, or of each region; above 0 and below 1.
+        regions: whether outputs are regions with a sigmoid each, without background.
+    """
+    for head in heads:
+        assert isinstance(head, nn.Conv3d)
+        assert head.bias is not None
+        nn.init.zeros_(head.bias)
+        classes = head.out_channels - 1
+        odds = foreground / (1 - foreground)
+        if regions:
+            nn.init.constant_(head.bias, math.log(odds))
+        elif classes:
+            nn.init.constant_(head.bias[:1], math.log(classes / odds))

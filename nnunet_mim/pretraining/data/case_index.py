@@ -178,10 +178,10 @@ def remedy(source: Source, case: str) -> str:
 
 def _body_threshold(source: Source) -> float:
     """Normalised intensity above which a voxel of channel 0 is body: BODY_HU, or just above the window's minimum."""
-    window = source.window(0)
+    window = source.intensities.normalized_window()
     if window is None:
         return -np.inf
-    std, mean = source.to_hounsfield(0)
+    std, mean = source.intensities.scale()
     return max((BODY_HU - mean) / std, window[0] + 0.01 * (window[1] - window[0]))
 
 

@@ -123,7 +123,10 @@ def run_data(cases: Cases, fold: int | str, config: PretrainConfig) -> RunData:
     train, val = _split_cases(cases, fold, config)
     source, ranges = cases.sources[0], train.column("ranges")
     lowest, highest = ranges[:, 0].min(axis=0).tolist(), ranges[:, 1].max(axis=0).tolist()
-    windows = [source.window(channel) or (lowest[channel], highest[channel]) for channel in range(source.in_channels)]
+    windows = [
+        source.intensities.normalized_window(channel) or (lowest[channel], highest[channel])
+        for channel in range(source.in_channels)
+    ]
     width = tuple(high - low for low, high in windows)
     fill, flat = tuple(low for low, _ in windows), tuple(FLAT_FRACTION * w for w in width)
     return RunData(list(cases.sources), train, val, fold, fill, flat, width)

@@ -314,7 +314,7 @@ def broken_plans(folder):
         (["-d", "7", "-c", "3d_cascade_fullres"], None, "cascade"),
         (["-d", "7", "-c", "3d_other"], None, "available are"),
         (["-d", "7"], no_plans, "nnUNetv2_plan_and_preprocess -d 007 --no_pp"),
-        (["-d", "7"], broken_plans, "not valid JSON"),
+        (["-d", "7"], broken_plans, "cannot read"),
         (["-d", "7", "-pc", "/nowhere.pth"], None, "does not exist"),
         (["-d", "7", "-o", "nnUNetPlans"], None, "other than -p"),
         (["-d", "7", "-o", "a__b"], None, "single underscores"),

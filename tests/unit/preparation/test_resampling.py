@@ -8,10 +8,10 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 
 from nnunet_mim.preparation.resampling import (
     LeanConfiguration,
-    resample_image,
-    resample_labels,
-    resample_outside,
-    spline_matrix,
+    _resample_image,
+    _resample_labels,
+    _resample_outside,
+    _spline_matrix,
 )
 
 SPACING = st.tuples(*[st.floats(0.4, 6.0)] * 3)
@@ -24,7 +24,7 @@ def test_equal_to_nnunets(shape, spacing, new_spacing, seed):
     image = np.random.default_rng(seed).uniform(-4, 4, (2, *shape)).astype(np.float32)
     new_shape = np.maximum(compute_new_shape(shape, spacing, new_spacing), 1)
     expected = resample_data_or_seg_to_shape(image.copy(), new_shape, spacing, new_spacing, False, 3, 0, None)
-    found = resample_image(image, new_shape, spacing, new_spacing)
+    found = _resample_image(image, new_shape, spacing, new_spacing)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -34,21 +34,21 @@ def test_each_thick_axis(spacing):
     image = np.random.default_rng(0).normal(size=(1, 9, 11, 10)).astype(np.float32)
     shape = compute_new_shape(image.shape[1:], spacing, (1.5, 1.5, 1.5))
     expected = resample_data_or_seg_to_shape(image.copy(), shape, spacing, (1.5, 1.5, 1.5), False, 3, 0, None)
-    np.testing.assert_allclose(resample_image(image, shape, spacing, (1.5, 1.5, 1.5)), expected, atol=1e-5)
+    np.testing.assert_allclose(_resample_image(image, shape, spacing, (1.5, 1.5, 1.5)), expected, atol=1e-5)
 
 
 def test_the_input_is_left_alone_and_an_equal_shape_costs_nothing():
     image = np.random.default_rng(0).normal(size=(1, 6, 7, 8)).astype(np.float32)
     before = image.copy()
-    resample_image(image, (3, 9, 8), (1, 1, 1), (2, 0.8, 1))
+    _resample_image(image, (3, 9, 8), (1, 1, 1), (2, 0.8, 1))
     assert np.array_equal(image, before)
-    assert resample_image(image, (6, 7, 8), (1, 1, 1), (1, 1, 1)) is image
+    assert _resample_image(image, (6, 7, 8), (1, 1, 1), (1, 1, 1)) is image
 
 
 def test_columns_sum_to_one():
     """A constant stays constant."""
     for old, new in ((5, 9), (9, 5), (1, 4), (40, 13)):
-        assert spline_matrix(old, new).sum(axis=1) == pytest.approx(1, abs=1e-5)
+        assert _spline_matrix(old, new).sum(axis=1) == pytest.approx(1, abs=1e-5)
 
 
 @settings(max_examples=40)
@@ -63,7 +63,7 @@ def test_the_mask_of_what_is_outside_equals_nnunets(shape, new_shape, share, see
     seg = -(np.random.default_rng(seed).random((1, *shape)) < share).astype(np.int8)
     spacings = (1, 1, 1), (1, 1, 1)
     expected = resample_data_or_seg_to_shape(seg, new_shape, *spacings, True, 1, 0, None)
-    found = resample_outside(seg, new_shape)
+    found = _resample_outside(seg, new_shape)
     assert found.dtype == np.int8
     mask = resample_data_or_seg_to_shape(-seg.astype(float), new_shape, *spacings, False, 1, 0, None)
     clear = np.abs(mask - 0.5) > 1e-9
@@ -79,7 +79,7 @@ def test_labels_equal_nnunets(shape, new_shape, n_labels, seed):
     seg[0, 0, 0, 0] = n_labels
     spacings = (1, 1, 1), (1, 1, 1)
     expected = resample_data_or_seg_to_shape(seg.astype(np.float32), new_shape, *spacings, True, 1, 0, None)
-    for found in (resample_labels(seg, new_shape), configuration().resampling_fn_seg(seg, new_shape, *spacings)):
+    for found in (_resample_labels(seg, new_shape), configuration().resampling_fn_seg(seg, new_shape, *spacings)):
         assert found.dtype == np.int16
         assert np.array_equal(found, expected)
 
@@ -98,7 +98,7 @@ def configuration(**changes):
 
 
 def test_other_resampling_of_the_plans_is_kept():
-    assert configuration().resampling_fn_data is resample_image
+    assert configuration().resampling_fn_data is _resample_image
     assert configuration(order=1).resampling_fn_data.keywords["order"] == 1
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_mim.trainers.heads import start_from_prior
+from nnunet_mim.trainers.transfer import start_from_prior
 
 
 def heads_of(outputs):

@@ -11,7 +11,7 @@ from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
-from nnunet_mim.trainers.transfer import check_architecture, is_patch_kernel, resize_kernel, transfer_encoder
+from nnunet_mim.trainers.transfer import _is_patch_kernel, check_architecture, resize_kernel, transfer_encoder
 
 
 def unet(network, channels=1, patch=(64, 32, 32)):
@@ -101,7 +101,7 @@ def test_patch_kernels_are_all_the_layers_whose_kernel_is_a_stride(network_confi
             1, network_config.embed_dims, network_config.depths, num_heads=2
         ).named_parameters()
     ]
-    found = {name for name in names if is_patch_kernel(name)}
+    found = {name for name in names if _is_patch_kernel(name)}
     assert found == {
         *[f"stages.{s}.{layer}.weight" for s in range(3) for layer in ("embed.proj", "to_token")],
         "token_embed.proj.weight",
