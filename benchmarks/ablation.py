@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nnunet_mim.checkpoint.format import FINAL, LATEST
+from nnunet_mim.checkpoint.locate import FINAL, LATEST
 from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.pretraining.monitoring.figures import Measurement
 

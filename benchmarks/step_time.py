@@ -27,6 +27,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
+from dense_encoder import encode_dense
 from flops import crop_flops, dense_view_flops, view_flops
 from process_memory import status_kb
 
@@ -51,7 +52,7 @@ class Dense(torch.nn.Module):
 
     def encode(self, images, ids_masked):
         mask = mask_of(ids_masked, images[0, 0].numel() // torch.tensor(self.model.encoder.token_size).prod().item())
-        return self.model.encoder.forward_dense(images, mask, self.memory_format)
+        return encode_dense(self.model.encoder, images, mask, self.memory_format)
 
     def forward(self, images, ids_keep, ids_masked, edge=None, parent_features=None, recompute=False):
         assert not recompute

@@ -23,13 +23,21 @@ settings.load_profile("nnunet_mim")
 @pytest.fixture(scope="session")
 def reference():
     """The twins of tests/reference, e.g. `reference.losses.infonce`; without `reference_` in front, loaded once."""
-    modules = {}
-    for path in sorted((ROOT / "tests" / "reference").glob("reference_*.py")):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        modules[path.stem.removeprefix("reference_")] = module
-    return SimpleNamespace(**modules)
+    files = sorted((ROOT / "tests" / "reference").glob("reference_*.py"))
+    return SimpleNamespace(**{path.stem.removeprefix("reference_"): _module(path) for path in files})
+
+
+@pytest.fixture(scope="session")
+def encode_dense():
+    """The dense masked computation of the encoder, (encoder, images, mask) → latent tokens."""
+    return _module(ROOT / "benchmarks" / "dense_encoder.py").encode_dense
+
+
+def _module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 import nnunet_mim
-from nnunet_mim.checkpoint.locate import BEST as BEST
-from nnunet_mim.checkpoint.locate import FINAL as FINAL
-from nnunet_mim.checkpoint.locate import LATEST as LATEST
-from nnunet_mim.checkpoint.locate import locate
+from nnunet_mim.checkpoint.locate import FINAL, locate
 from nnunet_mim.checkpoint.share import read_export
 from nnunet_mim.config import NetworkConfig, PretrainConfig, network_from_dict
 from nnunet_mim.errors import MiMError

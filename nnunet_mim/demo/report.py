@@ -14,7 +14,8 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunet_mim.checkpoint.format import FINAL, load_checkpoint
+from nnunet_mim.checkpoint.format import load_checkpoint
+from nnunet_mim.checkpoint.locate import FINAL
 from nnunet_mim.demo.phantoms import LABELS
 from nnunet_mim.demo.stages import DemoSettings, Folders
 from nnunet_mim.errors import MiMError

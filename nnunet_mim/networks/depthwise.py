@@ -1,7 +1,7 @@
 """Depthwise convolution on visible tokens only.
 
 `depthwise_on_tokens` defines what is computed, with PyTorch's own operations. Faster code takes over where it can:
-depthwise_cpu.py on a CPU, depthwise_triton.py on a GPU with Triton (NNUNET_MIM_TRITON=0 switches it off).
+`MaskedDepthwise` on a CPU, depthwise_triton.py on a GPU with Triton (NNUNET_MIM_TRITON=0 switches it off).
 """
 
 from __future__ import annotations
@@ -11,30 +11,23 @@ import os
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_mim.config import Size3
-from nnunet_mim.networks.depthwise_cpu import masked_depthwise as masked_depthwise_cpu
-from nnunet_mim.networks.token_layout import grid_from_rows, rows_from_grid, voxel_rows
+from nnunet_mim.networks.depthwise_cpu import MaskedDepthwise, depthwise_on_tokens
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class DepthwiseConv3d(nn.Conv3d):
-    """Depthwise convolution with zero padding that keeps the size; weight (C, 1, k, k, k), bias (C,)."""
+    """Weight (C, 1, k, k, k) and bias (C,) of a depthwise convolution, which a `SpatialConv` applies."""
 
     def __init__(self, channels: int, kernel_size: int = 5) -> None:
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, X, Y, Z, C) → same shape."""
-        y = F.conv3d(x.permute(0, 4, 1, 2, 3), self.weight, self.bias, padding=self.padding, groups=self.groups)
-        return y.permute(0, 2, 3, 4, 1)
-
 
 SpatialConv = Callable[[DepthwiseConv3d, Tensor], Tensor]
-"""Applies a depthwise convolution to boxes (N, T, X, Y, Z, C)."""
+"""Applies a depthwise convolution to boxes (N, T, X, Y, Z, C), with zero padding that keeps their size."""
 
 
 def conv_on_tokens(ids_keep: Tensor, grid: Size3) -> SpatialConv:
@@ -48,9 +41,8 @@ def conv_on_tokens(ids_keep: Tensor, grid: Size3) -> SpatialConv:
         return _triton_conv(ids_keep, grid)
 
     def convolve(conv: DepthwiseConv3d, x: Tensor) -> Tensor:
-        if use_cpu_path(x):
-            return masked_depthwise_cpu(x, conv.weight, conv.bias, ids_keep, grid)  # type: ignore[arg-type]
-        return depthwise_on_tokens(conv, x, ids_keep, grid)
+        function = MaskedDepthwise.apply if use_cpu_path(x) else depthwise_on_tokens
+        return function(x, conv.weight, conv.bias, ids_keep, grid)  # type: ignore[no-untyped-call]
 
     return convolve
 
@@ -61,15 +53,14 @@ def conv_on_patches(n_samples: int, device: torch.device) -> SpatialConv:
 
 
 def use_cpu_path(x: Tensor) -> bool:
-    """Whether depthwise_cpu.py takes over: in float32 training on a CPU, without autocast and torch.compile."""
+    """Whether `MaskedDepthwise` takes over: in float32 training on a CPU, without autocast and torch.compile."""
     eager = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
     return eager and x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled()
 
 
 def use_triton(device: torch.device) -> bool:
     """Whether the Triton kernels take over: on CUDA, with Triton installed and not switched off."""
-    wanted = device.type == "cuda" and os.environ.get("NNUNET_MIM_TRITON") != "0"
-    return wanted and HAS_TRITON
+    return device.type == "cuda" and HAS_TRITON and os.environ.get("NNUNET_MIM_TRITON") != "0"
 
 
 def _triton_conv(ids_keep: Tensor, grid: Size3) -> SpatialConv:
@@ -86,21 +77,3 @@ def _triton_conv(ids_keep: Tensor, grid: Size3) -> SpatialConv:
         return masked_depthwise(x, conv.weight, conv.bias, ids_keep, tables[rim], list(grid), token)
 
     return convolve
-
-
-def depthwise_on_tokens(conv: DepthwiseConv3d, x: Tensor, ids_keep: Tensor, grid: Size3) -> Tensor:
-    """Convolve a dense grid whose masked voxels are zero, and return the visible tokens.
-
-    Args:
-        conv: the convolution.
-        x: (N, K, X, Y, Z, C), voxels of the visible tokens.
-        ids_keep: (N, K) int64, raster numbers of the visible tokens.
-        grid: tokens per axis.
-
-    Returns:
-        (N, K, X, Y, Z, C).
-    """
-    _, _, X, Y, Z, _ = x.shape
-    rows = voxel_rows(ids_keep, grid, (X, Y, Z))
-    dense = conv(grid_from_rows(x, rows, grid))  # (N, gx*X, gy*Y, gz*Z, C)
-    return rows_from_grid(dense, rows).view(x.shape)

@@ -1,4 +1,4 @@
-"""Masked depthwise convolution on a CPU: forward and both gradients are forward convolutions of oneDNN.
+"""Depthwise convolution of visible tokens, and its gradients on a CPU as forward convolutions of oneDNN.
 
 oneDNN's forward depthwise kernel is fast with channels last; its gradient kernels are 4 to 10 times slower
 (benchmarks/results/depthwise_cpu.md). The input gradient is the same convolution with the flipped kernel. The weight
@@ -24,35 +24,11 @@ BYTES_PER_CALL = 1_200_000
 """bytes of input voxels in one call: about the second-level cache of a core"""
 
 
-class MaskedDepthwise(torch.autograd.Function):
-    """The convolution of `masked_depthwise` and its gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, ids_keep: Tensor, grid: Size3) -> Tensor:  # type: ignore[no-untyped-def, override]
-        x = x.contiguous()
-        ctx.save_for_backward(x, weight, ids_keep)
-        ctx.grid = grid
-        return _convolve(x, weight, bias, ids_keep, grid)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
-        x, weight, ids_keep = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _convolve(grad, weight.flip(2, 3, 4), None, ids_keep, ctx.grid)
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(x, grad, ids_keep, ctx.grid, weight.shape[-1])
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.flatten(0, 4).sum(dim=0)  # (C,)
-        return grad_x, grad_weight, grad_bias, None, None
-
-
-def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, ids_keep: Tensor, grid: Size3) -> Tensor:
-    """Depthwise convolution of visible tokens, in which masked voxels count as zero; differentiable.
+def depthwise_on_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, ids_keep: Tensor, grid: Size3) -> Tensor:
+    """Convolve a dense grid whose masked voxels are zero, and return the visible tokens.
 
     Args:
-        x: (N, K, X, Y, Z, C) float32, voxels of the visible tokens.
+        x: (N, K, X, Y, Z, C), voxels of the visible tokens.
         weight: (C, 1, k, k, k), k odd.
         bias: (C,).
         ids_keep: (N, K) int64, raster numbers of the visible tokens.
@@ -61,10 +37,6 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, ids_keep: Tensor, 
     Returns:
         (N, K, X, Y, Z, C).
     """
-    return MaskedDepthwise.apply(x, weight, bias, ids_keep, grid)  # type: ignore[no-untyped-call]
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, ids_keep: Tensor, grid: Size3) -> Tensor:
     _, _, X, Y, Z, _ = x.shape
     rows = voxel_rows(ids_keep, grid, (X, Y, Z))
     dense = grid_from_rows(x, rows, grid).permute(0, 4, 1, 2, 3)  # (N, C, gx*X, gy*Y, gz*Z)
@@ -72,12 +44,36 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, ids_keep: Tensor, 
     return rows_from_grid(dense.permute(0, 2, 3, 4, 1), rows).view(x.shape)
 
 
-def weight_gradient(x: Tensor, grad: Tensor, ids_keep: Tensor, grid: Size3, kernel: int) -> Tensor:
+class MaskedDepthwise(torch.autograd.Function):
+    """`depthwise_on_tokens` in float32 with gradients of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, ids_keep: Tensor, grid: Size3) -> Tensor:  # type: ignore[no-untyped-def, override]
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight, ids_keep)
+        ctx.grid = grid
+        return depthwise_on_tokens(x, weight, bias, ids_keep, grid)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+        x, weight, ids_keep = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = depthwise_on_tokens(grad, weight.flip(2, 3, 4), None, ids_keep, ctx.grid)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(x, grad, ids_keep, ctx.grid, weight.shape[-1])
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.flatten(0, 4).sum(dim=0)  # (C,)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _weight_gradient(x: Tensor, grad: Tensor, ids_keep: Tensor, grid: Size3, kernel: int) -> Tensor:
     """Gradient of the weight, (C, 1, k, k, k).
 
     Args:
         x, grad: (N, K, X, Y, Z, C) contiguous, input of the convolution and gradient of its result.
-        ids_keep, grid: as in `masked_depthwise`.
+        ids_keep, grid: as in `depthwise_on_tokens`.
         kernel: k.
     """
     _, _, X, Y, Z, C = x.shape

@@ -1,20 +1,19 @@
 """HybridEncoder: three convolution stages and a transformer, run on visible tokens or on whole patches.
 
 Everything but the depthwise convolution works per voxel or per token, and for that convolution masked voxels are zero.
-Pretraining (`forward`) therefore computes visible tokens only, and equals the dense masked computation that
-`forward_dense` spells out as its reference. Finetuning (`forward_features`) runs the same modules on whole patches.
+Pretraining (`forward`) therefore computes visible tokens only, and equals the dense masked computation
+(benchmarks/dense_encoder.py). Finetuning (`forward_features`) runs the same modules on whole patches.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig, Size3
 from nnunet_mim.geometry import cumulative_strides
 from nnunet_mim.networks.conv_blocks import ConvBlock, PatchConv, StageEmbed, run_block
-from nnunet_mim.networks.depthwise import DepthwiseConv3d, SpatialConv, conv_on_patches, conv_on_tokens
-from nnunet_mim.networks.token_layout import grid_from_tokens, take_tokens, tokens_from_grid
+from nnunet_mim.networks.depthwise import SpatialConv, conv_on_patches, conv_on_tokens
+from nnunet_mim.networks.token_layout import take_tokens, tokens_from_grid
 from nnunet_mim.networks.vit_blocks import ViTBlock, init_weights, sincos_position
 
 
@@ -44,50 +43,32 @@ class HybridEncoder(nn.Module):
 
     Args:
         in_channels: image channels.
-        embed_dims, depths: channels and blocks of the three convolution stages and of the transformer.
-        strides: downsampling of each stage per axis; their product is the token size.
-        num_heads: attention heads of the transformer.
-        mlp_ratio: hidden width of the MLPs over their input width.
+        network: sizes; those of the decoder are not used.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first; 0 in pretraining.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        embed_dims: tuple[int, ...] = (48, 96, 192, 384),
-        depths: tuple[int, ...] = (2, 2, 2, 11),
-        strides: tuple[Size3, ...] = ((2, 2, 2),) * 4,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-    ) -> None:
+    def __init__(self, in_channels: int, network: NetworkConfig, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.config = NetworkConfig(
-            tuple(embed_dims),
-            tuple(depths),
-            num_heads,
-            mlp_ratio,
-            tuple(tuple(s) for s in strides),  # type: ignore[arg-type, misc]
-        )
+        self.config = network
         self.in_channels = in_channels
-        self.token_size = self.config.token_size
-        strides = self.config.strides
+        self.token_size = network.token_size
+        dims, depths, strides = network.embed_dims, network.depths, network.strides
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         first_block = [sum(depths[:s]) for s in range(4)]
 
         self.stages = nn.ModuleList(
             ConvStage(
-                in_channels if s == 0 else embed_dims[s - 1], embed_dims[s], depths[s], strides[s], mlp_ratio,
-                rates[first_block[s] :], embed_dims[3], stride_to_token=cumulative_strides(strides[s + 1 :])[-1],
+                in_channels if s == 0 else dims[s - 1], dims[s], depths[s], strides[s], network.mlp_ratio,
+                rates[first_block[s] :], dims[3], stride_to_token=cumulative_strides(strides[s + 1 :])[-1],
             )
             for s in range(3)
         )  # fmt: skip
-        self.token_embed = StageEmbed(embed_dims[2], embed_dims[3], strides[3])
-        self.token_proj = nn.Linear(embed_dims[3], embed_dims[3])
+        self.token_embed = StageEmbed(dims[2], dims[3], strides[3])
+        self.token_proj = nn.Linear(dims[3], dims[3])
         self.vit_blocks = nn.ModuleList(
-            ViTBlock(embed_dims[3], num_heads, mlp_ratio, rates[first_block[3] + i]) for i in range(depths[3])
+            ViTBlock(dims[3], network.num_heads, network.mlp_ratio, rate) for rate in rates[first_block[3] :]
         )
-        self.norm = nn.LayerNorm(embed_dims[3], eps=1e-6)
+        self.norm = nn.LayerNorm(dims[3], eps=1e-6)
         self.apply(init_weights)
 
     def forward(self, x: Tensor, ids_keep: Tensor, recompute: bool = False) -> Tensor:
@@ -124,35 +105,6 @@ class HybridEncoder(nn.Module):
         maps = [m.squeeze(1).permute(0, 4, 1, 2, 3) for m in maps]
         return [*maps, latent.transpose(1, 2).reshape(N, -1, *grid)]
 
-    def forward_dense(
-        self, x: Tensor, mask: Tensor, memory_format: torch.memory_format = torch.contiguous_format
-    ) -> Tensor:
-        """Run the masked computation on all voxels with PyTorch's own convolution: the reference of `forward`.
-
-        Args:
-            x: (N, C, X, Y, Z) float.
-            mask: (N, L) bool, True = masked, with the same number of masked tokens in every row.
-            memory_format: layout of the depthwise convolution's input, default or channels last.
-
-        Returns:
-            (N, K, D) latent tokens, the visible ones in raster order.
-        """
-        grid = self.grid(x)
-        visible = grid_from_tokens((~mask).to(x.dtype)[..., None, None, None, None], grid)  # (N, gx, gy, gz, 1)
-
-        def depthwise(conv: DepthwiseConv3d, y: Tensor) -> Tensor:
-            y, keep = y.squeeze(1), visible  # (N, X, Y, Z, C)
-            for axis in (1, 2, 3):
-                keep = keep.repeat_interleave(y.shape[axis] // keep.shape[axis], dim=axis)
-            y = (y * keep).permute(0, 4, 1, 2, 3).contiguous(memory_format=memory_format)
-            y = nn.functional.conv3d(y, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
-            return y.permute(0, 2, 3, 4, 1).unsqueeze(1)
-
-        tokens, stage_sum, _ = self._run_stages(x.permute(0, 2, 3, 4, 1).unsqueeze(1), depthwise)
-        N, _, D = tokens.shape
-        tokens = tokens + sincos_position(grid, D, tokens)
-        return self._run_transformer(tokens[~mask].reshape(N, -1, D), stage_sum[~mask].reshape(N, -1, D))
-
     def grid(self, x: Tensor) -> Size3:
         """Number of tokens per axis of images (N, C, X, Y, Z)."""
         return tuple(size // p for size, p in zip(x.shape[2:], self.token_size, strict=True))  # type: ignore[return-value]
@@ -160,12 +112,7 @@ class HybridEncoder(nn.Module):
     def _run_stages(
         self, boxes: Tensor, depthwise: SpatialConv, recompute: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Run the convolution stages and embed their result.
-
-        Returns:
-            (N, L, D) tokens of all boxes for the transformer; (N, L, D) sum of the stages' maps at token size; the
-            maps (N, T, X, Y, Z, C) themselves.
-        """
+        """Boxes → (N, L, D) tokens for the transformer; (N, L, D) sum of the stages' maps at token size; the maps."""
         maps, stage_sum = [], None
         for stage in self.stages:
             boxes, at_token_size = stage(boxes, depthwise, recompute)

@@ -69,9 +69,8 @@ class HybridUNet(nn.Module):
         if len(decoder_features) != N_ENCODER_STAGES:
             raise MiMError(f"decoder_features must be four numbers, one for each encoder stage, got {decoder_features}")
         encoder_strides = tuple(self.strides[1 : N_ENCODER_STAGES + 1])
-        self.encoder = HybridEncoder(
-            input_channels, tuple(embed_dims), tuple(depths), encoder_strides, num_heads, mlp_ratio, drop_path
-        )
+        network = NetworkConfig(tuple(embed_dims), tuple(depths), num_heads, mlp_ratio, encoder_strides)
+        self.encoder = HybridEncoder(input_channels, network, drop_path)
         bottleneck_strides = self.strides[N_ENCODER_STAGES + 1 :]
         features = [stem_features, *decoder_features, *[decoder_features[-1]] * len(bottleneck_strides)]
         kernels = kernel_sizes(self.strides)

@@ -35,8 +35,16 @@ class LevelOutput(NamedTuple):
 class Alignment(nn.Module):
     """Base of both networks of pretraining: the projectors of MiM's alignment of levels (arXiv 2404.15580)."""
 
-    alignment: str
-    projectors: nn.ModuleDict
+    def add_projectors(self, dim: int, n_edges: int, alignment: str) -> None:
+        """Add the projectors of features of `dim` channels that this kind of alignment needs, one per edge."""
+        self.alignment = alignment
+        n_child, n_parent = n_edges * (alignment != "none"), n_edges * (alignment == "infonce")
+        self.projectors = nn.ModuleDict(
+            {
+                "child": nn.ModuleList(MLP(dim, dim) for _ in range(n_child)),
+                "parent": nn.ModuleList(MLP(dim, dim) for _ in range(n_parent)),
+            }
+        )
 
     def align(
         self, features: Tensor, edge: int | None, parent_features: Tensor | None
@@ -56,17 +64,6 @@ class Alignment(nn.Module):
         return child, parent
 
 
-def build_projectors(dim: int, n_edges: int, alignment: str) -> nn.ModuleDict:
-    """Projectors of features of `dim` channels: `child` and `parent`, one per edge, as far as alignment needs them."""
-    with_child, with_parent = alignment != "none", alignment == "infonce"
-    return nn.ModuleDict(
-        {
-            "child": nn.ModuleList(MLP(dim, dim) for _ in range(n_edges if with_child else 0)),
-            "parent": nn.ModuleList(MLP(dim, dim) for _ in range(n_edges if with_parent else 0)),
-        }
-    )
-
-
 class MaskInMask(Alignment):
     """Encoder, decoder and projectors of MiM (arXiv 2404.15580).
 
@@ -81,17 +78,9 @@ class MaskInMask(Alignment):
         self, network: NetworkConfig, in_channels: int = 1, n_edges: int = 2, alignment: str = "infonce"
     ) -> None:
         super().__init__()
-        self.encoder = HybridEncoder(
-            in_channels, network.embed_dims, network.depths, network.strides, network.num_heads, network.mlp_ratio
-        )
-        px, py, pz = network.token_size
-        dim = network.decoder_embed_dim
-        self.decoder = MiMDecoder(
-            network.embed_dims[-1], px * py * pz * in_channels, dim, network.decoder_depth, network.decoder_num_heads,
-            network.mlp_ratio,
-        )  # fmt: skip
-        self.alignment = alignment
-        self.projectors = build_projectors(dim, n_edges, alignment)
+        self.encoder = HybridEncoder(in_channels, network)
+        self.decoder = MiMDecoder(in_channels, network)
+        self.add_projectors(network.decoder_embed_dim, n_edges, alignment)
 
     def forward(
         self,

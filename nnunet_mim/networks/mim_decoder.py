@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from nnunet_mim.config import Size3
+from nnunet_mim.config import NetworkConfig, Size3
 from nnunet_mim.networks.conv_blocks import run_block
 from nnunet_mim.networks.vit_blocks import ViTBlock, init_weights, sincos_position
 
@@ -13,22 +15,19 @@ from nnunet_mim.networks.vit_blocks import ViTBlock, init_weights, sincos_positi
 class MiMDecoder(nn.Module):
     """Decoder of MiM (arXiv 2404.15580), MAE's (arXiv 2111.06377) in 3-D: a transformer that sees mask tokens.
 
-    Args:
-        latent_dim: width of the encoder's latent.
-        token_voxels: outputs per token, voxels times channels (C order, channel last).
-        embed_dim, depth, num_heads, mlp_ratio: sizes of the transformer.
+    The head predicts the voxels of a token in C order, channel last.
     """
 
-    def __init__(
-        self, latent_dim: int, token_voxels: int, embed_dim: int = 576, depth: int = 8, num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, network: NetworkConfig) -> None:
         super().__init__()
-        self.embed = nn.Linear(latent_dim, embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.blocks = nn.ModuleList(ViTBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim, token_voxels)
+        dim = network.decoder_embed_dim
+        self.embed = nn.Linear(network.embed_dims[-1], dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.ModuleList(
+            ViTBlock(dim, network.decoder_num_heads, network.mlp_ratio) for _ in range(network.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, math.prod(network.token_size) * in_channels)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -44,7 +43,7 @@ class MiMDecoder(nn.Module):
         Returns:
             (N, L, D) features after the LayerNorm, in raster order.
         """
-        N, L = latent.shape[0], grid[0] * grid[1] * grid[2]
+        N, L = latent.shape[0], math.prod(grid)
         visible = self.embed(latent)  # (N, K, D)
         rows = torch.arange(N, device=latent.device)[:, None]
         x = self.mask_token.to(visible.dtype).expand(N, L, -1).index_put((rows, ids_keep), visible)  # (N, L, D)

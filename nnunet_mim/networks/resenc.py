@@ -17,7 +17,7 @@ from torch import Tensor
 from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import cumulative_strides
-from nnunet_mim.networks.mask_in_mask import Alignment, LevelOutput, build_projectors
+from nnunet_mim.networks.mask_in_mask import Alignment, LevelOutput
 from nnunet_mim.networks.token_layout import pad_at_ends, take_tokens, tokens_from_grid
 
 CLASS_NAME = "ResidualEncoderUNet"
@@ -33,16 +33,15 @@ class ResEncMaskInMask(Alignment):
         architecture: block of nnU-Net's plans: `network_class_name`, `arch_kwargs`, `_kw_requires_import`.
         token_size: voxels of a token per axis, a product of the network's first strides.
         in_channels: image channels.
-        n_edges, alignment: as in MaskInMask.
+        alignment: as in MaskInMask.
 
     Raises:
         MiMError: the plans name another network.
     """
 
     def __init__(
-        self, architecture: Mapping[str, Any], token_size: Size3, in_channels: int = 1, n_edges: int = 2,
-        alignment: str = "infonce",
-    ) -> None:  # fmt: skip
+        self, architecture: Mapping[str, Any], token_size: Size3, in_channels: int = 1, alignment: str = "infonce"
+    ) -> None:
         check_resenc(architecture)
         kwargs = architecture["arch_kwargs"]
         super().__init__()
@@ -58,8 +57,7 @@ class ResEncMaskInMask(Alignment):
             allow_init=True, deep_supervision=False,
         )  # fmt: skip
         self.encoder, self.decoder = unet.encoder, unet.decoder
-        self.alignment = alignment
-        self.projectors = build_projectors(kwargs["features_per_stage"][self.feature_stage], n_edges, alignment)
+        self.add_projectors(kwargs["features_per_stage"][self.feature_stage], 2, alignment)
 
     def forward(
         self,

@@ -99,7 +99,7 @@ def run(typed: argparse.Namespace) -> None:
     options = RunOptions(**given_flags(typed, RunOptions))
     import torch
 
-    from nnunet_mim.checkpoint.format import FINAL
+    from nnunet_mim.checkpoint.locate import FINAL
     from nnunet_mim.pretraining import setup
     from nnunet_mim.pretraining.configure import merge_settings, write_config
     from nnunet_mim.pretraining.distributed.launch import device_count, end_process_group, launched_fabric, say

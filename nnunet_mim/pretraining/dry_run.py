@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from nnunet_mim.checkpoint.format import FINAL
+from nnunet_mim.checkpoint.locate import FINAL
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.pretraining.data.loading import training_batches, training_crops

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from lightning_fabric import Fabric
 
-from nnunet_mim.checkpoint.format import FINAL, LATEST
+from nnunet_mim.checkpoint.locate import FINAL, LATEST
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.pretraining.data.loading import training_batches, training_crops
 from nnunet_mim.pretraining.distributed.ranks import ranks_of

@@ -6,7 +6,7 @@ import math
 
 from lightning_fabric import Fabric
 
-from nnunet_mim.checkpoint.format import BEST, LATEST
+from nnunet_mim.checkpoint.locate import BEST, LATEST
 from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures, measurements_of
 from nnunet_mim.pretraining.monitoring.metrics_log import MetricsLog, without_nan
 from nnunet_mim.pretraining.monitoring.monitor import Monitor

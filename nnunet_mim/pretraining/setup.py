@@ -9,9 +9,9 @@ from typing import Any
 
 from nnunetv2.paths import nnUNet_results
 
-from nnunet_mim.checkpoint.format import FINAL, LATEST, load_checkpoint
+from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.checkpoint.identity import case_key
-from nnunet_mim.checkpoint.locate import locate, write_pointer
+from nnunet_mim.checkpoint.locate import FINAL, LATEST, locate, write_pointer
 from nnunet_mim.config import PretrainConfig, network_from_dict
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of, views_per_crop

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 def write_checkpoint(path):
     """As `mim_pretrain` writes it, with every case among those pretrained on."""
-    encoder = HybridEncoder(1, NETWORK.embed_dims, NETWORK.depths, NETWORK.strides, NETWORK.num_heads)
+    encoder = HybridEncoder(1, NETWORK)
     config = PretrainConfig(preset="tiny", network=NETWORK, view_size=(32, 32, 32))
     torch.save(
         {
@@ -116,7 +116,7 @@ def test_training(workplace, trained):
     assert "adapted: 0 parameters" in trained
     assert "validation cases of this fold were PRETRAINED ON" in trained
     record = json.loads((fold / "mim_transfer.json").read_text())
-    n_encoder = len(HybridEncoder(1, NETWORK.embed_dims, NETWORK.depths, num_heads=2).state_dict())
+    n_encoder = len(HybridEncoder(1, NETWORK).state_dict())
     assert len(record["loaded"]) == n_encoder
     weights = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert weights["inference_allowed_mirroring_axes"] == (0, 1)

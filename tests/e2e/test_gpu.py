@@ -7,7 +7,8 @@ from lightning_fabric import Fabric
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.demo.cli import main as demo
 from nnunet_mim.geometry import levels_of
-from nnunet_mim.networks.depthwise import DepthwiseConv3d, conv_on_tokens, depthwise_on_tokens
+from nnunet_mim.networks.depthwise import DepthwiseConv3d, conv_on_tokens
+from nnunet_mim.networks.depthwise_cpu import depthwise_on_tokens
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.ranks import ALONE
@@ -24,7 +25,7 @@ pytestmark = [
 
 def test_encoder_on_cuda_equals_the_cpu_in_float64():
     network = PRESETS["tiny"]
-    encoder = HybridEncoder(1, network.embed_dims, network.depths, network.strides, network.num_heads).double()
+    encoder = HybridEncoder(1, network).double()
     x = torch.randn(2, 1, 64, 64, 64, dtype=torch.float64)
     ids_keep = torch.rand(2, 64).argsort(dim=1)[:, :26]
     expected = encoder(x, ids_keep)
@@ -52,7 +53,7 @@ def test_triton_on_masks_of_a_real_step(token, channels):
     found = [y, *torch.autograd.grad(y, (x, conv.weight, conv.bias), upstream)]
     conv, x, upstream = conv.double(), x.detach().double().requires_grad_(), upstream.double()  # no TF32 there
     inputs = x, conv.weight, conv.bias
-    y = depthwise_on_tokens(conv, x, ids_keep, level.grid)
+    y = depthwise_on_tokens(x, conv.weight, conv.bias, ids_keep, level.grid)
     for a, b in zip(found, [y, *torch.autograd.grad(y, inputs, upstream)], strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-4
 

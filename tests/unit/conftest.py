@@ -21,9 +21,7 @@ def make_checkpoint(tmp_path):
 
     def make(path=None, network=NETWORK, in_channels=1, seed=3, cases=(), **changes):
         torch.manual_seed(seed)
-        encoder = HybridEncoder(
-            in_channels, network.embed_dims, network.depths, network.strides, network.num_heads, network.mlp_ratio
-        )
+        encoder = HybridEncoder(in_channels, network)
         config = PretrainConfig(preset="tiny", network=network, in_channels=in_channels, view_size=(32, 32, 32))
         stored = {
             "network_weights": {

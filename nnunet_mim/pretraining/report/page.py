@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_mim.checkpoint.format import FINAL
+from nnunet_mim.checkpoint.locate import FINAL
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.build import PretrainingNetwork

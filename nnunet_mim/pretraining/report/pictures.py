@@ -64,9 +64,9 @@ def load_network(checkpoint: Mapping[str, Any], device: str = "cpu") -> Pretrain
     Raises:
         MiMError: the weights are not those of the network that the checkpoint says.
     """
-    config = PretrainConfig.from_dict(checkpoint["mim_config"])
+    config = replace(PretrainConfig.from_dict(checkpoint["mim_config"]), alignment="none")
     with torch.random.fork_rng(devices=[]):  # a run that draws pictures computes what one without them does
-        model = build_network(config, alignment="none")
+        model = build_network(config)
     weights = {n: w for n, w in checkpoint["network_weights"].items() if not n.startswith("projectors.")}
     try:
         model.load_state_dict(weights)

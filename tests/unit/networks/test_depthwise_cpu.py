@@ -69,7 +69,7 @@ def test_in_float64_nothing_but_rounding_differs(data, grid, token, channels, se
     conv, x, upstream, ids_keep = make(grid, token, channels, n_visible, seed=seed)
     wanted = reference(conv, x, upstream, ids_keep, grid)
     found = ours(
-        lambda conv, x: depthwise_cpu.masked_depthwise(x, conv.weight, conv.bias, ids_keep, grid),
+        lambda conv, x: depthwise_cpu.MaskedDepthwise.apply(x, conv.weight, conv.bias, ids_keep, grid),
         conv.double(), x.double(), upstream.double(),
     )  # fmt: skip
     for a, b in zip(found, wanted, strict=True):

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from nnunet_mim.networks.depthwise import DepthwiseConv3d, depthwise_on_tokens
+from nnunet_mim.networks.depthwise import DepthwiseConv3d
+from nnunet_mim.networks.depthwise_cpu import depthwise_on_tokens
 
 ON_CI = os.environ.get("CI") == "true" and sys.platform == "linux"  # a missing Triton is a failure there
 MISSING = importlib.util.find_spec("triton") is None and not ON_CI
@@ -68,7 +69,7 @@ def run(function, x, conv, grad):
 def test_forward_and_gradients_equal_the_dense_grid(kernels, case):
     conv, x, grad, ids_keep, grid, token = make(case, torch.float64)
     table = kernels.slot_table(ids_keep, list(grid), list(token), 5)
-    wanted = run(lambda x: depthwise_on_tokens(conv, x, ids_keep, grid), x, conv, grad)
+    wanted = run(lambda x: depthwise_on_tokens(x, conv.weight, conv.bias, ids_keep, grid), x, conv, grad)
     found = run(
         lambda x: kernels.masked_depthwise(x, conv.weight, conv.bias, ids_keep, table, list(grid), list(token)),
         x, conv, grad,
@@ -95,7 +96,9 @@ def test_half_precision_voxels_are_summed_in_float32(kernels):
         lambda x: kernels.masked_depthwise(x, conv.weight, conv.bias, ids_keep, table, list(grid), list(token)),
         x, conv, grad,
     )  # fmt: skip
-    wanted = run(lambda x: depthwise_on_tokens(conv, x, ids_keep, grid), x.float(), conv, grad.float())
+    wanted = run(
+        lambda x: depthwise_on_tokens(x, conv.weight, conv.bias, ids_keep, grid), x.float(), conv, grad.float()
+    )
     assert found[0].dtype == found[1].dtype == torch.bfloat16
     for a, b in zip(found[:2], wanted[:2], strict=True):
         torch.testing.assert_close(a.float(), b, rtol=0.01, atol=0.01)  # rounded once, at the end

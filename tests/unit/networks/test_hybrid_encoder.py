@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnunet_mim.config import NetworkConfig
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.vit_blocks import sincos_position
 
@@ -30,9 +31,8 @@ class Case:
 
     def encoder(self, dtype=torch.float64):
         torch.manual_seed(self.seed)
-        encoder = HybridEncoder(
-            self.in_channels, self.embed_dims, self.depths, self.strides, self.num_heads, mlp_ratio=2.0
-        )
+        network = NetworkConfig(self.embed_dims, self.depths, self.num_heads, 2.0, self.strides)
+        encoder = HybridEncoder(self.in_channels, network)
         for parameter in encoder.parameters():  # biases and norms are not 0 and 1 in a trained network
             parameter.data += 0.2 * torch.randn_like(parameter)
         return encoder.to(dtype)
@@ -97,9 +97,9 @@ def gradients(encoder, output, weight):
     return {name: p.grad.clone() for name, p in encoder.named_parameters()}
 
 
-def compare_with_dense(case, dtype, relative):
+def compare_with_dense(encode_dense, case, dtype, relative):
     encoder, views, mask = case.encoder(dtype), case.views(dtype), case.mask()
-    visible, dense = encoder(views, ids_of(mask)), encoder.forward_dense(views, mask)
+    visible, dense = encoder(views, ids_of(mask)), encode_dense(encoder, views, mask)
     assert_close(visible, dense, relative)
     weight = torch.randn_like(dense)
     assert_gradients_close(gradients(encoder, visible, weight), gradients(encoder, dense, weight), relative)
@@ -107,18 +107,18 @@ def compare_with_dense(case, dtype, relative):
 
 @given(case=cases())
 @settings(max_examples=30)
-def test_visible_only_equals_dense(case):
+def test_visible_only_equals_dense(encode_dense, case):
     """Outputs and every parameter's gradient."""
-    compare_with_dense(case, torch.float64, 1e-9)
+    compare_with_dense(encode_dense, case, torch.float64, 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("strides", [ISOTROPIC, ANISOTROPIC], ids=["isotropic", "anisotropic"])
 @pytest.mark.parametrize(("in_channels", "grid", "n_masked"), [(1, (2, 2, 2), 5), (2, (1, 3, 2), 3), (3, (2, 1, 2), 1)])
-def test_visible_only_equals_dense_in_float32(in_channels, grid, n_masked, strides, seed):
+def test_visible_only_equals_dense_in_float32(encode_dense, in_channels, grid, n_masked, strides, seed):
     """Fixed cases: a search would only find networks in which rounding itself is amplified."""
     case = Case(in_channels, (8, 10, 12, 12), (1, 2, 1, 2), 2, strides, grid, n_masked, seed)
-    compare_with_dense(case, torch.float32, 1e-4)
+    compare_with_dense(encode_dense, case, torch.float32, 1e-4)
 
 
 @given(case=cases())
@@ -194,10 +194,10 @@ def test_visible_voxels_do_change_the_output():
     assert (encoder(views, ids_of(mask)) != encoder(changed, ids_of(mask))).any(dim=2).all()
 
 
-def test_dense_computation_ignores_masked_voxels_too():
+def test_dense_computation_ignores_masked_voxels_too(encode_dense):
     encoder, views, mask = DEFAULT.encoder(), DEFAULT.views(), DEFAULT.mask()
     changed = corrupt(views, mask, DEFAULT.grid, None)
-    assert torch.equal(encoder.forward_dense(views, mask), encoder.forward_dense(changed, mask))
+    assert torch.equal(encode_dense(encoder, views, mask), encode_dense(encoder, changed, mask))
 
 
 def test_output_follows_the_order_of_ids_keep():
@@ -223,7 +223,7 @@ def test_all_tokens_visible_equals_finetuning():
 
 def test_one_set_of_parameters_serves_any_view_size():
     """Positions are computed, so nothing in the state dict depends on the view."""
-    encoder = HybridEncoder(1, (2, 3, 4, 6), (1, 1, 1, 1), ISOTROPIC, num_heads=1)
+    encoder = HybridEncoder(1, NetworkConfig((2, 3, 4, 6), (1, 1, 1, 1), num_heads=1))
     assert not any("pos" in name for name in encoder.state_dict())
     for size in ((16, 16, 16), (32, 16, 48)):
         assert encoder.forward_features(torch.zeros(1, 1, *size))[3].shape[2:] == tuple(s // 16 for s in size)
@@ -233,7 +233,7 @@ def test_one_set_of_parameters_serves_any_view_size():
 def test_parameter_names_and_layouts(name):
     shapes = {
         key: tuple(value.shape)
-        for key, value in HybridEncoder(2, (2, 3, 4, 6), (1, 2, 1, 2), ISOTROPIC, 1).state_dict().items()
+        for key, value in HybridEncoder(2, NetworkConfig((2, 3, 4, 6), (1, 2, 1, 2), 1)).state_dict().items()
     }
     if name == "conv":
         assert shapes["stages.0.embed.proj.weight"] == (2, 2, 2, 2, 2)
@@ -256,7 +256,7 @@ def test_parameter_names_and_layouts(name):
 
 def test_drop_path_only_in_training():
     torch.manual_seed(0)
-    encoder = HybridEncoder(1, (2, 3, 4, 6), (1, 1, 1, 2), ISOTROPIC, 1, drop_path=0.5).eval()
+    encoder = HybridEncoder(1, NetworkConfig((2, 3, 4, 6), (1, 1, 1, 2), 1), drop_path=0.5).eval()
     views, keep = torch.randn(1, 1, 32, 32, 32), torch.arange(8)[None]
     assert torch.equal(encoder(views, keep), encoder(views, keep))
     encoder.train()

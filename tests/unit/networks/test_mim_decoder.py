@@ -7,12 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnunet_mim.config import PRESETS, NetworkConfig
 from nnunet_mim.networks.mim_decoder import MiMDecoder
 
 
-def make(dim=12, depth=2, num_heads=2, latent_dim=5, token_voxels=7, seed=0):
+def make(dim=12, depth=2, num_heads=2, seed=0):
+    """For a latent of width 6 and tokens of one voxel with 7 channels."""
     torch.manual_seed(seed)
-    decoder = MiMDecoder(latent_dim, token_voxels, dim, depth, num_heads, mlp_ratio=2.0).double()
+    network = NetworkConfig((1, 1, 1, 6), (1, 1, 1, 1), 1, 2.0, ((1, 1, 1),) * 4, dim, depth, num_heads)
+    decoder = MiMDecoder(7, network).double()
     for parameter in decoder.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return decoder
@@ -31,7 +34,7 @@ def test_features_and_voxels_match_the_twin(reference, data, grid, shape, seed):
     n_tokens = math.prod(grid)
     n_visible = data.draw(st.integers(1, n_tokens))
     ids_keep = torch.stack([torch.randperm(n_tokens)[:n_visible] for _ in range(3)])  # any order
-    latent = torch.randn(3, n_visible, 5, dtype=torch.float64)
+    latent = torch.randn(3, n_visible, 6, dtype=torch.float64)
     with torch.no_grad():
         features = decoder(latent, ids_keep, grid)
         voxels = decoder.head(features)
@@ -44,7 +47,7 @@ def test_features_and_voxels_match_the_twin(reference, data, grid, shape, seed):
 def test_gradients_match_the_twin(reference):
     decoder, grid = make(), (2, 3, 2)
     ids_keep = torch.tensor([[0, 5, 7, 11]])
-    latent = torch.randn(1, 4, 5, dtype=torch.float64)
+    latent = torch.randn(1, 4, 6, dtype=torch.float64)
     weight = torch.randn(1, 12, 7, dtype=torch.float64)
     parameters = dict(decoder.named_parameters())
     found = torch.autograd.grad(
@@ -59,7 +62,7 @@ def test_gradients_match_the_twin(reference):
 
 def test_order_of_the_visible_tokens_does_not_matter():
     decoder, grid = make(), (2, 2, 2)
-    ids_keep, latent = torch.tensor([[1, 3, 6]]), torch.randn(1, 3, 5, dtype=torch.float64)
+    ids_keep, latent = torch.tensor([[1, 3, 6]]), torch.randn(1, 3, 6, dtype=torch.float64)
     order = torch.tensor([2, 0, 1])
     torch.testing.assert_close(decoder(latent[:, order], ids_keep[:, order], grid), decoder(latent, ids_keep, grid))
 
@@ -67,19 +70,19 @@ def test_order_of_the_visible_tokens_does_not_matter():
 def test_masked_tokens_differ_only_by_position():
     """Without blocks, positions in mind: a masked token is the mask token plus its position, normalised."""
     decoder, grid = make(depth=0), (1, 1, 4)
-    features = decoder(torch.randn(1, 1, 5, dtype=torch.float64), torch.tensor([[2]]), grid)
-    from_other_latent = decoder(torch.randn(1, 1, 5, dtype=torch.float64), torch.tensor([[2]]), grid)
+    features = decoder(torch.randn(1, 1, 6, dtype=torch.float64), torch.tensor([[2]]), grid)
+    from_other_latent = decoder(torch.randn(1, 1, 6, dtype=torch.float64), torch.tensor([[2]]), grid)
     assert torch.equal(features[:, [0, 1, 3]], from_other_latent[:, [0, 1, 3]])
     assert not torch.equal(features[:, 2], from_other_latent[:, 2])
 
 
 @pytest.mark.parametrize("key", ["mask_token", "embed.weight", "norm.weight", "head.weight"])
 def test_parameter_shapes(key):
-    wanted = {"mask_token": (1, 1, 12), "embed.weight": (12, 5), "norm.weight": (12,), "head.weight": (7, 12)}
+    wanted = {"mask_token": (1, 1, 12), "embed.weight": (12, 6), "norm.weight": (12,), "head.weight": (7, 12)}
     assert tuple(make().state_dict()[key].shape) == wanted[key]
 
 
 def test_a_new_decoder_tells_masked_from_visible():
     """The mask token is not left at zero."""
     torch.manual_seed(0)
-    assert MiMDecoder(6, 8, 12, 1, 2).mask_token.std() > 0.005
+    assert MiMDecoder(1, PRESETS["tiny"]).mask_token.std() > 0.005

@@ -69,7 +69,7 @@ def dataset_json():
 @pytest.fixture
 def make_checkpoint(tmp_path):
     def make(spacing=(3.0, 1.0, 1.0), window=None, channels=1, scheme="CTNormalization"):
-        encoder = HybridEncoder(channels, NETWORK.embed_dims, NETWORK.depths, NETWORK.strides, NETWORK.num_heads)
+        encoder = HybridEncoder(channels, NETWORK)
         window = window or {**STOCK_WINDOW, "percentile_00_5": -500.0}
         stored = {
             "network_weights": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},

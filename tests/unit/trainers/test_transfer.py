@@ -97,9 +97,7 @@ def test_resize_kernel_equals_its_loop(size):
 def test_patch_kernels_are_all_the_layers_whose_kernel_is_a_stride(network_config):
     names = [
         name
-        for name, _ in HybridEncoder(
-            1, network_config.embed_dims, network_config.depths, num_heads=2
-        ).named_parameters()
+        for name, _ in HybridEncoder(1, network_config).named_parameters()
     ]
     found = {name for name in names if _is_patch_kernel(name)}
     assert found == {

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.nnunet.source import find_source
@@ -86,7 +87,7 @@ def cubes(cases_of):
 
 def encoder_of_pretraining():
     torch.manual_seed(0)
-    return HybridEncoder(1, (6, 6, 6, 6), (1, 1, 1, 1), num_heads=1, drop_path=0.5)
+    return HybridEncoder(1, NetworkConfig((6, 6, 6, 6), (1, 1, 1, 1), num_heads=1), drop_path=0.5)
 
 
 # The arithmetic

@@ -63,13 +63,13 @@ def make_views(config, crops=None, seed=1):
     return nested_views(crops, valid, fill, levels_of(config), generator, THRESHOLD)  # children prefer tissue: default
 
 
-def twin_terms(reference, model, views, config):
+def twin_terms(reference, encode_dense, model, views, config):
     """[(number, reconstruction, alignment or None, top-1, targets)] of all levels, from dense encoding and loops."""
     losses, geometry = reference.losses, reference.geometry
     terms, parents = [], None
     for number, view in enumerate(views):
         mask = mask_of(view.ids_masked, view.level.n_tokens)
-        latent = model.encoder.forward_dense(view.images, mask)
+        latent = encode_dense(model.encoder, view.images, mask)
         features = model.decoder(latent, torch.stack([(~m).nonzero().flatten() for m in mask]), view.level.grid)
         predictions, tokens, is_target = [], [], []
         for n in range(len(view.images)):
@@ -131,10 +131,10 @@ def assert_close(found, wanted, relative=1e-4):
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_losses_and_gradients_match_the_twin(reference, name):
+def test_losses_and_gradients_match_the_twin(reference, encode_dense, name):
     config = CONFIGS[name]
     model, views = make_model(config), make_views(config)
-    terms = twin_terms(reference, model, views, config)
+    terms = twin_terms(reference, encode_dense, model, views, config)
     total = 0.0
     for number, reconstruction, alignment, _, _ in terms:
         total = total + config.level_weights[number - 1] * reconstruction
