@@ -54,7 +54,6 @@ def measure(workers):
 
     from nnunet_mim.config import PretrainConfig
     from nnunet_mim.nnunet.source import find_source
-    from nnunet_mim.pretraining.data.crops import case_records
     from nnunet_mim.pretraining.data.loading import training_batches, training_crops
     from nnunet_mim.pretraining.data.run_data import index_sources, run_data
     from nnunet_mim.pretraining.distributed.ranks import ALONE
@@ -65,7 +64,7 @@ def measure(workers):
     cases, bad = index_sources([find_source("900", "plans", "3d_fullres")])
     config = PretrainConfig(preset="tiny", view_size=(32, 32, 32), iterations=1000)
     data = run_data(cases, "all", config)
-    records = case_records(data.train)
+    records = data.train.records()
     opened = time.perf_counter() - began
     batches = training_batches(training_crops(data, config), config, 0, workers, torch.device("cpu"), ALONE)
     next(batches)

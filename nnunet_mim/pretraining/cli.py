@@ -47,7 +47,7 @@ class _ListSettings(argparse.Action):
         parser.exit()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     """The command line of mim_pretrain."""
     parser = argparse.ArgumentParser(
         "mim_pretrain",
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 2 after a one-line error, or 75 if a signal has stopped the run."""
-    typed = build_parser().parse_args(argv)
+    typed = _build_parser().parse_args(argv)
     from nnunet_mim.pretraining.stopping import EXIT_CODE, StoppedError
 
     try:
@@ -122,7 +122,7 @@ def run(typed: argparse.Namespace) -> None:
         return
     job = setup.set_up(settings, sources, folder, where, options, devices * nodes)
     fabric = launched_fabric(options.device, devices, nodes, options.precision)
-    say(setup.describe_run(job.config, job.data))
+    say(job.summary())
     if options.dry_run:
         say(dry_run(job, fabric))
         return

@@ -19,7 +19,7 @@ from nnunet_mim.nnunet.datasets import require_environment
 from nnunet_mim.nnunet.source import Source, find_source, orientation_warning, require_same_units, window_warning
 from nnunet_mim.nnunet.splits import fold_validation_cases
 from nnunet_mim.pretraining.configure import config_for_data, merge_settings, with_architecture
-from nnunet_mim.pretraining.data.crops import Cases, case_records, dataset_shares
+from nnunet_mim.pretraining.data.crops import Cases, dataset_shares
 from nnunet_mim.pretraining.data.run_data import RunData, index_sources, run_data
 from nnunet_mim.pretraining.distributed.launch import say
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
@@ -41,6 +41,25 @@ class Run:
     """end the run at a case that cannot be read any more, instead of drawing another one"""
     stored: Mapping[str, Any] | None = None
     """checkpoint that the run continues from; None for a new run"""
+
+    def summary(self) -> str:
+        """What the run will do, in lines for its user."""
+        config, data = self.config, self.data
+        spacing = " x ".join(f"{s:.2f}" for s in data.sources[0].spacing)
+        lines = [f"{len(data.train)} training and {len(data.val)} held-out cases, spacing {spacing} mm"]
+        if len(data.sources) > 1:
+            shares = dataset_shares(data.train.counts, config.dataset_temperature)
+            for source, trained, held_out, share in zip(
+                data.sources, data.train.counts, data.val.counts, shares, strict=True
+            ):
+                lines.append(f"  {source.dataset}: {trained} and {held_out} cases, {share:.0%} of the crops")
+        levels = levels_of(config)
+        for level, count in zip(levels, views_per_crop(levels), strict=True):
+            visible = f"{level.n_visible_tokens} of {level.n_tokens} tokens visible"
+            lines.append(f"  {count} views a crop of {level.fov} voxels, seen as {level.view_size}: {visible}")
+        network = f"preset {config.preset}" if config.encoder == "hybrid" else f"encoder {config.encoder}"
+        lines.append(f"{network}, {config.iterations} iterations of {config.batch_size} crops")
+        return "\n".join(lines)
 
 
 def find_sources(where: DataOptions) -> list[Source]:
@@ -161,7 +180,7 @@ def _check_same_run(stored: Mapping[str, Any], config: PretrainConfig, train: Ca
     if changed:
         raise MiMError(f"--c: the run was started with other settings ({'; '.join(changed)}): use the same")
     cases_before = {case_key(record) for record in stored["provenance"]["cases"]}
-    cases_now = {case_key(record) for record in case_records(train)}
+    cases_now = {case_key(record) for record in train.records()}
     gone = set() if config.init_checkpoint else cases_before - cases_now  # --init brings cases of an earlier run
     if changed_cases := sorted({case for _, case, _ in (cases_now - cases_before) | gone}):
         raise MiMError(
@@ -185,22 +204,3 @@ def _check_init(settings: Mapping[str, Any], source: Source) -> None:
             "that of this run: choose its --preset, --encoder, --alignment and --set network.strides=…, and data with "
             "as many channels"
         )
-
-
-def describe_run(config: PretrainConfig, data: RunData) -> str:
-    """What a run will do, for the eyes of its user."""
-    spacing = " x ".join(f"{s:.2f}" for s in data.sources[0].spacing)
-    lines = [f"{len(data.train)} training and {len(data.val)} held-out cases, spacing {spacing} mm"]
-    if len(data.sources) > 1:
-        shares = dataset_shares(data.train.counts, config.dataset_temperature)
-        for source, trained, held_out, share in zip(
-            data.sources, data.train.counts, data.val.counts, shares, strict=True
-        ):
-            lines.append(f"  {source.dataset}: {trained} and {held_out} cases, {share:.0%} of the crops")
-    levels = levels_of(config)
-    for level, count in zip(levels, views_per_crop(levels), strict=True):
-        visible = f"{level.n_visible_tokens} of {level.n_tokens} tokens visible"
-        lines.append(f"  {count} views a crop of {level.fov} voxels, seen as {level.view_size}: {visible}")
-    network = f"preset {config.preset}" if config.encoder == "hybrid" else f"encoder {config.encoder}"
-    lines.append(f"{network}, {config.iterations} iterations of {config.batch_size} crops")
-    return "\n".join(lines)

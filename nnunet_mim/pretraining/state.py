@@ -15,7 +15,6 @@ from nnunet_mim.checkpoint.format import build_checkpoint, load_checkpoint, run_
 from nnunet_mim.checkpoint.identity import merged_records
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.networks.build import PretrainingNetwork, build_network
-from nnunet_mim.pretraining.data.crops import case_records
 from nnunet_mim.pretraining.setup import Run
 from nnunet_mim.pretraining.stopping import SkippedSteps
 
@@ -67,7 +66,7 @@ def initial_state(run: Run, fabric: Fabric) -> TrainingState:
         model.load_state_dict(source["network_weights"])
     fabric.to_device(model)
     optimizer = build_optimizer(model, config)
-    cases = case_records(run.data.train)
+    cases = run.data.train.records()
     if source is not None:
         cases = merged_records(source["provenance"]["cases"], cases)
     crops_seen = Counter({source.dataset: 0 for source in run.data.sources})

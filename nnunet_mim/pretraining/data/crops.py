@@ -81,6 +81,16 @@ class Cases(Sequence[Case]):
         """Cases of one dataset."""
         return self.take(np.flatnonzero(self.numbers[:, 0] == source))
 
+    def records(self) -> list[dict[str, str]]:
+        """Each case as in `provenance["cases"]`; with the hash of its image where `mim_prepare` has read it."""
+        datasets = [self.sources[number].dataset for number in self.numbers[:, 0]]
+        names, hashes, images = self.column("names").tolist(), self.column("hashes"), self.column("images")
+        return [
+            {"dataset": dataset, "case": case, "sha256": row.tobytes().hex()}
+            | ({"image_sha256": image.tobytes().hex()} if image.any() else {})
+            for dataset, case, row, image in zip(datasets, names, hashes, images, strict=True)
+        ]
+
 
 class CropDataset(Dataset):
     """An endless sequence of crops. Crop i depends on (seed, i) alone, so a resumed run, any number of workers and any
@@ -222,14 +232,3 @@ def _open_voxels(case: Case) -> Any:
     if isinstance(dataset, nnUNetDatasetBlosc2):
         return blosc2.open(f"{folder}/{name}.b2nd", mode="r", dparams={"nthreads": 1}, **dataset.mmap_kwargs)
     return dataset.load_case(name)[0]
-
-
-def case_records(cases: Cases) -> list[dict[str, str]]:
-    """Each case as stored under `provenance["cases"]`; with the hash of its image where `mim_prepare` has read it."""
-    datasets = [cases.sources[number].dataset for number in cases.numbers[:, 0]]
-    columns = zip(datasets, cases.column("names").tolist(), cases.column("hashes"), cases.column("images"), strict=True)
-    return [
-        {"dataset": dataset, "case": case, "sha256": row.tobytes().hex()}
-        | ({"image_sha256": image.tobytes().hex()} if image.any() else {})
-        for dataset, case, row, image in columns
-    ]

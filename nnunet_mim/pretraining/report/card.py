@@ -40,7 +40,7 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
         "",
         "## Measured on held-out cases",
         "",
-        *metrics_table(facts),
+        *_metrics_table(facts),
         "",
         "## Use",
         "",
@@ -61,7 +61,7 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def metrics_table(facts: Facts) -> list[str]:
+def _metrics_table(facts: Facts) -> list[str]:
     """Last losses beside the trivial predictors, and the label probe, as Markdown."""
     levels = facts.last.reconstructed
     if not levels:

@@ -28,7 +28,7 @@ Columns = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Line:
+class _Line:
     """One curve."""
 
     name: str
@@ -44,8 +44,8 @@ class Panel:
     """One diagram."""
 
     title: str
-    lines: list[Line]
-    right: Sequence[Line] = ()
+    lines: list[_Line]
+    right: Sequence[_Line] = ()
     """curves with an axis of their own"""
     logarithmic: bool = False
     """the axis on the right"""
@@ -122,14 +122,14 @@ def panels_of(train: TrainingFigures[np.ndarray], val: Measurement[np.ndarray]) 
 
 def _line(
     iterations: np.ndarray, values: np.ndarray | None, name: str, colour: str, style: str = "-", width: float = 1.6
-) -> list[Line]:
+) -> list[_Line]:
     """A column as a curve, or nothing where it has no values."""
     if values is None or not np.isfinite(values).any():
         return []
     x, y = iterations[np.isfinite(values)], values[np.isfinite(values)]
     size = -(-len(x) // MAX_POINTS)
     x, y = (np.array([part.mean() for part in np.array_split(v, -(-len(v) // size))]) for v in (x, y))
-    return [Line(name, x, y, colour, style, width)]
+    return [_Line(name, x, y, colour, style, width)]
 
 
 def progress_figure(panels: Sequence[Panel], width: float = 10.0, height: float = 1.9) -> Figure:

@@ -21,7 +21,7 @@ from nnunet_mim.preparation import prepare_case
 from nnunet_mim.preparation.prepare_cli import main
 from nnunet_mim.pretraining.data import case_index
 from nnunet_mim.pretraining.data.case_index import read_index
-from nnunet_mim.pretraining.data.crops import Cases, case_records
+from nnunet_mim.pretraining.data.crops import Cases
 
 NAME = "Dataset800_Mine"
 
@@ -158,7 +158,7 @@ def test_the_hash_of_an_image_outlives_a_copy_of_its_case_and_is_in_checkpoints(
     os.utime(path, (1, 1))
     after, _ = read_index(source)
     assert list(after) == list(before)
-    records = case_records(Cases([source], [after]))
+    records = Cases([source], [after]).records()
     assert [record["image_sha256"] for record in records] == [info.image_sha256 for info in before]
     without = [{k: v for k, v in record.items() if k != "image_sha256"} for record in records]
     assert merged_records(records, without) == records, "a later record that knows less takes nothing away"

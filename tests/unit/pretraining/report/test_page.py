@@ -14,7 +14,7 @@ from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.nnunet.orientation import Orientation
 from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.pretraining.data import run_data as runs
-from nnunet_mim.pretraining.data.crops import case_records, read_crop
+from nnunet_mim.pretraining.data.crops import read_crop
 from nnunet_mim.pretraining.report import page as run_report
 from nnunet_mim.pretraining.report.page import _case_orientation, _reconstruct_case, _shown_cases, write_run_report
 from nnunet_mim.pretraining.report.pictures import load_network
@@ -43,7 +43,7 @@ def run(write_dataset, tmp_path):
         {"iteration": 250 * i, "val/loss": 2.0, "val/level1/reconstruction": 1 - i / 20, "baseline/level1/infill": 0.9}
         for i in range(4)
     ]
-    provenance = run_provenance(data.sources, case_records(data.train), 0, 750, history)
+    provenance = run_provenance(data.sources, data.train.records(), 0, 750, history)
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "train.csv").write_text("iteration,train/level1/reconstruction,lr\n10,1.0,0.1\n20,0.9,0.2\n")
