@@ -24,8 +24,7 @@ A network for several channels takes as many files per case, in their order.
 Bad input ends with exit code 2 and one line that says what to do."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of mim_inspect."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "mim_inspect", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -43,12 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, or 2 after a one-line error."""
-    args = build_parser().parse_args(argv)
-    return exit_code(lambda: run(args))
+    args = _parser().parse_args(argv)
+    return exit_code(lambda: _run(args))
 
 
-def run(args: argparse.Namespace) -> None:
-    """Describe the checkpoint, and write the page where images or a folder are given."""
+def _run(args: argparse.Namespace) -> None:
     import torch
 
     from nnunet_mim.checkpoint.format import load_checkpoint

@@ -23,8 +23,7 @@ The file says nothing about which cases were pretrained on: a validation case ma
 Bad input ends with exit code 2 and one line that says what to do."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of mim_convert."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "mim_convert", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -39,12 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, or 2 after a one-line error."""
-    args = build_parser().parse_args(argv)
-    return exit_code(lambda: run(args))
+    args = _parser().parse_args(argv)
+    return exit_code(lambda: _run(args))
 
 
-def run(args: argparse.Namespace) -> None:
-    """Convert one file as the command line says."""
+def _run(args: argparse.Namespace) -> None:
     source, target = Path(args.published), Path(args.o)
     if target.exists():
         raise MiMError(f"{target} exists already: choose another name with -o")

@@ -63,21 +63,16 @@ class RawImage:
 
 
 def read_image(paths: Sequence[Path]) -> RawImage:
-    """Read the channels of one case.
+    """Read the channels of one case, one file per channel, all of the same size and place.
 
-    Args:
-        paths: one file per channel, all of the same size and place.
-
-    Raises:
-        MiMError: missing, unreadable, no volume, in colour, not finite, all 0, or channels that do not fit.
+    Raises MiMError for a file that is missing, unreadable, no volume, in colour, not finite or all 0.
     """
     images = [_read(path) for path in paths]
     first = images[0]
     for path, image in zip(paths, images, strict=True):
-        same = np.allclose(image.GetSpacing(), first.GetSpacing(), rtol=1e-3) and np.allclose(
-            image.GetOrigin(), first.GetOrigin(), atol=0.1
-        )
-        if image.GetSize() != first.GetSize() or not same:
+        same_spacing = np.allclose(image.GetSpacing(), first.GetSpacing(), rtol=1e-3)
+        same_origin = np.allclose(image.GetOrigin(), first.GetOrigin(), atol=0.1)
+        if image.GetSize() != first.GetSize() or not (same_spacing and same_origin):
             raise MiMError(f"{path} has another size, spacing or origin than {paths[0]}: channels must fit")
     voxels = np.stack([sitk.GetArrayFromImage(image) for image in images]).astype(np.float32)
     if not np.isfinite(voxels).all():
@@ -90,10 +85,8 @@ def read_image(paths: Sequence[Path]) -> RawImage:
 
 
 def _read(path: Path) -> sitk.Image:
-    if path.is_dir():
-        raise MiMError(f"{path} is a folder: give image files (NIfTI, NRRD or MHA)")
     if not path.is_file():
-        raise MiMError(f"{path} does not exist")
+        raise MiMError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give NIfTI, NRRD or MHA files")
     try:
         check_gzip(path)
         image = sitk.ReadImage(str(path))
@@ -114,15 +107,11 @@ def preprocess(
     """Let nnU-Net prepare an image as it prepared the cases of a pretraining: axes, crop, intensities, spacing.
 
     Args:
-        image: raw image.
         provenance: of the checkpoint.
         spacing: mm along the network's axes, used if the checkpoint states none. None: the image's own.
 
     Returns:
         (C, X, Y, Z) normalised voxels, and their place.
-
-    Raises:
-        MiMError: nnU-Net cannot prepare it.
     """
     forward = order_of_axes(provenance)
     own = [float(image.spacing[axis]) for axis in forward]

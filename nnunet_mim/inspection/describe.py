@@ -11,12 +11,7 @@ WIDTH = 110
 
 
 def description(facts: Facts, path: Path) -> str:
-    """What a checkpoint is and how to finetune from it.
-
-    Args:
-        facts: of the checkpoint.
-        path: of the checkpoint, for the commands.
-    """
+    """What a checkpoint is and how to finetune from it."""
     config, rows = facts.config, facts_table(facts)
     sizes = f"views {join(config.view_size)}, tokens {join(facts.token_size)} voxels"
     rows.insert(1, ["sizes", f"{sizes}; {config.in_channels} channel(s)"])

@@ -18,8 +18,7 @@ Names of cases are left out; hashes of their voxels stay, so that finetuning can
 pretrained on."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of mim_export."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "mim_export", description=DESCRIPTION, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Bad input ends with exit code 2 and one line that says what to do.",
@@ -35,12 +34,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, or 2 after a one-line error."""
-    args = build_parser().parse_args(argv)
-    return exit_code(lambda: run(args))
+    args = _parser().parse_args(argv)
+    return exit_code(lambda: _run(args))
 
 
-def run(args: argparse.Namespace) -> None:
-    """Export as the command line says."""
+def _run(args: argparse.Namespace) -> None:
     from nnunet_mim.checkpoint.format import load_checkpoint
     from nnunet_mim.checkpoint.share import export
     from nnunet_mim.pretraining.report.card import model_card

@@ -25,7 +25,7 @@ MIRRORING_IS_OFF = (
 )
 
 
-def left_right_axes(images: Iterable[Path]) -> set[int]:
+def _left_right_axes(images: Iterable[Path]) -> set[int]:
     """Array axes (z, y, x as nnU-Net reads them) that run along left-right in the first 50 images.
 
     It is {2} for images stored in axial slices. Unreadable and 2-D images are skipped: nnU-Net itself reports them.
@@ -51,11 +51,7 @@ def mirroring_is_unsafe(raw: Path, dataset_json: dict[str, Any]) -> bool:
         images = [Path(case["images"][0]) for case in raw_files(raw, dataset_json).values() if case["images"]]
     else:
         images = sorted((raw / "imagesTr").glob(f"*_0000{dataset_json['file_ending']}"))
-    return not left_right_axes(images) <= {2}
-
-
-TO_LPS = np.diag([-1.0, -1.0, 1.0])
-"""turns directions of NIfTI, (right, anterior, superior), into those of SimpleITK, (left, posterior, superior)"""
+    return not _left_right_axes(images) <= {2}
 
 
 @dataclass(frozen=True)
@@ -88,10 +84,8 @@ class Orientation:
 def orientation_of(transpose_forward: Sequence[int], direction: np.ndarray | None = None) -> Orientation:
     """Orientation of preprocessed cases, from the order of axes in the plans and the direction of the image.
 
-    Args:
-        transpose_forward: array axis i of a case is axis transpose_forward[i] of the image read as (z, y, x).
-        direction: (3, 3); columns are where the image's axes x, y, z point in the patient (left, back, head), as in
-            SimpleITK. None: the identity.
+    Array axis i of a case is axis transpose_forward[i] of the image read as (z, y, x). The columns of the direction
+    (3, 3) are where the image's axes x, y, z point in the patient (left, back, head), as in SimpleITK; None: identity.
     """
     columns = np.eye(3) if direction is None else np.asarray(direction, dtype=float).reshape(3, 3)
     order = list(transpose_forward) or [0, 1, 2]
@@ -111,4 +105,5 @@ def direction_of(properties: Mapping[str, Any]) -> np.ndarray | None:
     if affine is None:
         return None
     columns = np.asarray(affine, dtype=float)[:3, :3]
-    return TO_LPS @ (columns / np.maximum(np.linalg.norm(columns, axis=0), 1e-12))
+    to_lps = np.diag([-1.0, -1.0, 1.0])  # from NIfTI's right, anterior, superior
+    return to_lps @ (columns / np.maximum(np.linalg.norm(columns, axis=0), 1e-12))

@@ -68,11 +68,8 @@ def earlier_names(folder: Path) -> dict[str, str]:
 
 def input_key(files: Sequence[str], settings: Any) -> str:
     """A hash of the size and time of all files and of the settings (plain values) that decide the result."""
-    stamps = []
-    for file in files:
-        try:
-            status = os.stat(file)
-        except OSError as error:
-            raise MiMError(f"cannot read {file} ({error.strerror}): did it vanish just now?") from error
-        stamps.append([file, status.st_size, status.st_mtime_ns])
+    try:
+        stamps = [[file, (status := os.stat(file)).st_size, status.st_mtime_ns] for file in files]
+    except OSError as error:
+        raise MiMError(f"cannot read {error.filename} ({error.strerror}): did it vanish just now?") from error
     return hashlib.sha256(json.dumps([stamps, settings]).encode()).hexdigest()[:16]

@@ -76,9 +76,8 @@ def run(options: argparse.Namespace) -> None:
     preprocessed = check_can_write(plans, plans_file, options.overwrite)
     write_atomically(plans_file, json.dumps(plans, indent=4).encode())
     size = preset if checkpoint is None else checkpoint.preset
-    print(f"wrote {plans_file}")
-    for note in [f"network: HybridUNet {size}" if hybrid else f"network: nnU-Net's own, of {options.p}", *notes]:
-        print(f"  {note}")
+    network = f"HybridUNet {size}" if hybrid else f"nnU-Net's own, of {options.p}"
+    print("\n  ".join([f"wrote {plans_file}", f"network: {network}", *notes]))
 
     number = dataset.name[7:10]
     print("next:")

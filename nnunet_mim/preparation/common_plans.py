@@ -27,14 +27,11 @@ DATASET_JSON, FINGERPRINT = "dataset.json", "dataset_fingerprint.json"
 
 
 def fingerprint_of(
-    spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]], samples: Sequence[Sequence[float]] = ((),)
+    spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]], samples: Sequence[Sequence[float]]
 ) -> dict[str, Any]:
-    """A dataset fingerprint like nnU-Net's, made without labels.
+    """A dataset fingerprint like nnU-Net's, made without labels, from spacings (mm) and shapes (voxels) of the cases.
 
-    Args:
-        spacings: mm, array order, per case.
-        shapes: voxels per axis, per case.
-        samples: intensities inside the body, per channel; empty where unknown: those of the wide CT window.
+    `samples` are intensities inside the body, per channel; empty where unknown: those of the wide CT window.
     """
     properties = {}
     for channel, values in enumerate(samples):
@@ -67,15 +64,12 @@ def common_plans(
 
     Patch and batch size are those of nnU-Net's planner at this spacing (mm, array order). `dataset_json` lists cases
     under `dataset`, with absolute paths; the fingerprint is that of the turned images.
-
-    Raises:
-        MiMError: bad settings, or nnU-Net cannot plan this dataset.
     """
     target = [float(s) for s in spacing]
-    cases = list(zip(fingerprint["shapes_after_crop"], fingerprint["spacings"], strict=True))
-    shape = np.median([compute_new_shape(n, s, target) for n, s in cases], axis=0)
+    shapes, spacings = fingerprint["shapes_after_crop"], fingerprint["spacings"]
+    shape = np.median([compute_new_shape(n, s, target) for n, s in zip(shapes, spacings, strict=True)], axis=0)
     n_voxels = float(np.prod(shape)) * dataset_json["numTraining"]
-    with temporary_folders(dataset, dataset_json) as preprocessed:
+    with _temporary_folders(dataset, dataset_json) as preprocessed:
         (preprocessed / FINGERPRINT).write_text(json.dumps(fingerprint))
         try:
             planner = ExperimentPlanner(
@@ -90,8 +84,8 @@ def common_plans(
     base = {
         "dataset_name": dataset,
         "plans_name": plans_name,
-        "original_median_spacing_after_transp": np.median(fingerprint["spacings"], axis=0).tolist(),
-        "original_median_shape_after_transp": np.median(fingerprint["shapes_after_crop"], axis=0).round().tolist(),
+        "original_median_spacing_after_transp": np.median(spacings, axis=0).tolist(),
+        "original_median_shape_after_transp": np.median(shapes, axis=0).round().tolist(),
         "image_reader_writer": REORIENTING.get(reader, reader),
         "transpose_forward": [0, 1, 2],
         "transpose_backward": [0, 1, 2],
@@ -111,11 +105,8 @@ def extracted_fingerprint(dataset: str, dataset_json: Mapping[str, Any], process
     """Content of nnU-Net's own fingerprint file of a labelled dataset, made with this number of processes.
 
     `dataset_json` lists the cases to read under `dataset`, with absolute paths.
-
-    Raises:
-        MiMError: nnU-Net cannot make it.
     """
-    with temporary_folders(dataset, dataset_json) as preprocessed:
+    with _temporary_folders(dataset, dataset_json) as preprocessed:
         try:
             DatasetFingerprintExtractor(dataset, processes).run()
             return (preprocessed / FINGERPRINT).read_bytes()
@@ -126,7 +117,7 @@ def extracted_fingerprint(dataset: str, dataset_json: Mapping[str, Any], process
 
 
 @contextmanager
-def temporary_folders(dataset: str, dataset_json: Mapping[str, Any]) -> Iterator[Path]:
+def _temporary_folders(dataset: str, dataset_json: Mapping[str, Any]) -> Iterator[Path]:
     """Temporary nnU-Net folders in which a dataset has this dataset.json; yields its preprocessed folder.
 
     nnU-Net's planner and extractor write files, and the user's files must not change yet. Where dataset.json lists no

@@ -15,8 +15,6 @@ import SimpleITK as sitk
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.image_files import ENDINGS, case_name
 
-DICOM_ENDINGS = (".dcm", ".ima", ".dicom")
-
 
 @dataclass(frozen=True)
 class Volume:
@@ -35,14 +33,9 @@ class Volume:
 def find_volumes(folders: Sequence[Path], earlier_names: dict[str, str] | None = None) -> list[Volume]:
     """All image files and DICOM series in folders, sorted by name.
 
-    A name is the path below the folder in letters, digits, - and _. A second one of the same name gets a number.
-
-    Args:
-        folders: searched to any depth, links included; hidden files are left out.
-        earlier_names: names from earlier calls, by the first file of the volume; they are kept.
-
-    Raises:
-        MiMError: a folder is missing, or there is nothing in any of them.
+    Folders are searched to any depth, links included, hidden files left out. A name is the path below the folder in
+    letters, digits, - and _; a second one of the same name gets a number. Names from earlier calls, given by the first
+    file of the volume, are kept.
     """
     earlier_names = earlier_names or {}
     taken = set(earlier_names.values())
@@ -55,8 +48,7 @@ def find_volumes(folders: Sequence[Path], earlier_names: dict[str, str] | None =
             taken.add(name)
             volumes.append(replace(found, name=name))
     if not volumes:
-        shown = ", ".join(map(str, folders))
-        raise MiMError(f"no image in {shown}: give folders with NIfTI, NRRD or MHA files, or DICOM series")
+        raise MiMError(f"no image in {', '.join(map(str, folders))}: give folders with NIfTI, NRRD, MHA or DICOM files")
     unique = {volume.files: volume for volume in reversed(volumes)}  # a folder inside another one of -i
     return sorted(unique.values(), key=lambda volume: volume.name)
 
@@ -97,7 +89,7 @@ def _found(root: Path) -> Iterator[tuple[str, Volume]]:
 def _is_dicom(path: Path) -> bool:
     if path.name.upper() == "DICOMDIR":
         return False
-    if path.suffix.lower() in DICOM_ENDINGS:
+    if path.suffix.lower() in (".dcm", ".ima", ".dicom"):
         return True
     try:
         with path.open("rb") as file:

@@ -110,7 +110,7 @@ def make_mim_plans(
     spacing, reason = _choose_spacing(config["spacing"], checkpoint, chosen.spacing)
     notes.append(f"spacing (mm, array order): {[round(s, 3) for s in spacing]} ({reason})")
     if spacing != list(config["spacing"]):
-        config["median_image_size_in_voxels"] = median_shape(fingerprint, spacing, base_plans["transpose_forward"])
+        config["median_image_size_in_voxels"] = _median_shape(fingerprint, spacing, base_plans["transpose_forward"])
     config["spacing"] = spacing
     notes.extend(_fit_network(config, preset, checkpoint, chosen))
     plans["configurations"] = {configuration: config}
@@ -147,7 +147,7 @@ def _fit_network(
     patch = chosen.patch_size
     if patch is not None and any(type(n) is not int or n < s or n % s for n, s in zip(patch, step, strict=True)):
         raise MiMError(f"--set patch_size must be multiples of the token size {list(step)}, got {patch}")
-    config["patch_size"] = list(patch or suitable_patch(config["patch_size"], median, step))
+    config["patch_size"] = list(patch or _suitable_patch(config["patch_size"], median, step))
     config["batch_size"] = chosen.batch_size or config["batch_size"]
     if network is not None:
         config["architecture"] = plans_architecture(network, config["patch_size"])
@@ -218,7 +218,7 @@ def _intensity_windows(
     return windows, notes
 
 
-def median_shape(
+def _median_shape(
     fingerprint: dict[str, Any], spacing: Sequence[float], transpose_forward: Sequence[int]
 ) -> list[float]:
     """Median number of voxels per axis (transposed array order) after resampling to `spacing` (mm, same order)."""
@@ -227,7 +227,7 @@ def median_shape(
     return [float(n) for n in np.median(np.round(sizes_mm / np.array(spacing)), axis=0)]
 
 
-def suitable_patch(base_patch: Sequence[int], median: Sequence[float], token_size: Sequence[int]) -> list[int]:
+def _suitable_patch(base_patch: Sequence[int], median: Sequence[float], token_size: Sequence[int]) -> list[int]:
     """The multiple of the token size nearest to the base patch, and no larger than the median image needs."""
     patch = []
     for size, n, token in zip(base_patch, median, token_size, strict=True):

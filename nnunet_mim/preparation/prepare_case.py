@@ -124,12 +124,9 @@ def remove_abandoned(partial: Path) -> None:
 def prepare_case(job: Job, partial: str) -> dict[str, Any]:
     """Prepare one case. `partial` is a folder for half-written files, on the disk of the preprocessed cases.
 
-    Returns:
-        `{"problem": reason}`, or what the log keeps: hash, spacing and shape of the image, intensity sample and
-        histogram, CaseInfo of the preprocessed case, stamps of its files, seconds.
-
-    Raises:
-        MiMError: out of memory, or the output cannot be written.
+    Returns `{"problem": reason}`, or what the log keeps: hash, spacing and shape of the image, intensity sample and
+    histogram, CaseInfo of the preprocessed case, stamps of its files, seconds. Raises MiMError where memory or disk is
+    full.
     """
     began = time.perf_counter()
     running = Path(partial, f"{job.case.name}.running")
@@ -139,9 +136,7 @@ def prepare_case(job: Job, partial: str) -> dict[str, Any]:
     except MiMError:
         raise
     except MemoryError as error:
-        raise MiMError(
-            f"out of memory at {job.case.images[0]}: repeat the command with fewer processes (-np)"
-        ) from error
+        raise MiMError(f"out of memory at {job.case.images[0]}: repeat with fewer processes (-np)") from error
     except Exception as error:  # whatever is wrong with one image must not stop the others
         return {"problem": f"cannot be read or prepared ({last_line(error)})"}
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from contextlib import ExitStack
@@ -48,8 +47,8 @@ def run(options: argparse.Namespace) -> None:
     from nnunet_mim.preparation.prepare import PrepareConfig, prepare_dataset, prepare_folders
     from nnunet_mim.preparation.prepare_report import next_command, skipped_lines, write_report
 
-    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
-        required_folder(name)
+    required_folder("nnUNet_raw")
+    preprocessed = required_folder("nnUNet_preprocessed")
     if options.np < 1 or options.min_slices < 2:
         raise MiMError("-np must be at least 1 and --min_slices at least 2")
     config = PrepareConfig(
@@ -61,12 +60,10 @@ def run(options: argparse.Namespace) -> None:
     names = [_new_dataset(options.d, options.n)] if options.i else [dataset_name(given) for given in options.d]
     with ExitStack() as locks:  # all of them before any work
         for name in dict.fromkeys(names):
-            lock = Path(os.environ["nnUNet_preprocessed"], f".mim_prepare_{name}.lock")
             busy = f"another mim_prepare is at work on {name}: repeat the command when it has ended"
-            locks.enter_context(exclusive_lock(lock, busy))
+            locks.enter_context(exclusive_lock(Path(preprocessed, f".mim_prepare_{name}.lock"), busy))
         if options.i:
-            folders = [Path(os.path.expanduser(path)) for path in options.i]
-            results = [prepare_folders(names[0], folders, config)]
+            results = [prepare_folders(names[0], [Path(path).expanduser() for path in options.i], config)]
         else:
             results = [prepare_dataset(name, config) for name in names]
     for prepared in results:

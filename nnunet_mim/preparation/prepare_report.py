@@ -75,7 +75,6 @@ def next_command(sources: Sequence[Source], preset: str | None) -> str:
 
 
 def _facts_table(prepared: Prepared) -> list[list[str]]:
-    """Counts, spacings and sizes of a prepared dataset, as rows of a table."""
     entries, source = prepared.log.prepared, prepared.source
     shapes = np.array([entry["info"]["shape"] for entry in entries.values()])
     before = np.array([entry["spacing"] for entry in entries.values()])

@@ -89,10 +89,8 @@ def _resample_outside(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
 
 
 def _resample_labels(seg: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
-    """Resample labels (C, X, Y, Z) to (C, *new_shape) like nnU-Net's `resample_data_or_seg_to_shape`.
-
-    That holds for its default settings where no axis has much larger spacing than the others. The function is the same,
-    without a copy of the whole volume in float64.
+    """Resample labels (C, X, Y, Z) to (C, *new_shape) as nnU-Net does where no axis has much larger spacing than the
+    others, without a copy of the whole volume in float64.
     """
     if tuple(seg.shape[1:]) == tuple(new_shape):
         return seg

@@ -23,7 +23,6 @@ SMALLEST_BODY = 0.002
 """minimum share of voxels above BODY_HU"""
 LARGEST_SPACING = 20.0
 """mm"""
-PART_BYTES = 1 << 26
 NOT_FINITE = "holds NaN or infinite voxels"
 MODALITY, IMAGE_TYPE, INTERCEPT, POSITION, ORIENTATION = "0008|0060", "0008|0008", "0028|1052", "0020|0032", "0020|0037"
 
@@ -51,10 +50,10 @@ def read_header(volume: Volume, min_slices: int) -> Header | str:
         return f"cannot be read ({last_line(error)})"
     size, spacing = list(reader.GetSize()), list(reader.GetSpacing())
     if volume.series:
-        if problem := dicom_problem(reader):
+        if problem := _dicom_problem(reader):
             return problem
         if len(volume.files) >= max(2, min_slices):
-            gap = slice_gap(volume.files)
+            gap = _slice_gap(volume.files)
             if isinstance(gap, str):
                 return gap
             size, spacing = [*size[:2], len(volume.files)], [*spacing[:2], gap]
@@ -62,15 +61,9 @@ def read_header(volume: Volume, min_slices: int) -> Header | str:
             size[2:] = [len(volume.files)]
     if problem := header_problem(size, spacing, reader.GetNumberOfComponents(), min_slices):
         return problem
-    order = turned_axes(reader.GetDirection())
+    letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(reader.GetDirection())
+    order = sorted(range(3), key=lambda axis: "SIAPRL".index(letters[axis]))  # axes that become z, y, x in RAS
     return Header(tuple(size[i] for i in order), tuple(spacing[i] for i in order))
-
-
-def turned_axes(direction: tuple[float, ...]) -> list[int]:
-    """The axes of an image (0: x, 1: y, 2: z, as stored) that become z, y, x when it is turned to RAS."""
-    letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(direction)
-    place = {"S": 0, "I": 0, "A": 1, "P": 1, "R": 2, "L": 2}
-    return sorted(range(3), key=lambda axis: place[letters[axis]])
 
 
 def header_problem(size: list[int], spacing: list[float], components: int, min_slices: int) -> str | None:
@@ -89,7 +82,7 @@ def header_problem(size: list[int], spacing: list[float], components: int, min_s
     return None
 
 
-def dicom_problem(reader: sitk.ImageFileReader) -> str | None:
+def _dicom_problem(reader: sitk.ImageFileReader) -> str | None:
     """Why a DICOM series is no CT in Hounsfield units, or None. The reader has read the header of one slice."""
 
     def tag(name: str) -> str:
@@ -104,7 +97,7 @@ def dicom_problem(reader: sitk.ImageFileReader) -> str | None:
     return None
 
 
-def slice_gap(files: tuple[str, ...]) -> float | str:
+def _slice_gap(files: tuple[str, ...]) -> float | str:
     """Distance between the slices of a DICOM series in mm, or why they do not make a volume."""
     positions, normal = [], np.zeros(3)
     for file in files:
@@ -135,28 +128,23 @@ def damaged(path: Path) -> str | None:
     """
     try:
         if path.name.lower().endswith((".nii", ".nii.gz")):
-            return nifti_problem(path)
+            return _nifti_problem(path)
         check_gzip(path)
     except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         return f"damaged ({last_line(error)})"
     return None
 
 
-def nifti_problem(path: Path) -> str | None:
-    """Why a NIfTI file is incomplete or has voxels that are not finite, or None. Reads the file once, in parts.
-
-    Raises:
-        OSError, EOFError, zlib.error: a compressed file is damaged.
-    """
+def _nifti_problem(path: Path) -> str | None:
+    """Why a NIfTI file is incomplete or has voxels that are not finite, or None. Reads the file once, in parts."""
     image: Any = nibabel.load(path)
     dtype, missing = image.get_data_dtype(), math.prod(image.shape)
-    is_float = dtype.kind in "fc"
     with nibabel.openers.ImageOpener(str(path)) as file:
         file.read(image.dataobj.offset)
-        while part := file.read(PART_BYTES // dtype.itemsize * dtype.itemsize):
+        while part := file.read((1 << 24) * dtype.itemsize):
             voxels = np.frombuffer(part[: missing * dtype.itemsize], dtype)
             missing -= len(voxels)
-            if is_float and not np.isfinite(voxels).all():
+            if dtype.kind in "fc" and not np.isfinite(voxels).all():
                 return NOT_FINITE
     return f"damaged (ends {missing} voxels early)" if missing > 0 else None
 

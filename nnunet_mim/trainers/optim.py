@@ -65,7 +65,7 @@ class IterationSchedule:
             group["lr"] = self.config.lr * factor * group.get("lr_scale", 1.0)
 
 
-def encoder_layer(name: str, n_vit_blocks: int) -> int:
+def _encoder_layer(name: str, n_vit_blocks: int) -> int:
     """Layer of a parameter of HybridEncoder: 0-2 stages, 3 token embedding, from 4 transformer blocks, last the final
     norm. A name is `stages.1.blocks.0.conv1.weight`, for example.
     """
@@ -81,7 +81,7 @@ def encoder_layer(name: str, n_vit_blocks: int) -> int:
     raise ValueError(f"encoder parameter {name} belongs to no known layer")
 
 
-def parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]:
+def _parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]:
     """AdamW groups of a HybridUNet, which hold every trainable parameter once.
 
     They differ in `encoder`, `lr_scale` (layer_decay ** distance from the encoder's end; 1 outside it) and weight decay
@@ -94,7 +94,7 @@ def parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]:
             continue
         scale, encoder = 1.0, name.startswith(ENCODER_PREFIX)
         if encoder:
-            distance = 4 + n_vit_blocks - encoder_layer(name.removeprefix(ENCODER_PREFIX), n_vit_blocks)
+            distance = 4 + n_vit_blocks - _encoder_layer(name.removeprefix(ENCODER_PREFIX), n_vit_blocks)
             scale = config.layer_decay**distance
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         new = {"params": [], "lr_scale": scale, "weight_decay": decay, "encoder": encoder}
@@ -104,7 +104,7 @@ def parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]:
 
 def build_optimizer(network: HybridUNet, config: FinetuneConfig) -> tuple[AdamW, IterationSchedule]:
     """AdamW that clips gradients before each step, and its schedule."""
-    optimizer = AdamW(parameter_groups(network, config), lr=config.lr)
+    optimizer = AdamW(_parameter_groups(network, config), lr=config.lr)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def clip(*_: object) -> None:

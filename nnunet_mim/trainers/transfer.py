@@ -81,7 +81,7 @@ def transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> T
             done.append(f"1 → {parameter.shape[1]} input channels, repeated and divided")
         if _is_patch_kernel(name) and weight.shape[2:] != parameter.shape[2:]:
             done.append(f"kernel {tuple(weight.shape[2:])} → {tuple(parameter.shape[2:])}, response kept")
-            weight = resize_kernel(weight, tuple(parameter.shape[2:]))
+            weight = _resize_kernel(weight, tuple(parameter.shape[2:]))
         if weight.shape != parameter.shape:
             raise MiMError(
                 f"checkpoint {checkpoint.path}: {ENCODER_PREFIX}{name} has shape {tuple(weight.shape)}, the network "
@@ -103,7 +103,7 @@ def _is_patch_kernel(name: str) -> bool:
     return name.endswith((".embed.proj.weight", ".to_token.weight", "token_embed.proj.weight"))
 
 
-def resize_kernel(weight: Tensor, size: tuple[int, ...]) -> Tensor:
+def _resize_kernel(weight: Tensor, size: tuple[int, ...]) -> Tensor:
     """Resize the weight (out, in, kx, ky, kz) of a kernel = stride convolution to a new kx, ky, kz.
 
     Each value is spread over the cells that its voxel overlaps; sums are unchanged. A smaller kernel responds to an

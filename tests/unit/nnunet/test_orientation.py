@@ -3,7 +3,7 @@
 import pytest
 import SimpleITK as sitk
 
-from nnunet_mim.nnunet.orientation import left_right_axes, mirroring_is_unsafe
+from nnunet_mim.nnunet.orientation import _left_right_axes, mirroring_is_unsafe
 
 DATASET_JSON = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
 
@@ -25,7 +25,7 @@ def store(raw, name, orientation):
 )
 def test_the_axis_and_whether_mirroring_the_others_is_safe(raw, orientation, axis):
     store(raw, "a", orientation)
-    assert left_right_axes((raw / "imagesTr").iterdir()) == {axis}
+    assert _left_right_axes((raw / "imagesTr").iterdir()) == {axis}
     assert mirroring_is_unsafe(raw, DATASET_JSON) == (axis != 2)
 
 

@@ -11,8 +11,8 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.preparation.finding import Volume, find_volumes
 from nnunet_mim.preparation.screening import (
     Header,
+    _dicom_problem,
     damaged,
-    dicom_problem,
     header_problem,
     read_header,
     voxel_problem,
@@ -139,10 +139,10 @@ class Tags(dict):
 
 def test_a_dicom_series_without_a_rescale_intercept_has_no_hu():
     tags = Tags({"0008|0060": "CT ", "0028|1052": "-1024"})
-    assert dicom_problem(tags) is None
+    assert _dicom_problem(tags) is None
     del tags["0028|1052"]
-    assert dicom_problem(tags) == "no HU (no rescale intercept in the DICOM header)"
-    assert dicom_problem(Tags()) == "not a CT (modality unknown)"
+    assert _dicom_problem(tags) == "no HU (no rescale intercept in the DICOM header)"
+    assert _dicom_problem(Tags()) == "not a CT (modality unknown)"
 
 
 def test_header_of_a_series_with_its_true_slice_distance(tmp_path, ct, dicom):

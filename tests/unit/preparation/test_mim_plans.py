@@ -16,7 +16,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.preparation.cli import main
-from nnunet_mim.preparation.mim_plans import make_mim_plans, median_shape, suitable_patch
+from nnunet_mim.preparation.mim_plans import _median_shape, _suitable_patch, make_mim_plans
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
@@ -203,7 +203,7 @@ def test_channels_that_are_no_ct_stay_as_they_are(base_plans, dataset_json):
 
 def test_median_shape_by_hand():
     """Cases of 180 × 180 × 180 mm; array order of the plans: x, z, y."""
-    assert median_shape(FINGERPRINT, [1.0, 3.0, 2.0], [2, 0, 1]) == [180.0, 60.0, 90.0]
+    assert _median_shape(FINGERPRINT, [1.0, 3.0, 2.0], [2, 0, 1]) == [180.0, 60.0, 90.0]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_median_shape_by_hand():
     ],
 )
 def test_patch_is_the_nearest_multiple_that_the_data_fills(base, median, patch):
-    assert suitable_patch(base, median, (16, 16, 16)) == patch
+    assert _suitable_patch(base, median, (16, 16, 16)) == patch
 
 
 @pytest.mark.parametrize(

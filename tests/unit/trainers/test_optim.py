@@ -7,7 +7,7 @@ import torch
 
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
-from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer, encoder_layer, lr_factor, parameter_groups
+from nnunet_mim.trainers.optim import IterationSchedule, _encoder_layer, _parameter_groups, build_optimizer, lr_factor
 
 
 @pytest.fixture
@@ -58,21 +58,21 @@ def test_poly_by_hand():
 
 
 def test_every_parameter_is_in_exactly_one_group(network):
-    groups = parameter_groups(network, FinetuneConfig())
+    groups = _parameter_groups(network, FinetuneConfig())
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in network.parameters())
 
 
 def test_frozen_parameters_are_in_none(network):
     network.decoder.heads[1:].requires_grad_(False)
-    grouped = {id(p) for group in parameter_groups(network, FinetuneConfig()) for p in group["params"]}
+    grouped = {id(p) for group in _parameter_groups(network, FinetuneConfig()) for p in group["params"]}
     assert grouped == {id(p) for p in network.parameters() if p.requires_grad}
     assert len(grouped) < len(list(network.parameters()))
 
 
 def test_layer_decay_and_weight_decay_by_name(network):
     config = FinetuneConfig(layer_decay=0.5, weight_decay=0.1)
-    found = {id(p): g for g in parameter_groups(network, config) for p in g["params"]}
+    found = {id(p): g for g in _parameter_groups(network, config) for p in g["params"]}
     named = dict(network.named_parameters())
     # two transformer blocks: stage 0, 1, 2, token embedding, block 0, block 1, final norm = layers 0 … 6
     expected = {
@@ -92,13 +92,13 @@ def test_layer_decay_and_weight_decay_by_name(network):
 
 
 def test_the_first_group_has_the_full_rate_because_nnunet_logs_it(network):
-    first = parameter_groups(network, FinetuneConfig(layer_decay=0.8))[0]
+    first = _parameter_groups(network, FinetuneConfig(layer_decay=0.8))[0]
     assert (first["lr_scale"], first["encoder"]) == (1.0, False)
 
 
 def test_a_parameter_of_no_known_layer_is_an_error():
     with pytest.raises(ValueError, match="no known layer"):
-        encoder_layer("mystery.weight", 2)
+        _encoder_layer("mystery.weight", 2)
 
 
 def rates(optimizer):
@@ -107,7 +107,7 @@ def rates(optimizer):
 
 def test_schedule_goes_on_where_a_resumed_run_starts(network):
     config = FinetuneConfig(num_epochs=4, iterations_per_epoch=5, warmup_fraction=0.3, lr=0.1, layer_decay=0.5)
-    optimizer = torch.optim.SGD(parameter_groups(network, config), lr=1.0)
+    optimizer = torch.optim.SGD(_parameter_groups(network, config), lr=1.0)
     schedule = IterationSchedule(optimizer, config)
     straight = []
     for epoch in range(4):
@@ -118,7 +118,7 @@ def test_schedule_goes_on_where_a_resumed_run_starts(network):
     assert [r[0] for r in straight] == pytest.approx([0.1 * lr_factor(i, 20, config) for i in range(20)])
     assert straight[3][-1] == pytest.approx(straight[3][0] * 0.5**6)
 
-    resumed = IterationSchedule(torch.optim.SGD(parameter_groups(network, config), lr=1.0), config)
+    resumed = IterationSchedule(torch.optim.SGD(_parameter_groups(network, config), lr=1.0), config)
     resumed.step(2)
     for i in range(10, 15):
         resumed.advance()

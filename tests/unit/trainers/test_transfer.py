@@ -11,7 +11,7 @@ from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
-from nnunet_mim.trainers.transfer import _is_patch_kernel, check_architecture, resize_kernel, transfer_encoder
+from nnunet_mim.trainers.transfer import _is_patch_kernel, _resize_kernel, check_architecture, transfer_encoder
 
 
 def unet(network, channels=1, patch=(64, 32, 32)):
@@ -88,7 +88,7 @@ def loop_resize(weight, size):
 @pytest.mark.parametrize("size", [(2, 2, 2), (1, 2, 4), (3, 1, 5), (8, 2, 3), (4, 4, 4)])
 def test_resize_kernel_equals_its_loop(size):
     weight = torch.randn(3, 2, 2, 2, 2) if size != (4, 4, 4) else torch.randn(3, 2, 3, 2, 1)
-    resized = resize_kernel(weight, size)
+    resized = _resize_kernel(weight, size)
     assert resized.shape == (3, 2, *size)
     torch.testing.assert_close(resized.double(), loop_resize(weight, size), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(resized.sum((2, 3, 4)), weight.sum((2, 3, 4)), rtol=1e-4, atol=1e-5)
