@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 
@@ -37,12 +39,8 @@ def ladder_levels(
         mask_ratios: per level.
         n_children: per edge, that is, pair of adjacent levels.
     """
-    if ladder == "published":
-        fovs = [_mul(scale, view_size), view_size, token_size]
-    elif ladder == "native":
-        fovs = [_mul(scale, _mul(scale, view_size)), _mul(scale, view_size), view_size]
-    else:
-        raise MiMError(f"unknown ladder '{ladder}'")
+    wide = _mul(scale, view_size)
+    fovs = [wide, view_size, token_size] if ladder == "published" else [_mul(scale, wide), wide, view_size]
     kept = [i for i in range(3) if i == 2 or fovs[i] != fovs[i + 1]]
     return tuple(LevelConfig(fovs[i], mask_ratios[i], n_children[i] if i < 2 else 0) for i in kept)
 
@@ -127,10 +125,9 @@ class Level:
 
     @cached_property
     def token_bounds(self) -> tuple[np.ndarray, ...]:
-        """Voxels of the crop that tokens are made of: per axis (g, 2) int64, first and one past the last.
+        """Voxels of the level's box that tokens are made of: per axis (g, 2) int64, first and one past the last.
 
-        They count from the first voxel of the level's box. Tokens of an enlarged view are made of the voxels that
-        trilinear interpolation (align_corners=False) reads.
+        Tokens of an enlarged view are made of the voxels that trilinear interpolation (align_corners=False) reads.
         """
         bounds = []
         for f, v, p, g in zip(self.fov, self.view_size, self.token_size, self.grid, strict=True):
@@ -238,18 +235,13 @@ def suitable_view(median_shape: tuple[float, ...], token_size: Size3) -> Size3:
 def suitable_strides(spacing: tuple[float, ...]) -> tuple[Size3, ...]:
     """Choose strides of the four stages that make tokens about as long as wide.
 
-    An axis is not downsampled while its voxels are more than twice as large as the smallest.
-
-    Args:
-        spacing: mm per axis.
+    An axis is not downsampled while its voxels (spacing in mm) are more than twice as large as the smallest.
     """
-    size, strides = list(spacing), list[Size3]()
+    size, strides = list(spacing), []
     for _ in range(4):
-        x, y, z = (1 if s > 2 * min(size) else 2 for s in size)
-        stride = (x, y, z)
-        size = [s * k for s, k in zip(size, stride, strict=True)]
-        strides.append(stride)
-    return tuple(strides)
+        strides.append(tuple(1 if s > 2 * min(size) else 2 for s in size))
+        size = [s * k for s, k in zip(size, strides[-1], strict=True)]
+    return tuple(strides)  # type: ignore[return-value, arg-type]
 
 
 def cumulative_strides(strides: Sequence[Sequence[int]]) -> list[Size3]:
@@ -259,10 +251,7 @@ def cumulative_strides(strides: Sequence[Sequence[int]]) -> list[Size3]:
 
 def views_per_crop(levels: tuple[Level, ...]) -> tuple[int, ...]:
     """Number of views of each level in a crop, such as (1, 4, 16)."""
-    counts = [1]
-    for level in levels[:-1]:
-        counts.append(counts[-1] * level.n_children)
-    return tuple(counts)
+    return tuple(accumulate((level.n_children for level in levels[:-1]), mul, initial=1))
 
 
 def _mul(a: Size3, b: Size3) -> Size3:

@@ -49,48 +49,42 @@ def build_checkpoint(
     """The content of a checkpoint, of types that `torch.load(weights_only=True)` accepts.
 
     Args:
-        weights: state dict of the bare MaskInMask.
-        config: of the run.
-        provenance: where the weights come from, see `run_provenance`.
+        weights: state dict of the network of pretraining.
+        config: settings of the run.
+        provenance: as of `run_provenance`.
     """
+    resenc = config.encoder == "resenc"
+    block = config.architecture if resenc else plans_architecture(config.network, config.view_size)
     copies: dict[tuple[int, int], Tensor] = {}  # nnU-Net's networks have some weights under two names
     for value in weights.values():
         copies.setdefault((value.data_ptr(), value.numel()), value.detach().cpu())
-    view_size = list(config.view_size)
     return {
         "network_weights": {name: copies[value.data_ptr(), value.numel()] for name, value in weights.items()},
         "nnssl_adaptation_plan": {
-            "architecture_plans": _architecture_plans(config),
+            "architecture_plans": {  # for a patch as large as a view, in the format of nnU-Net's development branch
+                "arch_class_name": block["network_class_name"],
+                "arch_kwargs": block["arch_kwargs"],
+                "arch_kwargs_requiring_import": list(block["_kw_requires_import"]),
+            },
             "pretrain_plan": {
                 "plans_name": provenance["plans_name"],
                 "dataset_name": (provenance["datasets"] or [""])[0],
                 "configurations": {
                     provenance["configuration"]: {
-                        "patch_size": view_size,
+                        "patch_size": list(config.view_size),
                         "spacing": list(provenance["spacing"]),
                         "normalization_schemes": list(provenance["normalization"]),
                     }
                 },
             },
             "pretrain_num_input_channels": config.in_channels,
-            "recommended_downstream_patchsize": list(view_size),
-            **(RESENC_KEYS if config.encoder == "resenc" else HYBRID_KEYS),
+            "recommended_downstream_patchsize": list(config.view_size),
+            **(RESENC_KEYS if resenc else HYBRID_KEYS),
             "citations": CITATIONS,
         },
         "mim_config": config.to_dict(),
         "mim_version": nnunet_mim.__version__,
         "provenance": provenance,
-    }
-
-
-def _architecture_plans(config: PretrainConfig) -> dict[str, Any]:
-    """The network that finetunes, for a patch as large as a view, in the format of nnU-Net's development branch."""
-    resenc = config.encoder == "resenc"
-    block = config.architecture if resenc else plans_architecture(config.network, config.view_size)
-    return {
-        "arch_class_name": block["network_class_name"],
-        "arch_kwargs": block["arch_kwargs"],
-        "arch_kwargs_requiring_import": list(block["_kw_requires_import"]),
     }
 
 
@@ -101,9 +95,9 @@ def run_provenance(
 
     Args:
         sources: datasets, all in the units of the first.
-        seen: records of every case that the weights were trained on, see `case_records`.
+        seen: `case_records` of every case that the weights were trained on.
         fold: left-out fold, or `all`.
-        iteration: number of optimiser steps done.
+        iteration: number of optimiser steps.
         history: logged figures, oldest first.
     """
     first = sources[0]
@@ -217,14 +211,7 @@ class PretrainedCheckpoint:
 
     @classmethod
     def load(cls, path: str | Path) -> PretrainedCheckpoint:
-        """Load a checkpoint to finetune from.
-
-        Args:
-            path: as in `load_checkpoint`.
-
-        Raises:
-            MiMError: as `load_checkpoint`, or it holds no hybrid encoder.
-        """
+        """Load a checkpoint to finetune from. Raises MiMError as `load_checkpoint`, or without a hybrid encoder."""
         path = locate(path)
         stored = load_checkpoint(path, provenance_required=False)
         config, weights = stored["mim_config"], stored["network_weights"]

@@ -13,13 +13,9 @@ import numpy as np
 
 
 def voxel_sha256(data: np.ndarray) -> str:
-    """Hash shape and voxels of a preprocessed case.
+    """SHA-256 of a preprocessed case (C, X, Y, Z), however it is stored, in hexadecimal digits.
 
-    Args:
-        data: (C, X, Y, Z), any array that converts to float32. Storage (`.b2nd`, `.npz`, file name) does not matter.
-
-    Returns:
-        64 hexadecimal digits: SHA-256 over the shape (as text) and the C-order little-endian float32 bytes.
+    Hashed are the shape (as text) and the voxels (C order, little-endian float32).
     """
     voxels = np.ascontiguousarray(data, dtype="<f4")
     digest = hashlib.sha256(repr(tuple(int(n) for n in voxels.shape)).encode())
@@ -30,12 +26,11 @@ def voxel_sha256(data: np.ndarray) -> str:
 def leaked_cases(
     provenance: dict[str, Any], dataset: str, val_cases: Iterable[str], load_voxels: Callable[[str], np.ndarray]
 ) -> list[str]:
-    """Validation cases that the encoder was pretrained on: the same dataset and identifier, or the same voxels under
-    any name.
+    """Validation cases that an encoder was pretrained on, by dataset and identifier, or by voxels under any name.
 
     Args:
-        provenance: of the pretraining checkpoint; its `cases` are records {dataset, case, sha256}.
-        dataset: e.g. Dataset501_HeadNeckOAR.
+        provenance: of the checkpoint; its `cases` are records {dataset, case, sha256}.
+        dataset: full name of the dataset.
         val_cases: identifiers.
         load_voxels: identifier → (C, X, Y, Z) preprocessed voxels; called only where the name does not decide.
     """
@@ -50,13 +45,7 @@ def leaked_cases(
 
 
 def leak_warning(leaked: list[str], n_val: int, source: str) -> str:
-    """The loud warning about validation cases that were pretrained on.
-
-    Args:
-        leaked: their identifiers.
-        n_val: number of validation cases.
-        source: path of the checkpoint.
-    """
+    """The loud warning about validation cases that the encoder of checkpoint `source` was pretrained on."""
     bar = "#" * 100
     names = ", ".join(leaked[:10]) + (f" and {len(leaked) - 10} more" if len(leaked) > 10 else "")
     return (
@@ -73,9 +62,7 @@ def case_key(record: Mapping[str, str]) -> tuple[str, str, str]:
 
 
 def merged_records(earlier: list[dict[str, str]], now: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Union of the case records of an earlier run and of this one, in order. Of two records of one case, this run's
-    values count; a value that only the earlier one has stays.
-    """
+    """Union of the case records of two runs, in order; of two values of one case, the later run's counts."""
     merged: dict[tuple[str, str, str], dict[str, str]] = {}
     for record in [*earlier, *now]:
         merged[case_key(record)] = {**merged.get(case_key(record), {}), **record}

@@ -49,16 +49,12 @@ def locate(name: str | Path) -> Path:
             raise MiMError(f"{path} holds no {missing[0]}: give a {FINAL}, or a folder of mim_export")
         return path.absolute()
     if REPOSITORY.fullmatch(str(name)) and path.suffix not in (".pth", ".pt") and not path.parent.exists():
-        return download(str(name))
+        return _download(str(name))
     raise MiMError(f"pretraining checkpoint {path} does not exist")
 
 
-def download(name: str) -> Path:
-    """Fetch a repository from Hugging Face (or take it from the cache) and return its folder.
-
-    Raises:
-        MiMError: huggingface_hub is missing, there is no such repository, or no connection.
-    """
+def _download(name: str) -> Path:
+    """Fetch a repository from Hugging Face (or take it from the cache) and return its folder."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -81,7 +77,7 @@ def write_pointer(folder: Path, checkpoint: Path) -> None:
     write_atomically(folder / POINTER, json.dumps({"checkpoint": relative}).encode())
 
 
-def read_pointer(folder: Path) -> Path | None:
+def _read_pointer(folder: Path) -> Path | None:
     """The checkpoint that a run folder points at; None where there is no pointer or no such file any more."""
     try:
         path = folder / json.loads((folder / POINTER).read_text())["checkpoint"]
@@ -90,10 +86,10 @@ def read_pointer(folder: Path) -> Path | None:
     return Path(os.path.normpath(path)) if path.is_file() else None
 
 
-def final_checkpoint(folder: Path) -> Path | None:
+def _final_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of a finished run: in its folder or where its pointer leads, the newer of both; None without."""
     own = folder / FINAL
-    found = [path for path in (own if own.is_file() else None, read_pointer(folder)) if path is not None]
+    found = [path for path in (own if own.is_file() else None, _read_pointer(folder)) if path is not None]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -102,16 +98,13 @@ def find_checkpoint(plans: dict[str, Any], configuration: str, fold: int | str, 
 
     The environment variable nnUNet_mim_checkpoint, `plans["pretrain_info"]["checkpoint_path"]`, then the finished
     `mim_pretrain` run on this dataset (alone or with others), plans and configuration that left out this fold, then the
-    one that used all cases.
+    one that used all cases. None where nothing was named and no finished run exists.
 
     Args:
         plans: content of the plans file.
         configuration: e.g. 3d_fullres.
         fold: number or "all".
         results: the nnUNet_results folder.
-
-    Returns:
-        None where nothing was named and no finished run exists.
 
     Raises:
         MiMError: a named file is missing, or several tagged runs match.
@@ -128,7 +121,7 @@ def find_checkpoint(plans: dict[str, Any], configuration: str, fold: int | str, 
                 raise MiMError(f"{error} ({place}): correct or remove the path") from error
     for name in dict.fromkeys((f"fold_{fold}", "fold_all")):
         runs = _pretraining_runs(plans, configuration, results)
-        found = {run: path for run in runs if (path := final_checkpoint(run / name)) is not None}
+        found = {run: path for run in runs if (path := _final_checkpoint(run / name)) is not None}
         untagged = [path for run, path in found.items() if run.name.startswith("MiMPretrain__")]
         candidates = untagged or list(found.values())
         if len(candidates) > 1:

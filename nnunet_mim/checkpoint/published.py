@@ -34,7 +34,7 @@ LICENCE_NOTE = (
     "on; converting changes nothing about that."
 )
 
-COMPUTED = {"pos_embed": "embed_dims", "decoder_pos_embed": "decoder_embed_dim"}
+COMPUTED = ("pos_embed", "decoder_pos_embed")
 """published tensors that are no parameters here: fixed positions, computed and compared"""
 FIRST_CONVOLUTION = HybridUNet.keys_to_in_proj[0]
 
@@ -84,7 +84,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        refused = [name for name in named_in_pickle(path) if not _is_plain(name)]
+        refused = [name for name in _names_in_pickle(path) if not _is_plain(name)]
         if refused or isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             what = f"run {', '.join(refused)}" if refused else "need more than PyTorch's safe loading does"
             raise MiMError(
@@ -102,11 +102,8 @@ def read_published(path: Path) -> dict[str, Tensor]:
     return model
 
 
-def named_in_pickle(path: Path) -> list[str]:
-    """Names of the classes and functions that a file of `torch.save` refers to, read without running anything.
-
-    What cannot be read is left out.
-    """
+def _names_in_pickle(path: Path) -> list[str]:
+    """Classes and functions that a file of `torch.save` refers to, as far as it can be read; nothing is run."""
     names: dict[str, None] = {}
     texts: list[str] = []
     with contextlib.suppress(Exception):  # it only names what has been refused already
@@ -149,27 +146,27 @@ def convert_weights(published: dict[str, Tensor], window: tuple[float, float] = 
     in_channels = 1 if first is None or first.ndim != 5 else first.shape[1]
     with torch.device("meta"):
         wanted = MaskInMask(PRESETS["base"], in_channels).state_dict()
-    sources = {our_name(key): key for key in published if key not in COMPUTED}
-    unknown = [key for name, key in sources.items() if name not in wanted]
-    missing = [name for name in wanted if name not in sources] + [key for key in COMPUTED if key not in published]
+    names = {key: our_name(key) or "" for key in published if key not in COMPUTED}
+    unknown = [key for key, name in names.items() if name not in wanted]
+    missing = [name for name in wanted if name not in names.values()]
+    missing += [key for key in COMPUTED if key not in published]
     if unknown or missing:
         raise MiMError(
             f"not the published base architecture: {len(unknown)} unknown tensors ({_some(unknown)}), {len(missing)} "
             f"missing ({_some(missing)})"
         )
     shapes = [
-        f"{key} {tuple(published[key].shape)} instead of {tuple(wanted[name].shape)}"  # type: ignore[index]
-        for name, key in sources.items()
-        if published[key].shape != wanted[name].shape  # type: ignore[index]
+        f"{key} {tuple(published[key].shape)} instead of {tuple(wanted[name].shape)}"
+        for key, name in names.items()
+        if published[key].shape != wanted[name].shape
     ]
     if shapes:
         raise MiMError(f"not the published base architecture: {_some(shapes)}")
     _check_positions(published)
-    weights = {name: published[key].clone() for name, key in sources.items() if name is not None}
-    return rescale_input(weights, window)
+    return _rescale_input({name: published[key].clone() for key, name in names.items()}, window)
 
 
-def rescale_input(weights: dict[str, Tensor], window: tuple[float, float]) -> dict[str, Tensor]:
+def _rescale_input(weights: dict[str, Tensor], window: tuple[float, float]) -> dict[str, Tensor]:
     """Fold u = (std * v + mean - low) / (high - low) into the first convolution: W·u + b becomes W'·v + b'."""
     low, high = window
     weight, bias = (weights[f"{FIRST_CONVOLUTION}.{part}"].double() for part in ("weight", "bias"))
@@ -212,7 +209,7 @@ def convert(path: Path, window: tuple[float, float] = PUBLISHED_WINDOW) -> dict[
 
 
 def _check_positions(published: dict[str, Tensor]) -> None:
-    """The published tables must be the fixed sine-cosine ones that this package computes."""
+    """Raise MiMError unless the published tables are the fixed sine-cosine ones that this package computes."""
     for key in COMPUTED:
         table = published[key]
         side = round(table.shape[1] ** (1 / 3)) if table.ndim == 3 else 0

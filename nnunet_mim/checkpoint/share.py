@@ -19,8 +19,8 @@ def export(checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: b
     """Write a folder that every command takes in place of the checkpoint file.
 
     Args:
-        checkpoint: as `load_checkpoint` returns it.
-        card: the model card, Markdown.
+        checkpoint: as of `load_checkpoint`.
+        card: Markdown.
         folder: to be made; appears whole or not at all.
         with_names: keep the identifiers of the cases. The hashes of their voxels always stay: finetuning recognises
             validation cases that were pretrained on by them.
@@ -51,7 +51,7 @@ def export(checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: b
     try:
         temporary.mkdir(parents=True)
         (temporary / WEIGHTS).write_bytes(content)
-        (temporary / CONFIG).write_text(json.dumps(without_nan(config), indent=1), encoding="utf-8")
+        (temporary / CONFIG).write_text(json.dumps(_without_nan(config), indent=1), encoding="utf-8")
         (temporary / CARD).write_text(card, encoding="utf-8")
         read_export(temporary)
         os.replace(temporary, folder)
@@ -84,10 +84,10 @@ def read_export(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def without_nan(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
     """Copy plain values, with None for NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: without_nan(v) for key, v in value.items()}
+        return {key: _without_nan(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_nan(v) for v in value]
+        return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -33,11 +33,7 @@ class Units(Intensities):
         return self.normalized_window(channel) or (float(voxels.min()), float(voxels.max()))
 
     def grey(self, voxels: np.ndarray) -> tuple[float, float]:
-        """Intensities that a picture of the first channel shows black and white; HU for CT.
-
-        Args:
-            voxels: normalised, of the first channel.
-        """
+        """Intensities (HU for CT) shown black and white in a picture of the first channel, whose voxels are given."""
         if (window := self.hounsfield_window()) is not None:
             low, high = max(CT_GREY[0], window[0]), min(CT_GREY[1], window[1])
             return (low, high) if low < high else window

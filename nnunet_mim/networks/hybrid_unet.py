@@ -73,20 +73,18 @@ class HybridUNet(nn.Module):
         self.encoder = HybridEncoder(input_channels, network, drop_path)
         bottleneck_strides = self.strides[N_ENCODER_STAGES + 1 :]
         features = [stem_features, *decoder_features, *[decoder_features[-1]] * len(bottleneck_strides)]
-        kernels = kernel_sizes(self.strides)
+        kernels = _kernel_sizes(self.strides)
         self.cumulative_strides = cumulative_strides(self.strides)
 
         self.stem = ResidualBlock(input_channels, stem_features, kernels[0])
         self.skips = nn.ModuleList(
-            conv_norm_act(dim, width, (1, 1, 1)) for dim, width in zip(embed_dims, decoder_features, strict=True)
+            _conv_norm_act(dim, width, (1, 1, 1)) for dim, width in zip(embed_dims, decoder_features, strict=True)
         )
         self.bottleneck = nn.ModuleList(
             ResidualBlock(features[level - 1], features[level], kernels[level], self.strides[level])
             for level in range(N_ENCODER_STAGES + 1, len(self.strides))
         )
-        self.decoder = UNetDecoder(
-            features, self.strides, kernels, num_classes, deep_supervision, n_conv_per_stage_decoder
-        )
+        self.decoder = UNetDecoder(features, self.strides, num_classes, deep_supervision, n_conv_per_stage_decoder)
         for part in (self.stem, self.skips, self.bottleneck, self.decoder):
             part.apply(_init_he)
 
@@ -118,10 +116,8 @@ class HybridUNet(nn.Module):
         return outputs if self.decoder.deep_supervision else outputs[0]
 
     def padded_size(self, size: Sequence[int]) -> Size3:
-        """Voxels per axis that the network runs on for patches of this size.
-
-        They are multiples of the token size, and leave at least two voxels at the lowest level: instance normalisation
-        of one is undefined.
+        """Voxels per axis that the network runs on for patches of this size: multiples of the token size that leave at
+        least two voxels at the lowest level, because instance normalisation of one is undefined.
         """
         padded = [math.ceil(n / p) * p for n, p in zip(size, self.encoder.token_size, strict=True)]
         lowest = self.cumulative_strides[-1]
@@ -134,28 +130,22 @@ class UNetDecoder(nn.Module):
     """Decoder of a U-Net (arXiv 1505.04597) with a 1x1x1 head at every level but the lowest."""
 
     def __init__(
-        self,
-        features: Sequence[int],
-        strides: Sequence[Size3],
-        kernels: Sequence[Size3],
-        num_classes: int,
-        deep_supervision: bool,
-        n_conv: int,
+        self, features: Sequence[int], strides: Sequence[Size3], num_classes: int, deep_supervision: bool, n_conv: int
     ) -> None:
         super().__init__()
+        kernels = _kernel_sizes(strides)
         self.deep_supervision = deep_supervision
         self.up, self.blocks, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(features[:-1]):
             self.up.append(nn.ConvTranspose3d(features[level + 1], width, strides[level + 1], strides[level + 1]))
-            convs = [conv_norm_act(width if i else 2 * width, width, kernels[level]) for i in range(n_conv)]
+            convs = [_conv_norm_act(width if i else 2 * width, width, kernels[level]) for i in range(n_conv)]
             self.blocks.append(nn.Sequential(*convs))
             self.heads.append(nn.Conv3d(width, num_classes, 1))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Decode the maps of all levels, from high to low resolution.
+        """Maps of all levels, from high to low resolution → (N, classes, X, Y, Z) logits in the same order.
 
-        Returns:
-            (N, classes, X, Y, Z) logits in the same order; without deep supervision only those of full resolution.
+        Without deep supervision there are only the logits of full resolution.
         """
         x = features[-1]
         outputs: list[Tensor] = []
@@ -172,17 +162,17 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, kernel: Size3, stride: Size3 = (1, 1, 1)) -> None:
         super().__init__()
-        self.conv1 = conv_norm_act(in_channels, channels, kernel, stride)
-        self.conv2 = nn.Sequential(*conv_norm_act(channels, channels, kernel)[:2])
+        self.conv1 = _conv_norm_act(in_channels, channels, kernel, stride)
+        self.conv2 = nn.Sequential(*_conv_norm_act(channels, channels, kernel)[:2])
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != channels or stride != (1, 1, 1):
-            self.shortcut = nn.Sequential(*conv_norm_act(in_channels, channels, (1, 1, 1), stride)[:2])
+            self.shortcut = nn.Sequential(*_conv_norm_act(in_channels, channels, (1, 1, 1), stride)[:2])
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.conv2(self.conv1(x)) + self.shortcut(x), 0.01)
 
 
-def conv_norm_act(in_channels: int, channels: int, kernel: Size3, stride: Size3 = (1, 1, 1)) -> nn.Sequential:
+def _conv_norm_act(in_channels: int, channels: int, kernel: Size3, stride: Size3 = (1, 1, 1)) -> nn.Sequential:
     """nnU-Net's convolution → InstanceNorm → LeakyReLU; the size is divided by the stride and rounded up."""
     padding = tuple(k // 2 for k in kernel)
     return nn.Sequential(
@@ -192,7 +182,7 @@ def conv_norm_act(in_channels: int, channels: int, kernel: Size3, stride: Size3 
     )
 
 
-def kernel_sizes(strides: Sequence[Sequence[int]]) -> list[Size3]:
+def _kernel_sizes(strides: Sequence[Sequence[int]]) -> list[Size3]:
     """Kernel size of each level: 3, but 1 along an axis that no stride up to the next level downsamples.
 
     That is the axis of thick slices while the others catch up, as in nnU-Net. Where this holds of all axes, as in a

@@ -87,14 +87,12 @@ class ResEncMaskInMask(Alignment):
         return self
 
     def forward_features(self, image: Tensor) -> list[Tensor]:
-        """Encode images in which nothing is masked.
-
-        Args:
-            image: (N, C, X, Y, Z) of whole tokens; padded here to a size that the network can halve.
+        """Encode images (N, C, X, Y, Z) of whole tokens in which nothing is masked.
 
         Returns:
             Maps (N, D, X, Y, Z), from half resolution down to that of the token features.
         """
+        # padded to a size that the network can halve
         size = [-(-n // s) * s for n, s in zip(image.shape[2:], self.strides[-1], strict=True)]
         skips = self.encoder(pad_at_ends(image, size))
         maps = []
@@ -104,12 +102,7 @@ class ResEncMaskInMask(Alignment):
         return maps
 
     def hide(self, images: Tensor, ids_masked: Tensor) -> Tensor:
-        """Set the voxels of masked tokens to 0.
-
-        Args:
-            images: (N, C, X, Y, Z).
-            ids_masked: (N, M) int64, raster numbers of the masked tokens.
-        """
+        """Set the voxels of masked tokens to 0 in images (N, C, X, Y, Z)."""
         grid = [n // p for n, p in zip(images.shape[2:], self.token_size, strict=True)]
         keep = images.new_ones(images.shape[0], math.prod(grid)).scatter_(1, ids_masked, 0).view(-1, 1, *grid)
         for axis, p in enumerate(self.token_size):
@@ -143,12 +136,7 @@ def check_view(architecture: Mapping[str, Any], view: Size3) -> None:
 
 
 def fitting_view(architecture: Mapping[str, Any], view: Size3, token_size: Size3) -> Size3:
-    """The largest view, if possible within `view`, that passes `check_view` and has an even number of tokens per axis.
-
-    Args:
-        architecture: block of nnU-Net's plans.
-        view, token_size: voxels per axis.
-    """
+    """The largest view, if possible within `view`, that passes `check_view` and has even numbers of tokens."""
     deepest = cumulative_strides(architecture["arch_kwargs"]["strides"])[-1]
     steps = [math.lcm(2 * p, s) for p, s in zip(token_size, deepest, strict=True)]
     fits = [max(v // step, 1) * step for v, step in zip(view, steps, strict=True)]

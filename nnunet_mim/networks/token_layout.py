@@ -44,16 +44,9 @@ def voxel_rows(ids: Tensor, grid: Size3, token: Size3, rim: int = 0) -> Tensor:
 
 
 def grid_from_rows(tokens: Tensor, rows: Tensor, grid: Size3, rim: int = 0) -> Tensor:
-    """Put tokens into dense grids, which are zero where there is no token.
+    """Put tokens into dense grids: (N, K, X, Y, Z, C) → (N, gx*X + 2*rim, gy*Y + 2*rim, gz*Z + 2*rim, C).
 
-    Args:
-        tokens: (N, K, X, Y, Z, C).
-        rows: their `voxel_rows`, with the same rim.
-        grid: tokens per axis.
-        rim: voxels around each grid.
-
-    Returns:
-        (N, gx*X + 2*rim, gy*Y + 2*rim, gz*Z + 2*rim, C).
+    Voxels without a token are zero; `rows` are the tokens' `voxel_rows`, with the same rim.
     """
     N, _, X, Y, Z, C = tokens.shape
     size = [g * t + 2 * rim for g, t in zip(grid, (X, Y, Z), strict=True)]

@@ -43,10 +43,10 @@ def leave_stopping_to_parent(worker: int) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: _end_later())
 
+    def end_later(*_: object) -> None:
+        timer = threading.Timer(SECONDS_AFTER_SIGTERM, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
 
-def _end_later() -> None:
-    timer = threading.Timer(SECONDS_AFTER_SIGTERM, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
+    signal.signal(signal.SIGTERM, end_later)

@@ -215,11 +215,6 @@ def test_a_view_that_cuts_tokens_is_refused():
         build_levels((LevelConfig((9, 8, 8), 0.5, 0),), (9, 8, 8), (2, 2, 2))
 
 
-def test_an_unknown_ladder_is_refused():
-    with pytest.raises(MiMError):
-        ladder_levels("spiral", (8, 8, 8), (2, 2, 2))
-
-
 @pytest.mark.parametrize(
     ("ladder", "shape", "scale"),
     [

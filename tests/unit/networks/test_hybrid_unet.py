@@ -11,7 +11,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_mim.config import PRESETS, NetworkConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.networks.hybrid_unet import HybridUNet, kernel_sizes, plans_architecture
+from nnunet_mim.networks.hybrid_unet import HybridUNet, _kernel_sizes, plans_architecture
 
 ISOTROPIC = [[1, 1, 1], *[[2, 2, 2]] * 5]
 ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2]]
@@ -124,8 +124,8 @@ def test_compiles_without_graph_breaks():
 
 
 def test_kernels_leave_thick_slices_alone_until_they_are_downsampled():
-    assert kernel_sizes(ISOTROPIC) == [(3, 3, 3)] * 6
-    assert kernel_sizes([[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]]) == [
+    assert _kernel_sizes(ISOTROPIC) == [(3, 3, 3)] * 6
+    assert _kernel_sizes([[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]]) == [
         (1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3),
     ]  # fmt: skip
 
