@@ -193,6 +193,12 @@ def test_another_architecture(published, key, value, message):
         convert_weights(changed(published["model"], key, value))
 
 
+def test_all_unknown_tensors_are_counted(published):
+    model = {**published["model"], "head.weight": torch.zeros(2), "head.bias": torch.zeros(2)}
+    with pytest.raises(MiMError, match=r"2 unknown tensors \(head\.weight, head\.bias\)"):
+        convert_weights(model)
+
+
 def test_bad_command_lines(published_file, tmp_path, capsys):
     existing = tmp_path / "out.pth"
     existing.write_text("mine")
