@@ -42,11 +42,10 @@ settings for --set, of the plans and of the finetuning recipe:"""
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns 0, or 2 after printing a one-line error."""
     options = _parser().parse_args(argv)
-    return exit_code(lambda: run(options))
+    return exit_code(lambda: _run(options))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Plan one dataset as the command line says."""
+def _run(options: argparse.Namespace) -> None:
     settings = parse_settings(options.set)
     dataset = Path(required_folder("nnUNet_preprocessed"), dataset_name(options.d))
     if "__" in options.o or not options.o.replace("_", "").isalnum() or options.o == options.p:

@@ -39,11 +39,10 @@ read, are written there as .nii.gz."""
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns 0, or 2 after printing a one-line error."""
     options = _parser().parse_args(argv)
-    return exit_code(lambda: run(options))
+    return exit_code(lambda: _run(options))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Prepare as the command line says."""
+def _run(options: argparse.Namespace) -> None:
     from nnunet_mim.preparation.prepare import PrepareConfig, prepare_dataset, prepare_folders
     from nnunet_mim.preparation.prepare_report import next_command, skipped_lines, write_report
 
