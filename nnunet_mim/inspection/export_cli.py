@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> None:
     from nnunet_mim.pretraining.report.summary import Facts
 
     folder = Path(args.o)
-    checkpoint = load_checkpoint(Path(args.checkpoint))
+    checkpoint = load_checkpoint(args.checkpoint)
     export(checkpoint, model_card(Facts(checkpoint), args.licence, args.data), folder, args.with_names)
     for name, value in (("--licence", args.licence), ("--data", args.data)):
         if not value:

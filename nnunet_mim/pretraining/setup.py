@@ -192,7 +192,7 @@ def _check_same_run(stored: Mapping[str, Any], config: PretrainConfig, train: Ca
 def _check_init(settings: Mapping[str, Any], source: Source) -> None:
     """Raise MiMError unless a run with these settings can start from the weights of its `init_checkpoint`."""
     path = settings["init_checkpoint"]
-    stored = load_checkpoint(Path(path))["mim_config"]
+    stored = load_checkpoint(path)["mim_config"]
     config = config_for_data(settings, source)
     found = network_from_dict(stored["network"]), stored["in_channels"], stored["alignment"]
     encoder = stored.get("encoder", "hybrid"), stored.get("architecture", {})

@@ -61,7 +61,7 @@ def initial_state(run: Run, fabric: Fabric) -> TrainingState:
     config, stored = run.config, run.stored
     torch.manual_seed(config.seed)
     model = build_network(config)
-    source = stored or (load_checkpoint(Path(config.init_checkpoint)) if config.init_checkpoint else None)
+    source = stored or (load_checkpoint(config.init_checkpoint) if config.init_checkpoint else None)
     if source is not None:
         model.load_state_dict(source["network_weights"])
     fabric.to_device(model)
