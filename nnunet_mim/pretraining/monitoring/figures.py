@@ -1,9 +1,10 @@
 """The figures of a run as attributes, and their names in train.csv, val.csv, TensorBoard and a checkpoint's
 `loss_history`, which are made and read nowhere else.
 
-A figure is a number, the tensor of one step, or the array of a whole column; None where it was not measured. To log one
-more, add a field below (with `BY_TARGETS` if it is a mean over target tokens) and fill it in `objective/levels.py`, or in
-`held_out.py` for val.csv alone: its column is named after it.
+A figure is a number, the tensor of one step, or the array of a whole column; None where it was not measured.
+
+To log one more, add a field below (with `BY_TARGETS` if it is a mean over target tokens) and fill it in
+`objective/levels.py`, or in `held_out.py` for val.csv alone. Its column is named after it.
 """
 
 from __future__ import annotations
