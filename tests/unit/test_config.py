@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nnunet_mim.config import (
     DEFAULT_LEARNING_RATE,
+    FLAT_FRACTION,
     PRESETS,
     LevelConfig,
     NetworkConfig,
@@ -54,7 +55,7 @@ def test_defaults_are_the_numbers_of_the_method():
     assert config.n_children == (4, 4)
     assert (config.alignment, config.alignment_weight, config.temperature) == ("infonce", 0.1, 0.2)
     assert config.level_weights == (1, 1, 1)
-    assert config.flat_fraction == 0.005
+    assert FLAT_FRACTION == 0.005
     assert (config.betas, config.weight_decay, config.grad_clip) == ((0.9, 0.95), 0.05, 1.0)
     assert (config.learning_rate, config.warmup_fraction) == (2e-4, 0.05)
     assert config.mirror_axes == ()
