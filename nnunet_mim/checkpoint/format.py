@@ -95,7 +95,7 @@ def run_provenance(
 
     Args:
         sources: datasets, all in the units of the first.
-        seen: `case_records` of every case that the weights were trained on.
+        seen: records (`Cases.records`) of every case that the weights were trained on.
         fold: left-out fold, or `all`.
         iteration: number of optimiser steps.
         history: logged figures, oldest first.

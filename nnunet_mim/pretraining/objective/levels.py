@@ -148,7 +148,7 @@ def _nonfinite_views(features: Tensor, crop: Tensor, n_crops: int) -> Tensor:
 
 
 def _place_index(parent: LevelViews, rank: int = 0) -> Tensor:
-    """(N_child,) int64: the row of `place_features` of all ranks' parents that each child of a rank was cut from."""
+    """(N_child,) int64: the row of `_place_features` of all ranks' parents that each child of a rank was cut from."""
     N, _ = parent.places.shape
     row = torch.arange(rank * N, (rank + 1) * N, device=parent.places.device)  # of each parent among those of all ranks
     return (row[:, None] * parent.level.n_places + parent.places).flatten()
