@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.system.cli import OneLineParser
 from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.machine import usable_cores
 
@@ -190,16 +191,13 @@ def _refuse(problems: list[str]) -> None:
         raise MiMError(f"{len(problems)} problems, nothing was written; the first: {problems[0]}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "mim_benchmark", description=DESCRIPTION, allow_abbrev=False, formatter_class=layout
-    )
+def _parser() -> OneLineParser:
+    parser = OneLineParser("mim_benchmark", description=DESCRIPTION)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(function: Callable[..., None], summary: str, description: str, epilog: str) -> Any:
         texts: dict[str, Any] = {"help": summary, "description": description, "epilog": epilog}
-        made = commands.add_parser(function.__name__, allow_abbrev=False, formatter_class=layout, **texts)
+        made = commands.add_parser(function.__name__, **texts)
         made.set_defaults(run=function)
         return made
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from nnunet_mim.demo.runner import find_command, open_folder, run_stages
 from nnunet_mim.demo.stages import MIN_BODIES, QUICK, DemoSettings, Folders, make_stages
 from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.system.cli import OneLineParser
 
 DESCRIPTION = """\
 Shows the whole way on CT of made-up bodies, with the commands that you would use on your own data: nnU-Net plans,
@@ -67,10 +68,8 @@ def _run(options: argparse.Namespace) -> None:
     say(f"look at {folders.page}")
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "mim_demo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def _build_parser() -> OneLineParser:
+    parser = OneLineParser("mim_demo", description=DESCRIPTION)
     add = parser.add_argument
     add("-o", default="mim_demo", metavar="FOLDER", help="new folder for all that is made (default: ./mim_demo)")
     add("-device", choices=["cpu", "cuda"], help="default: cuda if there is one")

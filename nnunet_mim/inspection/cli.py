@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.system.cli import OneLineParser
 
 DESCRIPTION = """\
 Says what a pretraining checkpoint is: network, data, units, losses beside trivial predictors, whether it has learnt
@@ -24,11 +25,8 @@ A network for several channels takes as many files per case, in their order.
 Bad input ends with exit code 2 and one line that says what to do."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "mim_inspect", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+def _parser() -> OneLineParser:
+    parser = OneLineParser("mim_inspect", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="file of mim_pretrain or mim_convert, or a folder of mim_export")
     add("-i", nargs="+", default=[], metavar="CT", help="raw CT: NIfTI, NRRD or MHA")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.system.cli import OneLineParser
 
 DESCRIPTION = """\
 Turn a pretraining checkpoint of the published MiM architecture (base: 48-96-192-384, decoder 576x8) into one of this
@@ -23,11 +24,8 @@ The file says nothing about which cases were pretrained on: a validation case ma
 Bad input ends with exit code 2 and one line that says what to do."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "mim_convert", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+def _parser() -> OneLineParser:
+    parser = OneLineParser("mim_convert", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("published", metavar="PUBLISHED.pth", help="checkpoint of the published code")
     add("-o", required=True, metavar="OUT.pth", help="new file to write")

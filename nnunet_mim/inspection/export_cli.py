@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from nnunet_mim.errors import exit_code
+from nnunet_mim.system.cli import OneLineParser
 
 DESCRIPTION = """\
 Write a pretraining as a folder that can be shared: model.safetensors, config.json and a model card (README.md).
@@ -18,11 +19,12 @@ Names of cases are left out; hashes of their voxels stay, so that finetuning can
 pretrained on."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "mim_export", description=DESCRIPTION, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        "mim_export",
+        description=DESCRIPTION,
         epilog="Bad input ends with exit code 2 and one line that says what to do.",
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="checkpoint_final.pth of a mim_pretrain run")
     add("-o", required=True, metavar="FOLDER", help="new folder to write")

@@ -12,10 +12,12 @@ from typing import Any
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.config import ENCODERS, PRESETS
 from nnunet_mim.errors import MiMError, exit_code
-from nnunet_mim.nnunet.datasets import dataset_name, read_json, required_folder
+from nnunet_mim.nnunet.datasets import dataset_name, required_folder
+from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
 from nnunet_mim.preparation.mim_plans import PlanSettings, check_can_write, make_mim_plans
 from nnunet_mim.settings import parse_settings, settings_help
+from nnunet_mim.system.cli import OneLineParser
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
@@ -101,16 +103,14 @@ def _read_plans(dataset: Path, plans: str, checkpoint: str | None) -> list[dict[
     for path in paths:
         if not path.is_file():
             raise MiMError(f"{path} does not exist: run `{command}` first")
-    return [read_json(path) for path in paths]
+    return [read_plans(paths[0]), read_fingerprint(paths[1]), read_dataset_json(paths[2])]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         "mim_plan",
         description=DESCRIPTION,
         epilog="\n".join([EXAMPLES, settings_help(PlanSettings), settings_help(FinetuneConfig)]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("-d", required=True, metavar="DATASET", help="dataset number or name")

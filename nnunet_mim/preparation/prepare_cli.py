@@ -12,6 +12,7 @@ from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.nnunet.datasets import dataset_name, required_folder
 from nnunet_mim.settings import parse_settings
+from nnunet_mim.system.cli import OneLineParser
 from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.machine import usable_cores
 
@@ -102,13 +103,11 @@ def _spacing(given: list[float]) -> tuple[float, float, float]:
     return tuple(given * 3 if len(given) == 1 else given)  # type: ignore[return-value]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         "mim_prepare",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("-d", nargs="+", required=True, metavar="DATASET", help="number of the new dataset, or datasets in nnUNet_raw")

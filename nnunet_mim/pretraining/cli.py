@@ -11,7 +11,7 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
 from nnunet_mim.settings import parse_settings, read_yaml
-from nnunet_mim.system.cli import add_flags, given_flags
+from nnunet_mim.system.cli import OneLineParser, add_flags, given_flags
 
 FREQUENT_MEASURING = 0.1
 """share of a run above which fewer measurements are advised"""
@@ -47,14 +47,12 @@ class _ListSettings(argparse.Action):
         parser.exit()
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser() -> OneLineParser:
     """The command line of mim_pretrain."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         "mim_pretrain",
-        allow_abbrev=False,
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(parser, "data and output", DataOptions)
     add_flags(parser, "what is computed", PretrainConfig)

@@ -3,8 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from dataclasses import Field, fields
-from typing import Any
+from typing import Any, NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that answers a wrong command line with one line and exit code 2, not with a block of usage.
+
+    Flags cannot be abbreviated. Description and epilog are shown as they are written.
+    """
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the command line; the first flag that is not known is named with the nearest that is."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._all_flags(), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists what it takes"
+            self.error(f"{self.prog} does not take {unknown[0]}: {hint}")
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """End the command with one line."""
+        hint = "" if self.prog in message else f" ({self.prog} --help says more)"
+        self.exit(2, f"error: {' '.join(message.split())}{hint}\n")
+
+    def _all_flags(self) -> list[str]:
+        """The flags of this command and of its subcommands."""
+        parsers = [self]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+        return [flag for parser in parsers for flag in parser._option_string_actions]
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, config: type) -> None:
