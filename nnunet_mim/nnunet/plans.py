@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import read_json
+from nnunet_mim.nnunet.documents import complete_configuration, read_plans
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS
 
 HYBRID_UNET = "HybridUNet"
@@ -29,7 +26,7 @@ def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any
         raise MiMError(
             f"configuration {configuration} is not in plans {plans['plans_name']}: available are {', '.join(available)}"
         )
-    config = PlansManager(deepcopy(plans)).get_configuration(configuration).configuration
+    config = complete_configuration(plans, configuration)
     if len(config["patch_size"]) != 3:
         raise MiMError(f"configuration {configuration} is 2-D and MiM networks are 3-D: use 3d_fullres")
     if config.get("previous_stage"):
@@ -62,7 +59,7 @@ def saved_plans(run_folder: Path) -> dict[str, Any] | None:
     plans_file = run_folder / "plans.json"
     if not plans_file.is_file() or not any(run_folder.glob("fold_*/checkpoint_*.pth")):
         return None
-    return read_json(plans_file)
+    return read_plans(plans_file)
 
 
 def saved_architecture(run_folder: Path, configuration: str) -> dict[str, Any] | None:

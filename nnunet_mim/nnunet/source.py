@@ -9,12 +9,12 @@ from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import dataset_name, read_json
+from nnunet_mim.nnunet.documents import read_plans
 from nnunet_mim.nnunet.intensities import Intensities
-from nnunet_mim.nnunet.plans import require_preprocessed
+from nnunet_mim.nnunet.plans import configuration_of, require_preprocessed
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,12 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
     if not plans_file.is_file():
         found = sorted(p.stem for p in base.glob("*.json") if "configurations" in read_json(p))
         raise MiMError(f"no plans '{plans_name}' for {name}: choose one with -p ({', '.join(found) or 'none found'})")
-    plans = read_json(plans_file)
+    plans = read_plans(plans_file)
     if configuration not in plans["configurations"]:
         available = ", ".join(plans["configurations"])
         raise MiMError(f"{plans_file} has no configuration '{configuration}': choose one with -c ({available})")
-    manager = PlansManager(plans).get_configuration(configuration)
-    if len(manager.patch_size) != 3:
-        raise MiMError(f"configuration '{configuration}' is 2-D; MiM pretrains on volumes: use -c 3d_fullres")
-    folder = base / manager.data_identifier
+    content = configuration_of(plans, configuration)
+    folder = base / content["data_identifier"]
     require_preprocessed(folder, plans_name, configuration)
     command = f"nnUNetv2_preprocess -d {name[7:10]} -plans_name {plans_name} -c {configuration}"
     try:
@@ -94,7 +92,7 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
         raise MiMError(f"no preprocessed case in {folder}: run {command}")
     return Source(
         name, plans_name, configuration, folder, dataset_class, cases,
-        tuple(float(s) for s in manager.spacing), tuple(manager.normalization_schemes),
+        tuple(float(s) for s in content["spacing"]), tuple(content["normalization_schemes"]),
         plans["foreground_intensity_properties_per_channel"], plans,
     )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from copy import deepcopy
@@ -18,6 +17,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import cumulative_strides, suitable_strides
 from nnunet_mim.networks.hybrid_unet import plans_architecture
 from nnunet_mim.networks.resenc import check_resenc
+from nnunet_mim.nnunet.documents import read_plans
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.nnunet.plans import configuration_of, n_channels, spacings_alike, voxels_key
@@ -246,8 +246,8 @@ def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool, na
     if not folder.is_dir():
         return False
     try:
-        same = voxels_key(json.loads(plans_file.read_text()), configuration) == voxels_key(plans, configuration)
-    except (FileNotFoundError, KeyError, ValueError):
+        same = voxels_key(read_plans(plans_file), configuration) == voxels_key(plans, configuration)
+    except (MiMError, KeyError):
         same = False
     if not same and not overwrite:
         raise MiMError(

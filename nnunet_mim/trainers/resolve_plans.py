@@ -16,6 +16,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import cumulative_strides, suitable_strides
 from nnunet_mim.networks.hybrid_unet import plans_architecture
 from nnunet_mim.nnunet.datasets import required_folder
+from nnunet_mim.nnunet.documents import check_plans
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
 from nnunet_mim.nnunet.plans import (
     configuration_of,
@@ -70,7 +71,7 @@ def resolve_plans(
     Raises:
         MiMError: any bad input.
     """
-    plans = deepcopy(plans)
+    plans = check_plans(deepcopy(plans), f"the plans of {plans.get('dataset_name')}")
     finetune = FinetuneConfig.from_plans(plans)
     config = configuration_of(plans, configuration)
     dataset = Path(required_folder("nnUNet_preprocessed"), plans["dataset_name"])

@@ -17,8 +17,17 @@ from nnunet_mim.nnunet.plans import (
 
 
 def plans_with(**configurations):
-    configurations = {name: {"architecture": {}, **content} for name, content in configurations.items()}
-    return {"plans_name": "P", "configurations": configurations}
+    """Plans in which every configuration has what all have to have."""
+    common = {
+        "data_identifier": "P_c", "batch_size": 2, "patch_size": [8, 8, 8], "spacing": [1.0, 1.0, 1.0],
+        "median_image_size_in_voxels": [9.0, 9.0, 9.0], "normalization_schemes": ["NoNormalization"],
+        "architecture": {"network_class_name": "x.Net", "arch_kwargs": {}, "_kw_requires_import": []},
+    }  # fmt: skip
+    return {
+        "dataset_name": "D", "plans_name": "P", "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+        "foreground_intensity_properties_per_channel": {},
+        "configurations": {name: {**common, **content} for name, content in configurations.items()},
+    }  # fmt: skip
 
 
 def test_our_network_is_recognised_by_its_class_name():
@@ -54,7 +63,7 @@ def test_spacings_alike_up_to_the_ratio_on_every_axis():
 
 
 def test_saved_architecture_counts_only_where_a_fold_has_a_checkpoint(tmp_path):
-    architecture = {"network_class_name": f"x.{HYBRID_UNET}"}
+    architecture = {"network_class_name": f"x.{HYBRID_UNET}", "arch_kwargs": {}, "_kw_requires_import": []}
     (tmp_path / "plans.json").write_text(json.dumps(plans_with(c={"architecture": architecture})))
     assert saved_architecture(tmp_path, "c") is None
     (tmp_path / "fold_0").mkdir()

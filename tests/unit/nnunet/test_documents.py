@@ -1,0 +1,179 @@
+"""nnU-Net's JSON files: what is refused, in one line that names the field; nothing mistyped gets through."""
+
+import contextlib
+import io
+import json
+from copy import deepcopy
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
+from nnunet_mim.nnunet.source import find_source
+from nnunet_mim.preparation.cli import main
+from nnunet_mim.trainers.resolve_plans import resolve_plans
+
+DATASET = "Dataset007_Toy"
+DESCRIPTION = {
+    "channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "whole": [1, 2]}, "numTraining": 2,
+    "file_ending": ".nii.gz", "regions_class_order": [1, 2],
+}  # fmt: skip
+FINGERPRINT = {
+    "spacings": [[3.0, 1.0, 1.0], [3.0, 2.0, 1.0]], "shapes_after_crop": [[60, 180, 180], [60, 90, 180]],
+    "median_relative_size_after_cropping": 1.0,
+}  # fmt: skip
+JUNK = [None, True, -1, 0, 7, 1.5, float("nan"), float("inf"), 10**30, "", "x", "../..", "\0", [], [[]], [1, 2], {}]
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch, plans):
+    """Folder of a dataset with one preprocessed case; `documents` are the contents of its three files."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    folder = tmp_path / "nnUNet_preprocessed" / DATASET
+    (folder / "nnUNetPlans_3d_fullres").mkdir(parents=True)
+    for ending in (".b2nd", "_seg.b2nd", ".pkl"):
+        (folder / "nnUNetPlans_3d_fullres" / f"case{ending}").touch()
+    documents = {"nnUNetPlans": plans, "dataset_fingerprint": FINGERPRINT, "dataset": DESCRIPTION}
+    for name, content in documents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder, documents
+
+
+def refused(read, path, content, *words):
+    path.write_text(json.dumps(content))
+    with pytest.raises(MiMError) as error:
+        read(path)
+    (line,) = str(error.value).splitlines()
+    assert all(word in line for word in (str(path), *words)), line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"file_ending": "nii.gz"}, ("file_ending", "'nii.gz'")),
+        ({"labels": ["background", "liver"]}, ("labels",)),
+        ({"labels": {"background": 0, "liver": "1"}}, ("labels.liver", "'1'")),
+        ({"channel_names": ["CT"]}, ("channel_names",)),
+        ({"dataset": {"a": {"label": "a.nii.gz"}}}, ("dataset.a.images",)),
+        ({"numTraining": "two"}, ("numTraining", "'two'")),
+    ],
+)
+def test_a_wrong_dataset_json_is_refused(tmp_path, change, words):
+    refused(read_dataset_json, tmp_path / "dataset.json", DESCRIPTION | change, *words)
+
+
+def test_a_dataset_json_of_the_first_version_names_the_command_that_converts(tmp_path):
+    old = {
+        "name": "Liver", "modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver"}, "numTraining": 1,
+        "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+    }  # fmt: skip
+    refused(read_dataset_json, tmp_path / "dataset.json", old, "nnUNetv2_convert_old_nnUNet_dataset")
+
+
+def test_the_old_name_of_channel_names_is_read(tmp_path):
+    content = {k: v for k, v in DESCRIPTION.items() if k != "channel_names"} | {"modality": {"0": "CT"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert read_dataset_json(tmp_path / "dataset.json") == content
+
+
+def test_axes_windows_and_spacings_of_plans(tmp_path, plans):
+    def wrong(*words, **change):
+        refused(read_plans, tmp_path / "plans.json", deepcopy(plans) | change, *words)
+
+    wrong("transpose_forward", transpose_forward=[0, 0, 1])
+    windows = deepcopy(plans["foreground_intensity_properties_per_channel"])
+    windows["0"]["std"] = 0.0
+    wrong("channel 0", foreground_intensity_properties_per_channel=windows)
+    wrong("channel 0", foreground_intensity_properties_per_channel={})
+    fullres = plans["configurations"]["3d_fullres"]
+    for spacing in ([2.0, 0.0, 2.0], [2.0, float("nan"), 2.0], [2.0], "2"):
+        wrong("configurations.c.spacing", configurations={"c": fullres | {"spacing": spacing}})
+
+
+def test_a_fingerprint_with_a_spacing_of_0_is_refused(tmp_path):
+    content = FINGERPRINT | {"spacings": [[3.0, 0.0, 1.0]]}
+    refused(read_fingerprint, tmp_path / "f.json", content, "spacings.0.1", "nnUNetv2_extract_fingerprint")
+
+
+def places(value, path=()):
+    """Every place in a document: keys and positions from its top."""
+    if path:
+        yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+def mutated(content, path, junk):
+    """A copy with one value replaced, or left out where `junk` is Ellipsis."""
+    content = deepcopy(content)
+    holder = content
+    for key in path[:-1]:
+        holder = holder[key]
+    if junk is ...:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = junk
+    return content
+
+
+def quietly(run, *arguments):
+    """Return code and what went to the standard error."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
+        code = run(*arguments)
+    return code, error.getvalue()
+
+
+def take_or_refuse(toy, name, path, junk):
+    """mim_plan, the source of a pretraining and the start of a finetuning take a file, or refuse it in one line."""
+    folder, documents = toy
+    content = mutated(documents[name], path, junk)
+    try:
+        (folder / f"{name}.json").write_text(json.dumps(content))
+        code, error = quietly(main, ["-d", "7", "--preset", "tiny"])
+        assert (code, len(error.splitlines())) in ((0, 0), (2, 1)), error
+        if code == 0:
+            read_plans(folder / "nnUNetMiMPlans.json")
+        if name == "nnUNetPlans":
+            with contextlib.suppress(MiMError):
+                find_source("7", "nnUNetPlans", "3d_fullres")
+            with contextlib.suppress(MiMError):
+                resolve_plans(content, "3d_fullres", 0, DESCRIPTION, "nnUNetTrainerMiMScratch", pretrained=False)
+    finally:
+        (folder / f"{name}.json").write_text(json.dumps(documents[name]))
+        (folder / "nnUNetMiMPlans.json").unlink(missing_ok=True)
+
+
+FULLRES = ("configurations", "3d_fullres")
+FOUND = [
+    ((*FULLRES, "median_image_size_in_voxels", 0), ...), ((*FULLRES, "median_image_size_in_voxels"), ...),
+    (FULLRES, {}),
+    ((*FULLRES, "architecture", "network_class_name"), None), ((*FULLRES, "data_identifier"), ""),
+]  # fmt: skip
+"""mutations of plans that once ended in a traceback"""
+
+
+@pytest.mark.parametrize(("path", "junk"), FOUND)
+def test_mutations_that_once_ended_in_a_traceback(toy, path, junk):
+    take_or_refuse(toy, "nnUNetPlans", path, junk)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(data=st.data())
+def test_no_mutation_ends_in_a_traceback(toy, data):
+    name = data.draw(st.sampled_from(sorted(toy[1])))
+    path = data.draw(st.sampled_from(list(places(toy[1][name]))))
+    take_or_refuse(toy, name, path, data.draw(st.sampled_from([..., *JUNK])))
+
+
+@pytest.mark.long
+def test_every_mutation(toy):
+    """All places of all documents with all junk."""
+    for name, content in toy[1].items():
+        for path in places(content):
+            for junk in (..., *JUNK):
+                take_or_refuse(toy, name, path, junk)
