@@ -218,7 +218,8 @@ class PretrainedCheckpoint:
         if config.get("encoder", "hybrid") != "hybrid":
             raise MiMError(
                 f"{path} holds nnU-Net's residual encoder U-Net, not the encoder of nnUNetTrainerMiM: train stock "
-                f"nnU-Net with the plans it was pretrained with, nnUNetv2_train … -pretrained_weights {path}"
+                f"nnU-Net with the plans of the pretraining, nnUNetv2_train DATASET 3d_fullres FOLD -p PLANS "
+                f"-pretrained_weights {path}"
             )
         encoder = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
         if not encoder:

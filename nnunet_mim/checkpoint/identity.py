@@ -51,8 +51,8 @@ def leak_warning(leaked: list[str], n_val: int, source: str) -> str:
     return (
         f"\n{bar}\nWARNING: {len(leaked)} of {n_val} validation cases of this fold were PRETRAINED ON ({names}).\n"
         f"Their voxels (not their labels) are known to the encoder of {source}.\n"
-        f"Validation scores of this fold are optimistic: pretrain with `mim_pretrain -f FOLD` to leave its validation "
-        f"cases out.\n{bar}\n"
+        f"Validation scores of this fold are optimistic: pretrain with `mim_pretrain -d DATASET -f FOLD` to leave its "
+        f"validation cases out.\n{bar}\n"
     )
 
 

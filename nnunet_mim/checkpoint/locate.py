@@ -142,8 +142,8 @@ def no_checkpoint_error(plans: dict[str, Any], configuration: str, fold: int | s
     command = f"mim_pretrain -d {dataset[7:10]} -p {plans_name} -c {configuration}{fold_option}"
     return MiMError(
         f"no pretraining checkpoint for {dataset}, {plans_name}, {configuration}, fold {fold}{hint}: run `{command}`, "
-        f"or set {ENV_CHECKPOINT}=CHECKPOINT, or write plans with `mim_plan -pc CHECKPOINT`; without pretraining use "
-        f"-tr nnUNetTrainerMiMScratch"
+        f"or set {ENV_CHECKPOINT}=CHECKPOINT, or write plans with `mim_plan -d {dataset[7:10]} -pc CHECKPOINT`; "
+        f"without pretraining use -tr nnUNetTrainerMiMScratch"
     )
 
 

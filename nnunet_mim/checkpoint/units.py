@@ -76,7 +76,7 @@ def units_warning(differences: list[str]) -> str:
     return (
         "WARNING: pretraining and finetuning do not see the same units, which costs some of the benefit: "
         + "; ".join(differences)
-        + ". Plans of `mim_plan -pc CHECKPOINT` keep them equal."
+        + ". Plans of `mim_plan -d DATASET -pc CHECKPOINT` keep them equal."
     )
 
 

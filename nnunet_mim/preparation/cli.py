@@ -123,8 +123,8 @@ def _parser() -> OneLineParser:
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="the configuration to keep (default: 3d_fullres)")
     add("--preset", choices=list(PRESETS), help="network size (default: base, or that of the checkpoint)")
     add("--encoder", choices=ENCODERS, default="hybrid",
-        help="hybrid, for nnUNetTrainerMiM; or resenc: keep the residual encoder U-Net of -p, for mim_pretrain "
-        "--encoder resenc and stock nnU-Net (default: hybrid)")  # fmt: skip
+        help="hybrid, for nnUNetTrainerMiM; or resenc: keep the residual encoder U-Net of -p, for "
+        "--encoder resenc of mim_pretrain and stock nnU-Net (default: hybrid)")  # fmt: skip
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change a setting, see below")
     add("--overwrite", action="store_true",
         help="replace plans even if data was preprocessed with another spacing or window")  # fmt: skip

@@ -137,7 +137,8 @@ def _settled_architecture(
     if planned and saved and not same_architecture(planned, saved):
         raise MiMError(
             f"{folders[0]} holds folds of another architecture than the plans {plans['plans_name']} have now: "
-            f"move that folder away, or write plans under another name (mim_plan -o NAME)"
+            f"move that folder away, or write plans under another name, "
+            f"mim_plan -d {plans['dataset_name'][7:10]} -o NAME"
         )
     if planned or saved:
         return planned or saved, []

@@ -45,7 +45,7 @@ def check_architecture(checkpoint: PretrainedCheckpoint, arch_kwargs: dict[str, 
         if stored != wanted:
             raise MiMError(
                 f"checkpoint {checkpoint.path} is of another architecture ({name} {stored}, the plans have {wanted}): "
-                f"write plans for it with `mim_plan -pc CHECKPOINT`"
+                f"write plans for it with `mim_plan -d DATASET -pc {checkpoint.path}`"
             )
     check_channels(checkpoint, in_channels)
 
