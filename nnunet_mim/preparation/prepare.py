@@ -228,7 +228,7 @@ def _prepare(
     must_be_ct = not survey.labelled and source.intensities.is_ct()
     todo = [name for name in usable if not _is_done(log, name, keys[name], folder)]
     while todo:
-        jobs = [Job(usable[name], source, dataset_json, must_be_ct) for name in todo]
+        jobs = [Job(usable[name], source, dataset_json, must_be_ct, survey.headers[name].warnings) for name in todo]
         progress = tqdm(
             run_jobs(jobs, survey.config.processes), total=len(usable), initial=len(usable) - len(jobs),
             desc=f"preparing {survey.dataset}", unit="case",

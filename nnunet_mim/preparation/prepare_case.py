@@ -24,7 +24,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.finding import Volume, voxel_files
 from nnunet_mim.preparation.resampling import LeanConfiguration
-from nnunet_mim.preparation.screening import NOT_FINITE, damaged, last_line, voxel_problem
+from nnunet_mim.preparation.screening import NOT_FINITE, damaged, last_line, voxel_problem, voxel_warnings
 from nnunet_mim.pretraining.data.case_index import BODY_HU, describe_voxels
 from nnunet_mim.system.processes import end_with_parent
 
@@ -69,6 +69,8 @@ class Job:
     dataset_json: Mapping[str, Any]
     must_be_ct: bool
     """whether to leave out images that are no CT of a body"""
+    warnings: tuple[str, ...] = ()
+    """what is doubtful about the header of the image, a sentence each"""
 
 
 def file_stamps(folder: Path, case: str) -> list[list[int]] | None:
@@ -124,9 +126,9 @@ def remove_abandoned(partial: Path) -> None:
 def prepare_case(job: Job, partial: str) -> dict[str, Any]:
     """Prepare one case. `partial` is a folder for half-written files, on the disk of the preprocessed cases.
 
-    Returns `{"problem": reason}`, or what the log keeps: hash, spacing and shape of the image, intensity sample and
-    histogram, CaseInfo of the preprocessed case, stamps of its files, seconds. Raises MiMError where memory or disk is
-    full.
+    Returns `{"problem": reason}`, or what the log keeps: warnings, hash, spacing and shape of the image, intensity
+    sample and histogram, CaseInfo of the preprocessed case, stamps of its files, seconds. Raises MiMError where memory
+    or disk is full.
     """
     began = time.perf_counter()
     running = Path(partial, f"{job.case.name}.running")
@@ -160,7 +162,9 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
         return {"problem": problem}
     if not np.isfinite([data.min(), data.max()]).all():
         return {"problem": NOT_FINITE}
+    doubts = voxel_warnings(data[0]) if job.source.intensities.is_ct() else ()
     image_facts = {
+        "warnings": [*job.warnings, *doubts],
         "image_sha256": voxel_sha256(data),
         "spacing": [float(s) for s in properties["spacing"]],
         "shape": list(data.shape[1:]),

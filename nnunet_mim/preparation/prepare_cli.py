@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     from nnunet_mim.preparation.prepare import PrepareConfig, prepare_dataset, prepare_folders
-    from nnunet_mim.preparation.prepare_report import next_command, skipped_lines, write_report
+    from nnunet_mim.preparation.prepare_report import next_command, summary_lines, write_report
 
     required_folder("nnUNet_raw")
     preprocessed = required_folder("nnUNet_preprocessed")
@@ -66,10 +66,8 @@ def _run(options: argparse.Namespace) -> None:
         else:
             results = [prepare_dataset(name, config) for name in names]
     for prepared in results:
-        skipped = prepared.log.skipped
-        print(f"{prepared.source.dataset}: {len(prepared.log.prepared)} cases prepared, {len(skipped)} left out")
-        for line in skipped_lines(skipped):
-            print(line)
+        counts, *kinds = summary_lines(prepared.log)
+        print("\n".join([f"{prepared.source.dataset}: {counts}", *kinds]))
         print(f"  page: {write_report(prepared, options.preset)}")
     left_out = [entry for prepared in results for entry in prepared.log.skipped.values()]
     if options.strict and left_out:

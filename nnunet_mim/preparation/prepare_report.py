@@ -1,4 +1,4 @@
-"""The page of a prepared dataset, and the table of what was left out."""
+"""The page of a prepared dataset, and the tables of what is doubtful and of what was left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.nnunet.orientation import direction_of, orientation_of
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.preparation.case_log import Entry
+from nnunet_mim.preparation.case_log import CaseLog, Entry
 from nnunet_mim.preparation.prepare import Prepared
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, HISTOGRAM_HU
 from nnunet_mim.reporting.figures import Slices, gallery_figure, histogram_figure
@@ -21,24 +21,45 @@ from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.system.files import write_atomically
 
 
-def skipped_lines(skipped: Mapping[str, Entry]) -> list[str]:
-    """One line per kind of reason: the number of cases that were left out, and an example."""
+def summary_lines(log: CaseLog) -> list[str]:
+    """The numbers of cases that are prepared, doubtful and left out, then a line per kind of warning and of reason."""
+    doubtful, skipped = _remarks(log.doubtful), _remarks(log.skipped)
+    doubts = f"{len(log.doubtful)} of them doubtful, " if doubtful else ""
+    counts = f"{len(log.prepared)} cases prepared, {doubts}{len(log.skipped)} left out"
+    return [counts, *_lines_by_kind("doubtful: ", doubtful), *_lines_by_kind("", skipped)]
+
+
+def _remarks(entries: Mapping[str, Entry]) -> list[list[str]]:
+    """Case, file, and the reason or a warning: a row for each reason and warning."""
+    return [
+        [case, entry["files"][0], remark]
+        for case, entry in entries.items()
+        for remark in ([entry["reason"]] if "reason" in entry else entry["warnings"])
+    ]
+
+
+def _lines_by_kind(start: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line per kind of reason or warning: the number of its rows, and an example."""
     kinds = defaultdict(list)
-    for entry in skipped.values():
-        kind = entry["reason"].split(" (")[0].split(":")[0]  # without figures and details
-        kinds[kind].append(f"e.g. {entry['files'][0]}: {entry['reason']}")
+    for _, file, remark in rows:
+        kind = remark.split(" (")[0].split(":")[0]  # without figures and details
+        kinds[kind].append(f"e.g. {file}: {remark}")
     by_number = sorted(kinds.items(), key=lambda item: -len(item[1]))
-    return [f"  {len(examples):5} {kind:32} {examples[0]}" for kind, examples in by_number]
+    return [f"  {len(examples):5} {start + kind:32} {examples[0]}" for kind, examples in by_number]
 
 
 def write_report(prepared: Prepared, preset: str | None) -> Path:
-    """Write the page and `…_skipped.csv` into the folder of the log. Returns the path of the page."""
-    entries, skipped, source = prepared.log.prepared, prepared.log.skipped, prepared.source
-    folder, stem = prepared.log.path.parent, prepared.log.path.stem
-    table = [["case", "file", "reason"], *([case, e["files"][0], e["reason"]] for case, e in skipped.items())]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table)
-    write_atomically(folder / f"{stem}_skipped.csv", text.getvalue().encode())
+    """Write the page, `…_doubtful.csv` and `…_skipped.csv` into the folder of the log. Returns the path of the page."""
+    log, entries, source = prepared.log, prepared.log.prepared, prepared.source
+    folder, stem = log.path.parent, log.path.stem
+    tables = {
+        "doubtful": [["case", "file", "warning"], *_remarks(log.doubtful)],
+        "skipped": [["case", "file", "reason"], *_remarks(log.skipped)],
+    }
+    for name, table in tables.items():
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(table)
+        write_atomically(folder / f"{stem}_{name}.csv", text.getvalue().encode())
     shown = np.unique(np.linspace(0, len(entries) - 1, 6).round()).astype(int)  # up to six, evenly spread
     gallery = gallery_figure([_slices_of(source, list(entries)[i]) for i in shown])
     views = "From the front and from below, all in the same scale. The patient's right is on the left."
@@ -55,14 +76,16 @@ def write_report(prepared: Prepared, preset: str | None) -> Path:
             "they are set to its ends."
         )
         sections.append(Section("Intensities", explanation, figures=[histogram_figure(HISTOGRAM_HU, counts, window)]))
-    if skipped:
-        note = f"The first 200 of {len(skipped)}; {stem}_skipped.csv holds all." if len(table) > 201 else ""
-        sections.append(Section("Left out", note, table=[row[1:] for row in table[:201]], words=True))
+    for title, (name, table) in zip(("Accepted, but doubtful", "Left out"), tables.items(), strict=True):
+        if len(table) > 1:
+            note = f"The first 200 of {len(table) - 1}; {stem}_{name}.csv holds all." if len(table) > 201 else ""
+            sections.append(Section(title, note, table=[row[1:] for row in table[:201]], words=True))
     sections.append(Section("Plans", code="\n".join(prepared.notes)))
     sections.append(Section("Next", code=next_command([source], preset)))
     path = folder / f"{stem}.html"
-    left_out = f"{len(skipped)} images were left out" if skipped else "no image was left out"
-    summary = f"{len(entries)} cases are ready for pretraining, {left_out}."
+    doubts = f"{len(log.doubtful)} of them are doubtful, " if log.doubtful else ""
+    left_out = f"{len(log.skipped)} images were left out" if log.skipped else "no image was left out"
+    summary = f"{len(entries)} cases are ready for pretraining, {doubts}{left_out}."
     write_page(path, f"{source.dataset}, prepared", sections, summary)
     return path
 
@@ -84,6 +107,7 @@ def _facts_table(prepared: Prepared) -> list[list[str]]:
     return [
         ["", ""],
         ["prepared", f"{len(entries)} cases, {'with' if prepared.labelled else 'without'} labels"],
+        ["doubtful", f"{len(prepared.log.doubtful)} of these"],
         ["left out", f"{len(prepared.log.skipped)} images"],
         ["spacing", f"{' × '.join(f'{s:g}' for s in source.spacing)} mm, array order (z, y, x)"],
         ["spacing of the images", f"{usual} mm (median), from {finest} to {coarsest}"],
