@@ -59,11 +59,6 @@ class CaseLog:
         """Entries of cases that were left out, sorted by name."""
         return {case: entry for case, entry in sorted(self.entries.items()) if "reason" in entry}
 
-    @property
-    def doubtful(self) -> dict[str, Entry]:
-        """Entries of preprocessed cases that have warnings, sorted by name."""
-        return {case: entry for case, entry in self.prepared.items() if entry.get("warnings")}
-
 
 def earlier_names(folder: Path) -> dict[str, str]:
     """Names of cases in all logs of a folder, by the first file of the case."""

@@ -66,12 +66,12 @@ def _run(options: argparse.Namespace) -> None:
         else:
             results = [prepare_dataset(name, config) for name in names]
     for prepared in results:
-        counts, *kinds = summary_lines(prepared.log)
+        counts, *kinds = summary_lines(prepared)
         print("\n".join([f"{prepared.source.dataset}: {counts}", *kinds]))
         print(f"  page: {write_report(prepared, options.preset)}")
-    left_out = [entry for prepared in results for entry in prepared.log.skipped.values()]
-    if options.strict and left_out:
-        raise MiMError(f"--strict: {len(left_out)} left out, {left_out[0]['files'][0]} first: {left_out[0]['reason']}")
+    failures = [failure for prepared in results for failure in prepared.failures()]
+    if options.strict and failures:
+        raise MiMError(f"--strict: {len(failures)} left out or unreadable, the first is {failures[0]}")
     print(f"next: {next_command([prepared.source for prepared in results], options.preset)}")
 
 
@@ -96,7 +96,7 @@ def _new_dataset(given: list[str], name: str | None) -> str:
 
 def _spacing(given: list[float]) -> tuple[float, float, float]:
     if len(given) not in (1, 3) or min(given) <= 0:
-        raise MiMError(f"-s takes one number or three above 0 (mm, array order), got {given}")
+        raise MiMError(f"-s takes one number or three above 0 (mm, z y x), got {given}")
     return tuple(given * 3 if len(given) == 1 else given)  # type: ignore[return-value]
 
 
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-n", metavar="NAME", help="name of the new dataset")
     add("-i", nargs="+", metavar="FOLDER", help="folders with CT, searched to any depth")
     add("-s", nargs="+", type=float, default=[1.5], metavar="MM",
-        help="spacing: one number, or three in array order (z y x) (default: 1.5)")  # fmt: skip
+        help="spacing: one number, or three in the order z y x (default: 1.5)")  # fmt: skip
     cores = min(8, usable_cores())
     add("-np", type=int, default=cores, metavar="N",
         help=f"worker processes (default: 8, or the number of cores it may use; here {cores})")  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.nnunet.orientation import direction_of, orientation_of
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.preparation.case_log import CaseLog, Entry
+from nnunet_mim.preparation.case_log import CaseLog
 from nnunet_mim.preparation.prepare import Prepared
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, HISTOGRAM_HU
 from nnunet_mim.reporting.figures import Slices, gallery_figure, histogram_figure
@@ -21,21 +21,22 @@ from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.system.files import write_atomically
 
 
-def summary_lines(log: CaseLog) -> list[str]:
+def summary_lines(prepared: Prepared) -> list[str]:
     """The numbers of cases that are prepared, doubtful and left out, then a line per kind of warning and of reason."""
-    doubtful, skipped = _remarks(log.doubtful), _remarks(log.skipped)
-    doubts = f"{len(log.doubtful)} of them doubtful, " if doubtful else ""
-    counts = f"{len(log.prepared)} cases prepared, {doubts}{len(log.skipped)} left out"
-    return [counts, *_lines_by_kind("doubtful: ", doubtful), *_lines_by_kind("", skipped)]
+    log, doubts = prepared.log, prepared.doubts()
+    doubtful = f"{_doubtful_cases(doubts)} of them doubtful, " if doubts else ""
+    counts = f"{len(log.prepared)} cases prepared, {doubtful}{len(log.skipped)} left out"
+    return [counts, *_lines_by_kind("doubtful: ", doubts), *_lines_by_kind("", _reasons(log))]
 
 
-def _remarks(entries: Mapping[str, Entry]) -> list[list[str]]:
-    """Case, file, and the reason or a warning: a row for each reason and warning."""
-    return [
-        [case, entry["files"][0], remark]
-        for case, entry in entries.items()
-        for remark in ([entry["reason"]] if "reason" in entry else entry["warnings"])
-    ]
+def _reasons(log: CaseLog) -> list[list[str]]:
+    """Case, file and reason of each case that was left out."""
+    return [[case, entry["files"][0], entry["reason"]] for case, entry in log.skipped.items()]
+
+
+def _doubtful_cases(doubts: Sequence[Sequence[str]]) -> int:
+    """Number of cases in the rows of `Prepared.doubts`."""
+    return len({case for case, *_ in doubts})
 
 
 def _lines_by_kind(start: str, rows: Sequence[Sequence[str]]) -> list[str]:
@@ -53,8 +54,8 @@ def write_report(prepared: Prepared, preset: str | None) -> Path:
     log, entries, source = prepared.log, prepared.log.prepared, prepared.source
     folder, stem = log.path.parent, log.path.stem
     tables = {
-        "doubtful": [["case", "file", "warning"], *_remarks(log.doubtful)],
-        "skipped": [["case", "file", "reason"], *_remarks(log.skipped)],
+        "doubtful": [["case", "file", "warning"], *prepared.doubts()],
+        "skipped": [["case", "file", "reason"], *_reasons(log)],
     }
     for name, table in tables.items():
         text = io.StringIO()
@@ -83,7 +84,8 @@ def write_report(prepared: Prepared, preset: str | None) -> Path:
     sections.append(Section("Plans", code="\n".join(prepared.notes)))
     sections.append(Section("Next", code=next_command([source], preset)))
     path = folder / f"{stem}.html"
-    doubts = f"{len(log.doubtful)} of them are doubtful, " if log.doubtful else ""
+    doubtful = _doubtful_cases(prepared.doubts())
+    doubts = f"{doubtful} of them are doubtful, " if doubtful else ""
     left_out = f"{len(log.skipped)} images were left out" if log.skipped else "no image was left out"
     summary = f"{len(entries)} cases are ready for pretraining, {doubts}{left_out}."
     write_page(path, f"{source.dataset}, prepared", sections, summary)
@@ -107,11 +109,11 @@ def _facts_table(prepared: Prepared) -> list[list[str]]:
     return [
         ["", ""],
         ["prepared", f"{len(entries)} cases, {'with' if prepared.labelled else 'without'} labels"],
-        ["doubtful", f"{len(prepared.log.doubtful)} of these"],
+        ["doubtful", f"{_doubtful_cases(prepared.doubts())} of these"],
         ["left out", f"{len(prepared.log.skipped)} images"],
-        ["spacing", f"{' × '.join(f'{s:g}' for s in source.spacing)} mm, array order (z, y, x)"],
-        ["spacing of the images", f"{usual} mm (median), from {finest} to {coarsest}"],
-        ["voxels a case", f"{median} (median), from {low} to {high}"],
+        ["spacing", f"{' × '.join(f'{s:g}' for s in source.spacing)} mm (z, y, x)"],
+        ["spacing of the images", f"{usual} mm (median), from {finest} to {coarsest} (z, y, x)"],
+        ["voxels a case", f"{median} (median), from {low} to {high} (z, y, x)"],
         ["on disk", f"{size / 1e9:.2f} GB in {source.folder.name}"],
         ["plans", f"{source.plans_name}, {CONFIGURATION}"],
     ]

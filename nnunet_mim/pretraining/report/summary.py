@@ -139,6 +139,8 @@ def losses_text(last: Measurement[float]) -> str:
     for level in last.reconstructed:
         guesses = f"{_figure_text(level.guesses.token_mean):>10}   {_figure_text(level.guesses.infill):>10}"
         lines.append(f"  {level.name:28} {guesses}   {_figure_text(level.reconstruction):>7}")
+    if not last.reconstructed:
+        lines.append("  no level was measured: no held-out crop has a token without padding or air in it")
     return "\n".join(lines)
 
 
