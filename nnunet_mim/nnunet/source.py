@@ -67,6 +67,12 @@ class Source:
         return Intensities(self.normalization, self.intensity_properties)
 
 
+def plans_in(base: Path) -> list[str]:
+    """Names of all plans in a dataset's folder in nnUNet_preprocessed."""
+    contents = {path.stem: read_json(path) for path in sorted(base.glob("*.json"))}
+    return [name for name, content in contents.items() if isinstance(content, dict) and "configurations" in content]
+
+
 def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
     """Find a preprocessed dataset by its number (`501`) or name (`Dataset501_Name`).
 
@@ -79,8 +85,8 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
         command = f"nnUNetv2_plan_and_preprocess -d {name[7:10]}"
         raise MiMError(f"{name} is not preprocessed ({base} does not exist): run {command}")
     if not plans_file.is_file():
-        found = sorted(p.stem for p in base.glob("*.json") if "configurations" in read_json(p))
-        raise MiMError(f"no plans '{plans_name}' for {name}: choose one with -p ({', '.join(found) or 'none found'})")
+        found = ", ".join(plans_in(base)) or "none found"
+        raise MiMError(f"no plans '{plans_name}' for {name}: choose one with -p ({found})")
     plans = read_json(plans_file)
     if configuration not in plans["configurations"]:
         available = ", ".join(plans["configurations"])
@@ -88,6 +94,8 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
     manager = PlansManager(plans).get_configuration(configuration)
     if len(manager.patch_size) != 3:
         raise MiMError(f"configuration '{configuration}' is 2-D; MiM pretrains on volumes: use -c 3d_fullres")
+    if manager.previous_stage_name:
+        raise MiMError(f"configuration '{configuration}' is a cascade, unknown to MiM: use -c 3d_fullres or 3d_lowres")
     folder = base / manager.data_identifier
     require_preprocessed(folder, plans_name, configuration)
     command = f"nnUNetv2_preprocess -d {name[7:10]} -plans_name {plans_name} -c {configuration}"
@@ -155,6 +163,6 @@ def window_warning(source: Source) -> str | None:
     lost = [tissue for tissue, hu in tissues.items() if not window[0] <= hu <= window[1]]
     return (
         f"the plans '{source.plans_name}' clip CT to {window[0]:g} … {window[1]:g} HU: "
-        f"{', '.join(lost) or 'some tissue'} cannot be told apart in pretraining. mim_plan -d {source.dataset} writes "
-        "plans with a wide window"
+        f"{', '.join(lost) or 'some tissue'} cannot be told apart in pretraining. mim_plan -d {source.dataset} -p "
+        f"{source.plans_name} -c {source.configuration} -o NAME writes plans with a wide window"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError, exit_code
-from nnunet_mim.nnunet.datasets import dataset_name, required_folder
+from nnunet_mim.nnunet.datasets import dataset_name, dataset_names, required_folder
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.machine import usable_cores
@@ -50,15 +50,17 @@ def _run(options: argparse.Namespace) -> None:
     preprocessed = required_folder("nnUNet_preprocessed")
     if options.np < 1 or options.min_slices < 2:
         raise MiMError("-np must be at least 1 and --min_slices at least 2")
+    settings = parse_settings(options.set)
+    if "spacing" in settings:
+        raise MiMError("--set spacing: give it with -s, in the order z y x")
     config = PrepareConfig(
-        _spacing(options.s), options.p, options.preset, parse_settings(options.set), options.np, options.min_slices,
-        options.overwrite,
-    )  # fmt: skip
+        _spacing(options.s), options.p, options.preset, settings, options.np, options.min_slices, options.overwrite
+    )
     if options.n and not options.i:
         raise MiMError("-n names a new dataset: give its folders with -i")
-    names = [_new_dataset(options.d, options.n)] if options.i else [dataset_name(given) for given in options.d]
+    names = [_new_dataset(options.d, options.n)] if options.i else dataset_names(options.d)
     with ExitStack() as locks:  # all of them before any work
-        for name in dict.fromkeys(names):
+        for name in names:
             busy = f"another mim_prepare is at work on {name}: repeat the command when it has ended"
             locks.enter_context(exclusive_lock(Path(preprocessed, f".mim_prepare_{name}.lock"), busy))
         if options.i:
@@ -68,11 +70,11 @@ def _run(options: argparse.Namespace) -> None:
     for prepared in results:
         counts, *kinds = summary_lines(prepared)
         print("\n".join([f"{prepared.source.dataset}: {counts}", *kinds]))
-        print(f"  page: {write_report(prepared, options.preset)}")
+        print(f"  page: {write_report(prepared)}")
     failures = [failure for prepared in results for failure in prepared.failures()]
     if options.strict and failures:
         raise MiMError(f"--strict: {len(failures)} left out or unreadable, the first is {failures[0]}")
-    print(f"next: {next_command([prepared.source for prepared in results], options.preset)}")
+    print(f"next: {next_command([prepared.source for prepared in results])}")
 
 
 def _new_dataset(given: list[str], name: str | None) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_mim.config import PretrainConfig
 from nnunet_mim.nnunet.orientation import direction_of, orientation_of
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import CaseLog
@@ -49,7 +48,7 @@ def _lines_by_kind(start: str, rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"  {len(examples):5} {start + kind:32} {examples[0]}" for kind, examples in by_number]
 
 
-def write_report(prepared: Prepared, preset: str | None) -> Path:
+def write_report(prepared: Prepared) -> Path:
     """Write the page, `…_doubtful.csv` and `…_skipped.csv` into the folder of the log. Returns the path of the page."""
     log, entries, source = prepared.log, prepared.log.prepared, prepared.source
     folder, stem = log.path.parent, log.path.stem
@@ -82,7 +81,7 @@ def write_report(prepared: Prepared, preset: str | None) -> Path:
             note = f"The first 200 of {len(table) - 1}; {stem}_{name}.csv holds all." if len(table) > 201 else ""
             sections.append(Section(title, note, table=[row[1:] for row in table[:201]], words=True))
     sections.append(Section("Plans", code="\n".join(prepared.notes)))
-    sections.append(Section("Next", code=next_command([source], preset)))
+    sections.append(Section("Next", code=next_command([source])))
     path = folder / f"{stem}.html"
     doubtful = _doubtful_cases(prepared.doubts())
     doubts = f"{doubtful} of them are doubtful, " if doubtful else ""
@@ -92,11 +91,10 @@ def write_report(prepared: Prepared, preset: str | None) -> Path:
     return path
 
 
-def next_command(sources: Sequence[Source], preset: str | None) -> str:
+def next_command(sources: Sequence[Source]) -> str:
     """The command that pretrains the network of the plans."""
     numbers = " ".join(source.dataset[7:].split("_")[0] for source in sources)
-    size = "" if preset in (None, PretrainConfig().preset) else f" --preset {preset}"
-    return f"mim_pretrain -d {numbers} -p {sources[0].plans_name}{size}"
+    return f"mim_pretrain -d {numbers} -p {sources[0].plans_name}"
 
 
 def _facts_table(prepared: Prepared) -> list[list[str]]:

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
-from nnunet_mim.settings import parse_settings, read_yaml
+from nnunet_mim.settings import check_given_once, parse_settings, read_yaml
 from nnunet_mim.system.cli import add_flags, given_flags
 
 FREQUENT_MEASURING = 0.1
@@ -99,7 +100,6 @@ def run(typed: argparse.Namespace) -> None:
     options = RunOptions(**given_flags(typed, RunOptions))
     import torch
 
-    from nnunet_mim.checkpoint.locate import FINAL
     from nnunet_mim.pretraining import setup
     from nnunet_mim.pretraining.configure import merge_settings, write_config
     from nnunet_mim.pretraining.distributed.launch import device_count, end_process_group, launched_fabric, say
@@ -112,7 +112,9 @@ def run(typed: argparse.Namespace) -> None:
     devices, nodes = device_count(options.num_gpus)
     options = options.resolved(devices)
     from_file = read_yaml(Path(typed.config)) if typed.config else {}
-    settings = merge_settings(from_file, given_flags(typed, PretrainConfig), parse_settings(typed.set))
+    flags, further = given_flags(typed, PretrainConfig), parse_settings(typed.set)
+    check_given_once(flags, further)
+    settings = merge_settings(from_file, flags, further)
 
     sources = setup.find_sources(where)
     folder = setup.output_folder(sources[0], where)
@@ -137,10 +139,17 @@ def run(typed: argparse.Namespace) -> None:
     say(result.verdict)
     say(_measuring_text(result.measuring_share, job.config))
     say(f"wrote {folder / FINAL}")
-    how = f"-pretrained_weights {folder / FINAL}" if job.config.encoder == "resenc" else "-tr nnUNetTrainerMiM"
-    fold = where.fold_number or 0
-    say(f"next: nnUNetv2_train {sources[0].dataset} {where.configuration} {fold} {how} -p {where.plans}")
+    say(f"next: {next_command(folder / FINAL, where, sources[0].dataset, job.config.encoder)}")
     end_process_group()
+
+
+def next_command(checkpoint: Path, where: DataOptions, dataset: str, encoder: str) -> str:
+    """The command that finetunes the checkpoint of a run; one with a tag has to be named."""
+    train = f"nnUNetv2_train {dataset} {where.configuration} {where.fold_number or 0}"
+    if encoder == "resenc":
+        return f"{train} -pretrained_weights {checkpoint} -p {where.plans}"
+    named = f"{ENV_CHECKPOINT}={checkpoint} " if where.tag else ""
+    return f"{named}{train} -tr nnUNetTrainerMiM -p {where.plans}"
 
 
 def _measuring_text(share: float, config: PretrainConfig) -> str:

@@ -16,7 +16,7 @@ from nnunet_mim.checkpoint.locate import FINAL, LATEST, locate, write_pointer
 from nnunet_mim.config import PretrainConfig, network_from_dict
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of, views_per_crop
-from nnunet_mim.nnunet.datasets import require_environment
+from nnunet_mim.nnunet.datasets import dataset_names, require_environment
 from nnunet_mim.nnunet.source import (
     Source,
     find_source,
@@ -25,8 +25,8 @@ from nnunet_mim.nnunet.source import (
     require_same_units,
     window_warning,
 )
-from nnunet_mim.nnunet.splits import fold_validation_cases
-from nnunet_mim.pretraining.configure import config_for_data, merge_settings, with_architecture
+from nnunet_mim.nnunet.splits import fold_validation_cases, left_out_of_fold
+from nnunet_mim.pretraining.configure import config_for_data, merge_settings, with_architecture, with_planned_network
 from nnunet_mim.pretraining.data.crops import Cases, dataset_shares
 from nnunet_mim.pretraining.data.run_data import RunData, index_sources, run_data
 from nnunet_mim.pretraining.distributed.launch import say
@@ -55,7 +55,8 @@ class Run:
         """What the run will do, in lines for its user."""
         config, data = self.config, self.data
         spacing = " x ".join(f"{s:.2f}" for s in data.sources[0].spacing)
-        lines = [f"{len(data.train)} training and {len(data.val)} held-out cases, spacing {spacing} mm (all axes as in the plans)"]
+        cases = f"{len(data.train)} training and {len(data.val)} held-out cases"
+        lines = [f"{cases}, spacing {spacing} mm (axes here and below as in the plans)"]
         if len(data.sources) > 1:
             shares = dataset_shares(data.train.counts, config.dataset_temperature)
             for source, trained, held_out, share in zip(
@@ -75,10 +76,10 @@ def find_sources(where: DataOptions) -> list[Source]:
     """The preprocessed datasets of a run.
 
     Raises:
-        MiMError: nnU-Net's variables are not set, a dataset is not there, or two differ in their units.
+        MiMError: nnU-Net's variables are not set, a dataset is not there or is there twice, or two differ in units.
     """
     require_environment()
-    sources = [find_source(dataset, where.plans, where.configuration) for dataset in where.datasets]
+    sources = [find_source(dataset, where.plans, where.configuration) for dataset in dataset_names(where.datasets)]
     require_same_units(sources)
     return sources
 
@@ -134,10 +135,14 @@ def set_up(
     if given.get("init_checkpoint"):
         given = {**given, "init_checkpoint": str(locate(given["init_checkpoint"]))}
     given = with_architecture(given, first)
+    for source in sources if not where.resume else ():  # a run that is continued keeps its network
+        given = with_planned_network(given, source)
     _check_settings(given, first, n_devices)
     if where.fold_number is not None:
         for source in sources:
             fold_validation_cases(source, where.fold_number)  # says now what is wrong with the fold
+            if names := left_out_of_fold(source, where.fold_number):
+                say(f"warning: {source.dataset}: mim_prepare has left out validation cases: {', '.join(names)}")
     stored = _resumable_checkpoint(folder) if where.resume else None
     settings = merge_settings(stored["mim_config"], given) if stored is not None else given
     if settings.get("encoder") == "resenc" and options.recompute:

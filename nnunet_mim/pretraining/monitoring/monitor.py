@@ -80,7 +80,7 @@ def _held_out_crops(data: RunData, config: PretrainConfig) -> tuple[Tensor, Tens
         which = number % len(groups)
         crop, box, missed = datasets[which][number // len(groups)]
         for name in UnreadCases(groups[which]).add(missed):
-            print(f"{name} cannot be read any more: another held-out case takes its place")
+            print(f"{name} has changed or cannot be read any more: another held-out case takes its place")
         crops.append(crop)
         valid.append(box)
         names.append(groups[which][0].source.dataset)

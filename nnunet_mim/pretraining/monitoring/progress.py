@@ -52,8 +52,8 @@ class StepLog:
         """
         for name in self.unread.add(numbers):
             if self.run.strict:
-                raise MiMError(f"{name} cannot be read any more: restore it and continue with --c")
-            self.bar.write(f"{name} cannot be read any more: other cases take its place")
+                raise MiMError(f"{name} has changed or cannot be read any more: restore it and continue with --c")
+            self.bar.write(f"{name} has changed or cannot be read any more: other cases take its place")
 
     def add(self, figures: TrainingFigures[Tensor]) -> None:
         """Keep the figures of one step."""

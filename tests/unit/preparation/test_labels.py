@@ -161,7 +161,7 @@ def test_what_is_not_is_refused(values, noise):
     ],
 )
 def test_labels_that_nnunet_would_refuse(tmp_path, labels, says):
-    with pytest.raises(MiMError, match="dataset.json") as error:
+    with pytest.raises(MiMError, match=r"dataset\.json") as error:
         declared_values({"labels": labels}, tmp_path / "dataset.json")
     assert says in str(error.value)
 

@@ -30,7 +30,7 @@ def test_a_folder_becomes_a_dataset_that_nnunet_reads(preparing, images, here, c
     assert preparing.new(images) == 0
     said = capsys.readouterr().out
     assert f"{NAME}: 3 cases prepared, 0 left out" in said
-    assert "next: mim_pretrain -d 800 -p nnUNetMiMPlans --preset tiny\n" in said
+    assert "next: mim_pretrain -d 800 -p nnUNetMiMPlans\n" in said
     folder = preparing.folder()
     dataset = infer_dataset_class(str(folder))(str(folder))
     assert dataset.identifiers == ["scan0", "scan1", "scan2"]
