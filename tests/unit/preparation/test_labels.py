@@ -37,7 +37,7 @@ def turned(request, ct, preparing):
     return image, label, with_header(label, np.eye(3).ravel().tolist())
 
 
-def test_a_label_with_another_direction_stays_on_its_image(preparing, turned, here, capsys):
+def test_a_label_with_another_direction_stays_on_its_image(preparing, turned, without_fingerprint, capsys):
     """The same label with the header of its image is the yardstick, for training and for what validation compares."""
     image, label, label_with_another_header = turned
     preparing.write_raw("Dataset502_Same", [[image]], [label])
@@ -60,7 +60,7 @@ def test_a_label_with_another_direction_stays_on_its_image(preparing, turned, he
     assert np.array_equal(one, other)
 
 
-def test_the_reference_of_a_turned_label_is_made_anew_where_an_earlier_one_is_wrong(preparing, ct, here):
+def test_the_reference_of_a_turned_label_is_made_anew_where_an_earlier_one_is_wrong(preparing, ct, without_fingerprint):
     image = with_header(ct(3), DIRECTIONS["half a turn, as CT often has it"])
     label = with_header(preparing.organ_of(image), np.eye(3).ravel().tolist())
     raw = preparing.write_raw(NAME, [[image]], [label])
@@ -75,7 +75,7 @@ def test_the_reference_of_a_turned_label_is_made_anew_where_an_earlier_one_is_wr
     assert reference.stat().st_mtime_ns == before
 
 
-def test_labels_that_were_stored_as_decimals_lose_no_class(preparing, ct, here):
+def test_labels_that_were_stored_as_decimals_lose_no_class(preparing, ct, without_fingerprint):
     image = ct(3)
     label = sitk.Cast(preparing.organ_of(image), sitk.sitkFloat32) * 0.999999
     preparing.write_raw(NAME, [[image]], [label])
@@ -88,7 +88,9 @@ def test_labels_that_were_stored_as_decimals_lose_no_class(preparing, ct, here):
     assert np.array_equal(stored, sitk.GetArrayFromImage(preparing.organ_of(image)))
 
 
-def test_values_that_dataset_json_does_not_declare_are_named_and_tried_again(preparing, ct, here, capsys):
+def test_values_that_dataset_json_does_not_declare_are_named_and_tried_again(
+    preparing, ct, without_fingerprint, capsys
+):
     labels = [preparing.organ_of(ct(i)) for i in range(3)]
     labels[1] = sitk.Cast(labels[1] * 7, sitk.sitkUInt8)
     labels[2] = sitk.Cast(labels[2], sitk.sitkFloat32) * 0.5
@@ -108,7 +110,7 @@ def test_values_that_dataset_json_does_not_declare_are_named_and_tried_again(pre
     assert list(preparing.log(NAME).skipped) == ["case_2"]
 
 
-def test_a_label_of_another_size(preparing, ct, here):
+def test_a_label_of_another_size(preparing, ct, without_fingerprint):
     image = ct(0)
     preparing.write_raw(NAME, [[image], [ct(1)]], [preparing.organ_of(image)[:, :, 1:], preparing.organ_of(ct(1))])
     assert preparing(501) == 0
@@ -116,7 +118,7 @@ def test_a_label_of_another_size(preparing, ct, here):
     assert reason.startswith("label has 32 x 28 x 23 voxels, its image 32 x 28 x 24 (x, y, z): ")
 
 
-def test_spacing_and_origin_that_differ_are_doubtful(preparing, ct, here):
+def test_spacing_and_origin_that_differ_are_doubtful(preparing, ct, without_fingerprint):
     image = ct(0)
     label = with_header(preparing.organ_of(image), image.GetDirection(), (1, 1, 1), (0, 0, 0))
     preparing.write_raw(NAME, [[image]], [label])

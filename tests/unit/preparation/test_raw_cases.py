@@ -31,7 +31,7 @@ def test_an_entry_of_dataset_json_that_is_missing(preparing, ct, refused, entry)
 
 
 @pytest.fixture
-def disk(preparing, ct, here):
+def disk(preparing, ct, without_fingerprint):
     """Dataset 501, prepared, whose images and labels lie on a disk of their own; returns the disk's folder."""
     disk = preparing.write_raw(
         "Dataset999_Disk", [[ct(i)] for i in range(3)], [preparing.organ_of(ct(i)) for i in range(3)]
@@ -124,12 +124,14 @@ def test_a_hiccup_of_the_storage_takes_nothing_away(preparing, images, here, mon
     assert stamps(preparing.folder()) == before
 
 
-def test_a_name_that_nnunet_takes_for_a_segmentation(preparing, images, ct, here):
-    """scan1_seg.b2nd would be the segmentation of scan1, and no case."""
-    sitk.WriteImage(ct(8), str(images / "scan1_seg.nii.gz"))
-    assert preparing.new(images) == 0
-    assert list(preparing.log().prepared) == ["scan0", "scan1", "scan2"]
-    reason = preparing.log().skipped["scan1_seg"]["reason"]
+def test_a_name_that_nnunet_takes_for_a_segmentation(preparing, ct, here):
+    """case_0_seg.b2nd would be the segmentation of case_0, and no case. (mim_prepare -i gives them other names.)"""
+    raw = preparing.write_raw(NAME, [[ct(0)], [ct(1)]])
+    for path in raw.glob("imagesTr/case_1*"):
+        path.rename(path.with_name("case_0_seg_0000.nii.gz"))
+    assert preparing(501) == 0
+    assert list(preparing.log(NAME).prepared) == ["case_0"]
+    reason = preparing.log(NAME).skipped["case_0_seg"]["reason"]
     assert reason == "its name ends in _seg (nnU-Net takes such files for segmentations): rename the image"
 
 
