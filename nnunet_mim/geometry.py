@@ -140,6 +140,11 @@ class Level:
             bounds.append(np.stack([low, high], axis=-1).astype(np.int64))
         return tuple(bounds)
 
+    @property
+    def token_extent(self) -> Size3:
+        """Voxels of the crop per axis that a case needs for a token without padding in it."""
+        return tuple(int((bounds[:, 1] - bounds[:, 0]).min()) for bounds in self.token_bounds)  # type: ignore[return-value]
+
 
 def build_levels(levels: tuple[LevelConfig, ...], view_size: Size3, token_size: Size3) -> tuple[Level, ...]:
     """Check the levels of a ladder and compute their geometry.

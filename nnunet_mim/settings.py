@@ -56,6 +56,15 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def check_given_once(flags: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise MiMError where a flag and --set give a setting different values. One number may stand for several alike."""
+    for name in flags.keys() & settings.keys():
+        one, other = (_listed(values[name]) for values in (flags, settings))
+        longest = max(len(one), len(other))
+        if bool(one) != bool(other) or (one * longest)[:longest] != (other * longest)[:longest]:
+            raise MiMError(f"--set {name}={settings[name]} and a flag's {flags[name]} are different values: give one")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -129,6 +138,10 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_numbers(v) for v in value]
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _fits(value: Any, default: Any) -> bool:

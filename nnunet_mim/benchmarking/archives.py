@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.image_files import header_of
+from nnunet_mim.preparation.labels import geometry_differences
 from nnunet_mim.preparation.screening import damaged, header_problem, last_line
 
 MSD_CASES = {
@@ -193,19 +194,13 @@ def _geometry_problem(image: Path, label: Path, ignore_origin: bool = False) -> 
     Size and spacing are compared as in nnU-Net's integrity check; origin and direction with tolerances, since headers
     are rounded differently.
     """
-    one, other = header_of(image), header_of(label)
-    size, size_of_image = (" x ".join(map(str, header.GetSize())) for header in (other, one))
-    if size != size_of_image:
-        return f"{label} has {size} voxels, its image {size_of_image}: {AGAIN}"
-    if not np.allclose(other.GetSpacing(), one.GetSpacing()):
-        return f"{label} has spacing {_mm(other.GetSpacing())}, its image {_mm(one.GetSpacing())}: {AGAIN}"
-    if ignore_origin:
-        return None
+    differences = geometry_differences(label, image)
     remedy = f"{AGAIN}; where they lie on each other voxel by voxel, as nnU-Net takes them, give --ignore_origin"
-    if not np.allclose(other.GetOrigin(), one.GetOrigin(), rtol=0, atol=0.1):  # mm
-        return f"{label} has origin {_mm(other.GetOrigin())}, its image {_mm(one.GetOrigin())}: {remedy}"
-    if not np.allclose(other.GetDirection(), one.GetDirection(), rtol=0, atol=1e-3):  # cosines
-        return f"{label} has another direction than its image: {remedy}"
+    for kind, difference in differences.items():
+        if kind in ("size", "spacing"):
+            return f"{label} {difference}: {AGAIN}"
+        if not ignore_origin:
+            return f"{label} {difference}: {remedy}"
     return None
 
 
@@ -273,7 +268,3 @@ def _volumes(folder: Path) -> dict[str, Path]:
     if unpacked := [path for path in paths if path.name.endswith(".nii")]:
         raise MiMError(f"{unpacked[0]} has been decompressed: {AGAIN}, so that it is {unpacked[0].name}.gz")
     return {path.name: path for path in paths if path.name.endswith(ENDING)}
-
-
-def _mm(values: tuple[float, ...]) -> str:
-    return f"({', '.join(f'{value:g}' for value in values)}) mm"

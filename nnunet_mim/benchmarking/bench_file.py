@@ -107,6 +107,8 @@ class Bench:
     def __post_init__(self) -> None:
         if self.iterations % (per_epoch := self.iterations_per_epoch):
             raise MiMError(f"iterations ({self.iterations}) must be a multiple of iterations_per_epoch ({per_epoch})")
+        if octal := [label for label in self.labels if re.fullmatch(r"0\d+%?", label)]:
+            raise MiMError(f"labels {octal[0]}: leave the 0 in front out")
         if self.gpus and (self.device != "cuda" or self.slurm is not None):
             raise MiMError("'gpus' are for device cuda on this machine: leave them out")
 

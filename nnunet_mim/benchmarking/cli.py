@@ -229,7 +229,7 @@ def _add_prepare(command: Any) -> None:
     add("--btcv", metavar="FOLDER", help="extracted RawData, with Training/img and Training/label")
     add("--btcv_id", type=int, default=220, metavar="N", help="number of BTCV's dataset (default: 220)")
     add("--partial", action="store_true", help="take the complete cases of an archive that is not complete")
-    origin = "let origin and direction of a label differ from its image's, as nnU-Net does"
+    origin = "let origin and direction of a label differ from its image's; the dataset's labels get the image's"
     add("--ignore_origin", action="store_true", help=origin)
     add("--splits", action="store_true", help="write splits_final.json too; another one is never replaced")
     processes = f"files read or converted at once (default: 8, or the cores it may use; here {cores})"

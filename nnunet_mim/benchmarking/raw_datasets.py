@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from nnunet_mim.benchmarking.archives import ENDING, Archive
 from nnunet_mim.errors import MiMError
+from nnunet_mim.preparation.labels import geometry_differences, write_like_image
 from nnunet_mim.preparation.prepare_case import remove_abandoned
+from nnunet_mim.preparation.screening import last_line
 from nnunet_mim.system.files import write_atomically
 
 CONVERT = """
@@ -71,6 +73,7 @@ def make_dataset(archive: Archive, raw: Path, processes: int) -> None:
         else:
             _convert_msd(archive, partial, processes)
         _check_made(archive, made)
+        _lay_on_images(archive, made)
         os.rename(made, raw / archive.dataset)
     except OSError as error:
         where = error.filename or partial
@@ -141,6 +144,17 @@ def _check_made(archive: Archive, made: Path) -> None:
     for source, target in _pairs(archive, made):
         if not target.is_file() or target.stat().st_size != source.stat().st_size:
             raise MiMError(f"{source} did not arrive whole in nnUNet_raw: make space, and repeat the command")
+
+
+def _lay_on_images(archive: Archive, made: Path) -> None:
+    """Give each label the geometry of its image, where --ignore_origin let it have another one."""
+    for case in archive.cases:
+        if geometry_differences(case.label, case.image):
+            image, label = made / "imagesTr" / f"{case.name}_0000{ENDING}", made / "labelsTr" / f"{case.name}{ENDING}"
+            try:
+                write_like_image(label, image, label)
+            except RuntimeError as error:  # SimpleITK's
+                raise MiMError(f"cannot write {label} ({last_line(error)}): make space") from error
 
 
 def _linkable(archive: Archive, raw: Path) -> bool:

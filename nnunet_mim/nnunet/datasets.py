@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,15 @@ def dataset_name(given: str) -> str:
             f"which hold {', '.join(names) or 'none'}"
         )
     return found[0]
+
+
+def dataset_names(given: Sequence[str]) -> list[str]:
+    """Names of several datasets as of `dataset_name`. Raises MiMError for one that is given twice, too."""
+    names = [dataset_name(one) for one in given]
+    for position, name in enumerate(names):
+        if name in names[:position]:
+            raise MiMError(f"-d {' '.join(given)}: {name} is there twice, leave out {given[position]}")
+    return names
 
 
 def raw_files(raw: Path, dataset_json: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -33,3 +34,13 @@ def check_gzip(path: Path) -> None:
         with gzip.open(path) as file:
             while file.read(1 << 24):
                 pass
+
+
+def write_image(image: sitk.Image, path: Path) -> None:
+    """Write an image so that `path` holds all of it or what was there before. Raises OSError or RuntimeError."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        sitk.WriteImage(image, str(temporary), useCompression=True)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

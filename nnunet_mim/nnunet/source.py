@@ -44,6 +44,12 @@ class Source:
         return len(self.normalization)
 
     @property
+    def spacing_zyx(self) -> tuple[float, ...]:
+        """mm per voxel in the order (z, y, x) of the images, which the plans may have changed."""
+        order = self.plans.get("transpose_forward", [0, 1, 2])
+        return tuple(self.spacing[order.index(axis)] for axis in range(3))
+
+    @property
     def index_file(self) -> Path:
         """Where the case index is cached: beside, never inside, the folder of cases (nnU-Net reads all files there)."""
         return self.folder.parent / "mim_case_index" / f"{self.folder.name}.npz"
@@ -61,6 +67,12 @@ class Source:
         return Intensities(self.normalization, self.intensity_properties)
 
 
+def plans_in(base: Path) -> list[str]:
+    """Names of all plans in a dataset's folder in nnUNet_preprocessed."""
+    contents = {path.stem: read_json(path) for path in sorted(base.glob("*.json"))}
+    return [name for name, content in contents.items() if isinstance(content, dict) and "configurations" in content]
+
+
 def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
     """Find a preprocessed dataset by its number (`501`) or name (`Dataset501_Name`).
 
@@ -73,8 +85,8 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
         command = f"nnUNetv2_plan_and_preprocess -d {name[7:10]}"
         raise MiMError(f"{name} is not preprocessed ({base} does not exist): run {command}")
     if not plans_file.is_file():
-        found = sorted(p.stem for p in base.glob("*.json") if "configurations" in read_json(p))
-        raise MiMError(f"no plans '{plans_name}' for {name}: choose one with -p ({', '.join(found) or 'none found'})")
+        found = ", ".join(plans_in(base)) or "none found"
+        raise MiMError(f"no plans '{plans_name}' for {name}: choose one with -p ({found})")
     plans = read_plans(plans_file)
     if configuration not in plans["configurations"]:
         available = ", ".join(plans["configurations"])
@@ -97,6 +109,13 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
     )  # fmt: skip
 
 
+def prepare_command(sources: Sequence[Source], share: float = 1.0) -> str:
+    """The command that prepares datasets anew with the first one's spacing, or with a share of it on every axis."""
+    numbers = " ".join(source.dataset[7:10] for source in sources)
+    spacing = " ".join(f"{round(share * mm, 4):g}" for mm in sources[0].spacing_zyx)
+    return f"mim_prepare -d {numbers} -s {spacing} -p NAME"
+
+
 def require_same_units(sources: Sequence[Source]) -> None:
     """Raise MiMError unless all datasets have the first one's spacing, axes, normalisation and intensity windows."""
     first = sources[0]
@@ -108,13 +127,15 @@ def require_same_units(sources: Sequence[Source]) -> None:
         )
         same_axes = first.plans.get("transpose_forward") == other.plans.get("transpose_forward")
         if not (same_spacing and same_window and same_axes):
-            spacing = " ".join(f"{s:g}" for s in first.spacing)
-            numbers = " ".join(source.dataset[7:10] for source in sources)
             raise MiMError(
-                f"{other.dataset} has another spacing ({other.spacing} mm), order of axes, normalisation or intensity "
-                f"window than {first.dataset} ({first.spacing} mm): prepare all alike with mim_prepare -d {numbers} -s "
-                f"{spacing} -p NAME, then pretrain with -p NAME"
+                f"{other.dataset} has another spacing ({_mm(other)}), order of axes, normalisation or intensity window "
+                f"than {first.dataset} ({_mm(first)}): prepare all alike with {prepare_command(sources)}, then "
+                "pretrain with -p NAME"
             )
+
+
+def _mm(source: Source) -> str:
+    return f"{' x '.join(f'{s:g}' for s in source.spacing_zyx)} mm, z y x"
 
 
 def orientation_warning(sources: Sequence[Source]) -> str | None:
@@ -138,6 +159,6 @@ def window_warning(source: Source) -> str | None:
     lost = [tissue for tissue, hu in tissues.items() if not window[0] <= hu <= window[1]]
     return (
         f"the plans '{source.plans_name}' clip CT to {window[0]:g} … {window[1]:g} HU: "
-        f"{', '.join(lost) or 'some tissue'} cannot be told apart in pretraining. mim_plan -d {source.dataset} writes "
-        "plans with a wide window"
+        f"{', '.join(lost) or 'some tissue'} cannot be told apart in pretraining. mim_plan -d {source.dataset} -p "
+        f"{source.plans_name} -c {source.configuration} -o NAME writes plans with a wide window"
     )

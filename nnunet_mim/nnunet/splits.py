@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_mim.errors import MiMError
@@ -13,21 +17,56 @@ N_FOLDS = 5
 
 
 def fold_validation_cases(source: Source, fold: int) -> tuple[str, ...]:
-    """Preprocessed validation cases of a fold; empty for a dataset without labels. Raises MiMError as `split_of`."""
-    preprocessed = set(source.cases)
-    return tuple(case for case in split_of(source, fold)[1] if case in preprocessed)
+    """Preprocessed validation cases of a fold; empty for a dataset without labels. Raises MiMError as `split_of`, and
+    for names of no case: a misspelt one would be trained on.
+    """
+    train, val = split_of(source, fold)
+    unknown = sorted({*train, *val} - {*source.cases} - left_out_cases(source))
+    if unknown:
+        raise MiMError(
+            f"{_splits_file(source)} names {len(unknown)} cases in fold {fold} that are not in {source.folder}, "
+            f"{unknown[0]} first: correct the name, or preprocess the case"
+        )
+    preprocessed = {*source.cases}
+    found = tuple(case for case in val if case in preprocessed)
+    if val and not found:
+        raise MiMError(f"mim_prepare has left out all validation cases of fold {fold}: choose another with -f")
+    return found
+
+
+def left_out_of_fold(source: Source, fold: int) -> list[str]:
+    """Validation cases of a fold that are not preprocessed, as mim_prepare has left them out. Raises as `split_of`."""
+    return sorted(({*split_of(source, fold)[1]} - {*source.cases}) & left_out_cases(source))
+
+
+def left_out_cases(source: Source) -> set[str]:
+    """Cases that mim_prepare has left out of a dataset, by its log; empty where there is no such log."""
+    reasons: dict[str, Any] = {}
+    for log in (source.folder.parent / "mim_prepare").glob(f"{source.folder.name}.jsonl"):
+        for line in log.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # cut short
+                continue
+            reasons[entry["case"]] = entry.get("reason")
+    return {case for case, reason in reasons.items() if reason}
 
 
 def split_of(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Training and validation cases of a fold, preprocessed or not; both empty for a dataset without labels.
 
-    Reads `splits_final.json`, or computes what nnU-Net would write there. Raises MiMError where there is no such fold,
-    or there are too few cases for nnU-Net's split.
+    Reads `splits_final.json`, or computes what nnU-Net would write there. Raises MiMError where the file is not as
+    nnU-Net writes it, there is no such fold, no validation case in it, or there are too few cases for nnU-Net's split.
     """
     base = source.folder.parent
-    splits_file = base / "splits_final.json"
+    splits_file = _splits_file(source)
     if splits_file.is_file():
         splits = read_json(splits_file)
+        if not isinstance(splits, list) or not all(map(_is_split, splits)):
+            raise MiMError(
+                f'{splits_file} is no list like [{{"train": ["a", "b"], "val": ["c"]}}, …]: correct it, or delete it '
+                "to have nnU-Net's own split"
+            )
     elif (base / "gt_segmentations").is_dir():
         if len(source.cases) < N_FOLDS:
             raise MiMError(
@@ -39,4 +78,16 @@ def split_of(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...
         return (), ()
     if not 0 <= fold < len(splits):
         raise MiMError(f"fold {fold} does not exist in {splits_file} ({len(splits)} folds): choose another with -f")
+    if not len(splits[fold]["val"]):
+        raise MiMError(f"fold {fold} in {splits_file} has no validation case: name some, or choose another with -f")
     return tuple(splits[fold]["train"]), tuple(splits[fold]["val"])
+
+
+def _splits_file(source: Source) -> Path:
+    return source.folder.parent / "splits_final.json"
+
+
+def _is_split(entry: Any) -> bool:
+    """Whether an entry of splits_final.json has names of training and of validation cases."""
+    parts = [entry.get(part) for part in ("train", "val")] if isinstance(entry, dict) else [None]
+    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in parts)

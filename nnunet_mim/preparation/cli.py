@@ -15,6 +15,7 @@ from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.nnunet.datasets import dataset_name, required_folder
 from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
+from nnunet_mim.nnunet.source import plans_in
 from nnunet_mim.preparation.mim_plans import PlanSettings, check_can_write, make_mim_plans
 from nnunet_mim.settings import parse_settings, settings_help
 from nnunet_mim.system.cli import OneLineParser
@@ -61,8 +62,10 @@ def _run(options: argparse.Namespace) -> None:
         raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
     preset = (options.preset or "base") if hybrid else None
 
-    readers = [p.get("image_reader_writer") for p in (base_plans, checkpoint.provenance if checkpoint else {})]
-    turned = any(reader in REORIENTING.values() for reader in readers)
+    reader = base_plans.get("image_reader_writer", "")
+    provenance = checkpoint.provenance if checkpoint is not None else {}
+    pretraining_turned = provenance.get("image_reader_writer") in REORIENTING.values()
+    turned = reader in REORIENTING.values() or (pretraining_turned and reader in REORIENTING)
     raw = Path(os.environ.get("nnUNet_raw", ""), dataset.name)
     unsafe = hybrid and not turned and "mirror_axes" not in settings and mirroring_is_unsafe(raw, dataset_json)
     if unsafe:
@@ -73,6 +76,8 @@ def _run(options: argparse.Namespace) -> None:
     )
     if unsafe:
         notes.append(MIRRORING_IS_OFF)
+    if pretraining_turned and not turned:
+        notes.append(f"WARNING: images were turned to RAS in pretraining; {reader}, the reader of {options.p}, cannot")
     plans_file = dataset / f"{options.o}.json"
     preprocessed = check_can_write(plans, plans_file, options.overwrite)
     write_atomically(plans_file, json.dumps(plans, indent=4).encode())
@@ -85,8 +90,8 @@ def _run(options: argparse.Namespace) -> None:
     if not preprocessed:
         print(f"  nnUNetv2_preprocess -d {number} -plans_name {options.o} -c {options.c}")
     if checkpoint is None:
-        network = f"--preset {size}" if hybrid else "--encoder resenc"
-        print(f"  mim_pretrain -d {number} -p {options.o} -c {options.c} {network} -f 0")
+        encoder = "" if hybrid else " --encoder resenc"
+        print(f"  mim_pretrain -d {number} -p {options.o} -c {options.c} -f 0{encoder}")
     weights = "-tr nnUNetTrainerMiM" if hybrid else "-pretrained_weights CHECKPOINT"
     print(f"  nnUNetv2_train {number} {options.c} 0 {weights} -p {options.o}")
 
@@ -100,6 +105,8 @@ def _read_plans(dataset: Path, plans: str, checkpoint: str | None) -> list[dict[
         remedy = f"{'' if checkpoint else again}run `{command}` first"
         raise MiMError(f"{dataset.name} was prepared by mim_prepare and has no {plans}: {remedy}")
     paths = [dataset / f"{name}.json" for name in (plans, "dataset_fingerprint", "dataset")]
+    if not paths[0].is_file() and (found := plans_in(dataset)):
+        raise MiMError(f"{paths[0]} does not exist: choose base plans with -p ({', '.join(found)}), or run `{command}`")
     for path in paths:
         if not path.is_file():
             raise MiMError(f"{path} does not exist: run `{command}` first")

@@ -32,7 +32,9 @@ class PlanSettings:
     """What `mim_plan --set` and `mim_prepare --set` can change in plans, beside the recipe (FinetuneConfig)."""
 
     patch_size: tuple[int, int, int] | None = setting(
-        None, "voxels per axis, multiples of the network's strides", default_text="the base plans', made to fit"
+        None,
+        "voxels per axis in the plans' order of axes, multiples of the network's strides",
+        default_text="the base plans', made to fit",
     )
     spacing: tuple[float, float, float] | None = setting(
         None, "mm per axis in the plans' order of axes", default_text="the base plans', or pretraining's"
@@ -47,7 +49,8 @@ class PlanSettings:
             value = getattr(self, name)
             if value is not None and not _is_numbers(value, 3):
                 raise MiMError(
-                    f"--set {name} must be three numbers ({unit}, array order), e.g. {name}=96,96,96; got {value}"
+                    f"--set {name} must be three numbers ({unit}, the plans' order of axes), e.g. {name}=96,96,96; got "
+                    f"{value}"
                 )
         if self.spacing is not None and min(self.spacing) <= 0:
             raise MiMError(f"--set spacing must be above 0, got {self.spacing}")
@@ -108,7 +111,7 @@ def make_mim_plans(
     )
 
     spacing, reason = _choose_spacing(config["spacing"], checkpoint, chosen.spacing)
-    notes.append(f"spacing (mm, array order): {[round(s, 3) for s in spacing]} ({reason})")
+    notes.append(f"spacing (mm, the plans' order of axes): {[round(s, 3) for s in spacing]} ({reason})")
     if spacing != list(config["spacing"]):
         config["median_image_size_in_voxels"] = _median_shape(fingerprint, spacing, base_plans["transpose_forward"])
     config["spacing"] = spacing
@@ -151,7 +154,8 @@ def _fit_network(
     config["batch_size"] = chosen.batch_size or config["batch_size"]
     if network is not None:
         config["architecture"] = plans_architecture(network, config["patch_size"])
-    return [*notes, f"patch {config['patch_size']}, batch {config['batch_size']} (base plans: median image {median})"]
+    patch_text = f"patch {config['patch_size']} (voxels, the plans' order of axes), batch {config['batch_size']}"
+    return [*notes, f"{patch_text} (base plans: median image {median})"]
 
 
 def _oriented_like(

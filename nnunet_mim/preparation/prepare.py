@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import raw_files, read_json
+from nnunet_mim.nnunet.datasets import read_json
 from nnunet_mim.nnunet.plans import voxels_key
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import CaseLog, Entry, earlier_names, input_key
@@ -30,11 +30,20 @@ from nnunet_mim.preparation.common_plans import (
     fingerprint_of,
 )
 from nnunet_mim.preparation.finding import find_volumes
+from nnunet_mim.preparation.labels import write_reference
 from nnunet_mim.preparation.mim_plans import check_can_write
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps, run_jobs
+from nnunet_mim.preparation.raw_cases import read_raw_dataset
 from nnunet_mim.preparation.screening import Header, read_header
 from nnunet_mim.pretraining.data.case_index import CaseInfo, write_index
 from nnunet_mim.system.files import write_atomically
+
+SEGMENTATION = "_seg"
+"""what the names of nnU-Net's preprocessed segmentations end in"""
+UNREADABLE = ("cannot be", "damaged")
+"""how reasons begin that say nothing about the image: its disk may be back at the next call"""
+TRIED_AGAIN = (*UNREADABLE, "label", "fewer than")
+"""how reasons begin that can vanish while the files stay as they are"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,21 @@ class Prepared:
     labelled: bool
     notes: list[str]
     """how the plans were made"""
+    unread: Mapping[str, str]
+    """cases that are kept as they were prepared although their images cannot be read now, and why, by name"""
+
+    def doubts(self) -> list[list[str]]:
+        """Case, file, and what is doubtful about a case that is used all the same: a row for each warning."""
+        rows = []
+        for name, entry in self.log.prepared.items():
+            warnings = [f"{self.unread[name]}: kept as it was prepared"] if name in self.unread else []
+            rows += [[name, entry["files"][0], warning] for warning in (*warnings, *entry.get("warnings", ()))]
+        return rows
+
+    def failures(self) -> list[str]:
+        """File and reason of every case that was left out, or whose image cannot be read now."""
+        reasons = {name: entry["reason"] for name, entry in self.log.skipped.items()} | dict(self.unread)
+        return [f"{self.log.entries[name]['files'][0]}: {reason}" for name, reason in reasons.items()]
 
 
 @dataclass(frozen=True)
@@ -79,12 +103,17 @@ class _Survey:
     """headers of the usable cases, by name"""
     problems: Mapping[str, str]
     """reasons against the other cases, by name"""
-    labelled: bool
+    label_values: tuple[int, ...]
+    """that may occur in labels; empty for a dataset without"""
     config: PrepareConfig
 
     @property
     def plans_file(self) -> Path:
         return self.base / f"{self.config.plans_name}.json"
+
+    @property
+    def labelled(self) -> bool:
+        return len(self.label_values) > 0
 
 
 def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig) -> Prepared:
@@ -100,7 +129,7 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
         copy = str(raw / "imagesTr" / f"{volume.name}_0000.nii.gz")
         series = volume if volume.series else None
         cases.append(RawCase(volume.name, (copy,) if series else volume.files, series=series))
-    survey = _survey(dataset, base, cases, False, config)
+    survey = _survey(dataset, base, cases, (), config)
     images = {name: entry["images"] for name, entry in earlier.items()}
     images |= {case.name: list(case.images) for case in cases if case.name in survey.headers}
     dataset_json = _unlabelled_dataset(images)
@@ -126,38 +155,32 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
 def prepare_dataset(dataset: str, config: PrepareConfig) -> Prepared:
     """Preprocess an existing nnU-Net dataset, with labels or without, with the same plans as all others.
 
-    Raises MiMError for no raw data, labels for some cases only, or an output folder that holds something else.
+    Raises MiMError for no raw data, files that are missing, or an output folder that holds something else.
     """
-    raw, base = Path(str(nnUNet_raw), dataset), Path(str(nnUNet_preprocessed), dataset)
-    if not (raw / DATASET_JSON).is_file():
-        raise MiMError(f"{raw / DATASET_JSON} does not exist: give the number of a dataset in nnUNet_raw, or -i FOLDER")
-    dataset_json = read_json(raw / DATASET_JSON)
-    files = raw_files(raw, dataset_json)
-    missing = [entry["label"] for entry in files.values() if not os.path.isfile(entry["label"])]
-    labelled = len(missing) < len(files)
-    if labelled and missing:
-        raise MiMError(f"{missing[0]} is missing, others are there: add it, or move its image away")
-    cases = [
-        RawCase(str(name), tuple(map(str, entry["images"])), str(entry["label"]) if labelled else None)
-        for name, entry in sorted(files.items())
-    ]
-    if not cases:
-        raise MiMError(f"no image in {raw}: see nnU-Net's page on its dataset format")
-    survey = _survey(dataset, base, cases, labelled, config)
-    first = next(case for case in cases if case.name in survey.headers)
+    base = Path(str(nnUNet_preprocessed), dataset)
+    raw = read_raw_dataset(Path(str(nnUNet_raw), dataset), base)
+    dataset_json = raw.description
+    survey = _survey(dataset, base, raw.cases, raw.label_values, config)
+    if not survey.headers:
+        kept = f"{len(survey.log.prepared)} cases of {dataset} are prepared and are kept"
+        raise MiMError(f"{_no_image(survey.problems)}: bring them back and repeat the command; {kept}")
+    first = next(case for case in raw.cases if case.name in survey.headers)
     example = {"images": list(first.images), "label": first.label or ""}
     plans, notes, same = _plan(survey, {**dataset_json, "dataset": {first.name: example}})
     base.mkdir(parents=True, exist_ok=True)
     _write_json(base / DATASET_JSON, dataset_json)
-    if labelled:
-        _copy_labels(cases, base / "gt_segmentations", dataset_json["file_ending"])
     prepared = _prepare(survey, plans, notes, same, dataset_json)
-    entries = prepared.log.prepared
-    if not labelled:
-        _write_json(base / FINGERPRINT, _final_fingerprint(entries))
+    entries = {name: entry for name, entry in prepared.log.prepared.items() if name not in prepared.unread}
+    if survey.labelled:
+        _write_references([case for case in raw.cases if case.name in entries], base, dataset_json["file_ending"])
+    if not survey.labelled:
+        _write_json(base / FINGERPRINT, _final_fingerprint(prepared.log.prepared))
     elif not (base / FINGERPRINT).is_file():
         # nnU-Net's trainer copies it, and its planner would take one made without labels for its own
-        dataset_json = {**dataset_json, "dataset": {name: entry for name, entry in files.items() if name in entries}}
+        dataset_json = {
+            **dataset_json,
+            "dataset": {name: entry for name, entry in raw.files.items() if name in entries},
+        }
         write_atomically(base / FINGERPRINT, extracted_fingerprint(dataset, dataset_json, config.processes))
     return _indexed(prepared)
 
@@ -172,33 +195,59 @@ def _earlier_dataset(raw: Path) -> dict[str, Any]:
     return content["dataset"]
 
 
-def _survey(dataset: str, base: Path, cases: Sequence[RawCase], labelled: bool, config: PrepareConfig) -> _Survey:
+def _survey(
+    dataset: str, base: Path, cases: Sequence[RawCase], label_values: tuple[int, ...], config: PrepareConfig
+) -> _Survey:
     """Read all headers. Raises MiMError where no case can be used, now or from earlier calls."""
     log = CaseLog(base / "mim_prepare" / f"{config.plans_name}_{CONFIGURATION}.jsonl")
     with ThreadPoolExecutor(8) as pool:
-        reading = pool.map(lambda case: read_header(case.volume, config.min_slices), cases)
+        reading = pool.map(lambda case: _look_at(case, config.min_slices), cases)
         results = list(tqdm(reading, total=len(cases), desc=f"looking at {dataset}", unit="image"))
     found = {case.name: result for case, result in zip(cases, results, strict=True)}
     headers = {name: result for name, result in found.items() if isinstance(result, Header)}
     problems = {name: result for name, result in found.items() if isinstance(result, str)}
     if not headers and not log.prepared:
-        reasons = "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:3])
-        raise MiMError(f"none of {len(cases)} images can be used ({reasons}): give CT volumes in Hounsfield units")
-    return _Survey(dataset, base, log, cases, headers, problems, labelled, config)
+        raise MiMError(f"{_no_image(problems)}: give CT volumes in Hounsfield units")
+    return _Survey(dataset, base, log, cases, headers, problems, label_values, config)
+
+
+def _look_at(case: RawCase, min_slices: int) -> Header | str:
+    """Header of a case's image, or why the case cannot be used, as far as names and the header tell."""
+    if case.name.endswith(SEGMENTATION):
+        return f"its name ends in {SEGMENTATION} (nnU-Net takes such files for segmentations): rename the image"
+    inputs = (*(case.images if case.series is None else case.series.files), *([case.label] if case.label else []))
+    if missing := [file for file in inputs if not os.path.isfile(file)]:
+        return f"cannot be read ({missing[0]} is not there)"
+    return read_header(case.volume, min_slices)
+
+
+def _no_image(problems: Mapping[str, str]) -> str:
+    reasons = "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:3])
+    return f"none of {len(problems)} images can be used ({reasons})"
 
 
 def _plan(survey: _Survey, dataset_json: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], bool]:
-    """Plans, how they were made, and whether existing cases were made with them. Writes nothing."""
+    """Plans, how they were made, and whether existing cases were made with them. Writes nothing.
+
+    Raises MiMError where other plans would delete prepared cases whose images cannot be read now.
+    """
     config = survey.config
     sizes = {name: (entry["spacing"], entry["shape"]) for name, entry in survey.log.prepared.items()}
     sizes |= {name: (header.spacing, header.size) for name, header in survey.headers.items()}
     spacings, shapes = zip(*(sizes[name] for name in sorted(sizes)), strict=True)
-    n_channels = max(len(case.images) for case in survey.cases)
+    channels = max(len(case.images) for case in survey.cases)
     plans, notes = common_plans(
-        survey.dataset, dataset_json, fingerprint_of(spacings, shapes, [()] * n_channels), config.plans_name,
+        survey.dataset, dataset_json, fingerprint_of(spacings, shapes, [()] * channels), config.plans_name,
         config.spacing, config.preset or PretrainConfig().preset, config.settings,
     )  # fmt: skip
     same = check_can_write(plans, survey.plans_file, config.overwrite, "-p")
+    folder = survey.base / plans["configurations"][CONFIGURATION]["data_identifier"]
+    lost = [name for name, problem in survey.problems.items() if _is_kept(survey.log, name, folder, problem)]
+    if lost and not same:
+        raise MiMError(
+            f"--overwrite would delete {len(lost)} prepared cases that cannot be prepared anew, such as {lost[0]} "
+            f"({survey.problems[lost[0]]}): bring their images back, or choose another name with -p"
+        )
     if same and not config.settings and config.preset is None:
         return read_json(survey.plans_file), ["the plans that are there already"], True
     return plans, notes, same
@@ -220,43 +269,70 @@ def _prepare(
         tuple(chosen["spacing"]), tuple(chosen["normalization_schemes"]),
         plans["foreground_intensity_properties_per_channel"], plans,
     )  # fmt: skip
+    unread = {}
     for case in survey.cases:
-        if (problem := survey.problems.get(case.name)) and log.entries.get(case.name, {}).get("reason") != problem:
-            _leave_out(log, folder, _entry(case, "", {"problem": problem}))
+        if problem := survey.problems.get(case.name):
+            if _is_kept(log, case.name, folder, problem):
+                unread[case.name] = problem
+            elif log.entries.get(case.name, {}).get("reason") != problem:
+                _leave_out(log, folder, _entry(case, "", {"problem": problem}))
+    unread |= _prepare_usable(survey, source, dataset_json)
+    if not log.prepared:
+        reasons = "; ".join(f"{entry['case']}: {entry['reason']}" for entry in list(log.skipped.values())[:3])
+        raise MiMError(f"no case of {survey.dataset} could be prepared ({reasons}): give CT in Hounsfield units")
+    return Prepared(source, log, survey.labelled, notes, unread)
+
+
+def _prepare_usable(survey: _Survey, source: Source, dataset_json: Mapping[str, Any]) -> dict[str, str]:
+    """Preprocess the cases whose headers are sound, unless that is done. Returns those of `Prepared.unread`."""
+    log, folder, min_slices, unread = survey.log, source.folder, survey.config.min_slices, {}
     usable = {case.name: case for case in survey.cases if case.name in survey.headers}
-    keys = {name: input_key(case.inputs, voxels_key(plans, CONFIGURATION)) for name, case in usable.items()}
+    keys = {name: input_key(case.inputs, voxels_key(source.plans, CONFIGURATION)) for name, case in usable.items()}
     must_be_ct = not survey.labelled and source.intensities.is_ct()
-    todo = [name for name in usable if not _is_done(log, name, keys[name], folder)]
+    todo = [name for name, case in usable.items() if not _is_done(log, case, keys[name], folder, min_slices)]
     while todo:
-        jobs = [Job(usable[name], source, dataset_json, must_be_ct) for name in todo]
+        jobs = [
+            Job(
+                usable[name], source, dataset_json, must_be_ct, min_slices, survey.label_values,
+                survey.headers[name].warnings,
+            )
+            for name in todo
+        ]  # fmt: skip
         progress = tqdm(
             run_jobs(jobs, survey.config.processes), total=len(usable), initial=len(usable) - len(jobs),
             desc=f"preparing {survey.dataset}", unit="case",
         )  # fmt: skip
         for name, result in progress:
             entry = _entry(usable[name], keys[name], result)
-            if "reason" in entry:
-                _leave_out(log, folder, entry)
-            else:
+            if "reason" not in entry:
                 log.add(entry)
+            elif _is_kept(log, name, folder, entry["reason"]):
+                unread[name] = entry["reason"]
+            else:
+                _leave_out(log, folder, entry)
         duplicates = [name for name in usable if "same_as" in log.entries[name]]  # of images that may have changed
-        todo = [name for name in duplicates if not _is_done(log, name, keys[name], folder)]
-    if not log.prepared:
-        reasons = "; ".join(f"{entry['case']}: {entry['reason']}" for entry in list(log.skipped.values())[:3])
-        raise MiMError(f"no case of {survey.dataset} could be prepared ({reasons}): give CT in Hounsfield units")
-    return Prepared(source, log, survey.labelled, notes)
+        todo = [name for name in duplicates if not _is_done(log, usable[name], keys[name], folder, min_slices)]
+    return unread
 
 
-def _is_done(log: CaseLog, case: str, key: str, folder: Path) -> bool:
+def _is_done(log: CaseLog, case: RawCase, key: str, folder: Path, min_slices: int) -> bool:
     """Whether nothing has changed since a case was prepared, or left out for good."""
-    entry = log.entries.get(case)
+    entry = log.entries.get(case.name)
     if entry is None or entry["key"] != key:
         return False
     if "same_as" in entry:
         return log.prepared.get(entry["same_as"], {}).get("image_sha256") == entry["image_sha256"]
     if "reason" in entry:
-        return not entry["reason"].startswith("cannot be")  # the disk may be back now
-    return entry["stamps"] == file_stamps(folder, case)
+        return not entry["reason"].startswith(TRIED_AGAIN)
+    if case.label is not None and "warnings" not in entry:  # of a version that did not check labels
+        return False
+    return min(entry["info"]["shape"]) >= min_slices and entry["stamps"] == file_stamps(folder, case.name)
+
+
+def _is_kept(log: CaseLog, case: str, folder: Path, problem: str) -> bool:
+    """Whether a case stays as it was prepared, as its image is only unreadable now: a disk may be away."""
+    entry = log.prepared.get(case)
+    return problem.startswith(UNREADABLE) and entry is not None and entry["stamps"] == file_stamps(folder, case)
 
 
 def _leave_out(log: CaseLog, folder: Path, entry: Entry) -> None:
@@ -279,13 +355,13 @@ def _drop_duplicates(log: CaseLog, folder: Path) -> None:
             _leave_out(log, folder, {**entry, "reason": reason, "same_as": kept})
 
 
-def _copy_labels(cases: Sequence[RawCase], folder: Path, ending: str) -> None:
-    """Copy labels to where nnU-Net's validation looks for them, as its preprocessing does."""
+def _write_references(cases: Sequence[RawCase], base: Path, ending: str) -> None:
+    """Write labels to where nnU-Net's validation looks for them, as its preprocessing does."""
+    folder = base / "gt_segmentations"
     folder.mkdir(exist_ok=True)
     for case in cases:
-        target = folder / f"{case.name}{ending}"
-        if case.label and not (target.is_file() and target.stat().st_mtime >= os.stat(case.label).st_mtime):
-            write_atomically(target, Path(case.label).read_bytes())
+        if case.label is not None:
+            write_reference(Path(case.label), Path(case.images[0]), folder / f"{case.name}{ending}")
 
 
 def _unlabelled_dataset(images: Mapping[str, Sequence[str]]) -> dict[str, Any]:

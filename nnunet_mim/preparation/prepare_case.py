@@ -21,10 +21,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.image_files import write_image
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.finding import Volume, voxel_files
+from nnunet_mim.preparation.labels import read_label
 from nnunet_mim.preparation.resampling import LeanConfiguration
-from nnunet_mim.preparation.screening import NOT_FINITE, damaged, last_line, voxel_problem
+from nnunet_mim.preparation.screening import NOT_FINITE, damaged, last_line, voxel_problem, voxel_warnings
 from nnunet_mim.pretraining.data.case_index import BODY_HU, describe_voxels
 from nnunet_mim.system.processes import end_with_parent
 
@@ -69,6 +71,12 @@ class Job:
     dataset_json: Mapping[str, Any]
     must_be_ct: bool
     """whether to leave out images that are no CT of a body"""
+    min_slices: int
+    """minimum number of voxels on every axis of the preprocessed case"""
+    label_values: tuple[int, ...] = ()
+    """that may occur in the label"""
+    warnings: tuple[str, ...] = ()
+    """what is doubtful about the header of the image, a sentence each"""
 
 
 def file_stamps(folder: Path, case: str) -> list[list[int]] | None:
@@ -124,9 +132,9 @@ def remove_abandoned(partial: Path) -> None:
 def prepare_case(job: Job, partial: str) -> dict[str, Any]:
     """Prepare one case. `partial` is a folder for half-written files, on the disk of the preprocessed cases.
 
-    Returns `{"problem": reason}`, or what the log keeps: hash, spacing and shape of the image, intensity sample and
-    histogram, CaseInfo of the preprocessed case, stamps of its files, seconds. Raises MiMError where memory or disk is
-    full.
+    Returns `{"problem": reason}`, or what the log keeps: warnings, hash, spacing and shape of the image, intensity
+    sample and histogram, CaseInfo of the preprocessed case, stamps of its files, seconds. Raises MiMError where memory
+    or disk is full.
     """
     began = time.perf_counter()
     running = Path(partial, f"{job.case.name}.running")
@@ -155,12 +163,20 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
     configuration = LeanConfiguration(manager.get_configuration(CONFIGURATION).configuration)
     reader = manager.image_reader_writer_class()
     data, properties = reader.read_images(images)
-    seg = None if label is None else reader.read_seg(label)[0].astype(np.int16)
+    seg, doubts = None, list(job.warnings)
+    if label is not None:
+        found = read_label(reader, label, images[0], job.label_values, str(partial))
+        if isinstance(found, str):
+            return {"problem": found}
+        seg = found[0]
+        doubts += found[1]
     if job.must_be_ct and (problem := voxel_problem(data[0])):
         return {"problem": problem}
     if not np.isfinite([data.min(), data.max()]).all():
         return {"problem": NOT_FINITE}
+    doubts += voxel_warnings(data[0]) if job.source.intensities.is_ct() else ()
     image_facts = {
+        "warnings": doubts,
         "image_sha256": voxel_sha256(data),
         "spacing": [float(s) for s in properties["spacing"]],
         "shape": list(data.shape[1:]),
@@ -172,6 +188,8 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
     prepared, seg, properties = DefaultPreprocessor(verbose=False).run_case_npy(
         arrays.pop(), arrays.pop(), properties, manager, configuration, dict(job.dataset_json)
     )
+    if problem := _size_problem(prepared.shape[1:], job):
+        return {"problem": problem}
     properties.setdefault("class_locations", {})  # nnU-Net's data loader needs it also without labels
     info = describe_voxels(job.source, job.case.name, prepared)
     try:
@@ -184,17 +202,22 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
     return {**image_facts, "info": asdict(info), "stamps": stamps}
 
 
+def _size_problem(shape: Sequence[int], job: Job) -> str | None:
+    """Why a preprocessed case of this shape (voxels) is too small, or None."""
+    if min(shape) >= job.min_slices:
+        return None
+    voxels, mm = " x ".join(map(str, shape)), " x ".join(f"{s:g}" for s in job.source.spacing)
+    return f"fewer than {job.min_slices} slices once resampled ({voxels} of {mm} mm, z y x)"
+
+
 def _write_series(series: Volume, path: Path) -> None:
     """Write a DICOM series as an image file, in Hounsfield units, atomically."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(series.files)
     image = reader.Execute()
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        sitk.WriteImage(image, str(temporary), useCompression=True)
-        os.replace(temporary, path)
+        write_image(image, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise MiMError(f"cannot write {path} ({last_line(error)}): free space, then repeat the command") from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError, exit_code
-from nnunet_mim.nnunet.datasets import dataset_name, required_folder
+from nnunet_mim.nnunet.datasets import dataset_name, dataset_names, required_folder
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.system.cli import OneLineParser
 from nnunet_mim.system.locks import exclusive_lock
@@ -45,21 +45,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     from nnunet_mim.preparation.prepare import PrepareConfig, prepare_dataset, prepare_folders
-    from nnunet_mim.preparation.prepare_report import next_command, skipped_lines, write_report
+    from nnunet_mim.preparation.prepare_report import next_command, summary_lines, write_report
 
     required_folder("nnUNet_raw")
     preprocessed = required_folder("nnUNet_preprocessed")
     if options.np < 1 or options.min_slices < 2:
         raise MiMError("-np must be at least 1 and --min_slices at least 2")
+    settings = parse_settings(options.set)
+    if "spacing" in settings:
+        raise MiMError("--set spacing: give it with -s, in the order z y x")
     config = PrepareConfig(
-        _spacing(options.s), options.p, options.preset, parse_settings(options.set), options.np, options.min_slices,
-        options.overwrite,
-    )  # fmt: skip
+        _spacing(options.s), options.p, options.preset, settings, options.np, options.min_slices, options.overwrite
+    )
     if options.n and not options.i:
         raise MiMError("-n names a new dataset: give its folders with -i")
-    names = [_new_dataset(options.d, options.n)] if options.i else [dataset_name(given) for given in options.d]
+    names = [_new_dataset(options.d, options.n)] if options.i else dataset_names(options.d)
     with ExitStack() as locks:  # all of them before any work
-        for name in dict.fromkeys(names):
+        for name in names:
             busy = f"another mim_prepare is at work on {name}: repeat the command when it has ended"
             locks.enter_context(exclusive_lock(Path(preprocessed, f".mim_prepare_{name}.lock"), busy))
         if options.i:
@@ -67,15 +69,13 @@ def _run(options: argparse.Namespace) -> None:
         else:
             results = [prepare_dataset(name, config) for name in names]
     for prepared in results:
-        skipped = prepared.log.skipped
-        print(f"{prepared.source.dataset}: {len(prepared.log.prepared)} cases prepared, {len(skipped)} left out")
-        for line in skipped_lines(skipped):
-            print(line)
-        print(f"  page: {write_report(prepared, options.preset)}")
-    left_out = [entry for prepared in results for entry in prepared.log.skipped.values()]
-    if options.strict and left_out:
-        raise MiMError(f"--strict: {len(left_out)} left out, {left_out[0]['files'][0]} first: {left_out[0]['reason']}")
-    print(f"next: {next_command([prepared.source for prepared in results], options.preset)}")
+        counts, *kinds = summary_lines(prepared)
+        print("\n".join([f"{prepared.source.dataset}: {counts}", *kinds]))
+        print(f"  page: {write_report(prepared)}")
+    failures = [failure for prepared in results for failure in prepared.failures()]
+    if options.strict and failures:
+        raise MiMError(f"--strict: {len(failures)} left out or unreadable, the first is {failures[0]}")
+    print(f"next: {next_command([prepared.source for prepared in results])}")
 
 
 def _new_dataset(given: list[str], name: str | None) -> str:
@@ -99,7 +99,7 @@ def _new_dataset(given: list[str], name: str | None) -> str:
 
 def _spacing(given: list[float]) -> tuple[float, float, float]:
     if len(given) not in (1, 3) or min(given) <= 0:
-        raise MiMError(f"-s takes one number or three above 0 (mm, array order), got {given}")
+        raise MiMError(f"-s takes one number or three above 0 (mm, z y x), got {given}")
     return tuple(given * 3 if len(given) == 1 else given)  # type: ignore[return-value]
 
 
@@ -114,7 +114,7 @@ def _parser() -> OneLineParser:
     add("-n", metavar="NAME", help="name of the new dataset")
     add("-i", nargs="+", metavar="FOLDER", help="folders with CT, searched to any depth")
     add("-s", nargs="+", type=float, default=[1.5], metavar="MM",
-        help="spacing: one number, or three in array order (z y x) (default: 1.5)")  # fmt: skip
+        help="spacing: one number, or three in the order z y x (default: 1.5)")  # fmt: skip
     cores = min(8, usable_cores())
     add("-np", type=int, default=cores, metavar="N",
         help=f"worker processes (default: 8, or the number of cores it may use; here {cores})")  # fmt: skip

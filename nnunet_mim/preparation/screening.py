@@ -1,4 +1,4 @@
-"""Checks whether an image is a CT volume to pretrain on. Each returns the reason against it, or None."""
+"""Checks whether an image is a CT volume to pretrain on: reasons against it, or warnings where it is doubtful."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class Header:
     """voxels per axis; array order (z, y, x) after turning to RAS"""
     spacing: tuple[float, ...]
     """mm, same order"""
+    warnings: tuple[str, ...] = ()
+    """what is doubtful about the image, a sentence each; it is used all the same"""
 
 
 def read_header(volume: Volume, min_slices: int) -> Header | str:
@@ -159,6 +161,11 @@ def voxel_problem(ct: np.ndarray) -> str | None:
     if np.count_nonzero(ct > BODY_HU) < SMALLEST_BODY * ct.size:
         return f"no body in it (values {low:g} to {high:g})"
     return None
+
+
+def voxel_warnings(ct: np.ndarray) -> tuple[str, ...]:
+    """What is doubtful about voxels (Z, Y, X) that are used all the same, a sentence each."""
+    return ()
 
 
 def last_line(error: Exception) -> str:

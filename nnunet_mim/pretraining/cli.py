@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
-from nnunet_mim.settings import parse_settings, read_yaml
+from nnunet_mim.settings import check_given_once, parse_settings, read_yaml
 from nnunet_mim.system.cli import OneLineParser, add_flags, given_flags
+from nnunet_mim.system.locks import exclusive_lock
 
 FREQUENT_MEASURING = 0.1
 """share of a run above which fewer measurements are advised"""
@@ -97,10 +100,15 @@ def run(typed: argparse.Namespace) -> None:
     options = RunOptions(**given_flags(typed, RunOptions))
     import torch
 
-    from nnunet_mim.checkpoint.locate import FINAL
     from nnunet_mim.pretraining import setup
     from nnunet_mim.pretraining.configure import merge_settings, write_config
-    from nnunet_mim.pretraining.distributed.launch import device_count, end_process_group, launched_fabric, say
+    from nnunet_mim.pretraining.distributed.launch import (
+        device_count,
+        end_process_group,
+        is_first_rank,
+        launched_fabric,
+        say,
+    )
     from nnunet_mim.pretraining.dry_run import dry_run
     from nnunet_mim.pretraining.loop import pretrain
     from nnunet_mim.pretraining.report.summary import losses_text
@@ -110,7 +118,9 @@ def run(typed: argparse.Namespace) -> None:
     devices, nodes = device_count(options.num_gpus)
     options = options.resolved(devices)
     from_file = read_yaml(Path(typed.config)) if typed.config else {}
-    settings = merge_settings(from_file, given_flags(typed, PretrainConfig), parse_settings(typed.set))
+    flags, further = given_flags(typed, PretrainConfig), parse_settings(typed.set)
+    check_given_once(flags, further)
+    settings = merge_settings(from_file, flags, further)
 
     sources = setup.find_sources(where)
     folder = setup.output_folder(sources[0], where)
@@ -119,26 +129,35 @@ def run(typed: argparse.Namespace) -> None:
         setup.point_to(folder, sources, where)
         return
     job = setup.set_up(settings, sources, folder, where, options, devices * nodes)
-    fabric = launched_fabric(options.device, devices, nodes, options.precision)
-    say(job.summary())
     if options.dry_run:
-        say(dry_run(job, fabric))
+        fabric = launched_fabric(options.device, devices, nodes, options.precision)
+        say(f"{job.summary()}\n{dry_run(job, fabric)}")
         return
-    say(f"output {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    if fabric.is_global_zero:
-        write_config(job.config, folder / "config.yaml")
-    result = pretrain(job, fabric)
-    if fabric.is_global_zero:
-        setup.point_to(folder, sources, where)
+    busy = f"another mim_pretrain writes to {folder}: wait until it has ended, or choose a tag with -o"
+    with exclusive_lock(folder.with_name(f".{folder.name}.lock"), busy) if is_first_rank() else nullcontext():
+        fabric = launched_fabric(options.device, devices, nodes, options.precision)
+        say(f"{job.summary()}\noutput {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if fabric.is_global_zero:
+            write_config(job.config, folder / "config.yaml")
+        result = pretrain(job, fabric)
+        if fabric.is_global_zero:
+            setup.point_to(folder, sources, where)
     say(losses_text(result.figures))
     say(result.verdict)
     say(_measuring_text(result.measuring_share, job.config))
     say(f"wrote {folder / FINAL}")
-    how = f"-pretrained_weights {folder / FINAL}" if job.config.encoder == "resenc" else "-tr nnUNetTrainerMiM"
-    fold = where.fold_number or 0
-    say(f"next: nnUNetv2_train {sources[0].dataset} {where.configuration} {fold} {how} -p {where.plans}")
+    say(f"next: {next_command(folder / FINAL, where, sources[0].dataset, job.config.encoder)}")
     end_process_group()
+
+
+def next_command(checkpoint: Path, where: DataOptions, dataset: str, encoder: str) -> str:
+    """The command that finetunes the checkpoint of a run; one with a tag has to be named."""
+    train = f"nnUNetv2_train {dataset} {where.configuration} {where.fold_number or 0}"
+    if encoder == "resenc":
+        return f"{train} -pretrained_weights {checkpoint} -p {where.plans}"
+    named = f"{ENV_CHECKPOINT}={checkpoint} " if where.tag else ""
+    return f"{named}{train} -tr nnUNetTrainerMiM -p {where.plans}"
 
 
 def _measuring_text(share: float, config: PretrainConfig) -> str:

@@ -23,9 +23,13 @@ from nnunet_mim.config import (
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_scale, suitable_strides, suitable_view
 from nnunet_mim.networks.resenc import check_resenc, check_view, fitting_view
+from nnunet_mim.nnunet.plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.settings import check_value, settings_table
 from nnunet_mim.system.files import write_atomically
+
+ENCODER_SIZES = ("embed_dims", "depths", "num_heads", "mlp_ratio")
+"""what plans say of an encoder, and a finetuning cannot change"""
 
 
 def merge_settings(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,6 +78,51 @@ def with_architecture(settings: Mapping[str, Any], source: Source) -> dict[str, 
     if "view_size" in settings:
         check_view(architecture, _triple(settings["view_size"]))
     return {**settings, "architecture": architecture}
+
+
+def with_planned_network(settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Settings, and with plans of mim_plan or mim_prepare the preset and sizes of their encoder: a finetuning with them
+    takes no other.
+
+    Raises:
+        MiMError: the settings name another encoder than the plans.
+    """
+    config = configuration_of(source.plans, source.configuration)
+    if settings.get("encoder", PretrainConfig.encoder) != "hybrid" or not uses_hybrid_unet(config):
+        return dict(settings)
+    kwargs = config["architecture"]["arch_kwargs"]
+    if missing := [name for name in ENCODER_SIZES if name not in kwargs]:
+        raise MiMError(f"the network of plans {source.plans_name} has no {missing[0]}: write them again with mim_plan")
+    sizes = {name: kwargs[name] for name in ENCODER_SIZES}
+    planned = network_from_dict({**asdict(PRESETS[PretrainConfig.preset]), **sizes})
+    planned_preset = _preset_of(planned)
+    if "preset" not in settings:
+        settings = {**settings, "preset": planned_preset, "network": {**sizes, **settings.get("network", {})}}
+    found = _network_of(settings)
+    for name in ENCODER_SIZES:
+        if getattr(found, name) != getattr(planned, name):
+            raise MiMError(
+                f"plans {source.plans_name} of {source.dataset} name an encoder with {name} {getattr(planned, name)} "
+                f"(preset {planned_preset}), and cannot finetune one with {getattr(found, name)}: leave out --preset "
+                f"and network settings, or change the plans first with {_plan_command(source, settings['preset'])}"
+            )
+    return dict(settings)
+
+
+def _preset_of(network: NetworkConfig) -> str:
+    """The preset with an encoder of these sizes, whatever its strides; the default one where there is none."""
+    sizes = {preset: [getattr(of, name) for name in ENCODER_SIZES] for preset, of in PRESETS.items()}
+    wanted = [getattr(network, name) for name in ENCODER_SIZES]
+    return next((preset for preset, found in sizes.items() if found == wanted), PretrainConfig.preset)
+
+
+def _plan_command(source: Source, preset: str) -> str:
+    """The command that gives the plans of a dataset the network of a preset, and leaves its voxels as they are."""
+    number, plans = source.dataset[7:10], source.plans_name
+    if (source.folder.parent / "mim_prepare").is_dir():
+        spacing = " ".join(f"{mm:g}" for mm in source.spacing_zyx)
+        return f"mim_prepare -d {number} -s {spacing} -p {plans} --preset {preset}"
+    return f"mim_plan -d {number} -c {source.configuration} -o {plans} --preset {preset}"
 
 
 def config_for_data(settings: Mapping[str, Any], source: Source, shapes: np.ndarray | None = None) -> PretrainConfig:

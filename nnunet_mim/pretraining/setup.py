@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.paths import nnUNet_results
 
 from nnunet_mim.checkpoint.format import load_checkpoint
@@ -15,13 +16,21 @@ from nnunet_mim.checkpoint.locate import FINAL, LATEST, locate, write_pointer
 from nnunet_mim.config import PretrainConfig, network_from_dict
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of, views_per_crop
-from nnunet_mim.nnunet.datasets import require_environment
-from nnunet_mim.nnunet.source import Source, find_source, orientation_warning, require_same_units, window_warning
-from nnunet_mim.nnunet.splits import fold_validation_cases
-from nnunet_mim.pretraining.configure import config_for_data, merge_settings, with_architecture
+from nnunet_mim.nnunet.datasets import dataset_names, require_environment
+from nnunet_mim.nnunet.source import (
+    Source,
+    find_source,
+    orientation_warning,
+    prepare_command,
+    require_same_units,
+    window_warning,
+)
+from nnunet_mim.nnunet.splits import fold_validation_cases, left_out_of_fold
+from nnunet_mim.pretraining.configure import config_for_data, merge_settings, with_architecture, with_planned_network
 from nnunet_mim.pretraining.data.crops import Cases, dataset_shares
 from nnunet_mim.pretraining.data.run_data import RunData, index_sources, run_data
 from nnunet_mim.pretraining.distributed.launch import say
+from nnunet_mim.pretraining.objective.levels import level_number
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
 
 
@@ -46,7 +55,8 @@ class Run:
         """What the run will do, in lines for its user."""
         config, data = self.config, self.data
         spacing = " x ".join(f"{s:.2f}" for s in data.sources[0].spacing)
-        lines = [f"{len(data.train)} training and {len(data.val)} held-out cases, spacing {spacing} mm"]
+        cases = f"{len(data.train)} training and {len(data.val)} held-out cases"
+        lines = [f"{cases}, spacing {spacing} mm (axes here and below as in the plans)"]
         if len(data.sources) > 1:
             shares = dataset_shares(data.train.counts, config.dataset_temperature)
             for source, trained, held_out, share in zip(
@@ -66,10 +76,10 @@ def find_sources(where: DataOptions) -> list[Source]:
     """The preprocessed datasets of a run.
 
     Raises:
-        MiMError: nnU-Net's variables are not set, a dataset is not there, or two differ in their units.
+        MiMError: nnU-Net's variables are not set, a dataset is not there or is there twice, or two differ in units.
     """
     require_environment()
-    sources = [find_source(dataset, where.plans, where.configuration) for dataset in where.datasets]
+    sources = [find_source(dataset, where.plans, where.configuration) for dataset in dataset_names(where.datasets)]
     require_same_units(sources)
     return sources
 
@@ -125,10 +135,14 @@ def set_up(
     if given.get("init_checkpoint"):
         given = {**given, "init_checkpoint": str(locate(given["init_checkpoint"]))}
     given = with_architecture(given, first)
+    for source in sources if not where.resume else ():  # a run that is continued keeps its network
+        given = with_planned_network(given, source)
     _check_settings(given, first, n_devices)
     if where.fold_number is not None:
         for source in sources:
             fold_validation_cases(source, where.fold_number)  # says now what is wrong with the fold
+            if names := left_out_of_fold(source, where.fold_number):
+                say(f"warning: {source.dataset}: mim_prepare has left out validation cases: {', '.join(names)}")
     stored = _resumable_checkpoint(folder) if where.resume else None
     settings = merge_settings(stored["mim_config"], given) if stored is not None else given
     if settings.get("encoder") == "resenc" and options.recompute:
@@ -146,6 +160,7 @@ def set_up(
         say(f"warning: {len(bad)} cases are left out, {len(cases)} are used (--strict makes this an error)")
     config = config_for_data(settings, first, cases.column("shapes"))
     data = run_data(cases, "all" if where.fold_number is None else where.fold_number, config)
+    _check_tokens(config, data.train)
     if stored is not None:
         _check_same_run(stored, config, data.train)
     return Run(config, data, folder, options, where.strict, stored)
@@ -157,6 +172,37 @@ def _check_settings(given: Mapping[str, Any], source: Source, n_devices: int) ->
     levels_of(config)
     if config.batch_size % n_devices:
         raise MiMError(f"--batch {config.batch_size} is the batch of all {n_devices} devices: make it a multiple of it")
+
+
+def _check_tokens(config: PretrainConfig, train: Cases) -> None:
+    """Raise MiMError where a level has no whole token in any training case, and so nothing to learn."""
+    shapes = train.column("shapes")
+    if (found := _level_without_token(config, shapes)) is None:
+        return
+    number, extent = found
+    shares = (shapes / extent).min(axis=1)
+    size, token = (" x ".join(str(int(n)) for n in of) for of in (shapes[shares.argmax()], extent))
+    if config.scale != (1, 1, 1) and _level_without_token(replace(config, scale=(1, 1, 1)), shapes) is None:
+        remedy = "add --scale 1 1 1"
+    else:
+        finer = prepare_command(train.sources, 0.95 * float(shares.max()))
+        remedy = f"prepare finer voxels ({finer}), or larger cases"
+    raise MiMError(
+        f"level {number} has nothing to learn: its tokens are made of {token} voxels (axes as in the plans), and the "
+        f"largest case has {size}: {remedy}"
+    )
+
+
+def _level_without_token(config: PretrainConfig, shapes: np.ndarray) -> tuple[int, np.ndarray] | None:
+    """Number of the first trained level that no case of these shapes (N, 3) holds a whole token of, and the voxels per
+    axis of such a token; None where there is none.
+    """
+    levels = levels_of(config)
+    for position, level in enumerate(levels):
+        number, extent = level_number(position, len(levels)), np.array(level.token_extent)
+        if config.level_weights[number - 1] > 0 and not (shapes >= extent).all(axis=1).any():
+            return number, extent
+    return None
 
 
 def _resumable_checkpoint(folder: Path) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class CaseInfo:
     """voxels inside the body, spread at random; empty where everything is air"""
     image_sha256: str = ""
     """of the image's voxels as nnU-Net's reader gives them, where they were known; else empty"""
+    stamp: tuple[int, int] = GONE
+    """size in bytes and time (ns) of the file when it was read; GONE: not known"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,8 @@ class CaseIndex:
     """(N, N_BODY_POINTS, 3) int16; -1 where there is no body"""
     images: np.ndarray
     """(N, 32) uint8: hashes of the images; 0 where they are not known"""
+    stamps: np.ndarray
+    """(N, 2) int64: size (bytes) and time (ns) of each file when it was read"""
 
     @classmethod
     def of(cls, infos: Sequence[CaseInfo], channels: int) -> CaseIndex:
@@ -70,6 +74,7 @@ class CaseIndex:
             np.array([(i.low, i.high) for i in infos], np.float64).reshape(-1, 2, channels),
             np.array([i.body_points or no_body for i in infos], np.int16).reshape(-1, N_BODY_POINTS, 3),
             _bytes([i.image_sha256 for i in infos]),
+            np.array([i.stamp for i in infos], np.int64).reshape(-1, 2),
         )
 
     def __len__(self) -> int:
@@ -85,6 +90,7 @@ class CaseIndex:
             tuple(self.ranges[number, 1].tolist()),
             tuple(map(tuple, points)) if points[0][0] >= 0 else (),
             self.images[number].tobytes().hex() if self.images[number].any() else "",
+            tuple(self.stamps[number].tolist()),
         )
 
     def take(self, rows: Sequence[int] | np.ndarray) -> CaseIndex:
@@ -106,7 +112,7 @@ def read_index(
         the sound cases by name; and of those that cannot be read, are truncated, have other channels than the plans,
         hold NaN or infinity, or have vanished since the index was written, one line: file, what is wrong, remedy.
     """
-    cached, old_stamps = _load_cache(source)
+    cached = _load_cache(source)
     row_of = {name: row for row, name in enumerate(cached.names.tolist())}
     vanished = sorted(row_of.keys() - set(source.cases))
     bad = {
@@ -114,9 +120,8 @@ def read_index(
         "the command to go on without it"
         for name in vanished
     }
-    stamps = {case: _stamp(source, case) for case in source.cases}
     rows = {case: row_of[case] for case in source.cases if case in row_of}
-    rows = {case: row for case, row in rows.items() if (old_stamps[row] == stamps[case]).all()}
+    rows = {case: row for case, row in rows.items() if (cached.stamps[row] == file_stamp(source, case)).all()}
     if len(rows) == len(cached) == len(source.cases):
         return cached, bad
     missing = [case for case in source.cases if case not in rows]
@@ -134,19 +139,19 @@ def read_index(
         sound.append(result)
     index = _sorted(cached.take(list(rows.values())), CaseIndex.of(sound, source.in_channels))
     known = _sorted(index, cached.take([row_of[name] for name in vanished])) if remember_vanished else index
-    _save_cache(source, known, [stamps.get(name, GONE) for name in known.names.tolist()])
+    _save_cache(source, known)
     return index, bad
 
 
 def write_index(source: Source, infos: Sequence[CaseInfo]) -> None:
     """Keep what is known already of a dataset's cases, so that `read_index` need not read them."""
-    index = _sorted(CaseIndex.of(infos, source.in_channels))
-    _save_cache(source, index, [_stamp(source, name) for name in index.names.tolist()])
+    stamped = [replace(info, stamp=file_stamp(source, info.case)) for info in infos]
+    _save_cache(source, _sorted(CaseIndex.of(stamped, source.in_channels)))
 
 
 def _describe_case(source: Source, case: str) -> CaseInfo | str:
     """Read one case completely and describe it, or say why it cannot be trained on."""
-    path = source.case_file(case)
+    path, stamp = source.case_file(case), file_stamp(source, case)
     try:
         data = np.asarray(source.dataset_class(str(source.folder), [case]).load_case(case)[0][:])
     except Exception as error:
@@ -156,7 +161,7 @@ def _describe_case(source: Source, case: str) -> CaseInfo | str:
         return f"{path} has shape {data.shape}, the plans say {source.in_channels} channels: {remedy(source, case)}"
     if not np.isfinite(data).all():
         return f"{path} holds NaN or infinite voxels: correct the image, then {remedy(source, case)}"
-    return describe_voxels(source, case, data)
+    return replace(describe_voxels(source, case, data), stamp=stamp)
 
 
 def describe_voxels(source: Source, case: str, data: np.ndarray) -> CaseInfo:
@@ -198,7 +203,8 @@ def _body_points(volume: np.ndarray, threshold: float) -> tuple[tuple[int, int, 
     return tuple(zip(*(axis.tolist() for axis in np.unravel_index(chosen, volume.shape)), strict=True))  # type: ignore[arg-type]
 
 
-def _stamp(source: Source, case: str) -> tuple[int, int]:
+def file_stamp(source: Source, case: str) -> tuple[int, int]:
+    """Size (bytes) and modification time (ns) of the file that holds a case's voxels; GONE where there is none."""
     try:
         status = os.stat(source.case_file(case))
     except OSError:
@@ -213,22 +219,22 @@ def _sorted(*parts: CaseIndex) -> CaseIndex:
     return joined.take(np.argsort(joined.names, kind="stable"))
 
 
-def _load_cache(source: Source) -> tuple[CaseIndex, np.ndarray]:
-    """The index as it was written, and the stamps (N, 2) of the files then; empty where there is none."""
+def _load_cache(source: Source) -> CaseIndex:
+    """The index as it was written; empty where there is none."""
     try:
         with np.load(source.index_file, allow_pickle=False) as stored:
             index = CaseIndex(*(stored[name] for name in CaseIndex.__dataclass_fields__))
             if int(stored["version"]) == INDEX_VERSION and index.ranges.shape[2] == source.in_channels:
-                return index, stored["stamps"]
+                return index
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass
-    return CaseIndex.of([], source.in_channels), np.empty((0, 2), np.int64)
+    return CaseIndex.of([], source.in_channels)
 
 
-def _save_cache(source: Source, index: CaseIndex, stamps: Sequence[tuple[int, int]]) -> None:
+def _save_cache(source: Source, index: CaseIndex) -> None:
     path = source.index_file
     content = io.BytesIO()
-    np.savez(content, version=INDEX_VERSION, stamps=np.array(stamps, np.int64).reshape(-1, 2), **vars(index))
+    np.savez(content, version=INDEX_VERSION, **vars(index))
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, content.getvalue())

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.pretraining.data.case_index import CaseIndex, CaseInfo
+from nnunet_mim.pretraining.data.case_index import GONE, CaseIndex, CaseInfo, file_stamp
 
 TRIES = 20
 """cases that are drawn for a crop, one after the other, while they cannot be read"""
@@ -206,13 +206,15 @@ def read_crop(case: Case, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarr
         (C, *size) float32 with 0 outside the volume, and the valid box (3, 2) int64 as in CropDataset.
 
     Raises:
-        MiMError: the case cannot be read.
+        MiMError: the case cannot be read, or is not the one any more that was described.
     """
     low = np.maximum(start, 0)
     high = np.minimum(start + size, case.info.shape)
     valid = np.stack([low - start, high - start], axis=-1).astype(np.int64)
     inside = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))
     path = case.source.case_file(case.info.case)
+    if case.info.stamp not in (GONE, file_stamp(case.source, case.info.case)):
+        raise MiMError(f"cannot read {path} as it was when the run began: bring the former file back, or begin anew")
     try:
         voxels = np.asarray(_open_voxels(case)[inside], dtype=np.float32)
         if voxels.shape[1:] != tuple(high - low):

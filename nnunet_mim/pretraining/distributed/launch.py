@@ -74,8 +74,13 @@ def _is_child() -> bool:
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
+def is_first_rank() -> bool:
+    """Whether this is the process that prints and writes, also before the others have been started."""
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
+    return rank == "0"
+
+
 def say(text: str) -> None:
     """Print on the first rank only."""
-    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
-    if rank == "0":
+    if is_first_rank():
         print(text, flush=True)

@@ -154,8 +154,8 @@ class Measurement(Generic[T]):
 
     @property
     def reconstructed(self) -> tuple[HeldOutLevel[T], ...]:
-        """The levels that have a reconstruction loss."""
-        return tuple(level for level in self.levels if level.reconstruction is not None)
+        """The levels that have a reconstruction loss over at least one target token."""
+        return tuple(level for level in self.levels if level.reconstruction is not None and level.targets != 0)
 
     def row(self) -> dict[str, T]:
         """Figures by column, in the order of val.csv."""

@@ -61,6 +61,12 @@ class HeldOut:
         """of each crop, by level"""
         self.constants = [self._constants(position) for position in range(len(self.n_targets))]
 
+    @property
+    def without_targets(self) -> list[int]:
+        """Numbers of the levels that no held-out crop has a target token of: all are padding or air."""
+        n_levels = len(self.n_targets)
+        return [level_number(position, n_levels) for position, n in enumerate(self.n_targets) if not any(n)]
+
     @torch.no_grad()
     def evaluate(self, model: PretrainingNetwork) -> Measurement[float]:
         """Means over all target tokens, or over crops for what has none, and the spread of the encoder's features."""
@@ -75,7 +81,8 @@ class HeldOut:
             for position in range(len(self.constants))
         ]
         rank, std = _feature_spread(torch.cat(tokens))
-        loss = sum(level.loss or 0.0 for level in levels)
+        measured = any(level.reconstruction is not None for level in levels)
+        loss = sum(level.loss or 0.0 for level in levels) if measured else None
         return Measurement(levels=tuple(levels), loss=loss, feature_rank=rank, feature_std=std)
 
     def _evaluate_crop(self, model: PretrainingNetwork, number: int) -> tuple[list[LevelFigures[Tensor]], list[float]]:
@@ -98,7 +105,7 @@ class HeldOut:
     def _mean_level(
         self, position: int, crops: Sequence[LevelFigures[Tensor]], errors: Sequence[float]
     ) -> HeldOutLevel[float]:
-        """One level over all crops, from the figures and the error of each."""
+        """One level over all crops, from the figures and the error of each; without a target there is no loss."""
         targets, names = self.n_targets[position], dict.fromkeys(self.datasets)
         datasets = {}
         for dataset in names if len(names) > 1 else ():
@@ -106,19 +113,17 @@ class HeldOut:
             if own:
                 losses = [crops[i].reconstruction for i in own]
                 datasets[dataset] = _weighted_mean(losses, [targets[i] for i in own])
-        return replace(
-            self.constants[position],
-            **vars(averaged(crops, _weighted_mean)),
-            psnr=_decibel(_weighted_mean(errors, targets)),
-            datasets=datasets,
-        )
+        level = replace(self.constants[position], **vars(averaged(crops, _weighted_mean)))
+        if not any(targets):
+            return replace(level, reconstruction=None)
+        return replace(level, psnr=_decibel(_weighted_mean(errors, targets)), datasets=datasets)
 
     def _constants(self, position: int) -> HeldOutLevel[float]:
         """What does not depend on the network: trivial predictors, and alignment by chance."""
         pairs = zip(self.views, self.is_target, strict=True)
         crops = [trivial_losses(views[position], is_target[position], self.width) for views, is_target in pairs]
         targets, guesses = self.n_targets[position], {}
-        for name in crops[0]:
+        for name in crops[0] if any(targets) else ():
             losses, errors = zip(*(crop[name] for crop in crops), strict=True)
             guesses[name] = _weighted_mean(losses, targets)
             guesses[f"{name}_psnr"] = _decibel(_weighted_mean(errors, targets))

@@ -18,6 +18,7 @@ from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases
 from nnunet_mim.pretraining.data.run_data import RunData
+from nnunet_mim.pretraining.distributed.launch import say
 from nnunet_mim.pretraining.monitoring.figures import Measurement
 from nnunet_mim.pretraining.monitoring.held_out import HeldOut
 from nnunet_mim.pretraining.monitoring.probe import LabelProbe, probe_cases
@@ -35,6 +36,8 @@ class Monitor:
         )
         crops, valid = crops.to(fabric.device), valid.to(fabric.device)
         self.held_out = HeldOut(crops, valid, datasets, fill, flat_threshold, width, config, views_per_pass)
+        for number in self.held_out.without_targets:
+            say(f"warning: level {number} is not measured: no held-out crop has a token without padding or air in it")
         cases = probe_cases(data.train, data.val, config.probe_cases, config.seed) if config.probe_every else None
         self.probe = cases and LabelProbe(*cases, data.fill, seed=config.seed, device=fabric.device)
         self.seconds: dict[str, list[float]] = defaultdict(list)
@@ -77,7 +80,7 @@ def _held_out_crops(data: RunData, config: PretrainConfig) -> tuple[Tensor, Tens
         which = number % len(groups)
         crop, box, missed = datasets[which][number // len(groups)]
         for name in UnreadCases(groups[which]).add(missed):
-            print(f"{name} cannot be read any more: another held-out case takes its place")
+            print(f"{name} has changed or cannot be read any more: another held-out case takes its place")
         crops.append(crop)
         valid.append(box)
         names.append(groups[which][0].source.dataset)

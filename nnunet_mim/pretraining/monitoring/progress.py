@@ -52,8 +52,8 @@ class StepLog:
         """
         for name in self.unread.add(numbers):
             if self.run.strict:
-                raise MiMError(f"{name} cannot be read any more: restore it and continue with --c")
-            self.bar.write(f"{name} cannot be read any more: other cases take its place")
+                raise MiMError(f"{name} has changed or cannot be read any more: restore it and continue with --c")
+            self.bar.write(f"{name} has changed or cannot be read any more: other cases take its place")
 
     def add(self, figures: TrainingFigures[Tensor]) -> None:
         """Keep the figures of one step."""
@@ -109,6 +109,8 @@ def _mean_figures(
         if not used:
             return math.nan
         weight = torch.tensor(weights or [1.0] * len(values))
+        if not weight.any():  # no target token in any of these steps
+            return math.nan
         return float((torch.tensor(values) * weight).sum() / weight.sum().clamp(min=1))
 
     numbers = [level.number for level in steps[0].levels]
@@ -137,7 +139,7 @@ def _progress_text(train: TrainingFigures[float], val: Measurement[float], crops
     """What the progress bar shows beside speed and time left."""
     losses = {level.number: train.level(level.number).reconstruction for level in val.reconstructed}
     return {
-        **{f"L{number}": f"{loss:.3f}" for number, loss in losses.items() if loss is not None},
+        **{f"L{number}": f"{loss:.3f}" for number, loss in losses.items() if loss is not None and math.isfinite(loss)},
         "val": "/".join(f"{level.reconstruction:.3f}" for level in val.reconstructed),
         "crops/s": f"{crops_per_s:.2f}",
     }

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
@@ -139,6 +140,8 @@ def losses_text(last: Measurement[float]) -> str:
     for level in last.reconstructed:
         guesses = f"{_figure_text(level.guesses.token_mean):>10}   {_figure_text(level.guesses.infill):>10}"
         lines.append(f"  {level.name:28} {guesses}   {_figure_text(level.reconstruction):>7}")
+    if not last.reconstructed:
+        lines.append("  no level was measured: no held-out crop has a token without padding or air in it")
     return "\n".join(lines)
 
 
@@ -208,10 +211,14 @@ def commands(facts: Facts, path: Path) -> list[str]:
     if provenance["datasets"]:
         own = provenance["datasets"][0][7:].split("_")[0]
         command = train.format(own, configuration, fold, provenance["plans_name"])
-        lines += ["# its own dataset", command, "# another one"]
+        run = path.parent.parent.name
+        tagged = run.startswith("MiMPretrain_") and not run.startswith("MiMPretrain__")  # is not found by itself
+        named = f"{ENV_CHECKPOINT}={path} " if tagged else ""
+        lines += ["# its own dataset", f"{named}{command}", "# another one"]
+    kept = "" if configuration == "3d_fullres" else f" -c {configuration}"
     return [
         *lines,
-        f"mim_plan -d DATASET -pc {path}",
+        f"mim_plan -d DATASET -pc {path}{kept}",
         f"nnUNetv2_preprocess -d DATASET -plans_name nnUNetMiMPlans -c {configuration}",
         train.format("DATASET", configuration, 0, "nnUNetMiMPlans"),
     ]

@@ -81,7 +81,7 @@ BROKEN = {
     ),
     "origin": (
         lambda msd, v: v.write(msd / "labelsTr" / "spleen_3.nii.gz", v.organs(1), origin=(-120.5, 33.25, 402.5)),
-        "has origin (-120.5, 33.25, 402.5) mm, its image (-120.5, 33.25, 400) mm: extract the archive again; where",
+        "has origin (-120.5, 33.25, 402.5) mm, its image (-120.5, 33.25, 400) mm (x, y, z): extract the archive",
     ),
     "direction": (
         lambda msd, v: v.write(msd / "labelsTr" / "spleen_3.nii.gz", v.organs(1), direction=TURNED),

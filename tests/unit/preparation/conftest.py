@@ -160,6 +160,12 @@ def here(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def without_fingerprint(here, monkeypatch):
+    """As `here`, and nnU-Net's processes that read a labelled dataset for its fingerprint are not started."""
+    monkeypatch.setattr(prepare, "extracted_fingerprint", lambda *_: b"{}")
+
+
+@pytest.fixture
 def images(tmp_path):
     """A folder with three CT."""
     (tmp_path / "ct").mkdir()

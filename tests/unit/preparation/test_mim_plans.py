@@ -274,7 +274,7 @@ def test_command_writes_the_file_and_says_what_to_run_next(dataset, capsys):
     printed = capsys.readouterr().out
     for command in (
         "nnUNetv2_preprocess -d 007 -plans_name nnUNetMiMPlans -c 3d_fullres",
-        "mim_pretrain -d 007 -p nnUNetMiMPlans -c 3d_fullres --preset tiny",
+        "mim_pretrain -d 007 -p nnUNetMiMPlans -c 3d_fullres -f 0",
         "nnUNetv2_train 007 3d_fullres 0 -tr nnUNetTrainerMiM -p nnUNetMiMPlans",
     ):
         assert command in printed

@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.checkpoint.identity import merged_records, voxel_sha256
 from nnunet_mim.nnunet.source import find_source
-from nnunet_mim.preparation import prepare_case
+from nnunet_mim.preparation import prepare, prepare_case
 from nnunet_mim.preparation.prepare_cli import main
 from nnunet_mim.pretraining.data import case_index
 from nnunet_mim.pretraining.data.case_index import read_index
@@ -30,7 +30,7 @@ def test_a_folder_becomes_a_dataset_that_nnunet_reads(preparing, images, here, c
     assert preparing.new(images) == 0
     said = capsys.readouterr().out
     assert f"{NAME}: 3 cases prepared, 0 left out" in said
-    assert "next: mim_pretrain -d 800 -p nnUNetMiMPlans --preset tiny\n" in said
+    assert "next: mim_pretrain -d 800 -p nnUNetMiMPlans\n" in said
     folder = preparing.folder()
     dataset = infer_dataset_class(str(folder))(str(folder))
     assert dataset.identifiers == ["scan0", "scan1", "scan2"]
@@ -130,6 +130,34 @@ def test_what_is_no_ct_is_left_out_with_its_reason(preparing, images, ct, dicom,
     assert sorted(p.name for p in preparing.folder().glob("*.b2nd")) == sorted(
         f"scan{i}{end}" for i in range(3) for end in (".b2nd", "_seg.b2nd")
     )
+
+
+def test_a_doubtful_case_is_prepared_and_named_wherever_the_user_looks(preparing, images, here, monkeypatch, capsys):
+    """A warning of the header and one of the voxels, of a case that is new and when nothing is new any more."""
+    read_header = prepare.read_header
+
+    def doubt(volume, min_slices):
+        header = read_header(volume, min_slices)
+        return replace(header, warnings=("tilted (3 degrees)",)) if volume.name == "scan1" else header
+
+    monkeypatch.setattr(prepare, "read_header", doubt)
+    monkeypatch.setattr(prepare_case, "voxel_warnings", lambda ct: ("bright (2,000 HU)",) if ct.max() > 1010 else ())
+    for _ in range(2):
+        assert preparing.new(images) == 0
+        said = capsys.readouterr().out
+        doubtful = preparing.log().doubtful
+        assert doubtful["scan1"]["warnings"][0] == "tilted (3 degrees)"
+        assert f"{NAME}: 3 cases prepared, {len(doubtful)} of them doubtful, 0 left out\n" in said
+        assert f"      1 doubtful: tilted                 e.g. {images}/scan1.nii.gz: tilted (3 degrees)\n" in said
+        with preparing.log().path.with_name("nnUNetMiMPlans_3d_fullres_doubtful.csv").open(encoding="utf-8") as file:
+            rows = [(row["case"], row["file"], row["warning"]) for row in csv.DictReader(file)]
+        assert rows[rows.index(("scan1", str(images / "scan1.nii.gz"), "tilted (3 degrees)"))]
+        assert len(rows) == sum(len(entry["warnings"]) for entry in doubtful.values())
+        page = preparing.log().path.with_suffix(".html").read_text("utf-8")
+        assert "Accepted, but doubtful" in page
+        assert (
+            f"3 cases are ready for pretraining, {len(doubtful)} of them are doubtful, no image was left out." in page
+        )
 
 
 def test_the_index_is_there_already(preparing, images, here, monkeypatch):

@@ -16,6 +16,7 @@ from nnunet_mim.demo.phantoms import make_phantom
 from nnunet_mim.pretraining import cli, loop
 from nnunet_mim.pretraining.objective.views import nested_views
 
+NETWORK = {"network_class_name": "x.PlainConvUNet", "arch_kwargs": {}, "_kw_requires_import": []}
 PLANS = {
     "dataset_name": "Dataset900_Tiny",
     "plans_name": "tinyPlans",
@@ -27,14 +28,15 @@ PLANS = {
         "0": {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0, "min": 0, "max": 0}
     },
     "configurations": {
-        "2d": {"data_identifier": "tinyPlans_2d", "patch_size": [64, 64], "spacing": [3.0, 3.0], "architecture": {}},
+        "2d": {"data_identifier": "tinyPlans_2d", "patch_size": [64, 64], "spacing": [3.0, 3.0]},
         "3d_fullres": {
             "data_identifier": "tinyPlans_3d_fullres",
             "patch_size": [64, 64, 64],
             "batch_size": 2,
             "spacing": [3.0, 3.0, 3.0],
             "normalization_schemes": ["CTNormalization"],
-            "architecture": {},
+            "median_image_size_in_voxels": [48.0, 48.0, 48.0],
+            "architecture": NETWORK,
         },
         "other": {"inherits_from": "3d_fullres", "data_identifier": "nothing_there"},
     },

@@ -91,7 +91,7 @@ def test_a_case_that_breaks_on_the_way_is_named_and_replaced(datasets, small_run
     monkeypatch.setattr(loop, "training_batches", break_one)
     assert run("-o", "run", "--iterations", "10") == 0
     said = "".join(capsys.readouterr())
-    assert said.count(f"{broken[0]} cannot be read any more: other cases take its place") == 1
+    assert said.count(f"{broken[0]} has changed or cannot be read any more: other cases take its place") == 1
     assert float(small_runs.rows("run")[-1]["train/unread"]) >= 1
 
 

@@ -1,0 +1,87 @@
+"""The cases of a dataset in nnUNet_raw, as far as its dataset.json and the names of its files tell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.datasets import raw_files, read_json
+from nnunet_mim.nnunet.plans import n_channels
+from nnunet_mim.preparation.labels import declared_values
+from nnunet_mim.preparation.prepare_case import RawCase
+
+REQUIRED = ("labels", "numTraining", "file_ending")
+"""entries of dataset.json that nnU-Net wants beside the names of the channels"""
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A dataset in nnUNet_raw. No image has been opened."""
+
+    description: dict[str, Any]
+    """content of dataset.json"""
+    files: dict[str, Any]
+    """"images" and "label" of every case, by name"""
+    cases: list[RawCase]
+    """sorted by name"""
+    label_values: tuple[int, ...]
+    """that may occur in labels; empty for a dataset without"""
+
+
+def read_raw_dataset(raw: Path, base: Path) -> RawDataset:
+    """Read and check the dataset in the folder `raw` of nnUNet_raw; `base` is its folder in nnUNet_preprocessed.
+
+    Raises MiMError for no raw data, a dataset.json that nnU-Net would not take, or files of a case that are missing.
+    """
+    file = raw / "dataset.json"
+    if not file.is_file():
+        raise MiMError(f"{file} does not exist: give the number of a dataset in nnUNet_raw, or -i FOLDER")
+    description = read_json(file)
+    missing = [key for key in REQUIRED if key not in description]
+    if not {"channel_names", "modality"} & set(description):
+        missing.append("channel_names")
+    if missing:
+        raise MiMError(f"{file} has no {', '.join(missing)}: see nnU-Net's page on its dataset format")
+    files = raw_files(raw, description)
+    if not files:
+        raise MiMError(f"no image in {raw}: see nnU-Net's page on its dataset format")
+    _check_channels(file, n_channels(description), files)
+    labelled = _has_labels(files, base)
+    cases = [
+        RawCase(str(name), tuple(map(str, entry["images"])), str(entry["label"]) if labelled else None)
+        for name, entry in sorted(files.items())
+    ]
+    return RawDataset(description, files, cases, tuple(declared_values(description, file)) if labelled else ())
+
+
+def _check_channels(file: Path, channels: int, files: Mapping[str, Any]) -> None:
+    """Raise MiMError unless every case has one image for each channel of dataset.json, which is `file`."""
+    for name, entry in files.items():
+        if len(entry["images"]) != channels:
+            shown = ", ".join(Path(image).name for image in entry["images"])
+            raise MiMError(
+                f"case {name} of {file.parent} has {len(entry['images'])} images ({shown}), {file} names {channels} "
+                "channels: add what is missing, or move the other files of the case away"
+            )
+
+
+def _has_labels(files: Mapping[str, Any], base: Path) -> bool:
+    """Whether the cases have labels. Raises MiMError where only some have, or none any more.
+
+    Cases whose images are missing too do not count: their disk may be away.
+    """
+    there = [entry for entry in files.values() if all(map(os.path.isfile, entry["images"]))]
+    missing = [entry["label"] for entry in there if not os.path.isfile(entry["label"])]
+    if len(missing) < len(there) and missing:
+        raise MiMError(f"{missing[0]} is missing, others are there: add it, or move its image away")
+    references = base / "gt_segmentations"
+    if missing and references.is_dir() and any(references.iterdir()):
+        raise MiMError(
+            f"{missing[0]} is missing, and so are all labels that {base.name} was prepared with: bring them back, or "
+            f"delete {references} to prepare images alone"
+        )
+    return any(os.path.isfile(entry["label"]) for entry in files.values())

@@ -1,0 +1,147 @@
+"""What is missing in nnUNet_raw is named before any work, and what is only away costs nothing."""
+
+import json
+import os
+import shutil
+
+import pytest
+import SimpleITK as sitk
+
+from nnunet_mim.preparation import prepare_case
+
+NAME = "Dataset501_L"
+
+
+def test_a_missing_channel_is_named_before_anything_else(preparing, ct, here, refused):
+    raw = preparing.write_raw(NAME, [[ct(i), sitk.Abs(ct(i))] for i in range(2)])
+    (raw / "imagesTr" / "case_1_0001.nii.gz").unlink()
+    (raw / "imagesTr" / "case_0_0000.nii.gz").write_bytes(b"")
+    line = refused("-d", "501")
+    assert f"case case_1 of {raw} has 1 images (case_1_0000.nii.gz), {raw}/dataset.json names 2 channels" in line
+    assert not (preparing.root / "nnUNet_preprocessed" / NAME).exists()
+
+
+@pytest.mark.parametrize("entry", ["labels", "numTraining", "file_ending", "channel_names"])
+def test_an_entry_of_dataset_json_that_is_missing(preparing, ct, refused, entry):
+    raw = preparing.write_raw(NAME, [[ct(0)]])
+    content = json.loads((raw / "dataset.json").read_text())
+    del content[entry]
+    (raw / "dataset.json").write_text(json.dumps(content))
+    assert f"{raw}/dataset.json has no {entry}: see nnU-Net's page" in refused("-d", "501")
+
+
+@pytest.fixture
+def disk(preparing, ct, without_fingerprint):
+    """Dataset 501, prepared, whose images and labels lie on a disk of their own; returns the disk's folder."""
+    disk = preparing.write_raw(
+        "Dataset999_Disk", [[ct(i)] for i in range(3)], [preparing.organ_of(ct(i)) for i in range(3)]
+    )
+    raw = preparing.root / "nnUNet_raw" / NAME
+    raw.mkdir()
+    content = json.loads((disk / "dataset.json").read_text())
+    content["dataset"] = {
+        f"case_{i}": {
+            "images": [str(disk / "imagesTr" / f"case_{i}_0000.nii.gz")],
+            "label": str(disk / "labelsTr" / f"case_{i}.nii.gz"),
+        }
+        for i in range(3)
+    }  # fmt: skip
+    (raw / "dataset.json").write_text(json.dumps(content))
+    assert preparing(501) == 0
+    return disk
+
+
+def stamps(folder):
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_images_on_a_disk_that_is_partly_away_are_kept(preparing, disk, capsys):
+    before = stamps(preparing.folder(NAME))
+    aside = disk.with_name("aside")
+    aside.mkdir()
+    for path in [*disk.glob("*/case_1*")]:
+        shutil.move(path, aside / path.name)
+    capsys.readouterr()
+    assert preparing(501) == 0
+    said = capsys.readouterr().out
+    assert "3 cases prepared, 1 of them doubtful, 0 left out" in said
+    assert "cannot be read (" in said
+    assert "case_1_0000.nii.gz is not there): kept as it was prepared" in said
+    assert stamps(preparing.folder(NAME)) == before
+    assert preparing(501, "--strict") == 2
+    assert "--strict: 1 left out or unreadable, the first is " in capsys.readouterr().err
+    shutil.move(aside / "case_1_0000.nii.gz", disk / "imagesTr")
+    shutil.move(aside / "case_1.nii.gz", disk / "labelsTr")
+    assert preparing(501, "--strict") == 0
+    assert "doubtful" not in capsys.readouterr().out
+    assert stamps(preparing.folder(NAME)) == before
+
+
+def test_a_disk_that_is_away_ends_in_one_line(preparing, disk, refused):
+    before = stamps(preparing.folder(NAME))
+    disk.rename(disk.with_name("elsewhere"))
+    line = refused("-d", "501", "-s", "4")
+    assert "none of 3 images can be used (case_0: cannot be read (" in line
+    assert "bring them back and repeat the command; 3 cases of Dataset501_L are prepared and are kept" in line
+    assert "none of 3 images can be used" in refused("-d", "501", "-s", "5", "--overwrite")
+    assert stamps(preparing.folder(NAME)) == before
+
+
+def test_overwrite_deletes_nothing_that_cannot_be_made_anew(preparing, disk, refused):
+    before = stamps(preparing.folder(NAME))
+    (disk / "imagesTr" / "case_2_0000.nii.gz").write_bytes(b"")
+    line = refused("-d", "501", "-s", "5", "--overwrite")
+    assert "--overwrite would delete 1 prepared cases that cannot be prepared anew, such as case_2" in line
+    assert stamps(preparing.folder(NAME)) == before
+
+
+def test_labels_that_are_away_do_not_make_a_dataset_without_labels(preparing, disk, refused):
+    shutil.rmtree(disk / "labelsTr")
+    references = preparing.root / "nnUNet_preprocessed" / NAME / "gt_segmentations"
+    line = refused("-d", "501", "-s", "4")
+    assert f"and so are all labels that {NAME} was prepared with: bring them back, or delete {references}" in line
+    shutil.rmtree(references)
+    assert preparing(501) == 0
+
+
+def test_a_hiccup_of_the_storage_takes_nothing_away(preparing, images, here, monkeypatch, capsys):
+    """The file can be seen and has changed, but its voxels cannot be read any more."""
+    assert preparing.new(images) == 0
+    before = stamps(preparing.folder())
+    os.utime(images / "scan1.nii.gz", (1, 1))
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_case, "damaged", fail)
+        assert preparing.new(images) == 0
+    assert "scan1.nii.gz: cannot be read or prepared ([Errno 5] Input/output error): kept" in capsys.readouterr().out
+    assert stamps(preparing.folder()) == before
+    (images / "scan1.nii.gz").write_bytes((images / "scan1.nii.gz").read_bytes()[:3000])
+    assert preparing.new(images) == 0
+    assert "damaged (" in capsys.readouterr().out
+    assert stamps(preparing.folder()) == before
+
+
+def test_a_name_that_nnunet_takes_for_a_segmentation(preparing, ct, here):
+    """case_0_seg.b2nd would be the segmentation of case_0, and no case. (mim_prepare -i gives them other names.)"""
+    raw = preparing.write_raw(NAME, [[ct(0)], [ct(1)]])
+    for path in raw.glob("imagesTr/case_1*"):
+        path.rename(path.with_name("case_0_seg_0000.nii.gz"))
+    assert preparing(501) == 0
+    assert list(preparing.log(NAME).prepared) == ["case_0"]
+    reason = preparing.log(NAME).skipped["case_0_seg"]["reason"]
+    assert reason == "its name ends in _seg (nnU-Net takes such files for segmentations): rename the image"
+
+
+def test_slices_are_counted_once_more_when_they_have_been_resampled(preparing, images, here, capsys):
+    """28 rows of 3 mm are 14 of 6 mm."""
+    assert preparing.new(images) == 0
+    command = ("-n", "Coarse", "-i", images)
+    assert preparing(801, *command, spacing="6") == 2
+    reason = "fewer than 16 slices once resampled (16 x 14 x 16 of 6 x 6 x 6 mm, z y x)"
+    assert f"no case of Dataset801_Coarse could be prepared (scan0: {reason}" in capsys.readouterr().err
+    assert preparing(801, *command, "--min_slices", "14", spacing="6") == 0
+    assert len(preparing.log("Dataset801_Coarse").prepared) == 3
+    assert preparing(801, *command, spacing="6") == 2, "the limit counts for what is prepared, too"
