@@ -15,15 +15,6 @@ NETWORK = NetworkConfig((6, 6, 6, 12), (1, 1, 1, 1), 2, decoder_embed_dim=12, de
 WINDOW = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Threads of a busy machine wait for each other, in every one of these tiny operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def write_checkpoint(tmp_path):
     """write(spacing=…, transpose_forward=…, channels=1, **provenance) → path of a checkpoint; None leaves a key out."""

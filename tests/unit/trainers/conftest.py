@@ -4,19 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 DATASET = "Dataset007_Toy"
 CASES = [f"case_{i}" for i in range(5)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

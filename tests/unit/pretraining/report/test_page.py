@@ -23,14 +23,6 @@ from nnunet_mim.pretraining.report.summary import Facts
 NETWORK = NetworkConfig((6, 6, 6, 12), (1, 1, 1, 1), 2, decoder_embed_dim=12, decoder_depth=1, decoder_num_heads=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def run(write_dataset, tmp_path):
     """(folder, checkpoint, data) of a run on made-up bodies that has hardly begun."""

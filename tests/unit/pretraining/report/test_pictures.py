@@ -47,15 +47,6 @@ def make_checkpoint(normalization: str = "CTNormalization", scale=(2, 2, 2), cha
     return {"mim_config": config.to_dict(), "network_weights": weights, "provenance": provenance}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads of a busy machine wait for each other, in every one of these tiny operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pictures_of(checkpoint, volume, seed=0):
     return reconstruct_volume(load_network(checkpoint), checkpoint, volume, seed)
 
