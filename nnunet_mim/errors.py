@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,11 +30,36 @@ def one_line_errors() -> Iterator[None]:
         raise ExitingMiMError(str(error)) from None
 
 
+REMEDIES = {
+    errno.EACCES: "give yourself the right to it",
+    errno.EPERM: "give yourself the right to it",
+    errno.EROFS: "name a folder that can be written to",
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some disk space",
+    errno.ENAMETOOLONG: "choose shorter names",
+    errno.ENOTDIR: "name a folder",
+    errno.EISDIR: "name a file",
+    errno.ENOENT: "correct the path",
+    errno.EIO: "see whether the disk is well",
+    errno.ESTALE: "mount the disk again",
+}
+"""what to do about an error of the file system"""
+
+
 def exit_code(run: Callable[[], None]) -> int:
-    """Run a command; its exit code is 0, or 2 after a MiMError, which is printed in one line."""
+    """Run a command; its exit code is 0, or 2 after an error that is printed in one line.
+
+    These are a MiMError, and an error of the file system that names a file. Everything else is a fault of this package
+    and ends in a traceback.
+    """
     try:
         run()
     except MiMError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None or error.errno not in REMEDIES:
+            raise
+        print(f"error: {error.filename}: {error.strerror}: {REMEDIES[error.errno]}", file=sys.stderr)
         return 2
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL
 from nnunet_mim.config import PretrainConfig
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
 from nnunet_mim.settings import check_given_once, parse_settings, read_yaml
 from nnunet_mim.system.cli import OneLineParser, add_flags, given_flags
@@ -84,14 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     from nnunet_mim.pretraining.stopping import EXIT_CODE, StoppedError
 
     try:
-        run(typed)
+        return exit_code(lambda: run(typed))
     except StoppedError as stopped:
         print(stopped)
         return EXIT_CODE
-    except MiMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def run(typed: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ MAX_NAMED = 1000
 """skipped steps that a checkpoint remembers"""
 
 
-class StoppedError(MiMError):
+class StoppedError(Exception):
     """The run was asked to stop, has saved itself and can be continued."""
 
 

@@ -103,8 +103,9 @@ def small():
 @pytest.fixture(scope="session")
 def one_iteration():
     """Options of `small_run`, ended after one iteration and without its report."""
-    changed = {"probe_every=4": "probe_every=0"}
-    return [*(changed.get(option, option) for option in SMALL), "iterations=1"]
+    options = ["probe_every=0" if option == "probe_every=4" else option for option in SMALL]
+    options[options.index("--iterations") + 1] = "1"
+    return options
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,35 @@
+"""What a command prints and returns after an error."""
+
+import errno
+import os
+
+import pytest
+
+from nnunet_mim.errors import REMEDIES, MiMError, exit_code
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("number", sorted(REMEDIES))
+def test_an_error_of_the_file_system_is_one_line_that_names_the_file(capsys, number):
+    error = OSError(number, os.strerror(number), "/results/fold_0")
+    assert exit_code(raising(error)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: /results/fold_0: {os.strerror(number)}: {REMEDIES[number]}"
+
+
+def test_errors_of_this_package_and_success(capsys):
+    assert exit_code(raising(MiMError("no plans: run mim_plan -d 5"))) == 2
+    assert capsys.readouterr().err == "error: no plans: run mim_plan -d 5\n"
+    assert exit_code(lambda: None) == 0
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.ECONNRESET, "reset", "x"), OSError("no file")])
+def test_everything_else_is_a_fault_and_is_shown_whole(error):
+    with pytest.raises(type(error)):
+        exit_code(raising(error))
