@@ -100,12 +100,14 @@ def with_planned_network(settings: Mapping[str, Any], source: Source) -> dict[st
         preset = planned_preset or PretrainConfig.preset
         settings = {**settings, "preset": preset, "network": {**sizes, **settings.get("network", {})}}
     found = _network_of(settings)
+    known_as = f"preset {planned_preset}" if planned_preset else "no preset"
     for name in ENCODER_SIZES:
-        if getattr(found, name) != getattr(planned, name):
+        wanted, given = getattr(planned, name), getattr(found, name)
+        if given != wanted:
             raise MiMError(
-                f"plans {source.plans_name} of {source.dataset} name an encoder with {name} {getattr(planned, name)} "
-                f"({f'preset {planned_preset}' if planned_preset else 'no preset'}), and cannot finetune one with {getattr(found, name)}: leave out --preset "
-                f"and network settings, or change the plans first with {_plan_command(source, settings['preset'])}"
+                f"plans {source.plans_name} of {source.dataset} name an encoder with {name} {wanted} ({known_as}), and "
+                f"cannot finetune one with {given}: leave out --preset and network settings, or change the plans first "
+                f"with {_plan_command(source, settings['preset'])}"
             )
     return dict(settings)
 
