@@ -104,7 +104,9 @@ def small():
 def one_iteration():
     """Options of `small_run`, ended after one iteration and without its report."""
     changed = {"probe_every=4": "probe_every=0"}
-    return [*(changed.get(option, option) for option in SMALL), "iterations=1"]
+    options = [changed.get(option, option) for option in SMALL]
+    options[options.index("--iterations") + 1] = "1"
+    return options
 
 
 @pytest.fixture(scope="session")
