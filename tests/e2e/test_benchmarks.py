@@ -219,8 +219,8 @@ def test_the_ablation_of_the_gpu_without_one(toys):
     assert started_from == {
         "Scratch": ("nnUNetMiMFewShot_tiny", ""),
         "ScratchNarrow": ("nnUNetMiMAblationNarrow_tiny", ""),
-        "one_level": ("nnUNetMiMFewShot_tiny", f"{tag}_one_level__nnUNetMiMPlans__3d_fullres"),
-        "narrow_window": ("nnUNetMiMAblationNarrow_tiny", f"{tag}_narrow_window__nnUNetMiMNarrow__3d_fullres"),
+        "one_level": ("nnUNetMiMFewShot_tiny", f"{tag}_one_level__nnUNetMiMFewShot_tiny__3d_fullres"),
+        "narrow_window": ("nnUNetMiMAblationNarrow_tiny", f"{tag}_narrow_window__nnUNetMiMAblationNarrow_tiny__3d_fullres"),
     }
 
 
