@@ -314,7 +314,6 @@ def broken_plans(folder):
         (["-d", "7", "-c", "3d_cascade_fullres"], None, "cascade"),
         (["-d", "7", "-c", "3d_other"], None, "available are"),
         (["-d", "7"], no_plans, "nnUNetv2_plan_and_preprocess -d 007 --no_pp"),
-        (["-d", "7", "-p", "TYPO"], None, "TYPO.json does not exist: choose base plans with -p (nnUNetPlans), or run"),
         (["-d", "7"], broken_plans, "cannot read"),
         (["-d", "7", "-pc", "/nowhere.pth"], None, "does not exist"),
         (["-d", "7", "-o", "nnUNetPlans"], None, "other than -p"),
@@ -399,41 +398,3 @@ def test_images_stored_otherwise_than_in_axial_slices_are_not_mirrored(dataset, 
         assert main(["-d", "7", "--preset", "tiny", "--overwrite", *more]) == 0
         assert ("exchange left and right" in capsys.readouterr().out) == (axes == [])
         assert json.loads((dataset / "nnUNetMiMPlans.json").read_text())["mim_finetune"]["mirror_axes"] == axes
-
-
-def test_a_reader_that_cannot_turn_images_is_said_and_nothing_is_mirrored(
-    dataset, capsys, monkeypatch, base_plans, make_checkpoint
-):
-    """Pretraining has seen turned images; the reader of the base plans leaves them as they are."""
-    monkeypatch.setattr("nnunet_mim.preparation.cli.mirroring_is_unsafe", lambda raw, _: raw.name == DATASET)
-    path = make_checkpoint()
-    stored = torch.load(path)
-    stored["provenance"]["image_reader_writer"] = "SimpleITKIOWithReorient"
-    torch.save(stored, path)
-    (dataset / "other.json").write_text(json.dumps({**base_plans, "image_reader_writer": "Tiff3DIO"}))
-    assert main(["-d", "7", "-pc", str(path)]) == 0
-    said = capsys.readouterr().out
-    assert "exchange left and right" not in said, "SimpleITKIO has a twin that turns them"
-    assert "WARNING: images were turned" not in said
-    assert main(["-d", "7", "-pc", str(path), "-p", "other", "--overwrite"]) == 0
-    said = capsys.readouterr().out
-    assert "exchange left and right" in said
-    assert "WARNING: images were turned to RAS in pretraining; Tiff3DIO, the reader of other, cannot" in said
-    assert json.loads((dataset / "nnUNetMiMPlans.json").read_text())["mim_finetune"]["mirror_axes"] == []
-
-
-def test_what_is_printed_next_can_be_typed(dataset, capsys, parsed_commands):
-    for more in (["--preset", "tiny"], ["-p", "resenc", "--encoder", "resenc", "-o", "Res"]):
-        if "resenc" in more:
-            plans = json.loads((dataset / "nnUNetPlans.json").read_text())
-            kwargs = {"n_stages": 3, "features_per_stage": [8, 8, 8], "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]]}
-            name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
-            architecture = {"network_class_name": name, "arch_kwargs": kwargs, "_kw_requires_import": []}
-            plans["configurations"]["3d_fullres"]["architecture"] = architecture
-            (dataset / "resenc.json").write_text(json.dumps(plans))
-        assert main(["-d", "7", *more]) == 0
-        (command,) = [line for line in capsys.readouterr().out.splitlines() if "mim_pretrain" in line]
-        (given,) = parsed_commands(command)
-        assert (given.datasets, given.configuration, given.fold) == (["007"], "3d_fullres", "0")
-        assert given.plans == ("Res" if "resenc" in more else "nnUNetMiMPlans")
-        assert vars(given).get("encoder", "hybrid") == ("resenc" if "resenc" in more else "hybrid")
