@@ -25,15 +25,15 @@ from nnunet_mim.pretraining.monitoring.figures import Measurement
 
 VARIANTS = {
     "default": [],
-    "default_seed_1": ["seed=1"],  # what differs by chance
-    "one_level": ["level_weights=1,0,0", "alignment=none"],
-    "two_levels": ["level_weights=1,1,0"],
-    "native": ["ladder=native"],
-    "no_alignment": ["alignment=none"],
-    "cosine": ["alignment=cosine"],
-    "mask_less": ["mask_ratios=0.5,0.4,0.3"],
-    "mask_more": ["mask_ratios=0.5,0.75,0.7"],
-    "scale_1": ["scale=1,1,1"],
+    "default_seed_1": ["--seed", "1"],  # what differs by chance
+    "one_level": ["--alignment", "none", "--set", "level_weights=1,0,0"],
+    "two_levels": ["--set", "level_weights=1,1,0"],
+    "native": ["--ladder", "native"],
+    "no_alignment": ["--alignment", "none"],
+    "cosine": ["--alignment", "cosine"],
+    "mask_less": ["--mask_ratios", "0.5", "0.4", "0.3"],
+    "mask_more": ["--mask_ratios", "0.5", "0.75", "0.7"],
+    "scale_1": ["--scale", "1", "1", "1"],
     "narrow_window": [],
 }
 LAST_PROBES = 3
@@ -77,8 +77,7 @@ def run(name, options):
         command += ["-f", options.f, "-o", f"{options.o}_{name}", *options.arguments]
         if (folder / LATEST).is_file():
             command.append("--c")
-        if VARIANTS[name]:  # with --c too: they override what ARGUMENTS say
-            command += ["--set", *VARIANTS[name]]
+        command += VARIANTS[name]  # with --c too: the last one of a flag counts, so they override ARGUMENTS
         subprocess.run(command, check=True, stdout=sys.stderr)
     return {**figures(folder / "val.csv"), "crops_per_s": crops_per_second(folder / "train.csv")}
 

@@ -102,7 +102,11 @@ class PretrainConfig:
     """Everything that decides what one `mim_pretrain` run computes. Saved in its checkpoint."""
 
     preset: str = setting(
-        "base", "network size: tiny, small, base (as published) or large", "--preset", choices=list(PRESETS)
+        "base",
+        "network size: tiny, small, base (as published) or large",
+        "--preset",
+        default_text="that of MiM plans, else base",
+        choices=list(PRESETS),
     )
     network: NetworkConfig = None  # type: ignore[assignment]
     """sizes; default: the preset's"""

@@ -21,11 +21,13 @@ tag=ablation_$tag
 out=${3:-$nnUNet_results/$folder/gpu_$tag}
 mkdir -p "$out"
 
-python "$here/../preset_plans.py" -d "$number" --preset "$preset" -o "nnUNetMiMFewShot_$preset"
+for dataset in $number $others; do
+    python "$here/../preset_plans.py" -d "$dataset" --preset "$preset" -o "nnUNetMiMFewShot_$preset"
+    [ -z "$narrow" ] || python "$here/../preset_plans.py" -d "$dataset" -p "$narrow" --preset "$preset" -o "nnUNetMiMAblationNarrow_$preset"
+done
 arms=(Scratch) with_narrow=()
 if [ -n "$narrow" ]; then
-    python "$here/../preset_plans.py" -d "$number" -p "$narrow" --preset "$preset" -o "nnUNetMiMAblationNarrow_$preset"
-    variants="$variants narrow_window" with_narrow=(--narrow "$narrow")
+    variants="$variants narrow_window" with_narrow=(--narrow "nnUNetMiMAblationNarrow_$preset")
     arms+=("ScratchNarrow=nnUNetTrainerMiMScratch:nnUNetMiMAblationNarrow_$preset")
 fi
 
@@ -36,16 +38,16 @@ protocol=(mim_benchmark few_shot -d "$number" -p "nnUNetMiMFewShot_$preset" -f "
 
 say "pretraining"
 # shellcheck disable=SC2086
-python "$here/../ablation.py" -d "$number" $others -f "$fold" -o "$tag" --only $variants "${with_narrow[@]}" \
-    -- --preset "$preset" -device "$device" $pretraining > "$out/probe.part"
+python "$here/../ablation.py" -d "$number" $others -p "nnUNetMiMFewShot_$preset" -f "$fold" -o "$tag" --only $variants "${with_narrow[@]}" \
+    -- -device "$device" $pretraining > "$out/probe.part"
 mv "$out/probe.part" "$out/probe.md"
 cat "$out/probe.md"
 
 say "finetuning"
 for variant in $variants; do
-    pretrained_with=nnUNetMiMPlans plans=nnUNetMiMFewShot_$preset
-    if [ "$variant" = narrow_window ]; then pretrained_with=$narrow plans=nnUNetMiMAblationNarrow_$preset; fi
-    run=$nnUNet_results/$folder/MiMPretrain_${tag}_${variant}__${pretrained_with}__3d_fullres/fold_$fold
+    plans=nnUNetMiMFewShot_$preset
+    if [ "$variant" = narrow_window ]; then plans=nnUNetMiMAblationNarrow_$preset; fi
+    run=$nnUNet_results/$folder/MiMPretrain_${tag}_${variant}__${plans}__3d_fullres/fold_$fold
     arms+=("$variant=nnUNetTrainerMiM:$plans:$run/checkpoint_final.pth")
 done
 "${protocol[@]}" --arms "${arms[@]}"

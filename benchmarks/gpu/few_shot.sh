@@ -17,9 +17,11 @@ plans=$nnUNet_preprocessed/$folder
 out=${3:-$nnUNet_results/$folder/gpu_$tag}
 
 say "plans"
-# the dataset's MiM plans with the network of the preset, and once more with nnU-Net's intensities; the data stay where they are
+# the datasets' MiM plans with the network of the preset, and once more with nnU-Net's intensities; the data stay where they are
 python "$here/../stock_plans.py" -d "$number"
-python "$here/../preset_plans.py" -d "$number" --preset "$preset" -o "nnUNetMiMFewShot_$preset"
+for dataset in $number $others; do
+    python "$here/../preset_plans.py" -d "$dataset" --preset "$preset" -o "nnUNetMiMFewShot_$preset"
+done
 python "$here/../preset_plans.py" -d "$number" --preset "$preset" -o "nnUNetMiMFewShotNarrow_$preset" --like nnUNetPlainLikeMiM
 stamp=$plans/nnUNetPlainLikeMiM_3d_fullres.complete  # beside the cases: nnU-Net looks at every file among them
 if ! cmp -s "$plans/nnUNetPlainLikeMiM.json" "$stamp"; then
@@ -36,11 +38,11 @@ protocol=(mim_benchmark few_shot -d "$number" -p "nnUNetMiMFewShot_$preset" -f "
 [ -f "$out/table.csv" ] || "${protocol[@]}" --dry-run  # what is wrong with the arms is said before the pretraining
 
 say "pretraining"
-run=$nnUNet_results/$folder/MiMPretrain_${tag}__nnUNetMiMPlans__3d_fullres/fold_$fold
+run=$nnUNet_results/$folder/MiMPretrain_${tag}__nnUNetMiMFewShot_${preset}__3d_fullres/fold_$fold
 again=()
 if [ -f "$run/checkpoint_latest.pth" ] || [ -f "$run/checkpoint_final.pth" ]; then again=(--c); fi
 # shellcheck disable=SC2086
-mim_pretrain -d "$number" $others -p nnUNetMiMPlans -f "$fold" -o "$tag" --preset "$preset" -device "$device" $pretraining "${again[@]}"
+mim_pretrain -d "$number" $others -p "nnUNetMiMFewShot_$preset" -f "$fold" -o "$tag" -device "$device" $pretraining "${again[@]}"
 
 say "finetuning"
 "${protocol[@]}" "MiM=nnUNetTrainerMiM:nnUNetMiMFewShot_$preset:$run/checkpoint_final.pth"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,7 +161,8 @@ def complete_configuration(plans: dict[str, Any], configuration: str) -> dict[st
     place = f"plans {plans['plans_name']}, configuration {configuration}"
     if len(content.get("patch_size", ())) == 2:
         return content
-    return _checked(place, content, CONFIGURATION, "plan the dataset again")
+    _checked(place, json.loads(json.dumps(content)), CONFIGURATION, "plan the dataset again")  # without tuples
+    return content
 
 
 def read_fingerprint(path: Path) -> dict[str, Any]:

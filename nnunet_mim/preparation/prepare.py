@@ -33,7 +33,7 @@ from nnunet_mim.preparation.finding import find_volumes
 from nnunet_mim.preparation.labels import write_reference
 from nnunet_mim.preparation.mim_plans import check_can_write
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps, run_jobs
-from nnunet_mim.preparation.raw_cases import read_raw_dataset
+from nnunet_mim.preparation.raw_cases import read_raw_dataset, unlabelled_dataset
 from nnunet_mim.preparation.screening import Header, read_header
 from nnunet_mim.pretraining.data.case_index import CaseInfo, write_index
 from nnunet_mim.system.files import write_atomically
@@ -132,12 +132,12 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
     survey = _survey(dataset, base, cases, (), config)
     images = {name: entry["images"] for name, entry in earlier.items()}
     images |= {case.name: list(case.images) for case in cases if case.name in survey.headers}
-    dataset_json = _unlabelled_dataset(images)
+    dataset_json = unlabelled_dataset(images)
     plans, notes, same = _plan(survey, dataset_json)
 
     (raw / "imagesTr").mkdir(parents=True, exist_ok=True)
     if not earlier:
-        _write_json(raw / DATASET_JSON, _unlabelled_dataset({}))
+        _write_json(raw / DATASET_JSON, unlabelled_dataset({}))
     prepared = _prepare(survey, plans, notes, same, dataset_json)
     _drop_duplicates(prepared.log, prepared.source.folder)
     entries, skipped = prepared.log.prepared, prepared.log.skipped
@@ -147,7 +147,7 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
         if case.series is not None and case.name not in images:
             Path(case.images[0]).unlink(missing_ok=True)
     for folder in (raw, base):
-        _write_json(folder / DATASET_JSON, _unlabelled_dataset(images))
+        _write_json(folder / DATASET_JSON, unlabelled_dataset(images))
     _write_json(base / FINGERPRINT, _final_fingerprint(entries))
     return _indexed(prepared)
 
@@ -162,8 +162,10 @@ def prepare_dataset(dataset: str, config: PrepareConfig) -> Prepared:
     dataset_json = raw.description
     survey = _survey(dataset, base, raw.cases, raw.label_values, config)
     if not survey.headers:
-        kept = f"{len(survey.log.prepared)} cases of {dataset} are prepared and are kept"
-        raise MiMError(f"{_no_image(survey.problems)}: bring them back and repeat the command; {kept}")
+        raise MiMError(
+            f"none of {len(raw.cases)} images can be used ({_first_reasons(survey.problems)}): bring them back and "
+            f"repeat the command; {len(survey.log.prepared)} cases of {dataset} are prepared and are kept"
+        )
     first = next(case for case in raw.cases if case.name in survey.headers)
     example = {"images": list(first.images), "label": first.label or ""}
     plans, notes, same = _plan(survey, {**dataset_json, "dataset": {first.name: example}})
@@ -207,7 +209,8 @@ def _survey(
     headers = {name: result for name, result in found.items() if isinstance(result, Header)}
     problems = {name: result for name, result in found.items() if isinstance(result, str)}
     if not headers and not log.prepared:
-        raise MiMError(f"{_no_image(problems)}: give CT volumes in Hounsfield units")
+        reasons = _first_reasons(problems)
+        raise MiMError(f"none of {len(cases)} images can be used ({reasons}): give CT volumes in Hounsfield units")
     return _Survey(dataset, base, log, cases, headers, problems, label_values, config)
 
 
@@ -215,15 +218,14 @@ def _look_at(case: RawCase, min_slices: int) -> Header | str:
     """Header of a case's image, or why the case cannot be used, as far as names and the header tell."""
     if case.name.endswith(SEGMENTATION):
         return f"its name ends in {SEGMENTATION} (nnU-Net takes such files for segmentations): rename the image"
-    inputs = (*(case.images if case.series is None else case.series.files), *([case.label] if case.label else []))
-    if missing := [file for file in inputs if not os.path.isfile(file)]:
+    files = case.images if case.series is None else case.series.files
+    if missing := [file for file in (*files, case.label) if file and not os.path.isfile(file)]:
         return f"cannot be read ({missing[0]} is not there)"
     return read_header(case.volume, min_slices)
 
 
-def _no_image(problems: Mapping[str, str]) -> str:
-    reasons = "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:3])
-    return f"none of {len(problems)} images can be used ({reasons})"
+def _first_reasons(problems: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:3])
 
 
 def _plan(survey: _Survey, dataset_json: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], bool]:
@@ -278,7 +280,7 @@ def _prepare(
                 _leave_out(log, folder, _entry(case, "", {"problem": problem}))
     unread |= _prepare_usable(survey, source, dataset_json)
     if not log.prepared:
-        reasons = "; ".join(f"{entry['case']}: {entry['reason']}" for entry in list(log.skipped.values())[:3])
+        reasons = _first_reasons({name: entry["reason"] for name, entry in log.skipped.items()})
         raise MiMError(f"no case of {survey.dataset} could be prepared ({reasons}): give CT in Hounsfield units")
     return Prepared(source, log, survey.labelled, notes, unread)
 
@@ -362,21 +364,6 @@ def _write_references(cases: Sequence[RawCase], base: Path, ending: str) -> None
     for case in cases:
         if case.label is not None:
             write_reference(Path(case.label), Path(case.images[0]), folder / f"{case.name}{ending}")
-
-
-def _unlabelled_dataset(images: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """nnU-Net's dataset.json of CT without labels; its label files are named, but need not exist."""
-    return {
-        "channel_names": {"0": "CT"},
-        "labels": {"background": 0},
-        "numTraining": len(images),
-        "file_ending": ".nii.gz",
-        "overwrite_image_reader_writer": "SimpleITKIOWithReorient",
-        "made_by": "mim_prepare",
-        "dataset": {
-            name: {"images": list(files), "label": f"labelsTr/{name}.nii.gz"} for name, files in sorted(images.items())
-        },
-    }
 
 
 def _entry(case: RawCase, key: str, result: Mapping[str, Any]) -> Entry:

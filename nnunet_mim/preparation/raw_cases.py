@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,21 @@ def read_raw_dataset(raw: Path, base: Path) -> RawDataset:
         for name, entry in sorted(files.items())
     ]
     return RawDataset(description, files, cases, tuple(declared_values(description, file)) if labelled else ())
+
+
+def unlabelled_dataset(images: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """nnU-Net's dataset.json of CT without labels; its label files are named, but need not exist."""
+    return {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0},
+        "numTraining": len(images),
+        "file_ending": ".nii.gz",
+        "overwrite_image_reader_writer": "SimpleITKIOWithReorient",
+        "made_by": "mim_prepare",
+        "dataset": {
+            name: {"images": list(files), "label": f"labelsTr/{name}.nii.gz"} for name, files in sorted(images.items())
+        },
+    }
 
 
 def _check_channels(file: Path, channels: int, files: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ DESCRIPTION = """\
 Pretrain the MiM encoder (Mask in Mask, arXiv 2404.15580) on CT that nnU-Net has preprocessed. No labels are used.
 
   mim_pretrain -d 501                            stock nnUNetPlans, base network, 3d_fullres
+  mim_pretrain -d 501 -p nnUNetMiMPlans          plans of mim_plan or mim_prepare, and the network in them
   mim_pretrain -d 501 -p nnUNetMiMPlans -f 0     leave fold 0's validation cases out, for an honest comparison
   mim_pretrain -d 501 502 800 -p nnUNetMiMPlans  several datasets with the same spacing and intensity window
   mim_pretrain -d 501 --c                        continue an interrupted run, with its own settings
@@ -110,7 +111,7 @@ def run(typed: argparse.Namespace) -> None:
     from nnunet_mim.pretraining.report.summary import losses_text
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise MiMError("no CUDA device found: add -device cpu (slow; try --preset tiny --view 64)")
+        raise MiMError("no CUDA device found: add -device cpu (slow; try --view 64, with stock plans --preset tiny)")
     devices, nodes = device_count(options.num_gpus)
     options = options.resolved(devices)
     from_file = read_yaml(Path(typed.config)) if typed.config else {}

@@ -97,23 +97,26 @@ def with_planned_network(settings: Mapping[str, Any], source: Source) -> dict[st
     planned = network_from_dict({**asdict(PRESETS[PretrainConfig.preset]), **sizes})
     planned_preset = _preset_of(planned)
     if "preset" not in settings:
-        settings = {**settings, "preset": planned_preset, "network": {**sizes, **settings.get("network", {})}}
+        preset = planned_preset or PretrainConfig.preset
+        settings = {**settings, "preset": preset, "network": {**sizes, **settings.get("network", {})}}
     found = _network_of(settings)
+    known_as = f"preset {planned_preset}" if planned_preset else "no preset"
     for name in ENCODER_SIZES:
-        if getattr(found, name) != getattr(planned, name):
+        wanted, given = getattr(planned, name), getattr(found, name)
+        if given != wanted:
             raise MiMError(
-                f"plans {source.plans_name} of {source.dataset} name an encoder with {name} {getattr(planned, name)} "
-                f"(preset {planned_preset}), and cannot finetune one with {getattr(found, name)}: leave out --preset "
-                f"and network settings, or change the plans first with {_plan_command(source, settings['preset'])}"
+                f"plans {source.plans_name} of {source.dataset} name an encoder with {name} {wanted} ({known_as}), and "
+                f"cannot finetune one with {given}: leave out --preset and network settings, or change the plans first "
+                f"with {_plan_command(source, settings['preset'])}"
             )
     return dict(settings)
 
 
-def _preset_of(network: NetworkConfig) -> str:
-    """The preset with an encoder of these sizes, whatever its strides; the default one where there is none."""
+def _preset_of(network: NetworkConfig) -> str | None:
+    """The preset with an encoder of these sizes, whatever its strides; None where there is none."""
     sizes = {preset: [getattr(of, name) for name in ENCODER_SIZES] for preset, of in PRESETS.items()}
     wanted = [getattr(network, name) for name in ENCODER_SIZES]
-    return next((preset for preset, found in sizes.items() if found == wanted), PretrainConfig.preset)
+    return next((preset for preset, found in sizes.items() if found == wanted), None)
 
 
 def _plan_command(source: Source, preset: str) -> str:

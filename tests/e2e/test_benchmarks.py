@@ -215,12 +215,12 @@ def test_the_ablation_of_the_gpu_without_one(toys):
     for path in out.glob("cells/*/*/*/*/*/result.json"):
         key = json.loads(path.read_text())["key"]
         started_from[path.parent.name] = (key["plans"], Path(key["checkpoint"] or "").parent.parent.name)
-    tag = started_from["one_level"][1].split("_one_level__")[0]
+    tag, narrow = started_from["one_level"][1].split("_one_level__")[0], "nnUNetMiMAblationNarrow_tiny"
     assert started_from == {
         "Scratch": ("nnUNetMiMFewShot_tiny", ""),
-        "ScratchNarrow": ("nnUNetMiMAblationNarrow_tiny", ""),
-        "one_level": ("nnUNetMiMFewShot_tiny", f"{tag}_one_level__nnUNetMiMPlans__3d_fullres"),
-        "narrow_window": ("nnUNetMiMAblationNarrow_tiny", f"{tag}_narrow_window__nnUNetMiMNarrow__3d_fullres"),
+        "ScratchNarrow": (narrow, ""),
+        "one_level": ("nnUNetMiMFewShot_tiny", f"{tag}_one_level__nnUNetMiMFewShot_tiny__3d_fullres"),
+        "narrow_window": (narrow, f"{tag}_narrow_window__{narrow}__3d_fullres"),
     }
 
 

@@ -103,7 +103,8 @@ def small():
 @pytest.fixture(scope="session")
 def one_iteration():
     """Options of `small_run`, ended after one iteration and without its report."""
-    options = ["probe_every=0" if option == "probe_every=4" else option for option in SMALL]
+    changed = {"probe_every=4": "probe_every=0"}
+    options = [changed.get(option, option) for option in SMALL]
     options[options.index("--iterations") + 1] = "1"
     return options
 

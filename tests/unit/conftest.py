@@ -1,10 +1,15 @@
 """Hand-made pretraining checkpoints and stock plans of a toy dataset."""
 
+import re
+
 import pytest
 import torch
 
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.preparation import cli as plan_cli
+from nnunet_mim.preparation import prepare_cli
+from nnunet_mim.pretraining import cli as pretrain_cli
 
 DATASET = "Dataset007_Toy"
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), num_heads=2)
@@ -91,3 +96,19 @@ def plans():
         "configurations": {"2d": {**configuration, "patch_size": [32, 32]}, "3d_fullres": configuration},
         "mim_finetune": {"num_epochs": 2, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1},
     }
+
+
+@pytest.fixture
+def parsed_commands():
+    """parsed_commands(text): what the parsers of this package's commands make of the commands in a message."""
+    parsers = {
+        "mim_prepare": prepare_cli._parser,
+        "mim_plan": plan_cli._parser,
+        "mim_pretrain": pretrain_cli._build_parser,
+    }
+
+    def parse(text):
+        commands = re.findall(r"\b(mim_(?:prepare|plan|pretrain) -[^`,;()…]+)", text)
+        return [parsers[command.split()[0]]().parse_args(command.split()[1:]) for command in commands]
+
+    return parse

@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -40,7 +40,7 @@ class CaseInfo:
     """voxels inside the body, spread at random; empty where everything is air"""
     image_sha256: str = ""
     """of the image's voxels as nnU-Net's reader gives them, where they were known; else empty"""
-    stamp: tuple[int, int] = GONE
+    stamp: tuple[int, int] = field(default=GONE, compare=False)
     """size in bytes and time (ns) of the file when it was read; GONE: not known"""
 
 

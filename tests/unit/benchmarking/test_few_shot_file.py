@@ -105,3 +105,13 @@ def test_bad_options_in_one_line(experiments, capsys, words, says):
     assert main(["few_shot", "-d", "501", *words.split()]) == 2
     assert re.search(f"error: {says}", capsys.readouterr().err)
     assert experiments == []
+
+
+@pytest.mark.parametrize("label", ["05", "010%"])
+def test_labels_with_a_zero_in_front_are_refused_as_in_a_file(experiments, tmp_path, capsys, label):
+    assert main(["few_shot", "-d", "501", "--labels", label]) == 2
+    assert f"labels {label}: leave the 0 in front out" in capsys.readouterr().err
+    path = tmp_path / "bench.yaml"
+    path.write_text(f'datasets: [501]\narms: [MiM]\nlabels: ["{label}"]')
+    with pytest.raises(MiMError, match="leave the 0"):
+        read_bench(path)

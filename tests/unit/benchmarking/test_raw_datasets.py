@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunet_mim.benchmarking import raw_datasets
 from nnunet_mim.benchmarking.archives import BTCV_LABELS
@@ -120,3 +122,21 @@ def test_what_a_killed_one_left_is_removed(folders, btcv):
     assert main(["prepare", "--btcv", str(btcv)]) == 0
     assert {path.name for path in folders.iterdir() if path.is_dir()} == {"Dataset220_BTCV"}
     assert len(list((folders / "Dataset220_BTCV").glob("*/*.nii.gz"))) == 60
+
+
+def test_labels_get_the_geometry_of_their_images(folders, btcv, volumes):
+    """With --ignore_origin; nnU-Net's readers would turn them against their images. The archive stays as it is."""
+    source = btcv / "Training" / "label" / "label0002.nii.gz"
+    turned, voxels = (-1, 0, 0, 0, -1, 0, 0, 0, 1), volumes.organs(13)
+    volumes.write(source, voxels, origin=(0.0, 0.0, 0.0), direction=turned)
+    before = source.read_bytes()
+    assert main(["prepare", "--btcv", str(btcv), "--ignore_origin"]) == 0
+    assert source.read_bytes() == before
+    made = folders / "Dataset220_BTCV"
+    image, label = (
+        sitk.ReadImage(str(made / name)) for name in ("imagesTr/img0002_0000.nii.gz", "labelsTr/img0002.nii.gz")
+    )
+    assert label.GetDirection() == image.GetDirection()
+    assert label.GetOrigin() == image.GetOrigin()
+    assert np.array_equal(sitk.GetArrayFromImage(label), voxels)
+    assert (made / "labelsTr" / "img0001.nii.gz").samefile(source.with_name("label0001.nii.gz")), "others are links"

@@ -145,7 +145,7 @@ def test_a_doubtful_case_is_prepared_and_named_wherever_the_user_looks(preparing
     for _ in range(2):
         assert preparing.new(images) == 0
         said = capsys.readouterr().out
-        doubtful = preparing.log().doubtful
+        doubtful = {name: entry for name, entry in preparing.log().prepared.items() if entry["warnings"]}
         assert doubtful["scan1"]["warnings"][0] == "tilted (3 degrees)"
         assert f"{NAME}: 3 cases prepared, {len(doubtful)} of them doubtful, 0 left out\n" in said
         assert f"      1 doubtful: tilted                 e.g. {images}/scan1.nii.gz: tilted (3 degrees)\n" in said

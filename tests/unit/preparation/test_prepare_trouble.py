@@ -110,6 +110,7 @@ def test_labels_for_some_cases_only(preparing, ct, here, refused):
         (["800", "-n", "X", "-i", "ct", "-s", "0"], "-s takes one number or three"),
         (["800", "-n", "X", "-i", "ct", "-np", "0"], "-np must be at least 1"),
         (["800", "-n", "X", "-i", "ct", "--set", "no_such=1"], "no_such"),
+        (["800", "-n", "X", "-i", "ct", "--set", "spacing=2,2,2"], "--set spacing: give it with -s"),
     ],
 )
 def test_bad_arguments(preparing, images, here, refused, monkeypatch, arguments, says):
@@ -239,3 +240,18 @@ def test_what_could_not_be_read_is_tried_again_and_a_full_disk_is_no_reason(prep
         assert preparing.new(images) == 2
     assert preparing.new(images) == 0
     assert len(preparing.log().prepared) == 3
+
+
+def test_a_dataset_that_is_given_twice(preparing, ct, here, refused):
+    preparing.write_raw("Dataset501_L", [[ct(0)]])
+    assert "Dataset501_L is there twice, leave out 501" in refused("-d", "Dataset501_L", "501")
+
+
+def test_what_is_printed_next_can_be_typed(preparing, images, ct, here, capsys, parsed_commands):
+    preparing.write_raw("Dataset501_L", [[ct(0)]])
+    assert preparing.new(images) == 0
+    (given,) = parsed_commands(capsys.readouterr().out.splitlines()[-1])
+    assert (given.datasets, given.plans) == (["800"], "nnUNetMiMPlans")
+    assert preparing(800, 501, "-p", "Other") == 0
+    (given,) = parsed_commands(capsys.readouterr().out.splitlines()[-1])
+    assert (given.datasets, given.plans) == (["800", "501"], "Other")

@@ -28,7 +28,12 @@ PLANS = {
         "0": {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0, "min": 0, "max": 0}
     },
     "configurations": {
-        "2d": {"data_identifier": "tinyPlans_2d", "patch_size": [64, 64], "spacing": [3.0, 3.0]},
+        "2d": {
+            "data_identifier": "tinyPlans_2d",
+            "patch_size": [64, 64],
+            "spacing": [3.0, 3.0],
+            "architecture": NETWORK,
+        },
         "3d_fullres": {
             "data_identifier": "tinyPlans_3d_fullres",
             "patch_size": [64, 64, 64],

@@ -84,7 +84,7 @@ def test_a_small_run_writes_the_checkpoint_of_the_contract(write_dataset, tmp_pa
     assert [row["iteration"] for row in rows] == ["0", "2", "3"]
     assert float(rows[0]["baseline/level3/token_mean"]) == pytest.approx(1, abs=0.01)
     events = EventAccumulator(str(output / "tensorboard")).Reload()
-    name = "val/level1/reconstruction"
+    name = "val/level3/reconstruction"
     curve = [(event.step, event.value) for event in events.Scalars(name)]
     assert curve == [(int(row["iteration"]), pytest.approx(float(row[name]), rel=1e-5)) for row in rows]
     printed = capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_two_datasets_in_one_run_and_fold_only_of_the_labelled(write_dataset, tm
 @pytest.mark.parametrize("options", [("--ladder", "native"), ("--alignment", "cosine"), ("--alignment", "none"),
                                      ("--view", "32", "32", "64", "--scale", "1", "2", "2")])  # fmt: skip
 def test_every_choice_trains(write_dataset, tmp_path, options):
-    write_dataset(n=3)
+    write_dataset(n=3, shape=(64, 64, 64))  # tokens of the native ladder's level 1 are that large
     assert run("--iterations", "2", *options) == 0
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.pretraining.data.run_data import index_sources, run_data
-from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
+from nnunet_mim.pretraining.distributed.ranks import ALONE
+from nnunet_mim.pretraining.monitoring.figures import LevelFigures, Measurement, TrainingFigures
 from nnunet_mim.pretraining.monitoring.held_out import HeldOut, _decibel, _feature_spread, _weighted_mean
 from nnunet_mim.pretraining.monitoring.metrics_log import _MetricsFile
 from nnunet_mim.pretraining.monitoring.monitor import _held_out_crops
-from nnunet_mim.pretraining.monitoring.progress import _progress_text
+from nnunet_mim.pretraining.monitoring.progress import _mean_figures, _progress_text
+from nnunet_mim.pretraining.monitoring.verdict import verdict
+from nnunet_mim.pretraining.report.summary import losses_text
 
 
 def test_weighted_mean_by_hand():
@@ -84,16 +88,15 @@ def test_spread_of_features_by_hand():
     assert rank < 2.5
 
 
-def toy():
-    """A small network, and a function that makes HeldOut of three crops of noise."""
+def toy(inside=None):
+    """A small network, and a function that makes HeldOut of three crops of noise; `inside`: what is no padding."""
     network = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
     config = PretrainConfig(network=network, view_size=(32, 32, 32), n_children=(2, 2))
     levels = levels_of(config)
     torch.manual_seed(0)
     model = MaskInMask(network)
     crops = torch.randn(3, 1, *levels[0].fov)
-    valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 3)
-
+    valid = torch.tensor([inside or [[0, n] for n in levels[0].fov]] * 3)
 
     def held_out(datasets=("A", "A", "A"), **options):
         tensors = torch.zeros(1), torch.tensor([0.04]), torch.tensor([8.0])
@@ -115,6 +118,66 @@ def test_losses_by_dataset_make_up_the_whole():
     assert figures["val/A/level3"] != figures["val/B/level3"]
     one = held_out(["A", "A", "A"]).evaluate(model).row()
     assert not any(name.startswith("val/A") for name in one)
+
+
+def test_a_level_without_a_target_has_no_loss_anywhere():
+    """Voxels 16 to 48 of 64 along an axis: no token of level 1 (32 voxels) is whole, but those of level 2 (16) are."""
+    model, make = toy(inside=((16, 48), (0, 64), (0, 64)))
+    held_out = make()
+    assert held_out.n_targets[0] == [0, 0, 0]
+    assert all(sum(n) > 0 for n in held_out.n_targets[1:])
+    assert held_out.without_targets == [1]
+    measured = held_out.evaluate(model)
+    row = measured.row()
+    assert [level.number for level in measured.reconstructed] == [2, 3]
+    unmeasured = (
+        "val/level1/reconstruction",
+        "val/level1/psnr",
+        "baseline/level1/infill",
+        "baseline/level1/token_mean",
+    )
+    assert not set(unmeasured) & set(row)
+    assert all(name.replace("1", "2") in row for name in unmeasured)
+    assert row["val/loss"] == pytest.approx(sum(row[f"val/level{n}/loss"] for n in (1, 2, 3)))
+    text = losses_text(measured)
+    assert "level1" not in text
+    assert "0.000" not in text
+    sentence = verdict([replace(measured, iteration=n) for n in range(5)]).sentence
+    assert "level 1" not in sentence
+
+
+def test_without_any_target_nothing_is_said_to_be_better_than_anything():
+    model, make = toy(inside=((0, 3), (0, 3), (0, 3)))
+    measured = make().evaluate(model)
+    assert measured.reconstructed == ()
+    assert measured.loss is None
+    assert "val/loss" not in measured.row()
+    assert "no level was measured" in losses_text(measured)
+    rows = [replace(measured, iteration=n) for n in range(5)]
+    assert verdict(rows).sentence == "too early to say: no reconstruction loss on held-out cases"
+
+
+def test_a_stored_loss_over_no_target_is_not_compared():
+    """Former versions wrote 0 for it."""
+    level = {"reconstruction": 0.0, "targets": 0.0}
+    row = {f"val/level1/{name}": value for name, value in level.items()}
+    row |= {"val/level2/reconstruction": 0.5, "val/level2/targets": 7.0}
+    assert [level.number for level in Measurement.from_row(row).reconstructed] == [2]
+
+
+def test_steps_without_a_target_have_no_mean_loss():
+    """Of three steps two have targets; then none."""
+
+    def step(reconstruction, targets):
+        level = LevelFigures(1, *map(torch.tensor, (reconstruction, targets)), nonfinite=torch.zeros(1))
+        return TrainingFigures(levels=(level,), skipped=torch.tensor(0.0))
+
+    steps = [step(0.5, 1.0), step(0.0, 0.0), step(1.0, 3.0)]
+    assert _mean_figures(steps, ALONE)[0].level(1).reconstruction == pytest.approx(0.875)
+    means = _mean_figures([step(0.0, 0.0)] * 2, ALONE)[0]
+    assert math.isnan(means.level(1).reconstruction)
+    assert _progress_text(means, Measurement.from_row({"val/level1/reconstruction": 0.5}), 1.0)["val"] == "0.500"
+    assert "L1" not in _progress_text(means, Measurement.from_row({"val/level1/reconstruction": 0.5}), 1.0)
 
 
 def test_held_out_crops_come_from_every_dataset(write_dataset):
