@@ -32,7 +32,7 @@ MSD_CASES = {
 }
 """the CT tasks of the Medical Segmentation Decathlon, with their published numbers of training cases"""
 MSD_FOLDERS = ("imagesTr", "labelsTr", "imagesTs")
-MSD_KEYS = ("modality", "labels", "numTraining", "training", "test")
+MSD_KEYS = ("modality", "labels", "numTraining", "training")
 """keys of dataset.json that are read"""
 BTCV_CASES = tuple(f"img{number:04d}" for number in (*range(1, 11), *range(21, 41)))
 BTCV_NAMES = (
