@@ -79,10 +79,6 @@ class Archive:
         """Whether it is BTCV, or else a task of MSD."""
         return self.dataset.endswith("_BTCV")
 
-    def files(self) -> list[Path]:
-        """All images and labels."""
-        return [path for case in self.cases for path in (case.image, case.label)] + list(self.unlabelled)
-
 
 def find_msd(folder: Path, partial: bool = False) -> Archive:
     """The content of an extracted MSD archive (…/Task03_Liver).
