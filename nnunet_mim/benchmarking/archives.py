@@ -33,13 +33,14 @@ MSD_CASES = {
 }
 """the CT tasks of the Medical Segmentation Decathlon, with their published numbers of training cases"""
 MSD_FOLDERS = ("imagesTr", "labelsTr", "imagesTs")
-MSD_KEYS = ("modality", "labels", "numTraining", "training", "test")
-"""keys of dataset.json, most of which nnU-Net's converter needs"""
+MSD_KEYS = ("modality", "labels", "numTraining", "training")
+"""keys of dataset.json that are read"""
 BTCV_CASES = tuple(f"img{number:04d}" for number in (*range(1, 11), *range(21, 41)))
 BTCV_NAMES = (
     "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
     "inferior vena cava", "portal vein and splenic vein", "pancreas", "right adrenal gland", "left adrenal gland",
 )  # fmt: skip
+BTCV_ABOUT = {"name": "BTCV", "reference": "https://www.synapse.org/Synapse:syn3193805", "licence": "see the reference"}
 BTCV_LABELS = {name: value for value, name in enumerate(BTCV_NAMES)}
 PACKED = (".tar", ".tar.gz", ".tgz", ".zip")
 ENDING = ".nii.gz"
@@ -67,6 +68,8 @@ class Archive:
     """complete ones, sorted by name"""
     published: int
     """number of training cases of the whole archive"""
+    about: dict[str, Any]
+    """name, reference and licence, for nnU-Net's dataset.json"""
     unlabelled: tuple[Path, ...] = ()
     """test images that are converted too"""
     problems: tuple[str, ...] = ()
@@ -76,10 +79,6 @@ class Archive:
     def is_btcv(self) -> bool:
         """Whether it is BTCV, or else a task of MSD."""
         return self.dataset.endswith("_BTCV")
-
-    def files(self) -> list[Path]:
-        """All images and labels."""
-        return [path for case in self.cases for path in (case.image, case.label)] + list(self.unlabelled)
 
 
 def find_msd(folder: Path, partial: bool = False) -> Archive:
@@ -109,7 +108,8 @@ def find_msd(folder: Path, partial: bool = False) -> Archive:
     if not problems and len(cases) == published != stated and not partial:
         problems = [f"{folder}/dataset.json says {stated} training cases, {published} are published and there: {AGAIN}"]
     dataset = f"Dataset0{folder.name.removeprefix('Task')}"
-    return Archive(folder, dataset, values, tuple(cases), published, tuple(tests.values()), tuple(problems))
+    about = {key: value for key, value in description.items() if key not in ("modality", "training", "test")}
+    return Archive(folder, dataset, values, tuple(cases), published, about, tuple(tests.values()), tuple(problems))
 
 
 def find_btcv(folder: Path, dataset_id: int, partial: bool = False) -> Archive:
@@ -127,11 +127,11 @@ def find_btcv(folder: Path, dataset_id: int, partial: bool = False) -> Archive:
     strange = [path for path in present if path not in expected]
     problems += [f"{path} is no case of BTCV's training set: move it away" for path in strange]
     dataset = f"Dataset{dataset_id:03d}_BTCV"
-    return Archive(folder, dataset, BTCV_LABELS, tuple(cases), len(BTCV_CASES), problems=tuple(problems))
+    return Archive(folder, dataset, BTCV_LABELS, tuple(cases), len(BTCV_CASES), BTCV_ABOUT, problems=tuple(problems))
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """dataset.json of an MSD archive. Raises MiMError unless it has what nnU-Net's converter needs, and is of a CT."""
+    """dataset.json of an MSD archive. Raises MiMError unless it is one, of a CT."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -145,19 +145,21 @@ def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> li
         outputs = {arm: matrix.training(place).output for arm, place in by_arm.items()}
         predictions = {arm: output / "validation" / reference.name for arm, output in outputs.items()}
         try:
-            ct, spacing, truth, slices = _slices(Path(images[case][0]), reference, predictions, labels)
             of_case = {arm: values[case] for arm, values in dice.items()}
-            pictures.append(CasePicture(title, case, ct, truth, slices, of_case, spacing))
+            pictures.append(read_case((title, case), Path(images[case][0]), reference, predictions, of_case, labels))
         except (RuntimeError, ValueError, IndexError) as error:  # a file that is gone, or grids that do not fit
             print(f"note: no picture of {case} ({' '.join(str(error).split())[-200:]})")
     return pictures
 
 
-def _slices(
-    image: Path, reference: Path, predictions: Mapping[str, Path], shown: Collection[int]
-) -> tuple[np.ndarray, tuple[float, float], np.ndarray, dict[str, np.ndarray]]:
-    """CT, spacing (y, x) in mm, reference and predictions in the axial slice with the largest part of the reference (of
-    the predictions, where it is empty), cut to what is labelled. ValueError where the images have different sizes.
+def read_case(
+    title: tuple[str, str], image: Path, reference: Path, predictions: Mapping[str, Path],
+    dice: Mapping[str, float], shown: Collection[int],
+) -> CasePicture:  # fmt: skip
+    """The axial slice that shows most of the labels, cut to what is labelled; each label counts with the root of its
+    share of its largest area in the reference (in a prediction, where that is empty). Only labels in `shown` count;
+    `predictions` and `dice` are by arm, `title` is a word and the case's name. ValueError where the images have
+    different sizes.
     """
     # axes: x to the patient's left, y to the back, z to the head
     images = [sitk.DICOMOrient(sitk.ReadImage(str(p)), "LPS") for p in (image, reference, *predictions.values())]
@@ -165,12 +167,14 @@ def _slices(
     if any(array.shape != ct.shape for array in arrays):
         raise ValueError("image, reference and predictions have different sizes")
     masks = [np.isin(array, list(shown)) for array in arrays]
-    labelled = masks[0] if masks[0].any() else np.any(masks, axis=0)
-    z = int(labelled.sum(axis=(1, 2)).argmax()) if labelled.any() else len(ct) // 2
+    labelled = next((array for array, mask in zip(arrays, masks, strict=True) if mask.any()), arrays[0])
+    areas = np.array([(labelled == label).sum(axis=(1, 2)) for label in shown])  # (labels, Z)
+    shares = np.sqrt(areas / np.maximum(areas.max(axis=1, keepdims=True), 1)).sum(axis=0)
+    z = int(shares.argmax()) if shares.any() else len(ct) // 2
     x_mm, y_mm, _ = images[0].GetSpacing()
     window = _around(np.any(masks, axis=0)[z], (y_mm, x_mm))
     truth, *predicted = [array[z][window] for array in arrays]
-    return ct[z][window], (y_mm, x_mm), truth, dict(zip(predictions, predicted, strict=True))
+    return CasePicture(*title, ct[z][window], truth, dict(zip(predictions, predicted, strict=True)), dice, (y_mm, x_mm))
 
 
 def _around(mask: np.ndarray, spacing: tuple[float, float]) -> tuple[slice, slice]:
@@ -209,7 +213,8 @@ def cases_figure(pictures: Sequence[CasePicture], names: Mapping[int, str]) -> F
     lines = [(name.replace("_", " "), COLOURS[i % len(COLOURS)], "-") for i, name in enumerate(names.values())]
     lines += [("reference", "#555555", "--"), ("arm", "#555555", "-")]
     handles = [Line2D([], [], color=colour, ls=style, label=label) for label, colour, style in lines]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=8)
+    columns = min(len(handles), 8, int(figure.get_figwidth() / 1.2))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     texts = []
     for picture in pictures:
         dice = ", ".join(f"{arm} {value * 100:.1f} %" for arm, value in picture.dice.items())

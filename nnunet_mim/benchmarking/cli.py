@@ -131,7 +131,7 @@ def prepare(options: argparse.Namespace) -> None:
         _refuse([line for archive in todo for line in archive_problems(archive, options.np, options.ignore_origin)])
         for archive in archives:
             if archive in todo:
-                make_dataset(archive, raw, options.np)
+                make_dataset(archive, raw)
             state = "made" if archive in todo else "there already"
             print(f"{archive.dataset}: {len(archive.cases)} of {archive.published} published training cases, {state}")
             if preprocessed:
@@ -232,7 +232,7 @@ def _add_prepare(command: Any) -> None:
     origin = "let origin and direction of a label differ from its image's; the dataset's labels get the image's"
     add("--ignore_origin", action="store_true", help=origin)
     add("--splits", action="store_true", help="write splits_final.json too; another one is never replaced")
-    processes = f"files read or converted at once (default: 8, or the cores it may use; here {cores})"
+    processes = f"files read at once (default: 8, or the cores it may use; here {cores})"
     add("-np", type=int, default=cores, metavar="N", help=processes)
 
 

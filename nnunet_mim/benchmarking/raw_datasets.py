@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from tqdm import tqdm
 
@@ -20,15 +16,6 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.preparation.labels import geometry_differences, write_like_image
 from nnunet_mim.preparation.prepare_case import remove_abandoned
 from nnunet_mim.preparation.screening import last_line
-from nnunet_mim.system.files import write_atomically
-
-CONVERT = """
-from nnunet_mim.system.processes import end_with_parent
-end_with_parent()
-from nnunetv2.dataset_conversion.convert_MSD_dataset import entry_point
-entry_point()
-"""
-"""nnUNetv2_convert_MSD_dataset in a separate process: it starts a pool, and takes its folder from the environment"""
 
 
 def already_there(archive: Archive, raw: Path) -> bool:
@@ -51,14 +38,14 @@ def check_space(archives: Sequence[Archive], raw: Path) -> None:
     """MiMError if nnUNet_raw does not exist or has no space for these archives."""
     if not raw.is_dir():
         raise MiMError(f"nnUNet_raw is {raw}, which is not a folder: make it, or set the variable to the right one")
-    copied = [path for archive in archives if not _linkable(archive, raw) for path in archive.files()]
+    copied = [path for archive in archives if not _linkable(archive, raw) for path, _ in _pairs(archive, raw)]
     needed, free = sum(path.stat().st_size for path in copied) / 1e9, shutil.disk_usage(raw).free / 1e9
     if needed > free:
         sizes = f"{free:.1f} GB free, {needed:.1f} GB are needed"
         raise MiMError(f"{raw} has {sizes}: make space, or convert fewer at once")
 
 
-def make_dataset(archive: Archive, raw: Path, processes: int) -> None:
+def make_dataset(archive: Archive, raw: Path) -> None:
     """Make nnUNet_raw/DatasetXXX_Name of a checked archive, in a folder beside it until it is complete.
 
     Only one process at a time may make the same one. Raises MiMError where it fails; nothing is left then.
@@ -68,11 +55,7 @@ def make_dataset(archive: Archive, raw: Path, processes: int) -> None:
     made = partial / archive.dataset
     try:
         partial.mkdir()
-        if archive.is_btcv:
-            _link_btcv(archive, made)
-        else:
-            _convert_msd(archive, partial, processes)
-        _check_made(archive, made)
+        _link_all(archive, made)
         _lay_on_images(archive, made)
         os.rename(made, raw / archive.dataset)
     except OSError as error:
@@ -82,54 +65,24 @@ def make_dataset(archive: Archive, raw: Path, processes: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _convert_msd(archive: Archive, partial: Path, processes: int) -> None:
-    """Run nnU-Net's converter, with a progress bar; afterwards only the complete cases are kept, and counted."""
-    environment = {**os.environ, "nnUNet_raw": str(partial)}
-    for name in ("nnUNet_preprocessed", "nnUNet_results"):  # the converter asks them whether the number is free
-        environment.pop(name, None)
-    command = [sys.executable, "-c", CONVERT, "-i", str(archive.folder), "-np", str(processes)]
-    made, log_file = partial / archive.dataset, partial / "log.txt"
-    with (
-        log_file.open("w") as log,
-        tqdm(total=len(archive.files()), desc=f"converting {archive.folder.name}", unit="file") as progress,
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as converter,
-    ):
-        try:
-            while converter.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    converter.wait(0.5)
-                progress.update(min(progress.total, len(list(made.glob(f"*/*{ENDING}")))) - progress.n)
-        finally:
-            converter.kill()
-    if converter.returncode:
-        last = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-        raise MiMError(f"nnU-Net's converter failed at {archive.folder} ({last[0][:300]}): repeat the command")
-    complete = {case.name for case in archive.cases}
-    for path in made.glob("*Tr/*"):
-        if path.name.removesuffix(ENDING).removesuffix("_0000") not in complete:
-            path.unlink()
-    description = json.loads((made / "dataset.json").read_text())
-    description |= {"numTraining": len(archive.cases), "numTest": len(archive.unlabelled)}
-    write_atomically(made / "dataset.json", json.dumps(description, indent=4).encode())
-
-
 def _pairs(archive: Archive, made: Path) -> list[tuple[Path, Path]]:
-    """(file of the archive, file of the dataset) for every image and label of the training cases."""
+    """(file of the archive, file of the dataset) for every image and label."""
     images = [(case.image, made / "imagesTr" / f"{case.name}_0000{ENDING}") for case in archive.cases]
-    return images + [(case.label, made / "labelsTr" / f"{case.name}{ENDING}") for case in archive.cases]
+    labels = [(case.label, made / "labelsTr" / f"{case.name}{ENDING}") for case in archive.cases]
+    tests = [path.name.removesuffix(ENDING) for path in archive.unlabelled]
+    unlabelled = [made / "imagesTs" / f"{name}_0000{ENDING}" for name in tests]
+    return images + labels + list(zip(archive.unlabelled, unlabelled, strict=True))
 
 
-def _link_btcv(archive: Archive, made: Path) -> None:
+def _link_all(archive: Archive, made: Path) -> None:
     """Link images and labels (hard links), or copy them where that is impossible, and describe the dataset."""
-    for name in ("imagesTr", "labelsTr"):
-        (made / name).mkdir(parents=True)
+    for folder in {target.parent for _, target in _pairs(archive, made)}:
+        folder.mkdir(parents=True)
     for source, target in tqdm(_pairs(archive, made), desc=f"converting {archive.folder.name}", unit="file"):
         _link_or_copy(source, target)
-    generate_dataset_json(
-        str(made), {"0": "CT"}, dict(archive.labels), len(archive.cases), ENDING, dataset_name="BTCV",
-        reference="https://www.synapse.org/Synapse:syn3193805", license="see the reference",
-        converted_by="mim_benchmark",
-    )  # fmt: skip
+    counts = {"numTraining": len(archive.cases), "numTest": len(archive.unlabelled), "file_ending": ENDING}
+    description = {**archive.about, "labels": archive.labels, "channel_names": {"0": "CT"}, **counts}
+    (made / "dataset.json").write_text(json.dumps(description, indent=4))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -137,13 +90,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-
-
-def _check_made(archive: Archive, made: Path) -> None:
-    """MiMError unless every case has arrived with all of its bytes."""
-    for source, target in _pairs(archive, made):
-        if not target.is_file() or target.stat().st_size != source.stat().st_size:
-            raise MiMError(f"{source} did not arrive whole in nnUNet_raw: make space, and repeat the command")
 
 
 def _lay_on_images(archive: Archive, made: Path) -> None:
@@ -159,4 +105,4 @@ def _lay_on_images(archive: Archive, made: Path) -> None:
 
 def _linkable(archive: Archive, raw: Path) -> bool:
     """Whether its files need no space, being linked."""
-    return archive.is_btcv and archive.folder.stat().st_dev == raw.stat().st_dev
+    return archive.folder.stat().st_dev == raw.stat().st_dev

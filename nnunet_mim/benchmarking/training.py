@@ -6,14 +6,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import IO, Any
+from typing import Any
 
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, load_summary_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -26,11 +24,11 @@ from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, LATEST
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.locks import exclusive_lock
+from nnunet_mim.system.processes import run_command
 from nnunet_mim.trainers.finetune_config import PLANS_KEY
 
 KEY, RESULT, COST, FAILED, LOG = "key.json", "result.json", "cost.json", "failed.txt", "log.txt"
 BUSY = "another process is at work on it"
-POLL_SECONDS = 0.5
 
 
 class InterruptedTrainingError(MiMError):
@@ -108,8 +106,7 @@ class Training:
         try:
             write_atomically(folder / KEY, json.dumps(self.cell.key()).encode())
             self._write_folders()
-            with log_file.open("a") as log:
-                exit_code = _run(self.command(), log, self.environment(gpu), stop)
+            exit_code = run_command(self.command(), log_file, self.environment(gpu), stop)
             if exit_code in (-signal.SIGTERM, -signal.SIGINT):
                 raise InterruptedTrainingError(f"interrupted, see {log_file}")
             if exit_code or not (self.output / "validation" / "summary.json").is_file():
@@ -204,18 +201,3 @@ def _total_cost(file: Path) -> dict[str, Any]:
         return {}
     seconds, peak_bytes = ([attempt[name] for attempt in attempts] for name in ("seconds", "peak_bytes"))
     return {**attempts[-1], "seconds": sum(seconds), "peak_bytes": max(peak_bytes)}
-
-
-def _run(command: Sequence[str], log: IO[str], environment: Mapping[str, str], stop: Event | None) -> int:
-    """Run a command until it ends or `stop` is set; Ctrl-C in the terminal does not reach it. Returns its exit code."""
-    out, err = log, subprocess.STDOUT
-    process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
-    try:
-        while stop is None or not stop.is_set():
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(POLL_SECONDS)
-        os.killpg(process.pid, signal.SIGTERM)  # with the processes that read and augment
-        return process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise

@@ -14,16 +14,17 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnunet_mim.benchmarking.bench_figures import cases_figure, read_case
+from nnunet_mim.benchmarking.metrics import dice
 from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.checkpoint.locate import FINAL
 from nnunet_mim.demo.phantoms import LABELS
-from nnunet_mim.demo.stages import DemoSettings, Folders
+from nnunet_mim.demo.stages import TRAINER, DemoSettings, Folders
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.orientation import orientation_of
 from nnunet_mim.pretraining.report.page import losses_section, views_sections
 from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
 from nnunet_mim.pretraining.report.summary import Facts, join
-from nnunet_mim.reporting.figures import segmentation_figure
 from nnunet_mim.reporting.page import Section, write_page
 
 ORGANS = {name: label for name, label in LABELS.items() if label}
@@ -36,16 +37,16 @@ def write_report(folders: Folders, settings: DemoSettings, state: dict[str, Any]
     """
     facts = Facts(load_checkpoint(folders.pretraining / FINAL))
     bodies = sorted(path.name for path in folders.labels.glob("*.nii.gz"))
-    dice = np.array([_dice_of_organs(folders, body) for body in bodies])  # (bodies, organs)
+    dices = np.array([_dice_of_organs(folders, body) for body in bodies])  # (bodies, organs)
     sections = [
-        _summary(settings, state, dice.mean()),
+        _summary(settings, state, dices.mean()),
         _views_section(folders, facts),
         _loss_section(folders, facts, settings),
-        _organs_section(folders, settings, bodies, dice),
+        _organs_section(folders, settings, bodies, dices),
         _commands_section(folders, state),
     ]
     write_page(folders.page, "MiM from start to end, on made-up bodies", sections)
-    return float(dice.mean())
+    return float(dices.mean())
 
 
 def _dice_of_organs(folders: Folders, body: str) -> list[float]:
@@ -54,11 +55,7 @@ def _dice_of_organs(folders: Folders, body: str) -> list[float]:
     if not predicted_file.is_file():
         raise MiMError(f"no prediction {predicted_file}: delete {folders.root} and run mim_demo again")
     truth, predicted = _read_image(folders.labels / body), _read_image(predicted_file)
-    dice = []
-    for label in ORGANS.values():
-        a, b = truth == label, predicted == label
-        dice.append(float(2 * (a & b).sum()) / max(1, int(a.sum() + b.sum())))
-    return dice
+    return [dice(predicted == label, truth == label) for label in ORGANS.values()]
 
 
 def _read_image(path: Path) -> np.ndarray:
@@ -109,14 +106,19 @@ times as many."""
     return replace(section, title="Pretraining: the loss falls", text=text)
 
 
-def _organs_section(folders: Folders, settings: DemoSettings, bodies: list[str], dice: np.ndarray) -> Section:
-    figures = []
-    for body in bodies[:2]:
-        image = _read_image(folders.images / body.replace(".nii.gz", "_0000.nii.gz"))
-        truth, predicted = _read_image(folders.labels / body), _read_image(folders.predictions / body)
-        figures.append(segmentation_figure(image, truth, predicted, list(ORGANS), (settings.spacing,) * 3))
+def _organs_section(folders: Folders, settings: DemoSettings, bodies: list[str], dices: np.ndarray) -> Section:
+    pictures = []
+    for body, mean in list(zip(bodies, dices.mean(axis=1), strict=True))[:2]:
+        image, predictions = (
+            folders.images / body.replace(".nii.gz", "_0000.nii.gz"),
+            {TRAINER: folders.predictions / body},
+        )
+        title = "unseen body", body.removesuffix(".nii.gz")
+        organs = list(ORGANS.values())
+        pictures.append(read_case(title, image, folders.labels / body, predictions, {TRAINER: mean}, organs))
+    figures = [cases_figure(pictures, {label: name for name, label in ORGANS.items()})]
     rows = [["Dice", *(body.removesuffix(".nii.gz") for body in bodies), "mean"]]
-    for organ, values in zip([*ORGANS, "all organs"], [*dice.T, dice.mean(axis=1)], strict=True):
+    for organ, values in zip([*ORGANS, "all organs"], [*dices.T, dices.mean(axis=1)], strict=True):
         rows.append([organ.replace("_", " "), *(f"{value:.2f}" for value in (*values, values.mean()))])
     transfer = json.loads((folders.finetuning / "mim_transfer.json").read_text())
     n_loaded, n_fresh = len(transfer["loaded"]) + len(transfer["adapted"]), len(transfer["fresh"])

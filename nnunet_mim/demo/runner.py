@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import sysconfig
 import time
@@ -20,6 +17,7 @@ from typing import Any
 from nnunet_mim.demo.stages import DemoSettings, Folders, Stage
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.processes import run_command
 
 STATE_FILE = "demo.json"
 
@@ -75,7 +73,8 @@ def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any],
         if isinstance(stage.run, list):
             command = shlex.join(stage.run)
             say(f"      {command}")
-            if code := run_command(stage.run, log, _child_environment(folders)):
+            log.unlink(missing_ok=True)
+            if code := run_command([find_command(stage.run[0]), *stage.run[1:]], log, _child_environment(folders)):
                 for line in _last_lines(log):
                     say(f"      | {line}")
                 raise MiMError(
@@ -117,38 +116,8 @@ def find_command(name: str) -> str:
     return found
 
 
-def run_command(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-    """Exit code of a command, whose output goes to `log`. It and its children are ended if this process is."""
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [find_command(command[0]), *command[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # a process group of its own, which _end ends as a whole
-        )
-        try:
-            return child.wait()
-        finally:
-            if child.returncode is None:
-                _end(child)
-
-
 def _last_lines(log: Path, count: int = 12) -> list[str]:
     """The last lines of a log that are not empty, of a progress bar its last state."""
     text = log.read_bytes().decode(errors="replace")
     lines = [line.rstrip().split("\r")[-1] for line in text.split("\n")]
     return [line for line in lines if line][-count:]
-
-
-def _end(child: subprocess.Popen) -> None:
-    if hasattr(os, "killpg"):
-        os.killpg(child.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-    else:
-        child.kill()
-    child.wait()

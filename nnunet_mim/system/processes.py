@@ -5,8 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 SECONDS_BETWEEN_CHECKS = 0.5
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
@@ -50,3 +54,37 @@ def leave_stopping_to_parent(worker: int) -> None:
         timer.start()
 
     signal.signal(signal.SIGTERM, end_later)
+
+
+def run_command(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], stop: threading.Event | None = None
+) -> int:
+    """Run a command, whose output is added to `log`, until it ends or `stop` is set. Returns its exit code.
+
+    It has a process group of its own: Ctrl-C in the terminal does not reach it, and it is ended with its children when
+    this process is interrupted.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        while stop is None or not stop.is_set():
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(SECONDS_BETWEEN_CHECKS)
+        _end_group(process, "SIGTERM")
+        return process.wait()
+    except BaseException:
+        _end_group(process, "SIGKILL")
+        process.wait()
+        raise
+
+
+def _end_group(process: subprocess.Popen, name: str) -> None:
+    """Send a signal to a process and its children; Windows has no groups, and ends the process alone."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, getattr(signal, name))

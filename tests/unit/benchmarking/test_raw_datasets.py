@@ -1,6 +1,7 @@
 """From archives to nnU-Net datasets, which appear whole or not at all."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -98,9 +99,22 @@ def test_a_conversion_that_fails_leaves_nothing(folders, btcv, monkeypatch, refu
     assert "No space left on device" in refused("--btcv", btcv)
 
 
-def test_a_converter_that_fails_leaves_nothing(msd, monkeypatch, refused):
-    monkeypatch.setattr(raw_datasets, "CONVERT", "raise SystemExit('no such thing')")
-    assert "nnU-Net's converter failed" in refused("--msd", msd)
+def test_msd_becomes_what_the_converter_of_nnunet_makes_of_it(folders, msd, tmp_path):
+    """Byte by byte, and the description key by key."""
+    assert main(["prepare", "--msd", str(msd), "-np", "1"]) == 0
+    convert = "from nnunetv2.dataset_conversion.convert_MSD_dataset import entry_point as run"
+    code = f"{convert}\nif __name__ == '__main__':\n    run()"
+    (tmp_path / "convert.py").write_text(code)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
+    environment["nnUNet_raw"] = str(tmp_path)
+    command = [sys.executable, str(tmp_path / "convert.py"), "-i", str(msd), "-np", "1"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    ours, theirs = folders / "Dataset009_Spleen", tmp_path / "Dataset009_Spleen"
+    files = {path.relative_to(ours): path.read_bytes() for path in ours.glob("*/*")}
+    assert len(files) == 8
+    assert files == {path.relative_to(theirs): path.read_bytes() for path in theirs.glob("*/*")}
+    assert json.loads((ours / "dataset.json").read_text()) == json.loads((theirs / "dataset.json").read_text())
+    assert (ours / "imagesTs" / "spleen_7_0000.nii.gz").samefile(msd / "imagesTs" / "spleen_7.nii.gz")
 
 
 def test_copies_where_links_are_impossible(folders, btcv, monkeypatch):

@@ -52,14 +52,14 @@ class Commands:
     def __call__(self, command, log, environment, stop):
         self.commands.append([str(word) for word in command])
         self.environments.append(environment)
-        log.write("an error of nnU-Net")
+        log.write_text("an error of nnU-Net")
         return self.returns
 
 
 @pytest.fixture
 def commands(monkeypatch):
     fake = Commands()
-    monkeypatch.setattr(module, "_run", fake)
+    monkeypatch.setattr(module, "run_command", fake)
     return fake
 
 
@@ -154,7 +154,7 @@ def test_a_failure_is_remembered_until_the_next_attempt(make_cell, commands, tmp
     assert again.failure() is None
     attempt(make_cell(), folder)
     assert again.failure().startswith("training failed, see")
-    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail(again.failure() or "forgotten"))
+    monkeypatch.setattr(module, "run_command", lambda *_: pytest.fail(again.failure() or "forgotten"))
     with pytest.raises(pytest.fail.Exception, match="forgotten"):
         again.train()
 
@@ -171,16 +171,15 @@ def test_a_training_is_ended_with_all_its_processes(tmp_path):
     """A shell that starts another process, as nnU-Net does; both are gone within a second or two."""
     stop = threading.Event()
     threading.Timer(0.7, stop.set).start()
-    with (tmp_path / "log").open("w") as log:
-        returned = module._run(["bash", "-c", "sleep 61 & echo $!; wait"], log, dict(os.environ), stop)
+    command = ["bash", "-c", "sleep 61 & echo $!; wait"]
+    returned = module.run_command(command, tmp_path / "log", dict(os.environ), stop)
     assert returned == -signal.SIGTERM
     child = int((tmp_path / "log").read_text())
     end = time.monotonic() + 5
     while _runs(child) and time.monotonic() < end:
         time.sleep(0.05)
     assert not _runs(child)
-    with (tmp_path / "log").open("w") as log:
-        assert module._run(["bash", "-c", "exit 3"], log, dict(os.environ), None) == 3
+    assert module.run_command(["bash", "-c", "exit 3"], tmp_path / "log", dict(os.environ), None) == 3
 
 
 def _runs(process):

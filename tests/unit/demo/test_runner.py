@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_mim.demo.runner import _child_environment, _last_lines, find_command, open_folder, run_command, run_stages
+from nnunet_mim.demo.runner import _child_environment, _last_lines, find_command, open_folder, run_stages
 from nnunet_mim.demo.stages import QUICK, Folders, Stage, make_stages
 from nnunet_mim.errors import MiMError
+from nnunet_mim.system.processes import run_command
 
 PYTHON = Path(sys.executable).name
 
@@ -131,7 +132,7 @@ def test_interrupting_ends_the_child_and_its_children(tmp_path) -> None:
         f"os.rename({str(pids) + '.tmp'!r}, {str(pids)!r}); time.sleep(300)"
     )
     program = (
-        "from pathlib import Path; import os; from nnunet_mim.demo.runner import run_command;"
+        "from pathlib import Path; import os; from nnunet_mim.system.processes import run_command;"
         f"run_command([{PYTHON!r}, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), os.environ)"
     )
     runner = subprocess.Popen(
