@@ -48,7 +48,8 @@ def stored(small_run):
 
 
 def test_files_of_a_pretraining(small_run, frozen):
-    frozen("files.json", "files of a pretraining", files_below(small_run.folder / "nnUNet_results"))
+    files = [name for name in files_below(small_run.folder / "nnUNet_results") if not name.endswith(".lock")]
+    frozen("files.json", "files of a pretraining", files)
     frozen("files.json", "files of a stopped pretraining", files_below(small_run.latest))
     cached = files_below(small_run.folder / "nnUNet_preprocessed" / "Dataset901_Labelled" / "mim_case_index")
     assert cached == ["nnUNetPlans_3d_fullres.npz"]

@@ -178,5 +178,5 @@ def test_a_checkpoint_keeps_the_contract_of_nnunets_finetuning(tmp_path, referen
     }  # fmt: skip
     for name, value in model.encoder.state_dict().items():
         assert torch.equal(network.encoder.state_dict()[name], value)
-    with pytest.raises(MiMError, match=r"holds nnU-Net's residual encoder U-Net.*nnUNetv2_train … -pretrained_weights"):
+    with pytest.raises(MiMError, match=r"residual encoder U-Net.*nnUNetv2_train .* -pretrained_weights"):
         PretrainedCheckpoint.load(tmp_path / "checkpoint_final.pth")

@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.config import PretrainConfig
-from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.nnunet.splits import fold_validation_cases
 from nnunet_mim.pretraining import cli, loop
@@ -392,21 +391,3 @@ def test_continuing_on_other_cases_is_refused(write_dataset, interrupted_run, sa
     for number in range(3):
         save_case(folder, f"case_{number:02d}", np.random.default_rng(number).normal(size=(1, 48, 48, 48)))
     assert "2 came, went or changed" in refused(capsys, "-d", "900", *SMALL, *again)
-
-
-def test_a_second_run_on_a_folder_is_refused_while_the_first_writes(write_dataset, tmp_path, capsys, monkeypatch):
-    """Both would write the same figures and checkpoints."""
-    write_dataset(n=6)
-    inside = []
-
-    def pretrain(job, fabric):
-        inside.append(job)
-        message = refused(capsys, "-d", "900", *SMALL, "-f", "0", "--iterations", "2")
-        assert "another mim_pretrain writes to" in message
-        assert str(fold_folder(tmp_path)) in message
-        raise MiMError("stopped here")
-
-    monkeypatch.setattr(loop, "pretrain", pretrain)
-    assert run("-f", "0", "--iterations", "2") == 2
-    monkeypatch.undo()
-    assert len(inside) == 1

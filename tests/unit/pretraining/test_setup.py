@@ -199,7 +199,7 @@ def test_a_cascade_is_refused_as_by_the_trainer(write_dataset, with_plans, refus
 
     with_plans(write_dataset(n=3), add_cascade)
     line = refused(*ARGS, "-c", "3d_cascade_fullres")
-    assert "configuration '3d_cascade_fullres' is a cascade, unknown to MiM: use -c 3d_fullres" in line
+    assert "configuration 3d_cascade_fullres is a cascade, unknown to MiM: use 3d_fullres" in line
 
 
 @pytest.mark.parametrize(
