@@ -21,6 +21,21 @@ from nnunet_mim.networks.mask_in_mask import Alignment, LevelOutput
 from nnunet_mim.networks.token_layout import pad_at_ends, take_tokens, tokens_from_grid
 
 CLASS_NAME = "ResidualEncoderUNet"
+CLASS_PATH = f"dynamic_network_architectures.architectures.unet.{CLASS_NAME}"
+NAMED_CLASSES = {
+    "conv_op": ("Conv3d",),
+    "norm_op": ("InstanceNorm3d", "BatchNorm3d"),
+    "dropout_op": ("Dropout3d",),
+    "nonlin": ("LeakyReLU", "ReLU", "GELU"),
+}
+"""by argument, the classes of torch.nn that plans may name; nothing else that a file names is looked up"""
+MODULES = ("torch.nn", "torch.nn.modules.conv", "torch.nn.modules.instancenorm", "torch.nn.modules.batchnorm",
+           "torch.nn.modules.dropout", "torch.nn.modules.activation")  # fmt: skip
+ARGUMENTS = {
+    *NAMED_CLASSES, "n_stages", "features_per_stage", "kernel_sizes", "strides", "n_blocks_per_stage",
+    "n_conv_per_stage_decoder", "conv_bias", "norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs",
+}  # fmt: skip
+"""arguments of the network in nnU-Net's plans"""
 
 
 class ResEncMaskInMask(Alignment):
@@ -123,6 +138,32 @@ def check_resenc(architecture: Mapping[str, Any]) -> None:
             f"--encoder resenc: the plans name {name or 'no network'}, not {CLASS_NAME}: run nnUNetv2_plan_experiment "
             "-d DATASET -pl nnUNetPlannerResEncL, then mim_plan -d DATASET -p nnUNetResEncUNetLPlans --encoder resenc "
             "-o NAME, and pretrain with -p NAME"
+        )
+    check_named_classes(architecture)
+
+
+def check_named_classes(architecture: Mapping[str, Any]) -> None:
+    """Refuse a block of plans that names anything but nnU-Net's residual encoder U-Net and its layers of torch.nn.
+
+    nnU-Net imports what plans name, and calls it with the arguments beside it: a file could run any function.
+
+    Raises:
+        MiMError: another name, or an argument that the network does not have.
+    """
+    kwargs, imported = architecture["arch_kwargs"], architecture["_kw_requires_import"]
+    allowed = {name: {f"{m}.{c}" for m in MODULES for c in classes} for name, classes in NAMED_CLASSES.items()}
+    wrong = [architecture["network_class_name"]] if architecture["network_class_name"] != CLASS_PATH else []
+    wrong += [name for name in kwargs if name not in ARGUMENTS]
+    wrong += [name for name in imported if name not in NAMED_CLASSES]
+    wrong += [
+        str(kwargs[name])
+        for name, paths in allowed.items()
+        if kwargs.get(name) is not None and str(kwargs[name]) not in paths
+    ]
+    if wrong:
+        raise MiMError(
+            f"the architecture names {ascii(wrong[0])[:80]}, which is no part of nnU-Net's {CLASS_NAME}: nothing was "
+            "run; do not use this file, or plan the dataset again"
         )
 
 

@@ -180,3 +180,29 @@ def test_a_checkpoint_keeps_the_contract_of_nnunets_finetuning(tmp_path, referen
         assert torch.equal(network.encoder.state_dict()[name], value)
     with pytest.raises(MiMError, match=r"residual encoder U-Net.*nnUNetv2_train .* -pretrained_weights"):
         PretrainedCheckpoint.load(tmp_path / "checkpoint_final.pth")
+
+
+@pytest.mark.parametrize("argument", ["nonlin", "conv_op", "norm_op", "dropout_op"])
+def test_nothing_else_that_plans_name_is_run(tmp_path, argument):
+    """nnU-Net's builder calls what stands there: the canary shows that ours does not."""
+    canary = tmp_path / "canary"
+    command = {"args": f"touch {canary}", "shell": True}
+    block = architecture()
+    block["arch_kwargs"] |= {argument: "subprocess.check_output", f"{argument}_kwargs": command}
+    with pytest.raises(MiMError, match="nothing was run"):
+        ResEncMaskInMask(block, TOKEN)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"network_class_name": "somewhere.else.ResidualEncoderUNet"},
+        {"_kw_requires_import": ["conv_op", "n_stages"]},
+        {"arch_kwargs": {**architecture()["arch_kwargs"], "block": "os.system"}},
+        {"arch_kwargs": {**architecture()["arch_kwargs"], "nonlin": ["torch.nn.LeakyReLU"]}},
+    ],
+)
+def test_names_that_are_no_part_of_the_network_are_refused(change):
+    with pytest.raises(MiMError, match="nothing was run"):
+        ResEncMaskInMask(architecture() | change, TOKEN)
