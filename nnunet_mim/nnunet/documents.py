@@ -167,7 +167,7 @@ def complete_configuration(plans: dict[str, Any], configuration: str) -> dict[st
 
 def read_fingerprint(path: Path) -> dict[str, Any]:
     """The content of dataset_fingerprint.json. Raises MiMError for one that cannot be used."""
-    remedy = "delete it and run nnUNetv2_extract_fingerprint again"
+    remedy = "delete it and run nnUNetv2_extract_fingerprint -d DATASET"
     return _checked(str(path), read_json(path), FINGERPRINT, remedy)
 
 
@@ -176,10 +176,10 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if isinstance(content, dict) and "training" in content and "file_ending" not in content:
         raise MiMError(f"{path} is of nnU-Net v1: convert the dataset, nnUNetv2_convert_old_nnUNet_dataset FOLDER NAME")
-    remedy = "correct the file, see nnU-Net's page on its dataset format"
+    remedy = "see nnU-Net's page on its dataset format"
     checked = _checked(str(path), content, DATASET_DESCRIPTION, remedy)
     if "channel_names" not in checked and "modality" not in checked:
-        raise MiMError(f"{path}: channel_names is missing: {remedy}")
+        raise MiMError(f"{path} has no channel_names: {remedy}")
     return checked
 
 
@@ -190,9 +190,10 @@ def _checked(path: str, content: Any, schema: TypeAdapter, remedy: str) -> dict[
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "the content"
-        given = "" if first["type"] == "missing" else f" (got {repr(first['input'])[:60]})"
+        if first["type"] == "missing":
+            raise MiMError(f"{path} has no {field}: {remedy}") from None
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise MiMError(f"{path}: {field}: {message}{given}: {remedy}") from None
+        raise MiMError(f"{path}: {field}: {message} (got {repr(first['input'])[:60]}): {remedy}") from None
     return content
 
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import raw_files, read_json
+from nnunet_mim.nnunet.datasets import raw_files
+from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.plans import n_channels
 from nnunet_mim.preparation.labels import declared_values
 from nnunet_mim.preparation.prepare_case import RawCase
-
-REQUIRED = ("labels", "numTraining", "file_ending")
-"""entries of dataset.json that nnU-Net wants beside the names of the channels"""
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,9 @@ def read_raw_dataset(raw: Path, base: Path) -> RawDataset:
     file = raw / "dataset.json"
     if not file.is_file():
         raise MiMError(f"{file} does not exist: give the number of a dataset in nnUNet_raw, or -i FOLDER")
-    description = read_json(file)
-    missing = [key for key in REQUIRED if key not in description]
-    if not {"channel_names", "modality"} & set(description):
-        missing.append("channel_names")
-    if missing:
-        raise MiMError(f"{file} has no {', '.join(missing)}: see nnU-Net's page on its dataset format")
+    description = read_dataset_json(file)
+    if "numTraining" not in description:
+        raise MiMError(f"{file} has no numTraining: see nnU-Net's page on its dataset format")
     files = raw_files(raw, description)
     if not files:
         raise MiMError(f"no image in {raw}: see nnU-Net's page on its dataset format")

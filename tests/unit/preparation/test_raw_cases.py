@@ -21,6 +21,28 @@ def test_a_missing_channel_is_named_before_anything_else(preparing, ct, here, re
     assert not (preparing.root / "nnUNet_preprocessed" / NAME).exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"file_ending": "nii.gz"}, "file_ending"),
+        ({"labels": ["a"]}, "labels"),
+        ({"channel_names": "CT"}, "channel_names"),
+    ],
+)
+def test_a_wrong_entry_of_dataset_json_is_named(preparing, ct, refused, change, words):
+    raw = preparing.write_raw(NAME, [[ct(0)]])
+    content = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps(content | change))
+    assert f"{raw}/dataset.json: {words}: " in refused("-d", "501")
+
+
+def test_a_dataset_of_the_first_version_names_the_command_that_converts_it(preparing, ct, refused):
+    raw = preparing.write_raw(NAME, [[ct(0)]])
+    old = {"modality": {"0": "CT"}, "labels": {"0": "background"}, "training": [], "numTraining": 0}
+    (raw / "dataset.json").write_text(json.dumps(old))
+    assert "nnUNetv2_convert_old_nnUNet_dataset" in refused("-d", "501")
+
+
 @pytest.mark.parametrize("entry", ["labels", "numTraining", "file_ending", "channel_names"])
 def test_an_entry_of_dataset_json_that_is_missing(preparing, ct, refused, entry):
     raw = preparing.write_raw(NAME, [[ct(0)]])
