@@ -16,7 +16,7 @@ from nnunet_mim.benchmarking.matrix import Place, case_value
 from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.tables import smooth
 from nnunet_mim.nnunet.datasets import raw_images
-from nnunet_mim.reporting.figures import COLOURS, CT_WINDOW, bare
+from nnunet_mim.reporting.figures import COLOURS, CT_WINDOW, bare, mark_sides
 
 ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 MARGIN_MM = 30.0
@@ -190,7 +190,7 @@ def _around(mask: np.ndarray, spacing: tuple[float, float]) -> tuple[slice, slic
 def cases_figure(pictures: Sequence[CasePicture], names: Mapping[int, str]) -> Figure:
     """The CT with contours of the labels in `names`, dashed for the reference and solid for the prediction.
 
-    A row per case, a column per arm.
+    A row per case, a column per arm; R and L are the patient's sides.
     """
     arms = list(pictures[0].predictions)
     column = min(3.1, 12 / len(arms))
@@ -208,6 +208,7 @@ def cases_figure(pictures: Sequence[CasePicture], names: Mapping[int, str]) -> F
                         colour = COLOURS[number % len(COLOURS)]
                         column.contour(inside, levels=[0.5], colors=colour, linewidths=1.1, linestyles=style)
             column.set_title(f"{arm}: {picture.dice[arm] * 100:.1f} %", fontsize=9)
+            mark_sides(column, 0.02, 0.94)
             bare(column)
         row[0].set_ylabel(f"{picture.title}\n{picture.name}", fontsize=9)
     lines = [(name.replace("_", " "), COLOURS[i % len(COLOURS)], "-") for i, name in enumerate(names.values())]

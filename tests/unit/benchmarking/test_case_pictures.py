@@ -84,6 +84,9 @@ def test_worst_median_and_best_case_upright(outcome):
     assert len(figure.axes) == 6
     assert figure.axes[0].get_title() == "A: 10.0 %"
     assert "worst: c1, Dice A 10.0 %" in figure.get_label()
+    for axes in figure.axes:
+        right, left = sorted(axes.texts, key=lambda text: text.get_position()[0])
+        assert (right.get_text(), left.get_text()) == ("R", "L"), "the label at the patient's right is on the left"
 
 
 def test_no_pictures_without_images_or_results(outcome, monkeypatch, tmp_path):
