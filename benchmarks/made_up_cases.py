@@ -35,15 +35,18 @@ def write_plans(base, cases):
     """`plans.json` of a dataset with its preprocessed cases in the folder `cases`, as far as mim_pretrain reads it."""
     configuration = {
         "data_identifier": cases,
+        "batch_size": 2,
         "patch_size": [128, 128, 128],
+        "median_image_size_in_voxels": [128.0, 128.0, 128.0],
         "spacing": [2.0, 2.0, 2.0],
         "normalization_schemes": ["CTNormalization"],
-        "architecture": {"network_class_name": "PlainConvUNet"},
+        "architecture": {"network_class_name": "PlainConvUNet", "arch_kwargs": {}, "_kw_requires_import": []},
     }
     plans = {
         "dataset_name": base.name,
         "plans_name": "plans",
         "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
         "foreground_intensity_properties_per_channel": {"0": WINDOW},
         "configurations": {"3d_fullres": configuration},
     }
