@@ -65,9 +65,9 @@ def main():
         short = replace(config, val_every=config.iterations, save_every=config.iterations + 1)
         views_per_pass = 4 if options.device == "cpu" else 32
         run = Run(short, data, output, RunOptions(workers=0, views_per_pass=views_per_pass))
-        result = pretrain(run, fabric, note)
+        record = pretrain(run, fabric, note)
     step_s = statistics.median(b - a for a, b in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False))
-    parts = {kind: statistics.median(seconds) for kind, seconds in result.measuring.items()}
+    parts = {kind: statistics.median(seconds) for kind, seconds in record.monitor.seconds.items()}
     for kind in {"probe", "report"} & set(parts):  # rarer than the others
         parts[kind] *= config.val_every / config.probe_every
     measure_s = sum(parts.values())

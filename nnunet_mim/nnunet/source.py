@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from nnunet_mim.nnunet.datasets import dataset_name, read_json
 from nnunet_mim.nnunet.documents import read_plans
 from nnunet_mim.nnunet.intensities import Intensities
 from nnunet_mim.nnunet.plans import configuration_of, require_preprocessed
+
+GONE = (-1, -1)
+"""in place of size and time of a file"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,14 @@ class Source:
             if (path := self.folder / f"{case}{ending}").is_file():
                 return path
         return self.folder / f"{case}.b2nd"
+
+    def file_stamp(self, case: str) -> tuple[int, int]:
+        """Size (bytes) and modification time (ns) of the file that holds a case's voxels; GONE where there is none."""
+        try:
+            status = os.stat(self.case_file(case))
+        except OSError:
+            return GONE  # reading it will say why
+        return status.st_size, status.st_mtime_ns
 
     @property
     def intensities(self) -> Intensities:

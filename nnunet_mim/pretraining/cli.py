@@ -137,12 +137,12 @@ def run(typed: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if fabric.is_global_zero:
             write_config(job.config, folder / "config.yaml")
-        result = pretrain(job, fabric)
+        record = pretrain(job, fabric)
         if fabric.is_global_zero:
             setup.point_to(folder, sources, where)
-    say(losses_text(result.figures))
-    say(result.verdict)
-    say(_measuring_text(result.measuring_share, job.config))
+    say(losses_text(record.last))
+    say(record.verdict())
+    say(_measuring_text(record.measuring_share, job.config))
     say(f"wrote {folder / FINAL}")
     say(f"next: {next_command(folder / FINAL, where, sources[0].dataset, job.config.encoder)}")
     end_process_group()

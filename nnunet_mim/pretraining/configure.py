@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,8 @@ def _check(settings: Mapping[str, Any], default: Any, prefix: str) -> None:
             check_value(f"{prefix}{name}", value, defaults[name])
 
 
-def with_architecture(settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """Settings, and with `encoder: resenc` the network of the plans.
-
-    Raises:
-        MiMError: the plans name another network, or the view is not what it can halve.
-    """
-    if settings.get("encoder") != "resenc":
-        return dict(settings)
+def _with_residual_encoder(settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Raises MiMError where the plans name another network, or the view is not what it can halve."""
     config = PlansManager(dict(source.plans)).get_configuration(source.configuration).configuration
     architecture = settings.get("architecture") or config["architecture"]
     check_resenc(architecture)
@@ -80,13 +74,28 @@ def with_architecture(settings: Mapping[str, Any], source: Source) -> dict[str, 
     return {**settings, "architecture": architecture}
 
 
-def with_planned_network(settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """Settings, and with plans of mim_plan or mim_prepare the preset and sizes of their encoder: a finetuning with them
-    takes no other.
+def with_network_of_plans(settings: Mapping[str, Any], sources: Sequence[Source], resume: bool) -> dict[str, Any]:
+    """Settings, and what the plans say of the network that is pretrained.
+
+    With `encoder: resenc` that is their architecture. With plans of mim_plan or mim_prepare it is the preset and the
+    sizes of their encoder: a finetuning with them takes no other.
+
+    Args:
+        settings: of `merge_settings`.
+        sources: the datasets; the first one's architecture is taken, and no plans may name another encoder.
+        resume: a run that is continued keeps its hybrid encoder.
 
     Raises:
-        MiMError: the settings name another encoder than the plans.
+        MiMError: the settings name another encoder than the plans, or the plans one that cannot be pretrained.
     """
+    if settings.get("encoder") == "resenc":
+        return _with_residual_encoder(settings, sources[0])
+    for source in sources if not resume else ():
+        settings = _with_hybrid_encoder(settings, source)
+    return dict(settings)
+
+
+def _with_hybrid_encoder(settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
     config = configuration_of(source.plans, source.configuration)
     if settings.get("encoder", PretrainConfig.encoder) != "hybrid" or not uses_hybrid_unet(config):
         return dict(settings)

@@ -110,11 +110,11 @@ def _try(run: Run, fabric: Fabric, steps: int) -> _Trial:
         times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        result = pretrain(replace(run, config=short, folder=Path(folder), stored=None), fabric, note)
+        record = pretrain(replace(run, config=short, folder=Path(folder), stored=None), fabric, note)
         weights = (Path(folder) / FINAL).stat().st_size if fabric.is_global_zero else 0
     durations = [b - a for a, b in pairwise(times)]
     memory = torch.cuda.max_memory_reserved() if cuda else _peak_rss()
-    measure_s = median(result.measuring["held_out"]) / _datasets(run.data)  # one crop of each
+    measure_s = median(record.monitor.seconds["held_out"]) / _datasets(run.data)  # one crop of each
     return _Trial(median(durations[WARM_UP - 1 :]), measure_s, memory, weights)
 
 

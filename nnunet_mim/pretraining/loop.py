@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 from lightning_fabric import Fabric
@@ -14,7 +12,7 @@ from nnunet_mim.checkpoint.locate import FINAL, LATEST
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.pretraining.data.loading import training_batches, training_crops
 from nnunet_mim.pretraining.distributed.ranks import ranks_of
-from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
+from nnunet_mim.pretraining.monitoring.figures import TrainingFigures
 from nnunet_mim.pretraining.monitoring.monitor import Monitor
 from nnunet_mim.pretraining.monitoring.progress import StepLog
 from nnunet_mim.pretraining.objective.views import nested_views
@@ -28,26 +26,7 @@ LOG_EVERY = 10
 """iterations between two rows of train.csv"""
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run has reached and what it took."""
-
-    figures: Measurement[float]
-    """last measurement on held-out cases"""
-    verdict: str
-    """one sentence: is it working?"""
-    seconds: float
-    """from the first measurement on, in this process"""
-    measuring: dict[str, list[float]]
-    """of these, how long every measurement has taken, by kind"""
-
-    @property
-    def measuring_share(self) -> float:
-        """Share of the time that measurements took."""
-        return sum(sum(seconds) for seconds in self.measuring.values()) / self.seconds
-
-
-def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = None) -> RunResult:
+def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = None) -> RunRecord:
     """Train until `config.iterations`, writing checkpoints, `train.csv`, `val.csv` and TensorBoard events.
 
     Every random number depends on (seed, iteration) alone, so a resumed run continues as if it had not stopped.
@@ -56,6 +35,9 @@ def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = N
         run: what to compute, on which cases, where to write; its folder exists.
         fabric: launched; devices and precision.
         on_step: called after every iteration with the number done.
+
+    Returns:
+        what the run has recorded.
 
     Raises:
         MiMError: too many steps had no finite gradient; the last checkpoint is kept.
@@ -74,7 +56,6 @@ def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = N
     record = RunRecord(run, state, monitor, fabric)
     log = StepLog(run, state, record, dataset, ranks, device)
 
-    began = time.perf_counter()
     if state.iteration == 0:
         record.measure(TrainingFigures())
     with StopRequests() as stop, log.bar, closing(batches):
@@ -110,4 +91,4 @@ def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = N
                 )
         record.save(FINAL)
     record.close()
-    return RunResult(record.last, record.verdict(), time.perf_counter() - began, dict(monitor.seconds))
+    return record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 from lightning_fabric import Fabric
 
@@ -30,6 +31,7 @@ class RunRecord:
     def __init__(self, run: Run, state: TrainingState, monitor: Monitor, fabric: Fabric) -> None:
         self.run, self.state, self.monitor = run, state, monitor
         self.device = fabric.device.type
+        self.began = time.perf_counter()
         self.measurements = measurements_of(state.history)
         self.metrics = MetricsLog(run.folder, state.iteration) if fabric.is_global_zero else None
 
@@ -76,6 +78,12 @@ class RunRecord:
             if self.active:
                 write_run_report(self.run.folder, state.checkpoint(self.run), self.run.data, self.device)
         return f"iteration {iteration}: {self.verdict()}"
+
+    @property
+    def measuring_share(self) -> float:
+        """Share of the time since this process began to train that measurements have taken."""
+        measuring = sum(sum(seconds) for seconds in self.monitor.seconds.values())
+        return measuring / (time.perf_counter() - self.began)
 
     def verdict(self) -> str:
         """One sentence: is it working?"""

@@ -26,7 +26,7 @@ from nnunet_mim.nnunet.source import (
     window_warning,
 )
 from nnunet_mim.nnunet.splits import fold_validation_cases, left_out_of_fold
-from nnunet_mim.pretraining.configure import config_for_data, merge_settings, with_architecture, with_planned_network
+from nnunet_mim.pretraining.configure import config_for_data, merge_settings, with_network_of_plans
 from nnunet_mim.pretraining.data.crops import Cases, dataset_shares
 from nnunet_mim.pretraining.data.run_data import RunData, index_sources, run_data
 from nnunet_mim.pretraining.distributed.launch import say
@@ -134,9 +134,7 @@ def set_up(
     first = sources[0]
     if given.get("init_checkpoint"):
         given = {**given, "init_checkpoint": str(locate(given["init_checkpoint"]))}
-    given = with_architecture(given, first)
-    for source in sources if not where.resume else ():  # a run that is continued keeps its network
-        given = with_planned_network(given, source)
+    given = with_network_of_plans(given, sources, where.resume)
     _check_settings(given, first, n_devices)
     if where.fold_number is not None:
         for source in sources:

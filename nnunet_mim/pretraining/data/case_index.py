@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunet_mim.checkpoint.identity import voxel_sha256
-from nnunet_mim.nnunet.source import Source
+from nnunet_mim.nnunet.source import GONE, Source
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.machine import usable_cores
 
 N_BODY_POINTS = 64
 BODY_HU = -500.0
 INDEX_VERSION = 3
-GONE = (-1, -1)
-"""in place of size and time of a file"""
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def read_index(
         for name in vanished
     }
     rows = {case: row_of[case] for case in source.cases if case in row_of}
-    rows = {case: row for case, row in rows.items() if (cached.stamps[row] == file_stamp(source, case)).all()}
+    rows = {case: row for case, row in rows.items() if (cached.stamps[row] == source.file_stamp(case)).all()}
     if len(rows) == len(cached) == len(source.cases):
         return cached, bad
     missing = [case for case in source.cases if case not in rows]
@@ -145,13 +142,13 @@ def read_index(
 
 def write_index(source: Source, infos: Sequence[CaseInfo]) -> None:
     """Keep what is known already of a dataset's cases, so that `read_index` need not read them."""
-    stamped = [replace(info, stamp=file_stamp(source, info.case)) for info in infos]
+    stamped = [replace(info, stamp=source.file_stamp(info.case)) for info in infos]
     _save_cache(source, _sorted(CaseIndex.of(stamped, source.in_channels)))
 
 
 def _describe_case(source: Source, case: str) -> CaseInfo | str:
     """Read one case completely and describe it, or say why it cannot be trained on."""
-    path, stamp = source.case_file(case), file_stamp(source, case)
+    path, stamp = source.case_file(case), source.file_stamp(case)
     try:
         data = np.asarray(source.dataset_class(str(source.folder), [case]).load_case(case)[0][:])
     except Exception as error:
@@ -201,15 +198,6 @@ def _body_points(volume: np.ndarray, threshold: float) -> tuple[tuple[int, int, 
         return ()
     chosen = np.random.default_rng(0).choice(inside, size=N_BODY_POINTS)
     return tuple(zip(*(axis.tolist() for axis in np.unravel_index(chosen, volume.shape)), strict=True))  # type: ignore[arg-type]
-
-
-def file_stamp(source: Source, case: str) -> tuple[int, int]:
-    """Size (bytes) and modification time (ns) of the file that holds a case's voxels; GONE where there is none."""
-    try:
-        status = os.stat(source.case_file(case))
-    except OSError:
-        return GONE  # reading it will say why
-    return status.st_size, status.st_mtime_ns
 
 
 def _sorted(*parts: CaseIndex) -> CaseIndex:

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.source import Source
-from nnunet_mim.pretraining.data.case_index import GONE, CaseIndex, CaseInfo, file_stamp
+from nnunet_mim.nnunet.source import GONE, Source
+from nnunet_mim.pretraining.data.case_index import CaseIndex, CaseInfo
 
 TRIES = 20
 """cases that are drawn for a crop, one after the other, while they cannot be read"""
@@ -213,7 +213,7 @@ def read_crop(case: Case, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarr
     valid = np.stack([low - start, high - start], axis=-1).astype(np.int64)
     inside = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))
     path = case.source.case_file(case.info.case)
-    if case.info.stamp not in (GONE, file_stamp(case.source, case.info.case)):
+    if case.info.stamp not in (GONE, case.source.file_stamp(case.info.case)):
         raise MiMError(f"cannot read {path} as it was when the run began: bring the former file back, or begin anew")
     try:
         voxels = np.asarray(_open_voxels(case)[inside], dtype=np.float32)

@@ -40,7 +40,7 @@ class _Line:
 
 
 @dataclass(frozen=True)
-class Panel:
+class _Panel:
     """One diagram."""
 
     title: str
@@ -85,7 +85,7 @@ def columns_of(rows: Sequence[Mapping[str, float]]) -> Columns:
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
 
 
-def panels_of(train: TrainingFigures[np.ndarray], val: Measurement[np.ndarray]) -> list[Panel]:
+def panels_of(train: TrainingFigures[np.ndarray], val: Measurement[np.ndarray]) -> list[_Panel]:
     """What there is to draw, from the columns of train.csv and val.csv; a panel without data is left out."""
     panels = []
     for level in (val.level(number) for number in LEVELS):
@@ -95,7 +95,7 @@ def panels_of(train: TrainingFigures[np.ndarray], val: Measurement[np.ndarray]) 
             *_line(val.iteration, level.guesses.token_mean, "guess: the token's mean", GREY, "--", 1.2),
             *_line(val.iteration, level.guesses.infill, "guess: copy the nearest voxels", GREY, ":", 1.4),
         ]
-        panels.append(Panel(f"{level.title}: reconstruction loss", lines))
+        panels.append(_Panel(f"{level.title}: reconstruction loss", lines))
 
     alignment = []
     for level in val.levels:
@@ -111,11 +111,11 @@ def panels_of(train: TrainingFigures[np.ndarray], val: Measurement[np.ndarray]) 
     norm = _line(train.iteration, train.grad_norm, "gradient norm before clipping (right)", "#e0a458", width=1.1)
     speed = _line(train.iteration, train.crops_per_s, "crops/s", GREY, width=1.1)
     panels += [
-        Panel("alignment: right place found", alignment, from_zero=True),
-        Panel("encoder features (rank 1, spread 0: collapsed)", rank, spread, from_zero=True),
-        Panel("label probe: Dice on held-out cases", dice, from_zero=True),
-        Panel("optimisation", rate, norm, logarithmic=True, from_zero=True),
-        Panel("speed: crops per second", speed, from_zero=True),
+        _Panel("alignment: right place found", alignment, from_zero=True),
+        _Panel("encoder features (rank 1, spread 0: collapsed)", rank, spread, from_zero=True),
+        _Panel("label probe: Dice on held-out cases", dice, from_zero=True),
+        _Panel("optimisation", rate, norm, logarithmic=True, from_zero=True),
+        _Panel("speed: crops per second", speed, from_zero=True),
     ]
     return [panel for panel in panels if panel.lines or panel.right]
 
@@ -132,7 +132,7 @@ def _line(
     return [_Line(name, x, y, colour, style, width)]
 
 
-def progress_figure(panels: Sequence[Panel], width: float = 10.0, height: float = 1.9) -> Figure:
+def progress_figure(panels: Sequence[_Panel], width: float = 10.0, height: float = 1.9) -> Figure:
     """All panels (at least one) under each other; width of the figure and height of a panel in inches."""
     total = height * len(panels) + 0.45
     figure = Figure(figsize=(width, total))
@@ -149,7 +149,7 @@ def progress_figure(panels: Sequence[Panel], width: float = 10.0, height: float 
     return figure
 
 
-def _draw(axis: Any, panel: Panel) -> None:
+def _draw(axis: Any, panel: _Panel) -> None:
     axes = [(axis, panel.lines), *([(axis.twinx(), panel.right)] if panel.right else [])]
     handles = []
     for side, lines in axes:

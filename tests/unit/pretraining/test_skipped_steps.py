@@ -9,8 +9,8 @@ import torch
 
 from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.source import GONE, Source
 from nnunet_mim.pretraining import loop
-from nnunet_mim.pretraining.data import crops
 from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigures
 from nnunet_mim.pretraining.monitoring.progress import _culprits, _mean_figures
@@ -29,7 +29,7 @@ def poisoned(write_dataset, save_case, monkeypatch):
     def poison(dataset, *args):
         names.append(dataset.cases[1].info.case)
         stamps = {case.info.case: case.info.stamp for case in dataset.cases}  # a fault of the disk shows in none
-        monkeypatch.setattr(crops, "file_stamp", lambda source, case: stamps.get(case, crops.GONE))
+        monkeypatch.setattr(Source, "file_stamp", lambda source, case: stamps.get(case, GONE))
         save_case(folder, names[0], np.full((1, 48, 48, 48), np.nan, np.float32))
         return original(dataset, *args)
 

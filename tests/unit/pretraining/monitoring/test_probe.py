@@ -14,7 +14,7 @@ from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.nnunet.source import find_source
-from nnunet_mim.pretraining.data.case_index import file_stamp, read_index
+from nnunet_mim.pretraining.data.case_index import read_index
 from nnunet_mim.pretraining.data.crops import Cases
 from nnunet_mim.pretraining.monitoring import probe as probe_module
 from nnunet_mim.pretraining.monitoring.figures import ProbeFigures
@@ -316,7 +316,7 @@ def test_voxels_of_the_ignore_label_do_not_count(cubes, save_case):
         seg = shown.copy()
         seg[18:, :8, :8] = seg_there
         save_case(folder, "case_05", wrong[None].astype(np.float32), seg[None])
-        changed = replace(cubes[5], info=replace(cubes[5].info, stamp=file_stamp(cubes[5].source, "case_05")))
+        changed = replace(cubes[5], info=replace(cubes[5].info, stamp=cubes[5].source.file_stamp("case_05")))
         figures = LabelProbe(cubes[:3], [changed], FILL).evaluate(ImageEncoder())
         assert (figures.labels[1] > 0.99) == exact
 
