@@ -7,6 +7,7 @@ the optimiser with its schedule, and the mirroring axes. All numbers come from `
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.checkpoint.identity import leak_warning, leaked_cases
-from nnunet_mim.checkpoint.locate import find_checkpoint, no_checkpoint_error
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, find_checkpoint, no_checkpoint_error
 from nnunet_mim.checkpoint.units import unit_differences, units_warning
-from nnunet_mim.errors import one_line_errors
+from nnunet_mim.errors import MiMError, one_line_errors
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.nnunet.datasets import required_folder
 from nnunet_mim.trainers.finetune_config import default_mirror_axes
@@ -46,6 +47,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (the base class's signature)
     ) -> None:
         with one_line_errors():
+            _refuse_pretrained_weights(self.__class__.__name__)
             resolved = resolve_plans(
                 plans, configuration, fold, dataset_json, self.__class__.__name__, self.load_pretrained
             )
@@ -162,6 +164,15 @@ class nnUNetTrainerMiM(nnUNetTrainer):
     def _log(self, text: str) -> None:
         if self.local_rank == 0:
             self.print_to_log_file(text)
+
+
+def _refuse_pretrained_weights(trainer: str) -> None:
+    """Raise MiMError where the command has nnU-Net's -pretrained_weights, which would overwrite the whole network."""
+    if any(flag.startswith("-pretr") for flag in sys.argv):  # argparse takes shortened flags
+        raise MiMError(
+            f"-pretrained_weights is not for {trainer}, which finds its weights itself: leave it out; to name the "
+            f"checkpoint of nnUNetTrainerMiM put {ENV_CHECKPOINT}=FILE before the command"
+        )
 
 
 class nnUNetTrainerMiMScratch(nnUNetTrainerMiM):

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -54,6 +56,18 @@ def test_signature_is_the_base_classs():
         assert list(inspect.signature(trainer.__init__).parameters) == list(
             inspect.signature(nnUNetTrainer.__init__).parameters
         )
+
+
+@pytest.mark.parametrize("flag", ["-pretrained_weights", "-pretr"])
+def test_pretrained_weights_of_nnu_net_are_refused_in_one_line(folders, flag):
+    train = Path(sys.executable).with_name("nnUNetv2_train")
+    command = [train, "7", "3d_fullres", "0", "-tr", "nnUNetTrainerMiM", flag, "a.pth", "-device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: -pretrained_weights is not for nnUNetTrainerMiM")
+    assert "nnUNet_mim_checkpoint=FILE" in line
 
 
 def test_fresh_training_loads_every_encoder_weight_and_logs_it(
