@@ -21,6 +21,7 @@ from nnunet_mim.pretraining.setup import Run
 from nnunet_mim.pretraining.state import initial_state
 from nnunet_mim.pretraining.step import build_step, learning_rates
 from nnunet_mim.pretraining.stopping import StoppedError, StopRequests
+from nnunet_mim.system.processes import killed_readers_named
 
 LOG_EVERY = 10
 """iterations between two rows of train.csv"""
@@ -58,7 +59,7 @@ def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = N
 
     if state.iteration == 0:
         record.measure(TrainingFigures())
-    with StopRequests() as stop, log.bar, closing(batches):
+    with StopRequests() as stop, log.bar, closing(batches), killed_readers_named():
         while state.iteration < config.iterations:
             crops, valid, unread = next(batches)
             log.note_unread(unread)

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from nnunet_mim.errors import MiMError
 
 SECONDS_BETWEEN_CHECKS = 0.5
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
@@ -54,6 +56,21 @@ def leave_stopping_to_parent(worker: int) -> None:
         timer.start()
 
     signal.signal(signal.SIGTERM, end_later)
+
+
+@contextmanager
+def killed_readers_named() -> Iterator[None]:
+    """Turn PyTorch's traceback about a process of a DataLoader that was ended from outside into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise MiMError(
+            f"a process that reads crops has ended ({reason}), often for lack of memory: lower --workers (0 reads in "
+            "this process), and give --c where checkpoint_latest.pth has been written"
+        ) from error
 
 
 def run_command(
