@@ -29,14 +29,15 @@ def encode_dense(
     visible = grid_from_tokens((~mask).to(x.dtype)[..., None, None, None, None], grid)  # (N, gx, gy, gz, 1)
 
     def depthwise(conv: DepthwiseConv3d, y: Tensor) -> Tensor:
-        y, keep = y.squeeze(1), visible  # (N, X, Y, Z, C)
+        keep = visible  # (N, X, Y, Z, C), as y
         for axis in (1, 2, 3):
             keep = keep.repeat_interleave(y.shape[axis] // keep.shape[axis], dim=axis)
         y = (y * keep).permute(0, 4, 1, 2, 3).contiguous(memory_format=memory_format)
         y = nn.functional.conv3d(y, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
-        return y.permute(0, 2, 3, 4, 1).unsqueeze(1)
+        return y.permute(0, 2, 3, 4, 1)
 
-    tokens, stage_sum, _ = encoder._run_stages(x.permute(0, 2, 3, 4, 1).unsqueeze(1), depthwise)
+    tokens, stage_sum, _ = encoder._run_stages(x.permute(0, 2, 3, 4, 1), depthwise)
+    tokens, stage_sum = tokens.flatten(1, 3), stage_sum.flatten(1, 3)  # (N, L, D)
     N, _, D = tokens.shape
     tokens = tokens + sincos_position(grid, D, tokens)
     return encoder._run_transformer(tokens[~mask].reshape(N, -1, D), stage_sum[~mask].reshape(N, -1, D))

@@ -29,7 +29,7 @@ def torch_conv(conv, x):
 
 def our_conv(conv, x):
     convolve = conv_on_patches(x.shape[0], x.device)
-    return convolve(conv, x.permute(0, 2, 3, 4, 1).unsqueeze(1)).squeeze(1).permute(0, 4, 1, 2, 3)
+    return convolve(conv, x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
 
 
 class Products(torch.autograd.Function):

@@ -33,7 +33,7 @@ from process_memory import status_kb
 
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
-from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
+from nnunet_mim.networks.mask_in_mask import MaskedViews, MaskInMask, Reconstruction
 from nnunet_mim.networks.token_layout import tokens_from_grid
 from nnunet_mim.pretraining.objective.levels import level_losses
 from nnunet_mim.pretraining.objective.losses import reconstruction_loss
@@ -54,14 +54,18 @@ class Dense(torch.nn.Module):
         mask = mask_of(ids_masked, images[0, 0].numel() // torch.tensor(self.model.encoder.token_size).prod().item())
         return encode_dense(self.model.encoder, images, mask, self.memory_format)
 
-    def forward(self, images, ids_keep, ids_masked, edge=None, parent_features=None, recompute=False):
+    def forward(self, groups, recompute=False):
         assert not recompute
+        return [self.reconstruct(*group) for group in groups]
+
+    def reconstruct(self, images, ids_keep, ids_masked):
         model = self.model
         features = model.decoder(self.encode(images, ids_masked), ids_keep, model.encoder.grid(images))
         rows = torch.arange(images.shape[0], device=images.device)[:, None]
-        prediction = model.decoder.head(features)[rows, ids_masked]
-        child, parent = model.align(features, edge, parent_features)
-        return LevelOutput(prediction, features, child, parent)
+        return Reconstruction(model.decoder.head(features)[rows, ids_masked], features)
+
+    def align(self, *inputs):
+        return self.model.align(*inputs)
 
 
 def build(options):
@@ -88,7 +92,8 @@ def level_step(model, path, images, keep, masked):
     rows = torch.arange(images.shape[0], device=images.device)[:, None]
     tokens = tokens_from_grid(images.permute(0, 2, 3, 4, 1), model.encoder.token_size)[rows, masked].flatten(2)
     every = torch.ones_like(masked, dtype=torch.bool)
-    loss = reconstruction_loss(path_model(model, path)(images, keep, masked).prediction, tokens, every)
+    (output,) = path_model(model, path)([MaskedViews(images, keep, masked)])
+    loss = reconstruction_loss(output.prediction, tokens, every)
     loss.backward()
     return loss.detach()
 
@@ -110,7 +115,7 @@ def crop_step(model, path, options):
     fill, flat = torch.zeros(1, device=options.device), torch.zeros(1, device=options.device)
     generator = torch.Generator(options.device).manual_seed(0)
     total = torch.zeros((), device=options.device)
-    for loss, _, _ in level_losses(
+    for loss, _ in level_losses(
         path_model(model, path), nested_views(crop, valid, fill, levels, generator, flat), flat, config,
         options.views_per_pass,
     ):  # fmt: skip

@@ -29,7 +29,7 @@ from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.objective.levels import level_losses
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 from nnunet_mim.pretraining.state import build_optimizer
-from nnunet_mim.pretraining.step import WARM_UP, RecordedStep, forward_on, ordinary_step
+from nnunet_mim.pretraining.step import WARM_UP, InPrecision, RecordedStep, ordinary_step
 
 sys.path.append(str(Path(__file__).parents[1]))
 from flops import crop_flops
@@ -86,7 +86,7 @@ def loss_and_gradient(bare, network, views, config, fabric):
     """Loss and gradient as the loop of mim_pretrain computes them; `network` is `bare`, or a compiled version of it."""
     flat = torch.full((1,), 0.04, device=fabric.device, dtype=views[0].images.dtype)
     total = 0.0
-    for loss, _, _ in level_losses(forward_on(fabric, network), views, flat, config):
+    for loss, _ in level_losses(InPrecision(fabric, network), views, flat, config):
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten().double().cpu() for p in bare.parameters()])
@@ -145,7 +145,7 @@ def make_step(config, device, mode):
     fabric = fabric_on(device, "bf16-mixed")
     fabric.to_device(bare)
     network = torch.compile(bare, dynamic=False) if mode == "compiled" else bare
-    forward, optimizer = forward_on(fabric, network), build_optimizer(bare, config)
+    forward, optimizer = InPrecision(fabric, network), build_optimizer(bare, config)
     crops, valid = inputs_of(config, device)
     fill, flat = torch.zeros(1, device=device), torch.full((1,), 0.04, device=device)
     generator, levels = torch.Generator(device).manual_seed(0), levels_of(config)

@@ -1,8 +1,8 @@
 """Blocks of the convolution stages of MiM's encoder (arXiv 2404.15580).
 
-Activations are channels last and cut into T boxes: (N, T, X, Y, Z, C). In pretraining each visible token is a box; in
-finetuning the whole patch is the only box. Both run the same code, because everything but the depthwise convolution
-works on one voxel (or one cell of a stride) at a time.
+Activations are channels last and cut into T boxes: (T, X, Y, Z, C). In pretraining each visible token of all views is
+a box; in finetuning the whole patch of each sample is. Both run the same code, because everything but the depthwise
+convolution works on one voxel (or one cell of a stride) at a time.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class PointwiseConv(nn.Conv3d):
 
 
 class PatchConv(nn.Conv3d):
-    """Convolution whose kernel is its stride: (N, T, X, Y, Z, C_in) → (N, T, X/sx, Y/sy, Z/sz, C_out)."""
+    """Convolution whose kernel is its stride: (T, X, Y, Z, C_in) → (T, X/sx, Y/sy, Z/sz, C_out)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: Size3) -> None:
         super().__init__(in_channels, out_channels, stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        N, T, X, Y, Z, C = x.shape
+        T, X, Y, Z, C = x.shape
         sx, sy, sz = self.stride
-        cells = x.reshape(N, T, X // sx, sx, Y // sy, sy, Z // sz, sz, C).permute(0, 1, 2, 4, 6, 3, 5, 7, 8)
-        cells = cells.flatten(5)  # (N, T, X/sx, Y/sy, Z/sz, sx*sy*sz*C_in)
+        cells = x.reshape(T, X // sx, sx, Y // sy, sy, Z // sz, sz, C).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        cells = cells.flatten(4)  # (T, X/sx, Y/sy, Z/sz, sx*sy*sz*C_in)
         weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)  # (C_out, sx*sy*sz*C_in)
         return F.linear(cells, weight, self.bias)
 
@@ -88,7 +88,7 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, depthwise: SpatialConv) -> Tensor:
-        """(N, T, X, Y, Z, C) → same shape; `depthwise(conv, x)` applies the depthwise convolution to the boxes."""
+        """(T, X, Y, Z, C) → same shape; `depthwise(conv, x)` applies the depthwise convolution to the boxes."""
         y = depthwise(self.dwconv, self.conv1(self.norm1(x)))
         x = x + self.drop_path(self.conv2(y))
         return x + self.drop_path(self.mlp(self.norm2(x)))

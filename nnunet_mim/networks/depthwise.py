@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_mim.config import Size3
 from nnunet_mim.networks.depthwise_cpu import MaskedDepthwise, depthwise_on_tokens
+from nnunet_mim.networks.token_layout import join, view_of_token
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -27,29 +28,35 @@ class DepthwiseConv3d(nn.Conv3d):
 
 
 SpatialConv = Callable[[DepthwiseConv3d, Tensor], Tensor]
-"""Applies a depthwise convolution to boxes (N, T, X, Y, Z, C), with zero padding that keeps their size."""
+"""Applies a depthwise convolution to boxes (T, X, Y, Z, C), with zero padding that keeps their size."""
 
 
-def conv_on_tokens(ids_keep: Tensor, grid: Size3) -> SpatialConv:
+def conv_on_tokens(ids_keep: Sequence[Tensor], grid: Size3) -> SpatialConv:
     """The convolution of pretraining: the boxes are visible tokens, and masked voxels count as zero.
 
     Args:
-        ids_keep: (N, K) int64, raster numbers of the visible tokens.
+        ids_keep: for each group of views (N, K) int64, raster numbers of the visible tokens. The T boxes are the tokens
+            of the first view, of the second, and so on, one group after the other.
         grid: tokens per axis.
     """
-    if use_triton(ids_keep.device):
+    if use_triton(ids_keep[0].device):
         return _triton_conv(ids_keep, grid)
+    sizes = [ids.numel() for ids in ids_keep]
 
     def convolve(conv: DepthwiseConv3d, x: Tensor) -> Tensor:
         function = MaskedDepthwise.apply if use_cpu_path(x) else depthwise_on_tokens
-        return function(x, conv.weight, conv.bias, ids_keep, grid)  # type: ignore[no-untyped-call]
+        results = []
+        for boxes, ids in zip(x.split(sizes), ids_keep, strict=True):
+            boxes = boxes.unflatten(0, ids.shape)  # (N, K, X, Y, Z, C)
+            results.append(function(boxes, conv.weight, conv.bias, ids, grid).flatten(0, 1))  # type: ignore[no-untyped-call]
+        return join(results)
 
     return convolve
 
 
 def conv_on_patches(n_samples: int, device: torch.device) -> SpatialConv:
-    """The convolution of finetuning: the only box of each sample is its whole patch, (N, 1, X, Y, Z, C)."""
-    return conv_on_tokens(torch.zeros(n_samples, 1, dtype=torch.int64, device=device), (1, 1, 1))
+    """The convolution of finetuning: the only box of each sample is its whole patch, (N, X, Y, Z, C)."""
+    return conv_on_tokens([torch.zeros(n_samples, 1, dtype=torch.int64, device=device)], (1, 1, 1))
 
 
 def use_cpu_path(x: Tensor) -> bool:
@@ -63,17 +70,19 @@ def use_triton(device: torch.device) -> bool:
     return device.type == "cuda" and HAS_TRITON and os.environ.get("NNUNET_MIM_TRITON") != "0"
 
 
-def _triton_conv(ids_keep: Tensor, grid: Size3) -> SpatialConv:
+def _triton_conv(ids_keep: Sequence[Tensor], grid: Size3) -> SpatialConv:
     from nnunet_mim.networks.depthwise_triton import masked_depthwise, rims, slot_table
 
+    ids, view = join([group.flatten() for group in ids_keep]), view_of_token(ids_keep)
+    n_views = sum(len(group) for group in ids_keep)
     tables: dict[tuple[int, ...], Tensor] = {}  # rim → table: stages whose kernels reach equally far share one
 
     def convolve(conv: DepthwiseConv3d, x: Tensor) -> Tensor:
-        _, _, X, Y, Z, _ = x.shape
+        _, X, Y, Z, _ = x.shape
         token, kernel = [X, Y, Z], conv.kernel_size[0]
         rim = tuple(rims(token, kernel))
         if rim not in tables:
-            tables[rim] = slot_table(ids_keep, list(grid), token, kernel)
-        return masked_depthwise(x, conv.weight, conv.bias, ids_keep, tables[rim], list(grid), token)
+            tables[rim] = slot_table(ids, view, n_views, list(grid), token, kernel)
+        return masked_depthwise(x, conv.weight, conv.bias, ids, view, tables[rim], list(grid), token)
 
     return convolve

@@ -7,14 +7,16 @@ Pretraining (`forward`) therefore computes visible tokens only, and equals the d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig, Size3
 from nnunet_mim.geometry import cumulative_strides
 from nnunet_mim.networks.conv_blocks import ConvBlock, PatchConv, StageEmbed, run_block
 from nnunet_mim.networks.depthwise import SpatialConv, conv_on_patches, conv_on_tokens
-from nnunet_mim.networks.token_layout import take_tokens, tokens_from_grid
-from nnunet_mim.networks.vit_blocks import ViTBlock, init_weights, sincos_position
+from nnunet_mim.networks.token_layout import join, take_tokens, tokens_from_grid
+from nnunet_mim.networks.vit_blocks import Shapes, ViTBlock, init_weights, sincos_position
 
 
 class ConvStage(nn.Module):
@@ -30,8 +32,7 @@ class ConvStage(nn.Module):
         self.to_token = PatchConv(dim, token_dim, stride_to_token)
 
     def forward(self, boxes: Tensor, depthwise: SpatialConv, recompute: bool = False) -> tuple[Tensor, Tensor]:
-        """(N, T, X, Y, Z, C_in) → the stage's map (N, T, X/sx, Y/sy, Z/sz, C), and (N, T, gx, gy, gz, D) at token size.
-        """
+        """(T, X, Y, Z, C_in) → the stage's map (T, X/sx, Y/sy, Z/sz, C), and (T, gx, gy, gz, D) at token size."""
         boxes = self.embed(boxes)
         for block in self.blocks:
             boxes = run_block(block, recompute, boxes, depthwise)
@@ -72,7 +73,7 @@ class HybridEncoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor, ids_keep: Tensor, recompute: bool = False) -> Tensor:
-        """Encode the visible tokens; masked voxels are never read.
+        """Encode the visible tokens of views; masked voxels are never read.
 
         Args:
             x: (N, C, X, Y, Z) float, views whose sizes are multiples of the token size.
@@ -82,12 +83,27 @@ class HybridEncoder(nn.Module):
         Returns:
             (N, K, D) latent tokens in the order of `ids_keep`.
         """
-        grid = self.grid(x)
-        boxes = tokens_from_grid(x.permute(0, 2, 3, 4, 1), self.token_size)  # (N, L, X, Y, Z, C), a box per token
-        boxes = take_tokens(boxes, ids_keep)  # (N, K, X, Y, Z, C)
-        tokens, stage_sum, _ = self._run_stages(boxes, conv_on_tokens(ids_keep, grid), recompute)  # both (N, K, D)
-        position = sincos_position(grid, tokens.shape[-1], tokens)[ids_keep]
-        return self._run_transformer(tokens + position, stage_sum, recompute)
+        return self.encode_groups([x], [ids_keep], recompute).unflatten(0, ids_keep.shape)
+
+    def encode_groups(self, views: Sequence[Tensor], ids_keep: Sequence[Tensor], recompute: bool = False) -> Tensor:
+        """Encode groups of views at once, which need not have the same number of visible tokens.
+
+        Args:
+            views, ids_keep: for each group as in `forward`; all views have the same size.
+            recompute: as in `forward`.
+
+        Returns:
+            (T, D) latent tokens of all views, one group after the other.
+        """
+        grid, boxes = self.grid(views[0]), []
+        for x, ids in zip(views, ids_keep, strict=True):
+            tokens = tokens_from_grid(x.permute(0, 2, 3, 4, 1), self.token_size)  # (N, L, X, Y, Z, C), a box per token
+            boxes.append(take_tokens(tokens, ids).flatten(0, 1))  # (N*K, X, Y, Z, C)
+        tokens, stage_sum, _ = self._run_stages(join(boxes), conv_on_tokens(ids_keep, grid), recompute)
+        tokens, stage_sum = tokens.flatten(1), stage_sum.flatten(1)  # both (T, D): a box has one token
+        position = sincos_position(grid, tokens.shape[-1], tokens)[join([ids.flatten() for ids in ids_keep])]
+        shapes = [(ids.shape[0], ids.shape[1]) for ids in ids_keep]
+        return self._run_transformer(tokens + position, stage_sum, shapes, recompute)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Encode whole patches in which nothing is masked, as finetuning does.
@@ -99,10 +115,11 @@ class HybridEncoder(nn.Module):
             Four maps (N, D, X, Y, Z) at the cumulative strides of the stages; the last is the transformer's output.
         """
         N, grid = x.shape[0], self.grid(x)
-        boxes = x.permute(0, 2, 3, 4, 1).unsqueeze(1)  # (N, 1, X, Y, Z, C): the patch is the only box
-        tokens, stage_sum, maps = self._run_stages(boxes, conv_on_patches(N, x.device))  # both (N, L, D)
+        boxes = x.permute(0, 2, 3, 4, 1)  # (N, X, Y, Z, C): the patch is the only box
+        tokens, stage_sum, maps = self._run_stages(boxes, conv_on_patches(N, x.device))
+        tokens, stage_sum = tokens.flatten(1, 3), stage_sum.flatten(1, 3)  # both (N, L, D)
         latent = self._run_transformer(tokens + sincos_position(grid, tokens.shape[-1], tokens), stage_sum)
-        maps = [m.squeeze(1).permute(0, 4, 1, 2, 3) for m in maps]
+        maps = [m.permute(0, 4, 1, 2, 3) for m in maps]
         return [*maps, latent.transpose(1, 2).reshape(N, -1, *grid)]
 
     def grid(self, x: Tensor) -> Size3:
@@ -112,17 +129,20 @@ class HybridEncoder(nn.Module):
     def _run_stages(
         self, boxes: Tensor, depthwise: SpatialConv, recompute: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Boxes → (N, L, D) tokens for the transformer; (N, L, D) sum of the stages' maps at token size; the maps."""
+        """Boxes (T, X, Y, Z, C) → tokens for the transformer and sum of the stages' maps at token size, both
+        (T, gx, gy, gz, D); and the maps.
+        """
         maps, stage_sum = [], None
         for stage in self.stages:
             boxes, at_token_size = stage(boxes, depthwise, recompute)
             maps.append(boxes)
             stage_sum = at_token_size if stage_sum is None else stage_sum + at_token_size
-        tokens = self.token_proj(self.token_embed(boxes))
-        return tokens.flatten(1, 4), stage_sum.flatten(1, 4), maps  # type: ignore[union-attr]
+        return self.token_proj(self.token_embed(boxes)), stage_sum, maps  # type: ignore[return-value]
 
-    def _run_transformer(self, tokens: Tensor, stage_sum: Tensor, recompute: bool = False) -> Tensor:
-        """(N, L, D) tokens and sum of the stages → (N, L, D) latent tokens."""
+    def _run_transformer(
+        self, tokens: Tensor, stage_sum: Tensor, shapes: Shapes | None = None, recompute: bool = False
+    ) -> Tensor:
+        """(N, L, D) or (T, D) tokens and sum of the stages → latent tokens of the same shape."""
         for block in self.vit_blocks:
-            tokens = run_block(block, recompute, tokens)
+            tokens = run_block(block, recompute, tokens, shapes)
         return self.norm(tokens + stage_sum)

@@ -1,4 +1,4 @@
-"""MaskInMask: the network of MiM pretraining (arXiv 2404.15580), one level at a time.
+"""MaskInMask: the network of MiM pretraining (arXiv 2404.15580), for the views of one level or of all levels at once.
 
 A crop is seen at up to three levels: a wide view, views cut from its masked regions, and views cut from the masked
 tokens (or regions) of those: a mask in a mask. Each view is reconstructed from its visible tokens. The decoder's
@@ -8,28 +8,46 @@ features of a child view must agree with those of the masked place in the parent
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.mim_decoder import MiMDecoder
-from nnunet_mim.networks.token_layout import take_tokens
+from nnunet_mim.networks.token_layout import join, take_tokens
 from nnunet_mim.networks.vit_blocks import MLP
 
 
-class LevelOutput(NamedTuple):
-    """Outputs of a network of pretraining for the N views of one level."""
+class MaskedViews(NamedTuple):
+    """Views of one level, or some of them, and what is masked in them."""
+
+    images: Tensor
+    """(N, C, X, Y, Z) float; views of one pass have the same size"""
+    ids_keep: Tensor
+    """(N, K) int64, raster numbers of the visible tokens"""
+    ids_masked: Tensor
+    """(N, M) int64, raster numbers of the masked tokens"""
+
+
+class Reconstruction(NamedTuple):
+    """What a network of pretraining makes of MaskedViews."""
 
     prediction: Tensor
     """(N, M, P) normalised voxels of the masked tokens, in the order of `ids_masked`; P = voxels times channels"""
     features: Tensor
     """(N, L, D) features of all tokens, in raster order"""
-    child: Tensor | None
-    """(N, D) projected mean feature of each view; None without an edge to a parent level"""
-    parent: Tensor | None
-    """(places, D) detached features of the parents' places, projected for `infonce`, raw for `cosine`"""
+
+
+class Reconstructs(Protocol):
+    """A network of pretraining, or what calls one: see `MaskInMask.forward` and `Alignment.align`."""
+
+    def __call__(self, groups: Sequence[MaskedViews], recompute: bool = False) -> list[Reconstruction]: ...
+
+    def align(
+        self, features: Tensor, edge: int | None, parent_features: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 class Alignment(nn.Module):
@@ -49,11 +67,16 @@ class Alignment(nn.Module):
     def align(
         self, features: Tensor, edge: int | None, parent_features: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Project what alignment compares: `LevelOutput.child` and `.parent`, or twice None without alignment.
+        """Project what alignment compares.
 
         Args:
             features: (N, L, D) features of the children.
-            edge, parent_features: as in `MaskInMask.forward`.
+            edge: number of the edge to the parent level, or None.
+            parent_features: (places, D) mean features of every place of every parent; they get no gradient.
+
+        Returns:
+            (N, D) projected mean feature of each child; and (places, D) features of the parents' places, projected for
+            `infonce`, raw for `cosine`. Twice None without an edge or without alignment.
         """
         if edge is None or parent_features is None or self.alignment == "none":
             return None, None
@@ -82,30 +105,26 @@ class MaskInMask(Alignment):
         self.decoder = MiMDecoder(in_channels, network)
         self.add_projectors(network.decoder_embed_dim, n_edges, alignment)
 
-    def forward(
-        self,
-        images: Tensor,
-        ids_keep: Tensor,
-        ids_masked: Tensor,
-        edge: int | None = None,
-        parent_features: Tensor | None = None,
-        recompute: bool = False,
-    ) -> LevelOutput:
-        """Reconstruct the masked tokens of the views of one level, and project what alignment compares.
+    def forward(self, groups: Sequence[MaskedViews], recompute: bool = False) -> list[Reconstruction]:
+        """Reconstruct the masked tokens of groups of views, all at once: views do not see each other.
 
         Args:
-            images: (N, C, X, Y, Z) float, views.
-            ids_keep, ids_masked: (N, K) and (N, M) int64, raster numbers of the visible and of the masked tokens.
-            edge: number of the edge to the parent level, or None.
-            parent_features: (places, D) mean decoder features of every place of every parent; they get no gradient.
+            groups: views of several levels, or of one.
             recompute: keep no activations of blocks, compute them again in the backward pass: less memory, a third
                 more time.
         """
-        latent = self.encoder(images, ids_keep, recompute)  # (N, K, D_encoder)
-        features = self.decoder(latent, ids_keep, self.encoder.grid(images), recompute)  # (N, L, D)
-        prediction = self.decoder.head(take_tokens(features, ids_masked))  # (N, M, P): the others have no loss
-        child, parent = self.align(features, edge, parent_features)
-        return LevelOutput(prediction, features, child, parent)
+        ids_keep = [group.ids_keep for group in groups]
+        latent = self.encoder.encode_groups([group.images for group in groups], ids_keep, recompute)  # (T, D_encoder)
+        grid = self.encoder.grid(groups[0].images)
+        features = self.decoder.decode_groups(latent, ids_keep, grid, recompute)  # (sum of N, L, D)
+        parts = features.split([len(ids) for ids in ids_keep])
+        masked = [take_tokens(part, group.ids_masked) for part, group in zip(parts, groups, strict=True)]  # (N, M, D)
+        voxels = self.decoder.head(join([tokens.flatten(0, 1) for tokens in masked]))  # the others have no loss
+        predictions = voxels.split([tokens.shape[0] * tokens.shape[1] for tokens in masked])
+        return [
+            Reconstruction(prediction.unflatten(0, tokens.shape[:2]), part)
+            for prediction, tokens, part in zip(predictions, masked, parts, strict=True)
+        ]
 
     @property
     def feature_source(self) -> HybridEncoder:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig, Size3
 from nnunet_mim.networks.conv_blocks import run_block
+from nnunet_mim.networks.token_layout import join, view_of_token
 from nnunet_mim.networks.vit_blocks import ViTBlock, init_weights, sincos_position
 
 
@@ -43,10 +45,25 @@ class MiMDecoder(nn.Module):
         Returns:
             (N, L, D) features after the LayerNorm, in raster order.
         """
-        N, L = latent.shape[0], math.prod(grid)
-        visible = self.embed(latent)  # (N, K, D)
-        rows = torch.arange(N, device=latent.device)[:, None]
-        x = self.mask_token.to(visible.dtype).expand(N, L, -1).index_put((rows, ids_keep), visible)  # (N, L, D)
+        return self.decode_groups(latent.flatten(0, 1), [ids_keep], grid, recompute)
+
+    def decode_groups(
+        self, latent: Tensor, ids_keep: Sequence[Tensor], grid: Size3, recompute: bool = False
+    ) -> Tensor:
+        """Compute the features of all tokens of groups of views at once.
+
+        Args:
+            latent: (T, D_encoder) float, of `HybridEncoder.encode_groups`.
+            ids_keep: for each group (N, K) int64.
+            grid, recompute: as in `forward`.
+
+        Returns:
+            (sum of N, L, D), as in `forward`.
+        """
+        N, L = sum(len(ids) for ids in ids_keep), math.prod(grid)
+        visible = self.embed(latent)  # (T, D)
+        place = view_of_token(ids_keep), join([ids.flatten() for ids in ids_keep])
+        x = self.mask_token.to(visible.dtype).expand(N, L, -1).index_put(place, visible)  # (N, L, D)
         x = x + sincos_position(grid, x.shape[-1], x)
         for block in self.blocks:
             x = run_block(block, recompute, x)

@@ -7,7 +7,7 @@ and the whole U-Net reconstructs (docs/adr/0003-resenc-with-zeros.md). The weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from torch import Tensor
 from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import cumulative_strides
-from nnunet_mim.networks.mask_in_mask import Alignment, LevelOutput
-from nnunet_mim.networks.token_layout import pad_at_ends, take_tokens, tokens_from_grid
+from nnunet_mim.networks.mask_in_mask import Alignment, MaskedViews, Reconstruction
+from nnunet_mim.networks.token_layout import join, pad_at_ends, take_tokens, tokens_from_grid
 
 CLASS_NAME = "ResidualEncoderUNet"
 CLASS_PATH = f"dynamic_network_architectures.architectures.unet.{CLASS_NAME}"
@@ -74,22 +74,18 @@ class ResEncMaskInMask(Alignment):
         self.encoder, self.decoder = unet.encoder, unet.decoder
         self.add_projectors(kwargs["features_per_stage"][self.feature_stage], 2, alignment)
 
-    def forward(
-        self,
-        images: Tensor,
-        ids_keep: Tensor,
-        ids_masked: Tensor,
-        edge: int | None = None,
-        parent_features: Tensor | None = None,
-        recompute: bool = False,
-    ) -> LevelOutput:
+    def forward(self, groups: Sequence[MaskedViews], recompute: bool = False) -> list[Reconstruction]:
         """Do what `MaskInMask.forward` does; `recompute` is ignored."""
-        skips = self.encoder(self.hide(images, ids_masked))
-        image = self.decoder(skips)  # (N, C, X, Y, Z)
-        tokens = tokens_from_grid(image.permute(0, 2, 3, 4, 1), self.token_size)  # (N, L, *token_size, C)
-        features = self._token_features(skips, images)
-        child, parent = self.align(features, edge, parent_features)
-        return LevelOutput(take_tokens(tokens, ids_masked).flatten(2), features, child, parent)
+        images = join([self.hide(group.images, group.ids_masked) for group in groups])  # (N, C, X, Y, Z) of all groups
+        sizes = [len(group.images) for group in groups]
+        skips = self.encoder(images)
+        features = self._token_features(skips, images).split(sizes)  # (N, L, D) each
+        image = self.decoder(skips).permute(0, 2, 3, 4, 1)
+        tokens = tokens_from_grid(image, self.token_size).split(sizes)  # (N, L, *token_size, C) each
+        return [
+            Reconstruction(take_tokens(own, group.ids_masked).flatten(2), part)
+            for own, part, group in zip(tokens, features, groups, strict=True)
+        ]
 
     def visible_features(self, images: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
         """Features of the visible tokens, (N, K, D), from the encoder."""

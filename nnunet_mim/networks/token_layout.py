@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,18 @@ from nnunet_mim.config import Size3
 def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
     """Select tokens by number: (N, L, ...) and ids (N, K) int64 → (N, K, ...)."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], ids]
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first axis; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
+def view_of_token(ids: Sequence[Tensor]) -> Tensor:
+    """Number of the view of each token, (T,) int64, where groups of views have tokens (N, K), one after the other."""
+    device, firsts = ids[0].device, accumulate((len(group) for group in ids), initial=0)
+    views = [torch.arange(len(group), device=device) + first for group, first in zip(ids, firsts, strict=False)]
+    return join([v.repeat_interleave(group.shape[1]) for v, group in zip(views, ids, strict=True)])
 
 
 def voxel_rows(ids: Tensor, grid: Size3, token: Size3, rim: int = 0) -> Tensor:

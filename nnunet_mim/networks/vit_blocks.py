@@ -1,6 +1,12 @@
-"""Transformer blocks on token sequences (N, L, D), and the fixed sine-cosine position embedding."""
+"""Transformer blocks on sequences of tokens, and the fixed sine-cosine position embedding.
+
+Tokens are (N, L, D). Those of groups of views with other numbers of tokens lie one after the other, (T, D), and
+`shapes` has (N, L) of each group: only attention has to know.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +14,14 @@ from torch import Tensor, nn
 
 from nnunet_mim.config import Size3
 from nnunet_mim.networks.conv_blocks import DropPath
+from nnunet_mim.networks.token_layout import join
+
+Shapes = Sequence[tuple[int, int]]
+"""number of views and of tokens of each view, of each group"""
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (arXiv 1706.03762), qkv with bias: (N, L, D) → (N, L, D)."""
+    """Multi-head self-attention (arXiv 1706.03762) within each view, qkv with bias: (N, L, D) or (T, D) → the same."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -19,12 +29,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        N, L, D = x.shape
-        qkv = self.qkv(x).reshape(N, L, 3, self.num_heads, D // self.num_heads)
+    def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
+        qkv = self.qkv(x)
+        if shapes is None:
+            return self.proj(self._attend(qkv))
+        groups = qkv.split([N * L for N, L in shapes])
+        attended = [self._attend(group.unflatten(0, shape)) for group, shape in zip(groups, shapes, strict=True)]
+        return self.proj(join([group.flatten(0, 1) for group in attended]))
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """(N, L, 3 D) → (N, L, D)."""
+        N, L, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        qkv = qkv.reshape(N, L, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, L, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(N, L, D))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, L, D)
 
 
 class MLP(nn.Module):
@@ -40,7 +58,7 @@ class MLP(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block (ViT, arXiv 2010.11929): (N, L, D) → (N, L, D)."""
+    """Pre-norm transformer block (ViT, arXiv 2010.11929): (N, L, D) or (T, D) → the same."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -50,8 +68,8 @@ class ViTBlock(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), shapes))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

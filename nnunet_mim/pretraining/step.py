@@ -6,7 +6,7 @@ which an H100 idles (benchmarks/results/2026-11-26_h100.md). Recorded once, they
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.networks.mask_in_mask import LevelOutput
+from nnunet_mim.networks.mask_in_mask import MaskedViews, Reconstruction, Reconstructs
 from nnunet_mim.pretraining.distributed.ranks import Ranks, ranks_of
 from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigures, mapped
 from nnunet_mim.pretraining.objective.levels import add_pass, level_losses, levels_that_count
@@ -58,7 +58,7 @@ def learning_rates(iterations: int, peak: float, warmup_fraction: float) -> np.n
 def build_step(state: TrainingState, run: Run, fabric: Fabric) -> TrainStep:
     """The step of a run: on one GPU recorded as a CUDA graph, unless options are against it."""
     options, ranks = run.options, ranks_of(fabric)
-    forward = forward_on(fabric, _compiled(state.model) if options.compile else state.model)
+    forward = InPrecision(fabric, _compiled(state.model) if options.compile else state.model)
     flat_threshold = torch.tensor(run.data.flat_threshold, device=fabric.device)
     step = ordinary_step(
         forward, state.model, state.optimizer, flat_threshold, run.config, ranks, options.views_per_pass,
@@ -71,7 +71,7 @@ def build_step(state: TrainingState, run: Run, fabric: Fabric) -> TrainStep:
 
 
 def ordinary_step(
-    forward: Callable[..., LevelOutput], model: nn.Module, optimizer: torch.optim.Optimizer, flat_threshold: Tensor,
+    forward: Reconstructs, model: nn.Module, optimizer: torch.optim.Optimizer, flat_threshold: Tensor,
     config: PretrainConfig, ranks: Ranks, views_per_pass: int | None = None, recompute: tuple[int, ...] = (),
 ) -> TrainStep:  # fmt: skip
     """Forward and backward, pass by pass, clipping, the optimiser; arguments as in `level_losses` and RunOptions.
@@ -83,9 +83,10 @@ def ordinary_step(
         levels: list[LevelFigures[Tensor]] = []
         n_computed = levels_that_count(config, len(views))
         passes = level_losses(forward, views, flat_threshold, config, views_per_pass, recompute, ranks, n_computed)
-        for loss, part, _ in passes:
+        for loss, parts in passes:
             loss.backward()  # pass by pass: activations of one at a time
-            add_pass(levels, part)
+            for part in parts:
+                add_pass(levels, part.figures)
         ranks.sum_all([p.grad for p in model.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).detach()
         skipped = (~torch.isfinite(norm)).float()
@@ -103,15 +104,23 @@ def _compiled(model: nn.Module) -> Any:
     return torch.compile(model, dynamic=False)
 
 
-def forward_on(fabric: Fabric, network: Callable[..., LevelOutput]) -> Callable[..., LevelOutput]:
-    """The network in the precision of `fabric`; features, which are kept for the next level, in float32."""
+class InPrecision:
+    """A network of pretraining in the precision of `fabric`; features, which children are compared with, in float32."""
 
-    def forward(*inputs: Any) -> LevelOutput:
-        with fabric.autocast():
-            output = network(*inputs)
-        return output._replace(features=full(output.features))
+    def __init__(self, fabric: Fabric, network: Reconstructs) -> None:
+        self.fabric, self.network = fabric, network
 
-    return forward
+    def __call__(self, groups: Sequence[MaskedViews], recompute: bool = False) -> list[Reconstruction]:
+        with self.fabric.autocast():
+            outputs = self.network(groups, recompute)
+        return [output._replace(features=full(output.features)) for output in outputs]
+
+    def align(
+        self, features: Tensor, edge: int | None, parent_features: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See Alignment."""
+        with self.fabric.autocast():
+            return self.network.align(features, edge, parent_features)
 
 
 class RecordedStep:

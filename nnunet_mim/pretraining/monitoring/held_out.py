@@ -91,13 +91,14 @@ class HeldOut:
         errors: list[Tensor] = []
         n_done = 0  # views of the level that earlier passes have computed
         views, is_target = self.views[number], self.is_target[number]
-        for _, part, output in level_losses(model, views, self.flat_threshold, self.config, self.views_per_pass):
-            if not levels or levels[-1].number != part.number:
+        passes = level_losses(model, views, self.flat_threshold, self.config, self.views_per_pass)
+        for part in (part for _, parts in passes for part in parts):
+            if not levels or levels[-1].number != part.figures.number:
                 n_done = 0
-            add_pass(levels, part)
-            position, rows = len(levels) - 1, slice(n_done, n_done + output.prediction.shape[0])
+            add_pass(levels, part.figures)
+            position, rows = len(levels) - 1, slice(n_done, n_done + part.prediction.shape[0])
             tokens = views[position].masked_tokens(rows)
-            error = voxel_error(output.prediction, tokens, is_target[position][rows], self.width)
+            error = voxel_error(part.prediction, tokens, is_target[position][rows], self.width)
             errors[position:] = [errors[position] + error if n_done else error]
             n_done = rows.stop
         return levels, [float(e) / max(float(t.sum()), 1.0) for e, t in zip(errors, is_target, strict=True)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import Level
-from nnunet_mim.networks.mask_in_mask import LevelOutput
+from nnunet_mim.networks.mask_in_mask import Reconstruction, Reconstructs
 from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks
 from nnunet_mim.pretraining.monitoring.figures import LevelFigures, mapped
 from nnunet_mim.pretraining.objective.losses import cosine_loss, flat_tokens, infonce_loss, reconstruction_loss
@@ -17,8 +19,17 @@ from nnunet_mim.pretraining.objective.masks import on_device
 from nnunet_mim.pretraining.objective.views import LevelViews
 
 
+class LevelPart(NamedTuple):
+    """The views of one level in one pass."""
+
+    figures: LevelFigures[Tensor]
+    """their share of the level's figures, detached, to be summed by `add_pass` and over ranks"""
+    prediction: Tensor
+    """(n, M, P) of the network, see Reconstruction"""
+
+
 def level_losses(
-    model: Callable[..., LevelOutput],
+    model: Reconstructs,
     views: list[LevelViews],
     flat_threshold: Tensor,
     config: PretrainConfig,
@@ -26,79 +37,102 @@ def level_losses(
     recompute: tuple[int, ...] = (),
     ranks: Ranks = ALONE,
     n_computed: int | None = None,
-) -> Iterator[tuple[Tensor, LevelFigures[Tensor], LevelOutput]]:
-    """Run the levels in turn, outermost first, each in one pass or in several.
+) -> Iterator[tuple[Tensor, list[LevelPart]]]:
+    """Compute the objective in passes, outermost level first: all levels in one pass, or each level in its own.
 
     Features of a parent level are detached, and every view's loss is a share of its level's mean. So the losses sum to
     the objective, also over ranks, and each can be back-propagated before the next pass runs: memory is that of one
     pass. Children are contrasted with the places of all ranks' parents.
 
     Args:
-        model: MaskInMask, or what calls it.
+        model: network of pretraining, or what calls one.
         flat_threshold: (C,) standard deviation below which a token is no target.
-        views_per_pass: largest number of views in one pass; None: all views of a level.
-        recompute: numbers (1 to 3) of the levels that keep no activations inside blocks.
+        views_per_pass: largest number of views in one pass, all of one level; None: all of all levels.
+        recompute: numbers (1 to 3) of the levels that keep no activations inside blocks; every level has its own pass.
         ranks: the views are this rank's part of a batch, as large on every rank.
         n_computed: number of levels, from the outermost on; None: all. See `levels_that_count`.
 
     Yields:
-        the pass's share of the weighted loss; its share of the level's figures, detached, to be summed by `add_pass`
-        and over ranks; and the network's output.
+        the pass's share of the weighted loss, and what it holds of each level.
     """
+    levels = [_level(position, views, flat_threshold, ranks) for position in range(len(views))[:n_computed]]
     parent_features = None
-    for position, view in enumerate(views[:n_computed]):
-        number = level_number(position, len(views))
-        is_target, padded_share, flat_share = target_tokens(view, flat_threshold)  # (N, M), (N,), (N,)
-        n_targets = ranks.sum(is_target.sum())
-        inside = (~view.outside).to(view.images.dtype)  # (N,)
-        n_inside = ranks.sum(inside.sum())
-        own_place = _place_index(views[position - 1], ranks.rank) if position else None  # (N,)
-        features = []
-        for part in _passes(len(view.images), views_per_pass):  # n of the N views
-            inputs = view.images[part], view.ids_keep[part], view.ids_masked[part]  # (n, C, X, Y, Z), (n, K), (n, M)
-            output = model(*inputs, number - 2 if position else None, parent_features, number in recompute)
-            tokens = view.masked_tokens(part)  # (n, M, P)
-            reconstruction = reconstruction_loss(output.prediction, tokens, is_target[part], n_targets)
-            loss = config.level_weights[number - 1] * reconstruction
-            alignment = top1 = None
-            if output.child is not None and own_place is not None:
-                alignment, top1 = _alignment_loss(output, own_place[part], inside[part], n_inside, config)
-                loss = loss + config.alignment_weight * alignment
-            figures = LevelFigures(
-                number,
-                reconstruction=reconstruction,
-                targets=is_target[part].float().sum(),
-                padded_share=padded_share[part].sum() / ranks.world,
-                flat_share=flat_share[part].sum() / ranks.world,
-                alignment_top1=top1,
-                alignment=alignment,
-                loss=loss,
-                nonfinite=_nonfinite_views(output.features, view.crop[part], n_crops=len(views[0].images)),
-            )
-            yield loss, mapped(torch.detach, figures), output
-            features.append(_place_features(output.features.detach(), view.level))  # (n * places, D)
-        parent_features = ranks.gather(torch.cat(features))  # (ranks * N * places, D)
+    for one_pass in _passes_of_levels(levels, views_per_pass, apart=bool(recompute)):
+        groups = [level.views.masked(rows) for level, rows in one_pass]
+        outputs = model(groups, any(level.number in recompute for level, _ in one_pass))
+        losses, parts = [], []
+        for (level, rows), output in zip(one_pass, outputs, strict=True):
+            if rows.start == 0 and level.own_place is not None:  # a level begins: its parents are complete
+                parent_features = ranks.gather(torch.cat(levels[level.position - 1].features))  # (ranks*N*places, D)
+            loss, figures = _part_of_loss(model, level, rows, output, parent_features, config)
+            padded_share, flat_share = (share[rows].sum() / ranks.world for share in (level.padded, level.flat))
+            nonfinite = _nonfinite_views(output.features, level.views.crop[rows], n_crops=len(views[0].images))
+            figures = replace(figures, padded_share=padded_share, flat_share=flat_share, nonfinite=nonfinite)
+            losses.append(loss)
+            parts.append(LevelPart(mapped(torch.detach, figures), output.prediction))
+            level.features.append(_place_features(output.features.detach(), level.views.level))  # (n * places, D)
+        yield sum(losses[1:], losses[0]), parts
 
 
-def _alignment_loss(
-    output: LevelOutput, own_place: Tensor, inside: Tensor, n_inside: Tensor, config: PretrainConfig
-) -> tuple[Tensor, Tensor | None]:
-    """The loss that `config.alignment` names, of n views with a parent; for `infonce` also the share of views whose own
-    place is the most similar one, else None.
+@dataclass(frozen=True)
+class _Level:
+    """All views of a level, and what their losses are shares of."""
 
-    Args:
-        output: of the network.
-        own_place: (n,) as of `_place_index`.
-        inside: (n,) weights, 0 for a view outside the volume.
-        n_inside: scalar, sum of the weights of all passes and ranks.
-        config: names the loss.
-    """
-    assert output.child is not None
-    assert output.parent is not None
-    pairs = output.child, output.parent, own_place, inside
-    if config.alignment == "infonce":
-        return infonce_loss(*pairs, config.temperature, n_inside)
-    return cosine_loss(*pairs, n_inside), None
+    views: LevelViews
+    position: int
+    """among the levels that are computed, from the outermost on"""
+    number: int
+    is_target: Tensor
+    """(N, M) bool: True = the masked token counts in the loss"""
+    padded: Tensor
+    """(N,) share of all masked tokens of the level that hold padding"""
+    flat: Tensor
+    """(N,) share of them that are flat"""
+    n_targets: Tensor
+    """scalar, of all ranks"""
+    inside: Tensor
+    """(N,) weights, 0 for a view outside the volume"""
+    n_inside: Tensor
+    """scalar, their sum over all ranks"""
+    own_place: Tensor | None
+    """(N,) int64, row of the parents' places that each view was cut from; None for the outermost level"""
+    features: list[Tensor] = field(default_factory=list)
+    """(n * places, D) detached features of the places of the views that have been computed"""
+
+
+def _level(position: int, views: list[LevelViews], flat_threshold: Tensor, ranks: Ranks) -> _Level:
+    """The level at a position, with none of its views computed."""
+    view = views[position]
+    is_target, padded, flat = target_tokens(view, flat_threshold)
+    inside = (~view.outside).to(view.images.dtype)
+    own_place = _place_index(views[position - 1], ranks.rank) if position else None
+    n_targets, n_inside = ranks.sum(is_target.sum()), ranks.sum(inside.sum())
+    number = level_number(position, len(views))
+    return _Level(view, position, number, is_target, padded, flat, n_targets, inside, n_inside, own_place)
+
+
+def _part_of_loss(
+    model: Reconstructs, level: _Level, rows: slice, output: Reconstruction, parent_features: Tensor | None,
+    config: PretrainConfig,
+) -> tuple[Tensor, LevelFigures[Tensor]]:
+    """Weighted loss of some views of a level as their share of the level's mean, and its parts."""
+    tokens, is_target = level.views.masked_tokens(rows), level.is_target[rows]  # (n, M, P), (n, M)
+    reconstruction = reconstruction_loss(output.prediction, tokens, is_target, level.n_targets)
+    loss = config.level_weights[level.number - 1] * reconstruction
+    alignment = top1 = None
+    edge = level.number - 2 if level.own_place is not None else None
+    child, parent = model.align(output.features, edge, parent_features)
+    if child is not None and parent is not None and level.own_place is not None:
+        pairs = child, parent, level.own_place[rows], level.inside[rows]
+        if config.alignment == "infonce":
+            alignment, top1 = infonce_loss(*pairs, config.temperature, level.n_inside)
+        else:
+            alignment = cosine_loss(*pairs, level.n_inside)
+        loss = loss + config.alignment_weight * alignment
+    return loss, LevelFigures(
+        level.number, reconstruction=reconstruction, targets=is_target.float().sum(), alignment_top1=top1,
+        alignment=alignment, loss=loss,
+    )  # fmt: skip
 
 
 def levels_that_count(config: PretrainConfig, n_levels: int) -> int:
@@ -106,6 +140,18 @@ def levels_that_count(config: PretrainConfig, n_levels: int) -> int:
     aligned = config.alignment != "none" and config.alignment_weight > 0
     weights = config.level_weights[-n_levels:]
     return max((n + 1 for n in range(n_levels) if weights[n] > 0 or (aligned and n > 0)), default=n_levels)
+
+
+def _passes_of_levels(
+    levels: list[_Level], views_per_pass: int | None, apart: bool
+) -> Iterator[list[tuple[_Level, slice]]]:
+    """The levels, each with the rows of its views, in passes; `apart`: no two levels in one."""
+    if views_per_pass is None and not apart:
+        yield [(level, slice(0, len(level.views.images))) for level in levels]
+        return
+    for level in levels:
+        for rows in _passes(len(level.views.images), views_per_pass):
+            yield [(level, rows)]
 
 
 def _passes(n_views: int, views_per_pass: int | None) -> Iterator[slice]:

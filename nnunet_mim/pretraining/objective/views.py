@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnunet_mim.config import Size3
 from nnunet_mim.geometry import Level
+from nnunet_mim.networks.mask_in_mask import MaskedViews
 from nnunet_mim.networks.token_layout import tokens_from_grid
 from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks
 from nnunet_mim.pretraining.objective.losses import flat_tokens
@@ -37,6 +38,10 @@ class LevelViews:
     """(N, L) bool: True = the token has a voxel outside the volume in it"""
     outside: Tensor
     """(N,) bool: True = the view is all padding"""
+
+    def masked(self, part: slice = slice(None)) -> MaskedViews:
+        """What a network gets of all views, or of a part of them."""
+        return MaskedViews(self.images[part], self.ids_keep[part], self.ids_masked[part])
 
     def masked_tokens(self, part: slice = slice(None)) -> Tensor:
         """(N, M, P) voxels of the masked tokens of all views, or of a part of them: C order, channel last; P = voxels

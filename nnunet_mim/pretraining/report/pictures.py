@@ -162,7 +162,7 @@ def _fill_in(model: PretrainingNetwork, view: LevelViews) -> tuple[Tensor, Tenso
     truth = view.masked_tokens()  # (1, M, P)
     variance, mean = torch.var_mean(truth, dim=-1, keepdim=True)
     std = (variance + VARIANCE_EPS).sqrt()
-    predicted = model(view.images, view.ids_keep, view.ids_masked).prediction.float()
+    predicted = model([view.masked()])[0].prediction.float()
     nearest = normalize_tokens(infill_tokens(view))
     tokens = tokens_from_grid(view.images.permute(0, 2, 3, 4, 1), view.level.token_size)
     masked, grid = view.ids_masked[0], view.level.grid

@@ -12,7 +12,7 @@ from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.conv_blocks import PatchConv, PointwiseConv
 from nnunet_mim.networks.depthwise import DepthwiseConv3d
-from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.mask_in_mask import MaskedViews, MaskInMask
 from nnunet_mim.networks.vit_blocks import Attention
 
 FILE = Path(__file__).parents[3] / "benchmarks" / "flops.py"
@@ -37,11 +37,12 @@ def counted_flops(model, images, ids_keep, ids_masked):
         if isinstance(module, (PointwiseConv, PatchConv, nn.Linear)):
             total += 2 * output.numel() * module.weight[0].numel()
         elif isinstance(module, Attention):
-            n, length, dim = inputs[0].shape
+            ((n, length),) = inputs[1] or [inputs[0].shape[:2]]
+            dim = inputs[0].shape[-1]
             total += 2 * 2 * n * length * length * dim
 
     hooks = [m.register_forward_hook(count) for m in model.modules()]
-    model(images, ids_keep, ids_masked)
+    model([MaskedViews(images, ids_keep, ids_masked)])
     for hook in hooks:
         hook.remove()
     for stage in model.encoder.stages:  # runs on a dense grid; what is needed is counted here

@@ -43,13 +43,13 @@ def test_values_match_the_loop_over_kernel_offsets(reference):
         wanted = torch.stack(
             [reference.network.depthwise(one.permute(3, 0, 1, 2), conv.weight, conv.bias) for one in x]
         )
-        found = conv_on_patches(2, x.device)(conv, x.unsqueeze(1)).squeeze(1)
+        found = conv_on_patches(2, x.device)(conv, x)
         close(found, wanted.permute(0, 2, 3, 4, 1), torch.float64)
 
 
 def test_without_gradients_the_values_are_the_same():
     conv = make(4, 5, torch.float32, 4)
-    x = torch.randn(2, 1, 5, 6, 7, 4)
+    x = torch.randn(2, 5, 6, 7, 4)
     convolve = conv_on_patches(2, x.device)
     with_gradient = convolve(conv, x)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_without_gradients_the_values_are_the_same():
 
 def test_autocast_takes_a_float32_input():
     conv = make(4, 5, torch.float32, 5)
-    x = torch.randn(1, 1, 5, 4, 6, 4, requires_grad=True)
+    x = torch.randn(1, 5, 4, 6, 4, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = conv_on_patches(1, x.device)(conv, x)
     y.float().square().sum().backward()

@@ -38,10 +38,19 @@ def reference(conv, x, upstream, ids_keep, grid):
     return [y.detach(), *torch.autograd.grad(y, (x, weight, bias), upstream.double())]
 
 
+def on_tokens(ids_keep, grid):
+    """`conv_on_tokens` of one group of views: (N, K, X, Y, Z, C) → the same."""
+    convolve = conv_on_tokens([ids_keep], grid)
+    return lambda conv, x: convolve(conv, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
 def ours(convolve, conv, x, upstream):
     x = x.detach().requires_grad_()
     y = convolve(conv, x)
-    assert "MaskedDepthwise" in type(y.grad_fn).__name__  # not the fallback
+    function = y.grad_fn
+    while type(function).__name__.startswith(("View", "UnsafeView", "Squeeze", "Unsqueeze")):
+        function = function.next_functions[0][0]
+    assert "MaskedDepthwise" in type(function).__name__  # not the fallback
     return [y.detach(), *torch.autograd.grad(y, (x, conv.weight, conv.bias), upstream)]
 
 
@@ -58,7 +67,7 @@ def assert_close(found, wanted):
 def test_on_tokens(data, grid, token, channels, kernel, seed):
     n_visible = data.draw(st.integers(1, math.prod(grid)))
     conv, x, upstream, ids_keep = make(grid, token, channels, n_visible, kernel, seed=seed)
-    found = ours(conv_on_tokens(ids_keep, grid), conv, x, upstream)
+    found = ours(on_tokens(ids_keep, grid), conv, x, upstream)
     assert_close(found, reference(conv, x, upstream, ids_keep, grid))
 
 
@@ -80,15 +89,30 @@ def test_in_float64_nothing_but_rounding_differs(data, grid, token, channels, se
 def test_on_patches_larger_than_a_box(token):
     """Sizes that 8 divides, that only a smaller box divides, and a prime."""
     conv, x, upstream, ids_keep = make((1, 1, 1), token, 3, 1)
-    found = ours(conv_on_patches(2, x.device), conv, x, upstream)
+    convolve = conv_on_patches(2, x.device)
+    found = ours(lambda conv, x: convolve(conv, x.squeeze(1)).unsqueeze(1), conv, x, upstream)
     assert_close(found, reference(conv, x, upstream, ids_keep, (1, 1, 1)))
+
+
+def test_groups_of_views_with_other_numbers_of_visible_tokens():
+    grid, token = (2, 3, 2), (4, 2, 4)
+    cases = [make(grid, token, 3, n_visible, n=n) for n, n_visible in ((2, 7), (1, 12), (3, 1))]
+    conv, ids = cases[0][0], [case[3] for case in cases]
+    convolve = conv_on_tokens(ids, grid)
+    x, upstream = (torch.cat([case[part].flatten(0, 1) for case in cases]) for part in (1, 2))
+    x.requires_grad_()
+    y = convolve(conv, x)
+    found = y.detach(), *torch.autograd.grad(y, (x, conv.weight, conv.bias), upstream)
+    wanted = [reference(conv, case[1], case[2], case[3], grid) for case in cases]
+    joined = [torch.cat([values[part].flatten(0, 1) for values in wanted]) for part in (0, 1)]
+    assert_close(found, [*joined, *(sum(values[part] for values in wanted) for part in (2, 3))])
 
 
 @pytest.mark.parametrize("n_bytes", [1, 20_000, 10**9])
 def test_boxes_in_one_call_or_in_many(monkeypatch, n_bytes):
     monkeypatch.setattr(depthwise_cpu, "BYTES_PER_CALL", n_bytes)
     conv, x, upstream, ids_keep = make((2, 3, 2), (4, 2, 4), 6, 7)
-    found = ours(conv_on_tokens(ids_keep, (2, 3, 2)), conv, x, upstream)
+    found = ours(on_tokens(ids_keep, (2, 3, 2)), conv, x, upstream)
     assert_close(found, reference(conv, x, upstream, ids_keep, (2, 3, 2)))
 
 
@@ -101,7 +125,7 @@ def test_only_the_gradients_asked_for(asked):
     conv.bias.requires_grad_("bias" in asked)
     names = dict(zip(("x", "weight", "bias"), reference(conv, x, upstream, ids_keep, (2, 2, 1))[1:], strict=True))
     tensors = {"x": x, "weight": conv.weight, "bias": conv.bias}
-    y = conv_on_tokens(ids_keep, (2, 2, 1))(conv, x)
+    y = on_tokens(ids_keep, (2, 2, 1))(conv, x)
     found = torch.autograd.grad(y, [tensors[name] for name in asked], upstream)
     assert_close(found, [names[name] for name in asked])
 
@@ -113,7 +137,7 @@ def test_any_memory_layout():
     gradient = upstream.transpose(0, 5).contiguous().transpose(0, 5)
     assert not strided.is_contiguous()
     assert not gradient.is_contiguous()
-    assert_close(ours(conv_on_tokens(ids_keep, (2, 2, 2)), conv, strided, gradient), wanted)
+    assert_close(ours(on_tokens(ids_keep, (2, 2, 2)), conv, strided, gradient), wanted)
 
 
 def test_where_it_is_used():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_mim.config import NetworkConfig
-from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.mask_in_mask import MaskedViews, MaskInMask
 from nnunet_mim.networks.token_layout import tokens_from_grid
 from nnunet_mim.pretraining.objective.losses import infonce_loss, reconstruction_loss
 from nnunet_mim.pretraining.objective.masks import mask_of
@@ -28,18 +28,17 @@ def make(alignment="infonce", in_channels=2, n_edges=2):
 
 def inputs(n=3, in_channels=2):
     order = torch.stack([torch.randperm(N_TOKENS) for _ in range(n)])
-    return torch.randn(n, in_channels, *SIZE, dtype=torch.float64), order[:, :N_VISIBLE], order[:, N_VISIBLE:]
+    images = torch.randn(n, in_channels, *SIZE, dtype=torch.float64)
+    return MaskedViews(images, order[:, :N_VISIBLE], order[:, N_VISIBLE:])
 
 
 def test_prediction_is_made_for_the_masked_tokens_in_their_order(reference):
     model = make()
-    images, keep, masked = inputs()
-    output = model(images, keep, masked)
+    images, keep, masked = views = inputs()
+    (output,) = model([views])
     voxels = 2 * 4 * 4 * 2
     assert output.prediction.shape == (3, N_TOKENS - N_VISIBLE, voxels)
     assert output.features.shape == (3, N_TOKENS, 12)
-    assert output.child is None
-    assert output.parent is None
     latent = model.encoder(images, keep)
     for n in range(3):
         features, every = reference.network.decoder(
@@ -54,9 +53,9 @@ def test_prediction_is_made_for_the_masked_tokens_in_their_order(reference):
 def test_child_and_parent_of_an_edge(reference, alignment, edge):
     """Child: mean of all tokens, projected. Parent: projected for infonce, raw for cosine; never a way back."""
     model = make(alignment)
-    images, keep, masked = inputs()
     parents = torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
-    output = model(images, keep, masked, edge, parents)
+    (output,) = model([inputs()])
+    child, parent = model.align(output.features, edge, parents)
 
     def projected(x, side):
         prefix = f"projectors.{side}.{edge}."
@@ -64,13 +63,13 @@ def test_child_and_parent_of_an_edge(reference, alignment, edge):
         return reference.network.projector(x, state)
 
     mean = sum(output.features[:, t] for t in range(N_TOKENS)) / N_TOKENS
-    torch.testing.assert_close(output.child, projected(mean, "child"), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(child, projected(mean, "child"), rtol=1e-9, atol=1e-9)
     if alignment == "cosine":
-        assert torch.equal(output.parent, parents)
-        assert not output.parent.requires_grad
+        assert torch.equal(parent, parents)
+        assert not parent.requires_grad
     else:
-        torch.testing.assert_close(output.parent, projected(parents, "parent"), rtol=1e-9, atol=1e-9)
-    (output.child.sum() + output.parent.sum()).backward()
+        torch.testing.assert_close(parent, projected(parents, "parent"), rtol=1e-9, atol=1e-9)
+    (child.sum() + parent.sum()).backward()
     assert parents.grad is None
     sides = ("child",) if alignment == "cosine" else ("child", "parent")
     for name, parameter in model.named_parameters():
@@ -83,10 +82,8 @@ def test_child_and_parent_of_an_edge(reference, alignment, edge):
 
 def test_without_alignment_there_are_no_projectors():
     model = make("none")
-    images, keep, masked = inputs()
-    output = model(images, keep, masked, 0, torch.randn(7, 12, dtype=torch.float64))
-    assert output.child is None
-    assert output.parent is None
+    parents = torch.randn(7, 12, dtype=torch.float64)
+    assert model.align(model([inputs()])[0].features, 0, parents) == (None, None)
     assert not any("projectors" in key for key in model.state_dict())
 
 
@@ -106,14 +103,34 @@ def test_state_dict_prefixes():
 
 def test_masked_voxels_reach_nothing_but_the_target():
     model = make()
-    images, keep, masked = inputs(1)
+    images, keep, masked = views = inputs(1)
     changed = images.clone()
     number = int(masked[0, 0])
     x, y, z = (number // 4) * 2, number // 2 % 2 * 4, number % 2 * 4
     changed[0, :, x : x + 2, y : y + 4, z : z + 4] = torch.nan
-    before, after = model(images, keep, masked), model(changed, keep, masked)
+    (before,), (after,) = model([views]), model([MaskedViews(changed, keep, masked)])
     assert torch.equal(before.prediction, after.prediction)
     assert torch.equal(before.features, after.features)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_groups_of_views_with_other_numbers_of_visible_tokens_do_not_see_each_other(recompute):
+    model, groups = make(), []
+    for n, n_visible in ((3, 5), (1, 1), (2, 9)):
+        order = torch.stack([torch.randperm(N_TOKENS) for _ in range(n)])
+        images = torch.randn(n, 2, *SIZE, dtype=torch.float64)
+        groups.append(MaskedViews(images, order[:, :n_visible], order[:, n_visible:]))
+
+    def gradients(outputs):
+        model.zero_grad()
+        sum(part.square().mean() for output in outputs for part in output).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    together = model(groups, recompute)
+    alone = [output for group in groups for output in model([group])]
+    for found, wanted in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(together), gradients(alone), rtol=1e-9, atol=1e-12)
 
 
 @st.composite
@@ -150,8 +167,8 @@ def compare_level_with_dense(encode_dense, network, in_channels, grid, n_visible
         loss.backward()
         return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    output = model(images, keep, masked, 0, parents)
-    found, found_gradients = loss_and_gradients(output.prediction, output.child, output.parent)
+    (output,) = model([MaskedViews(images, keep, masked)])
+    found, found_gradients = loss_and_gradients(output.prediction, *model.align(output.features, 0, parents))
     latent = encode_dense(model.encoder, images, mask_of(masked, math.prod(grid)))
     features = model.decoder(latent, keep, grid)
     prediction = model.decoder.head(features)[rows, masked]

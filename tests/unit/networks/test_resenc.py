@@ -12,6 +12,7 @@ from nnunet_mim.checkpoint.format import PretrainedCheckpoint, build_checkpoint,
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.build import build_network
+from nnunet_mim.networks.mask_in_mask import MaskedViews
 from nnunet_mim.networks.resenc import ResEncMaskInMask, check_resenc, check_view, fitting_view
 from nnunet_mim.pretraining.configure import config_for_data
 
@@ -60,7 +61,7 @@ def test_masked_voxels_are_hidden_and_change_nothing(model):
     images, keep, masked = views()
     assert torch.equal(model.hide(images, masked), hidden_by_hand(images, masked))
     other = torch.where(hidden_by_hand(torch.ones_like(images), masked) == 1, images, torch.randn_like(images))
-    first, second = (model(x, keep, masked) for x in (images, other))
+    first, second = (model([MaskedViews(x, keep, masked)])[0] for x in (images, other))
     assert torch.equal(first.prediction, second.prediction)
     assert torch.equal(first.features, second.features)
 
@@ -74,7 +75,7 @@ def test_it_is_nnunets_network(model):
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("projectors")}
     stock.load_state_dict(weights)  # strict: every key and no other
     expected = stock(hidden_by_hand(images, masked))
-    prediction = model(images, keep, masked).prediction
+    prediction = model([MaskedViews(images, keep, masked)])[0].prediction
     for n, ids in enumerate(masked.tolist()):
         for row, i in enumerate(ids):
             x, y, z = i // 8 * 8, i // 4 % 2 * 8, i % 4 * 8
@@ -82,17 +83,24 @@ def test_it_is_nnunets_network(model):
             assert torch.allclose(prediction[n, row], token.permute(1, 2, 3, 0).flatten(), atol=1e-5)
 
 
+def test_groups_of_views_do_not_see_each_other(model):
+    groups = [MaskedViews(*(part[rows] for part in views())) for rows in (slice(0, 1), slice(1, None))]
+    for found, group in zip(model(groups), groups, strict=True):
+        torch.testing.assert_close(found, model([group])[0])
+
+
 def test_features_of_tokens(model):
     """Stride 8 is that of the last stage: a map voxel a token."""
     images, keep, masked = views()
     skips = model.encoder(hidden_by_hand(images, masked))
-    features = model(images, keep, masked).features
+    features = model([MaskedViews(images, keep, masked)])[0].features
     assert torch.allclose(features, skips[3].flatten(2).transpose(1, 2))
     visible = model.visible_features(images, keep, masked)
     assert torch.equal(visible[1, 3], features[1, keep[1, 3]])
     coarse = ResEncMaskInMask(architecture(((1, 1, 1), (2, 2, 2), (1, 2, 2), (2, 2, 2))), (4, 8, 16))
     assert coarse.feature_stage == 3
-    assert coarse(torch.randn(1, 1, 16, 16, 32), keep[:1, :1], masked[:1, :1]).features.shape == (1, 16, 10)
+    (output,) = coarse([MaskedViews(torch.randn(1, 1, 16, 16, 32), keep[:1, :1], masked[:1, :1])])
+    assert output.features.shape == (1, 16, 10)
 
 
 def test_maps_for_the_probe_cover_the_image(model):
@@ -106,8 +114,9 @@ def test_maps_for_the_probe_cover_the_image(model):
 
 def test_gradients_reach_every_weight(model):
     images, keep, masked = views()
-    output = model(images, keep, masked, 0, torch.randn(16, 10))
-    (output.prediction.square().mean() + output.child.square().mean() + output.parent.square().mean()).backward()
+    (output,) = model([MaskedViews(images, keep, masked)])
+    child, parent = model.align(output.features, 0, torch.randn(16, 10))
+    (output.prediction.square().mean() + child.square().mean() + parent.square().mean()).backward()
     without = {name for name, p in model.named_parameters() if p.grad is None}
     assert {name.split(".")[0] for name in without} <= {"projectors", "decoder"}
     assert all(".1." in name or "seg_layers" in name for name in without)  # the other edge; heads of lower levels
@@ -141,7 +150,8 @@ def test_a_view_that_is_chosen_fits(deepest, view, fits):
     plans["arch_kwargs"]["features_per_stage"] = [2, 2]
     tokens = torch.arange(math.prod(fits) // 16**3)[None]
     keep, masked = tokens[:, 1:], tokens[:, :1]
-    assert ResEncMaskInMask(plans, (16, 16, 16))(torch.randn(1, 1, *fits), keep, masked).prediction.isfinite().all()
+    (output,) = ResEncMaskInMask(plans, (16, 16, 16))([MaskedViews(torch.randn(1, 1, *fits), keep, masked)])
+    assert output.prediction.isfinite().all()
 
 
 def test_the_default_view_of_a_run_fits():

@@ -46,7 +46,7 @@ def step(model, views, **how):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for loss, _, _ in level_losses(model, views, torch.tensor([FLAT]), CONFIG, **how):
+        for loss, _ in level_losses(model, views, torch.tensor([FLAT]), CONFIG, **how):
             losses.append(loss.detach())
             loss.backward()
     return torch.stack(losses), {name: p.grad.clone() for name, p in bare.named_parameters()}, kept
@@ -55,7 +55,7 @@ def step(model, views, **how):
 @pytest.mark.parametrize("levels", [(1,), (2, 3), (1, 2, 3)])
 def test_recomputing_keeps_less_and_changes_nothing(levels):
     model, views = make_model(), make_views()
-    losses, gradients, kept = step(model, views)
+    losses, gradients, kept = step(model, views, views_per_pass=1000)
     found_losses, found_gradients, found_kept = step(model, views, recompute=levels)
     assert torch.equal(losses, found_losses)
     for name, gradient in gradients.items():
@@ -77,7 +77,7 @@ def kept_by_the_largest_pass(n_children, views_per_pass):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for loss, _, _ in level_losses(model, views, torch.tensor([FLAT]), config, views_per_pass):
+        for loss, _ in level_losses(model, views, torch.tensor([FLAT]), config, views_per_pass):
             loss.backward()
             kept.append(0)
     return max(kept)
@@ -86,7 +86,7 @@ def kept_by_the_largest_pass(n_children, views_per_pass):
 def test_memory_does_not_grow_with_the_number_of_views():
     few, many = (kept_by_the_largest_pass(n_children, 2) for n_children in ((1, 1), (4, 4)))
     assert many < 1.05 * few  # 6 and 42 views
-    assert kept_by_the_largest_pass((4, 4), None) > 8 * few  # the test itself: in one pass a level it would
+    assert kept_by_the_largest_pass((4, 4), None) > 8 * few  # the test itself: in one pass it would
 
 
 @pytest.mark.slow
@@ -96,7 +96,8 @@ def test_a_step_compiles_without_graph_breaks(triton, recompute, monkeypatch):
     """fullgraph=True raises at the first break; Triton's kernels are interpreted."""
     torch._dynamo.reset()
     model, views = make_model(), make_views()
-    losses, gradients, _ = step(model, views)
+    passes = 1000 if recompute else None
+    losses, gradients, _ = step(model, views, views_per_pass=passes)
     if triton:
         kernels = pytest.importorskip("nnunet_mim.networks.depthwise_triton")
         monkeypatch.setattr(depthwise, "use_triton", lambda device: True)
@@ -109,7 +110,8 @@ def test_a_step_compiles_without_graph_breaks(triton, recompute, monkeypatch):
         torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_in_a_step_reads_a_value_from_the_device():
+@pytest.mark.parametrize("views_per_pass", [3, None])
+def test_nothing_in_a_step_reads_a_value_from_the_device(views_per_pass):
     """Fake tensors have shapes but no values: .item(), a data-dependent shape or branch raises."""
     levels = levels_of(CONFIG)
     make_views()  # the geometry's tensors exist once, as in any iteration but the first
@@ -121,9 +123,10 @@ def test_nothing_in_a_step_reads_a_value_from_the_device():
             crops, valid, torch.zeros(1), levels, torch.Generator().manual_seed(0), torch.full((1,), FLAT)
         )
         figures = []
-        for loss, part, _ in level_losses(model, views, torch.full((1,), FLAT), CONFIG, views_per_pass=3):
+        for loss, parts in level_losses(model, views, torch.full((1,), FLAT), CONFIG, views_per_pass):
             loss.backward()
-            add_pass(figures, part)
+            for part in parts:
+                add_pass(figures, part.figures)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=False)
         with pytest.raises(DataDependentOutputException):
             figures[0].loss.item()  # the test itself: this would be noticed

@@ -1,4 +1,7 @@
-"""One process of a step: writes its figures and gradients. python step_of_rank.py OUT RANK WORLD PORT ALIGNMENT"""
+"""One process of a step, which writes its figures and gradients.
+
+python step_of_rank.py OUT RANK WORLD PORT ALIGNMENT VIEWS
+"""
 
 import os
 import sys
@@ -19,8 +22,8 @@ NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, d
 CONFIG = PretrainConfig(network=NETWORK, view_size=(32, 32, 32), n_children=(2, 2), batch_size=4)
 
 
-def step(ranks, alignment):
-    """Figures and gradients of this rank's part of a batch of four crops, in float64."""
+def step(ranks, alignment, views_per_pass):
+    """Figures and gradients of this rank's part of a batch of four crops, in float64; 0 views: all in one pass."""
     config = replace(CONFIG, alignment=alignment)
     levels = levels_of(config)
     torch.manual_seed(0)
@@ -36,21 +39,22 @@ def step(ranks, alignment):
     generator = torch.Generator().manual_seed(0)
     views = nested_views(crops[mine], valid[mine], torch.zeros(1), levels, generator, flat, ranks)
     figures = []
-    for loss, part, _ in level_losses(model, views, flat, config, views_per_pass=3, ranks=ranks):
+    for loss, parts in level_losses(model, views, flat, config, views_per_pass or None, ranks=ranks):
         loss.backward()
-        add_pass(figures, part)
+        for part in parts:
+            add_pass(figures, part.figures)
     ranks.sum_all([p.grad for p in model.parameters() if p.grad is not None])
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     row = TrainingFigures(levels=tuple(figures)).row()
     return {name: ranks.sum(value) for name, value in row.items()}, gradients
 
 
-def main(out, rank, world, port, alignment):
+def main(out, rank, world, port, alignment, views_per_pass):
     torch.set_num_threads(1)
     if int(world) > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=world)
         torch.distributed.init_process_group("gloo")
-    result = step(Ranks(int(rank), int(world)), alignment)
+    result = step(Ranks(int(rank), int(world)), alignment, int(views_per_pass))
     if rank == "0":
         torch.save(result, out)
     end_process_group()

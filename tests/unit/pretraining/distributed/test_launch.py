@@ -25,12 +25,12 @@ STEP = Path(__file__).with_name("step_of_rank.py")
 
 @pytest.fixture
 def step_of(tmp_path, free_port):
-    """step_of(world, alignment) → figures and gradients of one step, computed by `world` processes."""
+    """step_of(world, alignment, views_per_pass) → figures and gradients of one step, computed by `world` processes."""
 
-    def run(world, alignment):
+    def run(world, alignment, views_per_pass):
         out = tmp_path / f"{world}.pth"
         commands = [
-            [sys.executable, str(STEP), str(out), str(rank), str(world), str(free_port), alignment]
+            [sys.executable, str(STEP), str(out), str(rank), str(world), str(free_port), alignment, views_per_pass]
             for rank in range(world)
         ]
         processes = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
@@ -43,11 +43,11 @@ def step_of(tmp_path, free_port):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alignment", ["infonce", "cosine"])
-def test_two_processes_have_the_gradients_of_one(step_of, alignment):
+@pytest.mark.parametrize(("alignment", "views_per_pass"), [("infonce", "3"), ("infonce", "0"), ("cosine", "0")])
+def test_two_processes_have_the_gradients_of_one(step_of, alignment, views_per_pass):
     """Contrastive negatives of the other rank included: float64, 1e-9."""
-    figures, gradients = step_of(1, alignment)
-    their_figures, theirs = step_of(2, alignment)
+    figures, gradients = step_of(1, alignment, "3")
+    their_figures, theirs = step_of(2, alignment, views_per_pass)
     assert set(theirs) == set(gradients)
     assert float(figures["train/level2/targets"]) > 0
     for name, value in figures.items():

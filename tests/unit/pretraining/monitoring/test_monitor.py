@@ -211,7 +211,7 @@ def test_held_out_figures_match_another_way_to_get_them():
         view = views[2]
         for n in range(view.images.shape[0]):
             with torch.no_grad():
-                made = model(view.images[n : n + 1], view.ids_keep[n : n + 1], view.ids_masked[n : n + 1]).prediction[0]
+                made = model([view.masked(slice(n, n + 1))])[0].prediction[0]
             for prediction, voxels in zip(made, view.masked_tokens()[n], strict=True):
                 if voxels.std() >= 0.04:
                     error = prediction * (voxels.var() + 1e-6).sqrt() + voxels.mean() - voxels

@@ -9,7 +9,7 @@ from torch import nn
 
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of
-from nnunet_mim.networks.mask_in_mask import LevelOutput, MaskInMask
+from nnunet_mim.networks.mask_in_mask import MaskInMask, Reconstruction
 from nnunet_mim.pretraining.objective.levels import (
     _place_features,
     _place_index,
@@ -118,6 +118,12 @@ def gradients(model):
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
+def by_level(model, views, config, views_per_pass=1000, **how):
+    """`level_losses`, each level in passes of its own: loss, figures and prediction of each."""
+    for loss, (part,) in level_losses(model, views, THRESHOLD, config, views_per_pass, **how):
+        yield loss, *part
+
+
 def values_of(figures):
     """Attribute → value of the figures that there are."""
     return {name: value for name, value in vars(figures).items() if torch.is_tensor(value)}
@@ -144,8 +150,8 @@ def test_losses_and_gradients_match_the_twin(reference, encode_dense, name):
     wanted = gradients(model)
 
     model.zero_grad()
-    for (number, reconstruction, alignment, top1, is_target), (loss, figures, output) in zip(
-        terms, level_losses(model, views, THRESHOLD, config), strict=True
+    for (number, reconstruction, alignment, top1, is_target), (loss, figures, _) in zip(
+        terms, by_level(model, views, config), strict=True
     ):
         assert figures.number == number
         assert figures.reconstruction.item() == pytest.approx(reconstruction.item(), rel=1e-9)
@@ -158,7 +164,6 @@ def test_losses_and_gradients_match_the_twin(reference, encode_dense, name):
             assert figures.alignment_top1.item() == pytest.approx(top1)
         assert loss.item() == pytest.approx(weighted, rel=1e-9)
         assert figures.loss.item() == pytest.approx(weighted, rel=1e-9)
-        assert isinstance(output, LevelOutput)
         flattened = [counts for view in is_target for counts in view]
         shares = figures.padded_share + figures.flat_share
         assert shares.item() == pytest.approx(1 - sum(flattened) / len(flattened), abs=1e-6)
@@ -169,7 +174,7 @@ def test_losses_and_gradients_match_the_twin(reference, encode_dense, name):
 def test_the_case_has_padding_air_and_views_outside():
     """What the twin is compared on really occurs."""
     views = make_views(PUBLISHED)
-    figures = [part for _, part, _ in level_losses(make_model(PUBLISHED), views, THRESHOLD, PUBLISHED)]
+    figures = [part for _, part, _ in by_level(make_model(PUBLISHED), views, PUBLISHED)]
     assert [level.number for level in figures] == [1, 2, 3]
     assert all(level.padded_share > 0 for level in figures)
     assert any(level.flat_share > 0 for level in figures)
@@ -177,24 +182,25 @@ def test_the_case_has_padding_air_and_views_outside():
     assert not views[1].outside.all()
 
 
-@pytest.mark.parametrize("views_per_pass", [1, 2, 5])
+@pytest.mark.parametrize("views_per_pass", [1, 2, 5, 1000])
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_passes_of_a_few_views_add_up_to_the_whole_level(name, views_per_pass):
+def test_passes_of_a_few_views_of_a_level_equal_one_pass_of_all_levels(name, views_per_pass):
     config = CONFIGS[name]
     model, views = make_model(config), make_views(config)
 
     def run(views_per_pass):
         model.zero_grad()
         figures, sizes = [], []
-        for loss, part, output in level_losses(model, views, THRESHOLD, config, views_per_pass):
+        for loss, parts in level_losses(model, views, THRESHOLD, config, views_per_pass):
             loss.backward()  # pass by pass: nothing of one pass is needed by the next
-            add_pass(figures, part)
-            sizes.append(len(output.prediction))
+            for part in parts:
+                add_pass(figures, part.figures)
+            sizes.append(sum(len(part.prediction) for part in parts))
         return figures, gradients(model), sizes
 
-    (whole, whole_gradients, _), (found, found_gradients, sizes) = run(None), run(views_per_pass)
+    (whole, whole_gradients, whole_sizes), (found, found_gradients, sizes) = run(None), run(views_per_pass)
     assert max(sizes) <= views_per_pass
-    assert sum(sizes) == sum(len(view.images) for view in views)
+    assert whole_sizes == [sum(sizes)] == [sum(len(view.images) for view in views)]
     assert len(found) == len(whole) == len(views)
     for level, wanted in zip(found, whole, strict=True):
         assert values_of(level).keys() == values_of(wanted).keys()
@@ -207,11 +213,11 @@ def test_passes_of_a_few_views_add_up_to_the_whole_level(name, views_per_pass):
 def test_gradients_of_the_levels_add_up_to_one_backward_of_the_total(name):
     config = CONFIGS[name]
     model, views = make_model(config), make_views(config)
-    for loss, _, _ in level_losses(model, views, THRESHOLD, config):
+    for loss, _, _ in by_level(model, views, config):
         loss.backward()
     one_by_one = gradients(model)
     model.zero_grad()
-    sum(loss for loss, _, _ in level_losses(model, views, THRESHOLD, config)).backward()
+    sum(loss for loss, _, _ in by_level(model, views, config)).backward()
     assert_close(one_by_one, gradients(model), 1e-9)
 
 
@@ -222,18 +228,21 @@ def test_alignment_sends_no_gradient_into_the_parent_pass():
     seen = []
 
     class Recording(nn.Module):
-        def forward(self, images, keep, masked, edge, parent_features, recompute):
-            seen.append(parent_features)
-            return model(images, keep, masked, edge, parent_features, recompute)
+        def forward(self, groups, recompute):
+            return model(groups, recompute)
 
-    losses = [loss for loss, _, _ in level_losses(Recording(), views, THRESHOLD, config)]
+        def align(self, features, edge, parent_features):
+            seen.append(parent_features)
+            return model.align(features, edge, parent_features)
+
+    losses = [loss for loss, _, _ in by_level(Recording(), views, config)]
     assert seen[0] is None
     assert all(not features.requires_grad for features in seen[1:])
     losses[1].backward()
     found = gradients(model)
     model.zero_grad()
-    output = model(views[1].images, views[1].ids_keep, views[1].ids_masked, 0, seen[1].clone())
-    logits = nn.functional.normalize(output.child, dim=1) @ nn.functional.normalize(output.parent, dim=1).T
+    child, parent = model.align(model([views[1].masked()])[0].features, 0, seen[1].clone())
+    logits = nn.functional.normalize(child, dim=1) @ nn.functional.normalize(parent, dim=1).T
     inside = ~views[1].outside
     target = _place_index(views[0])[inside]
     (config.alignment_weight * nn.functional.cross_entropy(logits[inside] / config.temperature, target)).backward()
@@ -254,9 +263,10 @@ def test_what_lies_under_the_padding_cannot_change_the_loss(name, garbage):
     def run(crops):
         model.zero_grad()
         figures = {}
-        for loss, part, _ in level_losses(model, make_views(config, crops), THRESHOLD, config):
+        for loss, parts in level_losses(model, make_views(config, crops), THRESHOLD, config):
             loss.backward()
-            figures.update({(part.number, name): value for name, value in values_of(part).items()})
+            for part, _ in parts:
+                figures.update({(part.number, name): value for name, value in values_of(part).items()})
         return figures, gradients(model)
 
     (first, first_gradients), (second, second_gradients) = run(crops), run(changed)
@@ -270,14 +280,20 @@ def test_a_perfect_prediction_has_no_reconstruction_loss(reference):
     config = replace(PUBLISHED, alignment="none")
 
     class Oracle(nn.Module):
-        def forward(self, images, keep, masked, edge, parent_features, recompute):
+        def forward(self, groups, recompute):
+            return [self.reconstruct(*group) for group in groups]
+
+        def align(self, features, edge, parent_features):
+            return None, None
+
+        def reconstruct(self, images, keep, masked):
             rows = []
             for image, ids in zip(images, masked, strict=True):
                 voxels = [reference.geometry.token_voxels(image, config.network.token_size, int(t)) for t in ids]
                 rows.append([reference.losses.normalized([float(v) for v in values]) for values in voxels])
-            return LevelOutput(torch.tensor(rows, dtype=torch.float64), torch.zeros(len(images), 16, 12), None, None)
+            return Reconstruction(torch.tensor(rows, dtype=torch.float64), torch.zeros(len(images), 16, 12))
 
-    for loss, figures, _ in level_losses(Oracle(), make_views(config), THRESHOLD, config):
+    for loss, figures, _ in by_level(Oracle(), make_views(config), config):
         assert loss < 1e-10
         assert figures.reconstruction < 1e-10
 
@@ -287,7 +303,7 @@ def test_level_weights_scale_their_own_level_only():
 
     def run(weights, alignment_weight):
         config = replace(PUBLISHED, level_weights=weights, alignment_weight=alignment_weight)
-        return [(loss.item(), figures) for loss, figures, _ in level_losses(model, views, THRESHOLD, config)]
+        return [(loss.item(), figures) for loss, figures, _ in by_level(model, views, config)]
 
     for number, (loss, figures) in enumerate(run((1.0, 2.0, 3.0), 0.0)):
         assert figures.number == number + 1
@@ -318,7 +334,7 @@ def test_levels_that_are_left_out_would_have_changed_no_gradient(base, changes, 
     def run(n_computed):
         model = make_model(config)
         numbers = []
-        for loss, figures, _ in level_losses(model, views, THRESHOLD, config, n_computed=n_computed):
+        for loss, figures, _ in by_level(model, views, config, n_computed=n_computed):
             loss.backward()
             numbers.append(figures.number)
         return numbers, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -331,7 +347,7 @@ def test_levels_that_are_left_out_would_have_changed_no_gradient(base, changes, 
 
 def test_skipped_levels_keep_their_numbers():
     model, views = make_model(SKIPPED), make_views(SKIPPED)
-    assert [figures.number for _, figures, _ in level_losses(model, views, THRESHOLD, SKIPPED)] == [2, 3]
+    assert [figures.number for _, figures, _ in by_level(model, views, SKIPPED)] == [2, 3]
 
 
 @pytest.mark.parametrize("name", ["published", "native"])

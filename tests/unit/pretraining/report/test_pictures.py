@@ -132,7 +132,7 @@ def test_prediction_and_infill_are_those_that_the_loss_compares(volume) -> None:
     view = _one_view(views[1], 2)
     with torch.no_grad():
         mask, made, _, infill = _fill_in(model, view)
-        expected = model(views[1].images, views[1].ids_keep, views[1].ids_masked).prediction[2]
+        expected = model([views[1].masked()])[0].prediction[2]
     blocks = tokens_of(mask.numpy())
     assert len(blocks) == len(expected)
     nearest = normalize_tokens(infill_tokens(view))[0]
