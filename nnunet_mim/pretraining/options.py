@@ -8,8 +8,8 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.settings import setting
 from nnunet_mim.system.machine import usable_cores
 
-VIEWS_PER_PASS = {"cpu": 4}
-"""per device; elsewhere 32, which are all views of the last level of two crops"""
+VIEWS_PER_PASS = {"cpu": 4, "mps": 32}
+"""per device; on CUDA as many as fit into the memory"""
 MAX_WORKERS = 12
 """processes that read crops for one device"""
 
@@ -87,7 +87,7 @@ class RunOptions:
         None,
         "maximum number of views computed at once, which bounds the memory; same result",
         "--views_per_pass",
-        default_text="32, on a CPU 4",
+        default_text="on cuda all views of all levels, or as many as fit; on a CPU 4",
         type=int,
     )
     recompute: tuple[int, ...] = setting(
@@ -122,13 +122,13 @@ class RunOptions:
             raise MiMError("--compile is for a GPU: on a CPU the step has a faster convolution of its own without it")
 
     def resolved(self, n_devices: int) -> RunOptions:
-        """The options with a number of workers, of views per pass, and a precision.
+        """The options with a number of workers and of views per pass (None: as many as fit), and a precision.
 
         Args:
             n_devices: devices of this machine that the run uses.
         """
         workers = _default_workers(self.device, n_devices) if self.workers is None else self.workers
-        views = VIEWS_PER_PASS.get(self.device, 32) if self.views_per_pass is None else self.views_per_pass
+        views = VIEWS_PER_PASS.get(self.device) if self.views_per_pass is None else self.views_per_pass
         precision = self.precision or ("bf16-mixed" if self.device == "cuda" else "32-true")
         return replace(self, workers=workers, views_per_pass=views, precision=precision)
 

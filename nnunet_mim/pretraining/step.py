@@ -26,8 +26,14 @@ from nnunet_mim.pretraining.objective.views import LevelViews
 from nnunet_mim.pretraining.setup import Run
 from nnunet_mim.pretraining.state import TrainingState
 
-WARM_UP = 2
-"""ordinary steps before one is recorded: kernels are compiled and chosen in them, and the optimiser makes its state"""
+PROBE_STEPS = 2
+"""steps after which a GPU knows how many views fit: the optimiser makes its state in the first"""
+PROBE_VIEWS = 8
+"""views of a pass in them"""
+MEMORY_SHARE = 0.8
+"""share of the free memory of a GPU that the activations of a pass may take"""
+WARM_UP = PROBE_STEPS + 1
+"""ordinary steps before one is recorded: kernels are compiled and chosen in them"""
 
 MAX_GRAPHS = 64
 """of torch.compile: one for each level, first and later passes, full and last passes, with and without a parent"""
@@ -60,10 +66,14 @@ def build_step(state: TrainingState, run: Run, fabric: Fabric) -> TrainStep:
     options, ranks = run.options, ranks_of(fabric)
     forward = InPrecision(fabric, _compiled(state.model) if options.compile else state.model)
     flat_threshold = torch.tensor(run.data.flat_threshold, device=fabric.device)
-    step = ordinary_step(
-        forward, state.model, state.optimizer, flat_threshold, run.config, ranks, options.views_per_pass,
-        options.recompute,
-    )  # fmt: skip
+
+    def in_passes_of(views: int | None) -> TrainStep:
+        return ordinary_step(
+            forward, state.model, state.optimizer, flat_threshold, run.config, ranks, views, options.recompute
+        )
+
+    measured = fabric.device.type == "cuda" and options.views_per_pass is None
+    step = SizedStep(in_passes_of, fabric.device) if measured else in_passes_of(options.views_per_pass)
     one_gpu = fabric.device.type == "cuda" and ranks.world == 1
     if options.record and one_gpu and not (options.compile or options.recompute):
         return RecordedStep(step, state.optimizer)
@@ -102,6 +112,39 @@ def _compiled(model: nn.Module) -> Any:
     """torch.compile of the network: a graph for every level, and for a last pass with fewer views."""
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     return torch.compile(model, dynamic=False)
+
+
+class SizedStep:
+    """The same step, in passes as large as the memory of a GPU allows.
+
+    The first PROBE_STEPS calls compute PROBE_VIEWS views at a time, and the last of them measures the memory of a view.
+    From then on all views of all levels are one pass if they fit, else as many of a level as fit. Ranks need not agree:
+    they meet once a level, however it is cut.
+
+    Args:
+        in_passes_of: views per pass → the step; None: all views of all levels.
+        device: the GPU.
+    """
+
+    def __init__(self, in_passes_of: Callable[[int | None], TrainStep], device: torch.device) -> None:
+        self.in_passes_of, self.device = in_passes_of, device
+        self.step = in_passes_of(PROBE_VIEWS)
+        self.done = 0
+
+    def __call__(self, views: list[LevelViews]) -> TrainingFigures[Tensor]:
+        self.done += 1
+        if self.done != PROBE_STEPS:
+            return self.step(views)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        figures = self.step(views)
+        used = torch.cuda.max_memory_allocated(self.device) - before
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free = MEMORY_SHARE * (torch.cuda.mem_get_info(self.device)[0] + unused)
+        n_views = [len(level.images) for level in views]
+        fitting = int(free / max(1.0, used / min(PROBE_VIEWS, max(n_views))))
+        self.step = self.in_passes_of(None if fitting >= sum(n_views) else max(1, fitting))
+        return figures
 
 
 class InPrecision:

@@ -11,7 +11,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.pretraining.monitoring.figures import TrainingFigures
 from nnunet_mim.pretraining.objective.views import nested_views
-from nnunet_mim.pretraining.step import WARM_UP, RecordedStep
+from nnunet_mim.pretraining.step import PROBE_STEPS, PROBE_VIEWS, WARM_UP, RecordedStep, SizedStep
 
 
 class Stream:
@@ -100,3 +100,37 @@ def test_a_step_that_cannot_be_recorded_says_what_to_do(no_gpu):
     with pytest.raises(MiMError, match=r"^a step could not be recorded .*\(operation .*capturing\): add --no-record$"):
         recorded(views)
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("memory", "passes"),
+    [
+        (1000, None),  # 80 of 5 views would fit
+        (63, None),  # just 5
+        (61, 4),
+        (40, 3),
+        (5, 1),
+    ],
+)
+def test_passes_are_as_large_as_the_memory_allows(monkeypatch, memory, passes):
+    """A view takes 10 bytes; 8 of them at most are computed at once while that is measured."""
+    views = views_of(0)
+    n_views = [len(level.images) for level in views]
+    assert n_views == [1, 2, 2]
+    largest, made = max(n_views), []
+
+    def in_passes_of(n):
+        made.append(n)
+        return lambda views: TrainingFigures(grad_norm=torch.tensor(float(n or 0)))
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 50 + 10 * min(largest, PROBE_VIEWS))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50 + memory // 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory - memory // 2, 10**6))
+    step = SizedStep(in_passes_of, torch.device("cpu"))
+    for _ in range(PROBE_STEPS):
+        assert step(views).grad_norm == PROBE_VIEWS  # nothing has changed yet
+    assert step(views).grad_norm == (passes or 0)
+    step(views)
+    assert made == [PROBE_VIEWS, passes]
