@@ -26,10 +26,11 @@ from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.ranks import ALONE
+from nnunet_mim.pretraining.half_precision import HalfPrecisionCopy
 from nnunet_mim.pretraining.objective.levels import level_losses
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 from nnunet_mim.pretraining.state import build_optimizer
-from nnunet_mim.pretraining.step import WARM_UP, InPrecision, RecordedStep, ordinary_step
+from nnunet_mim.pretraining.step import WARM_UP, RecordedStep, ordinary_step
 
 sys.path.append(str(Path(__file__).parents[1]))
 from flops import crop_flops
@@ -82,14 +83,23 @@ def moved(view, device, dtype):
     )
 
 
-def loss_and_gradient(bare, network, views, config, fabric):
-    """Loss and gradient as the loop of mim_pretrain computes them; `network` is `bare`, or a compiled version of it."""
-    flat = torch.full((1,), 0.04, device=fabric.device, dtype=views[0].images.dtype)
+def loss_and_gradient(bare, forward, views, config):
+    """Loss and gradient as the loop of mim_pretrain computes them; `forward` is `bare`, or computes for it."""
+    flat = torch.full((1,), 0.04, device=views[0].images.device, dtype=views[0].images.dtype)
     total = 0.0
-    for loss, _ in level_losses(InPrecision(fabric, network), views, flat, config):
+    for loss, _ in level_losses(forward, views, flat, config):
         loss.backward()
+        if isinstance(forward, HalfPrecisionCopy):
+            forward.give_gradients()
         total += loss.item()
     return total, torch.cat([p.grad.flatten().double().cpu() for p in bare.parameters()])
+
+
+def computes_for(model, precision, mode):
+    """What computes a step of `model`."""
+    if precision == "bf16":
+        return HalfPrecisionCopy(model, mode == "compiled")
+    return torch.compile(model, fullgraph=True, dynamic=False) if mode == "compiled" else model
 
 
 def check(device, paths):
@@ -102,17 +112,16 @@ def check(device, paths):
         crops, valid = inputs_of(config, "cpu", torch.float64)
         fill, flat = torch.zeros(1, dtype=torch.float64), torch.full((1,), 0.04, dtype=torch.float64)
         views = nested_views(crops, valid, fill, levels_of(config), torch.Generator().manual_seed(0), flat)
-        wanted, gradient = loss_and_gradient(reference, reference, views, config, fabric_on("cpu", "64-true"))
+        wanted, gradient = loss_and_gradient(reference, reference, views, config)
         for convolution, mode in paths:
             use(convolution)
             for precision, bound in CHECKED.items():
                 dtype = torch.float64 if precision == "float64" else torch.float32
                 model = copy.deepcopy(reference).to(device, dtype)
                 model.zero_grad()
-                network = torch.compile(model, fullgraph=True, dynamic=False) if mode == "compiled" else model
                 there = [moved(view, device, dtype) for view in views]
-                fabric = fabric_on(device, PRECISION[precision])
-                found, found_gradient = loss_and_gradient(model, network, there, config, fabric)
+                forward = computes_for(model, precision, mode)
+                found, found_gradient = loss_and_gradient(model, forward, there, config)
                 error = float((found_gradient - gradient).norm() / gradient.norm())
                 rows.append((preset, convolution, mode, precision, abs(found - wanted) / wanted, error, error <= bound))
                 torch._dynamo.reset()
@@ -144,8 +153,7 @@ def make_step(config, device, mode):
     bare = MaskInMask(config.network)
     fabric = fabric_on(device, "bf16-mixed")
     fabric.to_device(bare)
-    network = torch.compile(bare, dynamic=False) if mode == "compiled" else bare
-    forward, optimizer = InPrecision(fabric, network), build_optimizer(bare, config)
+    forward, optimizer = computes_for(bare, "bf16", mode), build_optimizer(bare, config)
     crops, valid = inputs_of(config, device)
     fill, flat = torch.zeros(1, device=device), torch.full((1,), 0.04, device=device)
     generator, levels = torch.Generator(device).manual_seed(0), levels_of(config)

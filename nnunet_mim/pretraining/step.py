@@ -6,9 +6,8 @@ which an H100 idles (benchmarks/results/2026-11-26_h100.md). Recorded once, they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.networks.mask_in_mask import MaskedViews, Reconstruction, Reconstructs
+from nnunet_mim.networks.mask_in_mask import Reconstructs
 from nnunet_mim.pretraining.distributed.ranks import Ranks, ranks_of
+from nnunet_mim.pretraining.half_precision import HalfPrecisionCopy
 from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigures, mapped
 from nnunet_mim.pretraining.objective.levels import add_pass, level_losses, levels_that_count
-from nnunet_mim.pretraining.objective.losses import full
 from nnunet_mim.pretraining.objective.views import LevelViews
 from nnunet_mim.pretraining.setup import Run
 from nnunet_mim.pretraining.state import TrainingState
@@ -36,7 +35,7 @@ WARM_UP = PROBE_STEPS + 1
 """ordinary steps before one is recorded: kernels are compiled and chosen in them"""
 
 MAX_GRAPHS = 64
-"""of torch.compile: one for each level, first and later passes, full and last passes, with and without a parent"""
+"""of torch.compile: one for all levels together, or for each level, full and last passes"""
 
 TrainStep = Callable[[list[LevelViews]], TrainingFigures[Tensor]]
 """Views of all levels → figures of the step, on the device: those of `level_losses` added up over passes, `grad_norm`,
@@ -64,7 +63,13 @@ def learning_rates(iterations: int, peak: float, warmup_fraction: float) -> np.n
 def build_step(state: TrainingState, run: Run, fabric: Fabric) -> TrainStep:
     """The step of a run: on one GPU recorded as a CUDA graph, unless options are against it."""
     options, ranks = run.options, ranks_of(fabric)
-    forward = InPrecision(fabric, _compiled(state.model) if options.compile else state.model)
+    if options.compile:
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    forward: Reconstructs
+    if options.precision == "bf16-mixed":
+        forward = HalfPrecisionCopy(state.model, options.compile)
+    else:
+        forward = torch.compile(state.model, dynamic=False) if options.compile else state.model  # type: ignore[assignment]
     flat_threshold = torch.tensor(run.data.flat_threshold, device=fabric.device)
 
     def in_passes_of(views: int | None) -> TrainStep:
@@ -84,17 +89,26 @@ def ordinary_step(
     forward: Reconstructs, model: nn.Module, optimizer: torch.optim.Optimizer, flat_threshold: Tensor,
     config: PretrainConfig, ranks: Ranks, views_per_pass: int | None = None, recompute: tuple[int, ...] = (),
 ) -> TrainStep:  # fmt: skip
-    """Forward and backward, pass by pass, clipping, the optimiser; arguments as in `level_losses` and RunOptions.
+    """Forward and backward, pass by pass, clipping, the optimiser.
+
+    Args:
+        forward: `model`, or a copy of it in half precision.
+        model, optimizer: what learns.
+        flat_threshold, config, ranks, views_per_pass, recompute: as in `level_losses` and RunOptions.
 
     Levels whose loss has no weight, nor any level below, are not computed.
     """
 
     def step(views: list[LevelViews]) -> TrainingFigures[Tensor]:
         levels: list[LevelFigures[Tensor]] = []
+        if isinstance(forward, HalfPrecisionCopy):
+            forward.take_weights()
         n_computed = levels_that_count(config, len(views))
         passes = level_losses(forward, views, flat_threshold, config, views_per_pass, recompute, ranks, n_computed)
         for loss, parts in passes:
             loss.backward()  # pass by pass: activations of one at a time
+            if isinstance(forward, HalfPrecisionCopy):
+                forward.give_gradients()
             for part in parts:
                 add_pass(levels, part.figures)
         ranks.sum_all([p.grad for p in model.parameters() if p.grad is not None])
@@ -106,12 +120,6 @@ def ordinary_step(
         return TrainingFigures(levels=tuple(levels), grad_norm=norm, skipped=skipped)
 
     return step
-
-
-def _compiled(model: nn.Module) -> Any:
-    """torch.compile of the network: a graph for every level, and for a last pass with fewer views."""
-    torch._dynamo.config.recompile_limit = MAX_GRAPHS
-    return torch.compile(model, dynamic=False)
 
 
 class SizedStep:
@@ -145,25 +153,6 @@ class SizedStep:
         fitting = int(free / max(1.0, used / min(PROBE_VIEWS, max(n_views))))
         self.step = self.in_passes_of(None if fitting >= sum(n_views) else max(1, fitting))
         return figures
-
-
-class InPrecision:
-    """A network of pretraining in the precision of `fabric`; features, which children are compared with, in float32."""
-
-    def __init__(self, fabric: Fabric, network: Reconstructs) -> None:
-        self.fabric, self.network = fabric, network
-
-    def __call__(self, groups: Sequence[MaskedViews], recompute: bool = False) -> list[Reconstruction]:
-        with self.fabric.autocast():
-            outputs = self.network(groups, recompute)
-        return [output._replace(features=full(output.features)) for output in outputs]
-
-    def align(
-        self, features: Tensor, edge: int | None, parent_features: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """See Alignment."""
-        with self.fabric.autocast():
-            return self.network.align(features, edge, parent_features)
 
 
 class RecordedStep:

@@ -15,7 +15,7 @@ from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.objective.masks import random_masks
 from nnunet_mim.pretraining.objective.views import nested_views
 from nnunet_mim.pretraining.state import build_optimizer
-from nnunet_mim.pretraining.step import InPrecision, RecordedStep, ordinary_step
+from nnunet_mim.pretraining.step import RecordedStep, ordinary_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,7 +72,7 @@ def test_recorded_steps_have_the_figures_of_ordinary_ones(views_per_pass):
         flat, fill = torch.full((1,), 0.04, device="cuda"), torch.zeros(1, device="cuda")
         crops = torch.randn(2, 1, *levels[0].fov, device="cuda")
         valid = torch.tensor([[[0, n] for n in levels[0].fov]] * 2, device="cuda")
-        step = ordinary_step(InPrecision(fabric, network), network, optimizer, flat, config, ALONE, views_per_pass)
+        step = ordinary_step(network, network, optimizer, flat, config, ALONE, views_per_pass)
         step = RecordedStep(step, optimizer) if recorded else step
         rows = []
         for i in range(8):
