@@ -66,6 +66,9 @@ def use_triton(device: torch.device) -> bool:
 def _triton_conv(ids_keep: Tensor, grid: Size3) -> SpatialConv:
     from nnunet_mim.networks.depthwise_triton import masked_depthwise, rims, slot_table
 
+    N, K = ids_keep.shape
+    ids = ids_keep.flatten()
+    view = torch.arange(N, device=ids.device)[:, None].expand(N, K).flatten()
     tables: dict[tuple[int, ...], Tensor] = {}  # rim → table: stages whose kernels reach equally far share one
 
     def convolve(conv: DepthwiseConv3d, x: Tensor) -> Tensor:
@@ -73,7 +76,8 @@ def _triton_conv(ids_keep: Tensor, grid: Size3) -> SpatialConv:
         token, kernel = [X, Y, Z], conv.kernel_size[0]
         rim = tuple(rims(token, kernel))
         if rim not in tables:
-            tables[rim] = slot_table(ids_keep, list(grid), token, kernel)
-        return masked_depthwise(x, conv.weight, conv.bias, ids_keep, tables[rim], list(grid), token)
+            tables[rim] = slot_table(ids, view, N, list(grid), token, kernel)
+        y = masked_depthwise(x.flatten(0, 1), conv.weight, conv.bias, ids, view, tables[rim], list(grid), token)
+        return y.view(x.shape)
 
     return convolve
