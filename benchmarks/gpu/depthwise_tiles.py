@@ -53,26 +53,28 @@ def main():
     options = parser.parse_args()
     bandwidth, flops = machine(options.repeats)
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s, float32 {flops / 1e12:.1f} TFLOP/s\n")
-    print("| stage | lines x warps | forward ms | weight gradient ms | limit ms |\n|---|---|---|---|---|")
+    print("| stage | rows x warps | forward ms | weight gradient ms | limit ms |\n|---|---|---|---|---|")
     network = PRESETS["base"]
     grid = [options.view // p for p in network.token_size]
     n_tokens, token = math.prod(grid), list(network.token_size)
-    ids_keep = torch.rand(options.views, n_tokens, device="cuda").argsort(dim=1)[:, : n_tokens // 2].contiguous()
+    ids_keep = torch.rand(options.views, n_tokens, device="cuda").argsort(dim=1)[:, : n_tokens // 2]
+    view = torch.arange(options.views, device="cuda").repeat_interleave(n_tokens // 2)
+    ids = ids_keep.flatten()
     for stage in range(3):
         token = [t // s for t, s in zip(token, network.strides[stage], strict=True)]
         channels = network.embed_dims[stage]
-        x = torch.randn(*ids_keep.shape, *token, channels, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(len(ids), *token, channels, device="cuda", dtype=torch.bfloat16)
         grad, weight = torch.randn_like(x), torch.randn(channels, 1, *[KERNEL] * 3, device="cuda")
         bias = torch.zeros(channels, device="cuda")
-        table = kernels.slot_table(ids_keep, grid, token, KERNEL)
+        table = kernels.slot_table(ids, view, options.views, grid, token, KERNEL)
         limit = max(4 * x.numel() / bandwidth, 2 * KERNEL**3 * x.numel() / flops)
-        for lines, warps in itertools.product((16, 32, 64, 128), (2, 4, 8)):
-            kernels.LINES, kernels.WARPS = lines, warps
-            common = ids_keep, table, grid, token
+        for rows, warps in itertools.product((64, 128, 256), (2, 4, 8)):
+            kernels.ROWS, kernels.WARPS = rows, warps
+            common = ids, view, table, grid, token
             forward = seconds(partial(kernels.convolve, x, weight, bias, *common), options.repeats)
             backward = seconds(partial(kernels.weight_gradient, x, grad, *common, KERNEL), options.repeats)
             times = " | ".join(f"{1000 * value:.2f}" for value in (forward, backward, limit))
-            print(f"| {stage + 1} ({channels} x {token}) | {lines} x {warps} | {times} |")
+            print(f"| {stage + 1} ({channels} x {token}) | {rows} x {warps} | {times} |")
 
 
 if __name__ == "__main__":

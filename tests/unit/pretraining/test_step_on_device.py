@@ -101,7 +101,7 @@ def test_a_step_compiles_without_graph_breaks(triton, recompute, monkeypatch):
     if triton:
         kernels = pytest.importorskip("nnunet_mim.networks.depthwise_triton")
         monkeypatch.setattr(depthwise, "use_triton", lambda device: True)
-        monkeypatch.setattr(kernels, "LINES", 512)  # the interpreter takes as long for a large block as for a small one
+        monkeypatch.setattr(kernels, "ROWS", 4096)  # the interpreter takes as long for a large block as for a small one
         monkeypatch.setattr(kernels, "LINES_PER_CHUNK", 512)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     found_losses, found_gradients, _ = step(compiled, views, recompute=recompute)
