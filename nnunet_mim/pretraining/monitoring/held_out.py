@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,11 +15,32 @@ from torch import Tensor
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.build import PretrainingNetwork
+from nnunet_mim.networks.mask_in_mask import MaskedViews, Reconstruction, Reconstructs
 from nnunet_mim.pretraining.monitoring.baselines import trivial_losses
-from nnunet_mim.pretraining.monitoring.figures import GuessFigures, HeldOutLevel, LevelFigures, Measurement, averaged
+from nnunet_mim.pretraining.monitoring.figures import (
+    GuessFigures,
+    HeldOutLevel,
+    LevelFigures,
+    Measurement,
+    averaged,
+    mapped,
+)
 from nnunet_mim.pretraining.objective.levels import add_pass, level_losses, level_number, target_tokens
 from nnunet_mim.pretraining.objective.losses import voxel_error
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
+
+VIEWS_AT_ONCE = 128
+"""maximum number of views of several crops that are computed at once on a GPU, without gradients"""
+
+
+class _Computed:
+    """Outputs of a network in place of the network."""
+
+    def __init__(self, network: Reconstructs, outputs: list[Reconstruction]) -> None:
+        self.outputs, self.align = outputs, network.align
+
+    def __call__(self, groups: Sequence[MaskedViews], recompute: bool = False) -> list[Reconstruction]:
+        return self.outputs
 
 
 class HeldOut:
@@ -29,7 +51,7 @@ class HeldOut:
         datasets: name of each crop's dataset.
         flat_threshold, width: (C,) as in RunData.
         config: of the run; its seed fixes the masks.
-        views_per_pass: largest number of views computed at once; None: all views of a level of one crop.
+        views_per_pass: largest number of views computed at once; None: those of several crops.
     """
 
     def __init__(
@@ -70,23 +92,29 @@ class HeldOut:
     @torch.no_grad()
     def evaluate(self, model: PretrainingNetwork) -> Measurement[float]:
         """Means over all target tokens, or over crops for what has none, and the spread of the encoder's features."""
-        crops, errors = zip(*(self._evaluate_crop(model, number) for number in range(len(self.views))), strict=True)
-        tokens = [  # the visible ones of the first view of every level
-            model.visible_features(view.images[:1], view.ids_keep[:1], view.ids_masked[:1]).flatten(0, 1).float()
-            for views in self.views
-            for view in views
-        ]
-        levels = [
-            self._mean_level(position, [crop[position] for crop in crops], [error[position] for error in errors])
-            for position in range(len(self.constants))
-        ]
-        rank, std = _feature_spread(torch.cat(tokens))
+        found = [self._evaluate_crop(one, number) for number, one in enumerate(self._networks_of_crops(model))]
+        crops = _as_numbers(found)  # the only time that the device is waited for
+        by_level = zip(*crops, strict=True)
+        levels = [self._mean_level(position, *zip(*level, strict=True)) for position, level in enumerate(by_level)]
+        rank, std = _feature_spread(self._visible_features(model))
         measured = any(level.reconstruction is not None for level in levels)
         loss = sum(level.loss or 0.0 for level in levels) if measured else None
         return Measurement(levels=tuple(levels), loss=loss, feature_rank=rank, feature_std=std)
 
-    def _evaluate_crop(self, model: PretrainingNetwork, number: int) -> tuple[list[LevelFigures[Tensor]], list[float]]:
-        """Figures of each level on one crop, and the mean `voxel_error` of its target tokens."""
+    def _networks_of_crops(self, model: PretrainingNetwork) -> Iterator[Reconstructs]:
+        """What computes each crop: the network, or its outputs where it computes several crops at once."""
+        n_views = sum(len(view.images) for view in self.views[0])
+        n_crops = max(1, VIEWS_AT_ONCE // n_views) if self.views_per_pass is None else 0
+        if n_crops < 2:
+            yield from [model] * len(self.views)
+            return
+        for first in range(0, len(self.views), n_crops):
+            crops = self.views[first : first + n_crops]
+            outputs = iter(model([view.masked() for views in crops for view in views]))
+            yield from [_Computed(model, list(islice(outputs, len(views)))) for views in crops]
+
+    def _evaluate_crop(self, model: Reconstructs, number: int) -> list[tuple[LevelFigures[Tensor], Tensor]]:
+        """Figures of each level on one crop, and the `voxel_error` of its target tokens."""
         levels: list[LevelFigures[Tensor]] = []
         errors: list[Tensor] = []
         n_done = 0  # views of the level that earlier passes have computed
@@ -101,12 +129,19 @@ class HeldOut:
             error = voxel_error(part.prediction, tokens, is_target[position][rows], self.width)
             errors[position:] = [errors[position] + error if n_done else error]
             n_done = rows.stop
-        return levels, [float(e) / max(float(t.sum()), 1.0) for e, t in zip(errors, is_target, strict=True)]
+        return list(zip(levels, errors, strict=True))
+
+    def _visible_features(self, model: PretrainingNetwork) -> Tensor:
+        """(T, D) features of the visible tokens of the first view of every level of every crop."""
+        firsts = [[view.masked(slice(0, 1)) for view in views] for views in self.views]
+        if self.views_per_pass is None:  # one call a level
+            firsts = [[MaskedViews(*map(torch.cat, zip(*level, strict=True))) for level in zip(*firsts, strict=True)]]
+        return torch.cat([model.visible_features(*view).flatten(0, 1).float() for views in firsts for view in views])
 
     def _mean_level(
-        self, position: int, crops: Sequence[LevelFigures[Tensor]], errors: Sequence[float]
+        self, position: int, crops: Sequence[LevelFigures[float]], errors: Sequence[float]
     ) -> HeldOutLevel[float]:
-        """One level over all crops, from the figures and the error of each; without a target there is no loss."""
+        """One level, from figures and `voxel_error` of every crop; without a target there is no loss."""
         targets, names = self.n_targets[position], dict.fromkeys(self.datasets)
         datasets = {}
         for dataset in names if len(names) > 1 else ():
@@ -117,7 +152,8 @@ class HeldOut:
         level = replace(self.constants[position], **vars(averaged(crops, _weighted_mean)))
         if not any(targets):
             return replace(level, reconstruction=None)
-        return replace(level, psnr=_decibel(_weighted_mean(errors, targets)), datasets=datasets)
+        mean_errors = [error / max(n, 1.0) for error, n in zip(errors, targets, strict=True)]
+        return replace(level, psnr=_decibel(_weighted_mean(mean_errors, targets)), datasets=datasets)
 
     def _constants(self, position: int) -> HeldOutLevel[float]:
         """What does not depend on the network: trivial predictors, and alignment by chance."""
@@ -134,6 +170,18 @@ class HeldOut:
             chance = 1 / (parent.images.shape[0] * parent.level.n_places)
         number = level_number(position, len(self.views[0]))
         return HeldOutLevel(number, alignment_chance=chance, guesses=GuessFigures(**guesses))
+
+
+def _as_numbers(
+    crops: Sequence[Sequence[tuple[LevelFigures[Tensor], Tensor]]],
+) -> list[list[tuple[LevelFigures[float], float]]]:
+    """Figures and errors of every level of every crop, in one transfer from the device."""
+    values: list[Tensor] = []
+    for level, error in (pair for crop in crops for pair in crop):
+        mapped(lambda figure: values.append(figure.sum()), level)
+        values.append(error)
+    numbers: Any = iter(torch.stack([value.float() for value in values]).tolist())
+    return [[(mapped(lambda _: next(numbers), level), next(numbers)) for level, _ in crop] for crop in crops]  # type: ignore[arg-type]
 
 
 def _decibel(error: float) -> float:
