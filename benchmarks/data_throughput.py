@@ -31,6 +31,7 @@ from nnunet_mim.pretraining.data.crops import CropDataset
 from nnunet_mim.pretraining.data.loading import training_batches
 from nnunet_mim.pretraining.data.run_data import index_sources
 from nnunet_mim.pretraining.distributed.ranks import ALONE
+from nnunet_mim.pretraining.options import RunOptions
 
 
 def read_raw(boxes):
@@ -45,7 +46,7 @@ def read_dataset(dataset, count):
 
 def read_loader(dataset, count):
     config = PretrainConfig(iterations=count, batch_size=1)
-    batches = training_batches(dataset, config, 0, 1, torch.device("cpu"), ALONE)
+    batches = training_batches(dataset, config, 0, RunOptions(workers=1), torch.device("cpu"), ALONE)
     next(batches)  # starting the worker is not reading
     began = time.perf_counter()
     for _ in batches:

@@ -57,6 +57,7 @@ def measure(workers):
     from nnunet_mim.pretraining.data.loading import training_batches, training_crops
     from nnunet_mim.pretraining.data.run_data import index_sources, run_data
     from nnunet_mim.pretraining.distributed.ranks import ALONE
+    from nnunet_mim.pretraining.options import RunOptions
 
     torch.set_num_threads(1)
     before = memory("Rss")
@@ -66,7 +67,8 @@ def measure(workers):
     data = run_data(cases, "all", config)
     records = data.train.records()
     opened = time.perf_counter() - began
-    batches = training_batches(training_crops(data, config), config, 0, workers, torch.device("cpu"), ALONE)
+    crops, options = training_crops(data, config), RunOptions(workers=workers)
+    batches = training_batches(crops, config, 0, options, torch.device("cpu"), ALONE)
     next(batches)
     figures = {
         "cases": len(cases),

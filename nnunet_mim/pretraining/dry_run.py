@@ -128,7 +128,7 @@ def _seconds_of_data(run: Run, fabric: Fabric, steps: int) -> float:
     workers = run.options.workers or 0
     many = replace(run.config, iterations=steps + 2 * max(1, workers))
     dataset = training_crops(run.data, many)
-    batches = training_batches(dataset, many, 0, workers, fabric.device, ranks_of(fabric))
+    batches = training_batches(dataset, many, 0, run.options, fabric.device, ranks_of(fabric))
     next(batches)
     since, count = time.perf_counter(), 0
     for _ in batches:

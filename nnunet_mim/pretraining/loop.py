@@ -49,7 +49,7 @@ def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = N
     train_step = build_step(state, run, fabric)
     monitor = Monitor(run.data, config, fabric, run.options.views_per_pass)
     dataset = training_crops(run.data, config)
-    batches = training_batches(dataset, config, state.iteration, run.options.workers or 0, device, ranks)
+    batches = training_batches(dataset, config, state.iteration, run.options, device, ranks)
     rates = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
     levels = levels_of(config)
     fill, flat_threshold = (torch.tensor(v, device=device) for v in (run.data.fill, run.data.flat_threshold))

@@ -3,9 +3,10 @@
 import os
 
 import pytest
+import torch
 
 from nnunet_mim.pretraining import options
-from nnunet_mim.pretraining.data.loading import _batches_ahead
+from nnunet_mim.pretraining.data.loading import _batches_ahead, _collate_half
 from nnunet_mim.pretraining.options import _default_workers
 from nnunet_mim.system import machine
 
@@ -51,3 +52,14 @@ def test_batches_ahead_take_a_quarter_of_the_memory():
     assert _batches_ahead(12, GB // 10, 2, 12 * GB) == 1
     assert _batches_ahead(12, GB, 8, 12 * GB) == 1
     assert _batches_ahead(12, GB, 8, 0) == 4
+
+
+def test_crops_on_their_way_to_a_gpu_are_float16_and_keep_a_hounsfield_unit():
+    """Normalised voxels, HU / 250; boxes and numbers of cases stay as they are."""
+    hounsfield = torch.arange(-1024, 1000, dtype=torch.float32)
+    item = hounsfield / 250, torch.tensor([[0, 300]] * 3), torch.full((3,), 70_000)
+    crops, valid, missed = _collate_half([item, item])
+    assert crops.dtype == torch.float16
+    assert float((crops[1].float() * 250 - hounsfield).abs().max()) <= 0.5
+    assert valid.dtype == missed.dtype == torch.int64
+    assert torch.equal(missed[0], item[2])
