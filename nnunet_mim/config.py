@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.settings import setting
+from nnunet_mim.settings import check_value, setting
 
 Size3 = tuple[int, int, int]
 
@@ -38,6 +38,9 @@ class NetworkConfig:
     decoder_num_heads: int = setting(16, "attention heads of the decoder")
 
     def __post_init__(self) -> None:
+        numbers = (*self.embed_dims, *self.depths, self.num_heads, self.decoder_depth, self.decoder_num_heads)
+        if min(numbers) < 1 or not 0 < self.mlp_ratio < math.inf:
+            raise MiMError("the sizes of a network must be above 0")
         if not len(self.embed_dims) == len(self.depths) == len(self.strides) == 4:
             raise MiMError(
                 "embed_dims, depths and strides need four entries each: three convolution stages, a transformer"
@@ -259,6 +262,9 @@ class PretrainConfig:
         stored = without_retired(stored)
         _check_known(stored, cls)
         values = {name: _frozen(value) for name, value in stored.items() if name != "network"}
+        for entry in fields(cls):
+            if entry.name in values and entry.name != "architecture":
+                check_value(entry.name, values[entry.name], entry.default)
         if "network" in stored:
             values["network"] = network_from_dict(stored["network"])
         return cls(**values)
@@ -275,6 +281,8 @@ def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
 def network_from_dict(stored: dict[str, Any]) -> NetworkConfig:
     """NetworkConfig from the plain dict of a checkpoint or a plans file. Raises MiMError for an unknown field."""
     _check_known(stored, NetworkConfig)
+    for entry in fields(NetworkConfig):
+        check_value(entry.name, stored.get(entry.name, entry.default), entry.default)
     return NetworkConfig(**{name: _frozen(value) for name, value in stored.items()})
 
 

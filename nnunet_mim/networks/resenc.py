@@ -167,6 +167,14 @@ def check_named_classes(architecture: Mapping[str, Any]) -> None:
         )
 
 
+def number_of_blocks(architecture: Mapping[str, Any]) -> int:
+    """Blocks of the network that plans describe, of encoder and decoder."""
+    kwargs = architecture["arch_kwargs"]
+    stages = kwargs["n_stages"]
+    counts = [kwargs[name] for name in ("n_blocks_per_stage", "n_conv_per_stage_decoder")]
+    return stages + sum(stages * count if isinstance(count, int) else sum(map(abs, count)) for count in counts)
+
+
 def check_view(architecture: Mapping[str, Any], view: Size3) -> None:
     """Raise MiMError unless the network's strides divide the view and leave more than one voxel for its norms."""
     deepest = cumulative_strides(architecture["arch_kwargs"]["strides"])[-1]
