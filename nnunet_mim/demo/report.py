@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_mim.benchmarking.bench_figures import cases_figure, read_case
 from nnunet_mim.benchmarking.metrics import dice
@@ -21,6 +20,7 @@ from nnunet_mim.checkpoint.locate import FINAL
 from nnunet_mim.demo.phantoms import LABELS
 from nnunet_mim.demo.stages import TRAINER, DemoSettings, Folders
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.cases import dataset_class_of
 from nnunet_mim.nnunet.orientation import orientation_of
 from nnunet_mim.pretraining.report.page import losses_section, views_sections
 from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
@@ -83,7 +83,7 @@ Here the whole way was run on {settings.bodies} made-up bodies, in {duration} on
 
 def _views_section(folders: Folders, facts: Facts) -> Section:
     """Views of the first preprocessed case that the pretraining has not seen."""
-    dataset_class, cases = infer_dataset_class(str(folders.cases)), str(folders.cases)
+    dataset_class, cases = dataset_class_of(folders.cases), str(folders.cases)
     seen = {case["case"] for case in facts.provenance["cases"]}
     name = min(set(dataset_class.get_identifiers(cases)) - seen)
     volume = np.asarray(dataset_class(cases, [name]).load_case(name)[0][:], np.float32)

@@ -103,8 +103,7 @@ def test_layers(module):
 
 
 READERS = {
-    "checkpoint/format.py": {"torch.load"},
-    "checkpoint/published.py": {"torch.load"},
+    "checkpoint/torch_file.py": {"torch.load"},
     "checkpoint/share.py": {"safetensors.torch.load"},
     "benchmarking/training.py": {"torch.load"},  # of nnU-Net's own training
 }
