@@ -17,11 +17,11 @@ from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.matrix import Matrix
 from nnunet_mim.checkpoint.format import read_safely
 from nnunet_mim.checkpoint.identity import leaked_cases, voxel_sha256
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
 from nnunet_mim.nnunet.datasets import raw_images
 from nnunet_mim.system.files import write_atomically
-from nnunet_mim.system.untrusted import printable
+from nnunet_mim.system.untrusted import read_json
 
 VERSION = 2
 """version of the comparison; what other versions have found does not count"""
@@ -52,8 +52,8 @@ def look_for_seen_cases(matrix: Matrix) -> Seen:
     """
     file = matrix.bench.output / "seen.json"
     try:
-        kept = json.loads(file.read_text())
-    except (OSError, ValueError):
+        kept = read_json(file)
+    except MiMError:
         kept = {}
     found: Seen = {}
     before = dict(kept)

@@ -26,9 +26,11 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.processes import run_command
+from nnunet_mim.system.untrusted import read_json
 from nnunet_mim.trainers.finetune_config import PLANS_KEY
 
 KEY, RESULT, COST, FAILED, LOG = "key.json", "result.json", "cost.json", "failed.txt", "log.txt"
+DELETE = "delete its folder, and repeat the command"
 BUSY = "another process is at work on it"
 
 
@@ -64,7 +66,7 @@ class Training:
         """
         if not (self.folder / KEY).is_file():
             return None
-        stored, now = json.loads((self.folder / KEY).read_text()), json.loads(json.dumps(self.cell.key()))
+        stored, now = read_json(self.folder / KEY, DELETE), json.loads(json.dumps(self.cell.key()))
         del now["checkpoint"]  # the file may have moved: its hash decides
         changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in now if stored.get(name) != now[name]]
         if changed:
@@ -72,7 +74,7 @@ class Training:
             raise MiMError(f"{self.folder} holds another experiment ({differences}): give another output, or delete it")
         if not (self.folder / RESULT).is_file():
             return None
-        result = json.loads((self.folder / RESULT).read_text())
+        result = read_json(self.folder / RESULT, DELETE)
         if result["tolerance"] != self.tolerance:
             result = {**result, **self.measured()}
             write_atomically(self.folder / RESULT, json.dumps(result).encode())

@@ -15,13 +15,12 @@ from nnunet_mim.checkpoint.locate import FINAL, locate
 from nnunet_mim.checkpoint.share import read_export
 from nnunet_mim.checkpoint.torch_file import check_tensors, read_torch_file
 from nnunet_mim.config import ALIGNMENTS, NetworkConfig, PretrainConfig, network_from_dict
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.networks.resenc import ResEncMaskInMask, check_resenc, number_of_blocks
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import atomic_file
-from nnunet_mim.system.untrusted import printable
 
 HYBRID_KEYS = {
     "key_to_encoder": HybridUNet.key_to_encoder,

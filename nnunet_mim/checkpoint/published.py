@@ -16,12 +16,11 @@ from torch import Tensor
 from nnunet_mim.checkpoint.format import build_checkpoint, is_state_dict
 from nnunet_mim.checkpoint.torch_file import read_torch_file
 from nnunet_mim.config import PRESETS, PretrainConfig
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.networks.vit_blocks import sincos_position
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW
-from nnunet_mim.system.untrusted import printable
 
 PUBLISHED_WINDOW = (-1000.0, 1000.0)
 """HU that the published pretraining mapped to 0 and 1"""

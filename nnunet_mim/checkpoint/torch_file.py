@@ -9,15 +9,15 @@ import re
 import zipfile
 from collections.abc import Iterator
 from copy import deepcopy
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnunet_mim.errors import MiMError
-from nnunet_mim.system.untrusted import check_extent, leaves, printable
+from nnunet_mim.errors import MiMError, printable
+from nnunet_mim.system.untrusted import check_extent, leaves
 
 ALLOWED = re.compile(
     r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor(_v2)?|parameter)|torch\.\w+Storage|torch\.\w+\d"
@@ -84,7 +84,10 @@ def _unreadable(path: Path, namespaces: bool, error: Exception) -> MiMError:
 
 def check_tensors(path: Path, content: Any) -> None:
     """Raise MiMError, naming the first, unless all tensors in plain containers are whole, dense, finite numbers."""
-    check_extent(content, str(path))
+    try:
+        check_extent(content)
+    except ValueError as error:
+        raise MiMError(f"{path} is refused: {error}; take another copy") from None
     for name, value in leaves(content):
         if isinstance(value, Tensor) and (wrong := _wrong_with(value)):
             raise MiMError(f"{path}: tensor {printable(name)} {wrong}: take another copy or an earlier checkpoint")
@@ -113,7 +116,8 @@ def _checked_pickle(path: Path, archive: zipfile.ZipFile) -> bytes:
             f"{path} is refused: it is compressed or claims to hold {claimed:,} bytes, more than its size, and "
             "torch.save does neither: take another copy"
         )
-    pickled = f"{entries[0].filename.split('/')[0]}/data.pkl" if entries else ""
+    folder = PurePosixPath(entries[0].filename if entries else "").parts[:1]
+    pickled = str(PurePosixPath(*folder, "data.pkl"))
     if len(names) < len(entries) or pickled not in names or archive.getinfo(pickled).file_size > MAX_PICKLE:
         raise MiMError(f"{path} is no readable checkpoint: not an archive of torch.save; take another copy")
     if damaged := archive.testzip():

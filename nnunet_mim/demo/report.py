@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from dataclasses import replace
@@ -26,6 +25,7 @@ from nnunet_mim.pretraining.report.page import losses_section, views_sections
 from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
 from nnunet_mim.pretraining.report.summary import Facts, join
 from nnunet_mim.reporting.page import Section, write_page
+from nnunet_mim.system.untrusted import read_json
 
 ORGANS = {name: label for name, label in LABELS.items() if label}
 
@@ -120,7 +120,7 @@ def _organs_section(folders: Folders, settings: DemoSettings, bodies: list[str],
     rows = [["Dice", *(body.removesuffix(".nii.gz") for body in bodies), "mean"]]
     for organ, values in zip([*ORGANS, "all organs"], [*dices.T, dices.mean(axis=1)], strict=True):
         rows.append([organ.replace("_", " "), *(f"{value:.2f}" for value in (*values, values.mean()))])
-    transfer = json.loads((folders.finetuning / "mim_transfer.json").read_text())
+    transfer = read_json(folders.finetuning / "mim_transfer.json", "start the demonstration anew")
     n_loaded, n_fresh = len(transfer["loaded"]) + len(transfer["adapted"]), len(transfer["fresh"])
     text = f"""\
 The encoder of the pretraining, inside a U-Net, finetuned by nnUNetv2_train with nnUNetTrainerMiM for

@@ -17,8 +17,7 @@ import blosc2
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
-from nnunet_mim.errors import MiMError
-from nnunet_mim.system.untrusted import printable
+from nnunet_mim.errors import MiMError, printable
 
 Case = tuple[Any, Any, None, dict[str, Any]]
 """voxels (C, X, Y, Z), segmentation (1, X, Y, Z), no segmentation of a previous stage, properties"""

@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 from typing_extensions import NotRequired, TypedDict
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import read_json
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS
+from nnunet_mim.system.untrusted import read_json
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

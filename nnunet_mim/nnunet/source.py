@@ -11,10 +11,11 @@ from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.cases import dataset_class_of
-from nnunet_mim.nnunet.datasets import dataset_name, read_json
+from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.nnunet.documents import read_plans
 from nnunet_mim.nnunet.intensities import Intensities
 from nnunet_mim.nnunet.plans import configuration_of, require_preprocessed
+from nnunet_mim.system.untrusted import read_json
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT
@@ -201,16 +202,18 @@ def settings_and_defaults(facts: Facts) -> tuple[Table, list[int]]:
 
 def commands(facts: Facts, path: Path) -> list[str]:
     """How to finetune from a checkpoint at `path`: lines for a shell."""
-    provenance = facts.provenance
-    configuration, fold = provenance["configuration"], 0 if provenance["fold"] == "all" else provenance["fold"]
+    provenance, path = facts.provenance, Path(quote(str(path)))
+    configuration = quote(str(provenance["configuration"]))
+    fold = 0 if provenance["fold"] == "all" else quote(str(provenance["fold"]))
+    plans = quote(str(provenance["plans_name"]))
     if facts.config.encoder == "resenc":
-        plans, dataset = provenance["plans_name"], (provenance["datasets"] or ["DATASET"])[0]
+        dataset = quote(str((provenance["datasets"] or ["DATASET"])[0]))
         return [f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -pretrained_weights {path}"]
     train = "nnUNetv2_train {} {} {} -tr nnUNetTrainerMiM -p {}"
     lines = []
     if provenance["datasets"]:
-        own = provenance["datasets"][0][7:].split("_")[0]
-        command = train.format(own, configuration, fold, provenance["plans_name"])
+        own = quote(str(provenance["datasets"][0])[7:].split("_")[0])
+        command = train.format(own, configuration, fold, plans)
         run = path.parent.parent.name
         tagged = run.startswith("MiMPretrain_") and not run.startswith("MiMPretrain__")  # is not found by itself
         named = f"{ENV_CHECKPOINT}={path} " if tagged else ""
