@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import nnunet_mim
-from nnunet_mim.checkpoint.locate import FINAL, locate
+from nnunet_mim.checkpoint.locate import FINAL, UNPICKLED, locate
 from nnunet_mim.checkpoint.share import read_export
 from nnunet_mim.checkpoint.torch_file import check_tensors, read_torch_file
 from nnunet_mim.config import ALIGNMENTS, NetworkConfig, PretrainConfig, network_from_dict
@@ -246,7 +246,7 @@ class PretrainedCheckpoint:
             raise MiMError(
                 f"{path} holds nnU-Net's residual encoder U-Net, not the encoder of nnUNetTrainerMiM: train stock "
                 f"nnU-Net with the plans of the pretraining, nnUNetv2_train DATASET 3d_fullres FOLD -p PLANS "
-                f"-pretrained_weights {path}"
+                f"-pretrained_weights {path} ({UNPICKLED})"
             )
         encoder = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
         if not encoder:

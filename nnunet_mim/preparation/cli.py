@@ -93,6 +93,8 @@ def _run(options: argparse.Namespace) -> None:
         encoder = "" if hybrid else " --encoder resenc"
         print(f"  mim_pretrain -d {number} -p {options.o} -c {options.c} -f 0{encoder}")
     weights = "-tr nnUNetTrainerMiM" if hybrid else "-pretrained_weights CHECKPOINT"
+    if not hybrid:
+        print("  mim_inspect CHECKPOINT  # of others: nnU-Net runs what is in such a file")
     print(f"  nnUNetv2_train {number} {options.c} 0 {weights} -p {options.o}")
 
 

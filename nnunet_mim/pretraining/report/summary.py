@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, UNPICKLED
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
@@ -208,7 +208,8 @@ def commands(facts: Facts, path: Path) -> list[str]:
     plans = quote(str(provenance["plans_name"]))
     if facts.config.encoder == "resenc":
         dataset = quote(str((provenance["datasets"] or ["DATASET"])[0]))
-        return [f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -pretrained_weights {path}"]
+        command = f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -pretrained_weights {path}"
+        return [f"# {UNPICKLED}", command]
     train = "nnUNetv2_train {} {} {} -tr nnUNetTrainerMiM -p {}"
     lines = []
     if provenance["datasets"]:
