@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.settings import check_value, setting
 
 Size3 = tuple[int, int, int]
@@ -227,6 +227,8 @@ class PretrainConfig:
         for name, choices in (("encoder", ENCODERS), ("ladder", LADDERS), ("alignment", ALIGNMENTS)):
             if getattr(self, name) not in choices:
                 raise MiMError(f"unknown {name} '{getattr(self, name)}': choose one of {', '.join(choices)}")
+        if len(self.view_size) != 3 or len(self.scale) != 3 or len(self.betas) != 2 or self.in_channels < 1:
+            raise MiMError("--view and --scale need three numbers, betas two, and in_channels is at least 1")
         token = self.network.token_size
         if any(v < 2 * p or v % (2 * p) for v, p in zip(self.view_size, token, strict=True)):
             raise MiMError(f"--view {self.view_size} must be a multiple of twice the token size {token} on every axis")
@@ -267,7 +269,10 @@ class PretrainConfig:
                 check_value(entry.name, values[entry.name], entry.default)
         if "network" in stored:
             values["network"] = network_from_dict(stored["network"])
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise MiMError(f"the settings cannot be used ({type(error).__name__}: {printable(error)})") from error
 
 
 def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 
 
 def setting(
@@ -74,7 +74,7 @@ def check_value(name: str, value: Any, default: Any) -> None:
     """Raise MiMError unless a value is of the kind of its default (a whole number will do for a decimal one)."""
     if not _fits(value, default):
         shown = str(list(default) or [0, 1]) if isinstance(default, tuple) else repr(default)
-        raise MiMError(f"setting '{name}' must be like {shown}, got {value!r}")
+        raise MiMError(f"setting '{name}' must be like {shown}, got {printable(repr(value), 80)}")
 
 
 def settings_table(config: type, prefix: str = "") -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import nnunet_mim
 from nnunet_mim.checkpoint.locate import FINAL, UNPICKLED, locate
+from nnunet_mim.checkpoint.metadata import check_provenance
 from nnunet_mim.checkpoint.share import read_export
 from nnunet_mim.checkpoint.torch_file import check_tensors, read_torch_file
 from nnunet_mim.config import ALIGNMENTS, NetworkConfig, PretrainConfig, network_from_dict
@@ -166,6 +167,7 @@ def load_checkpoint(path: str | Path, provenance_required: bool = True) -> dict[
             "mim_pretrain run of this version of nnunet_mim"
         ) from error
     _check_weights(path, weights, declared)
+    check_provenance(stored["provenance"], str(path))
     return stored
 
 

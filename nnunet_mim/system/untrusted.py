@@ -14,6 +14,7 @@ from nnunet_mim.errors import MiMError, printable
 
 MAX_DEPTH = 40
 MAX_VALUES = 1_000_000
+MAX_NUMBER = 2**63
 MAX_JSON = 64 * 2**20
 """bytes of a JSON file"""
 MAX_YAML = 32 * 2**10
@@ -102,7 +103,8 @@ def check_extent(content: Any) -> None:
     """Refuse nested dicts, lists and tuples that are deep, hold themselves, or hold very much by holding it repeatedly.
 
     Raises:
-        ValueError: more than MAX_DEPTH levels, or MAX_VALUES values, of which each place counts.
+        ValueError: more than MAX_DEPTH levels, or MAX_VALUES values, of which each place counts, or a whole number of
+            more than 64 bits.
     """
     known: dict[int, tuple[int, int]] = {}
 
@@ -110,6 +112,8 @@ def check_extent(content: Any) -> None:
         if id(value) not in known and depth <= MAX_DEPTH:
             n_values, levels = 1, 1
             for child in value.values() if isinstance(value, Mapping) else value:
+                if isinstance(child, int) and not -MAX_NUMBER <= child < MAX_NUMBER:
+                    raise ValueError("it holds a number of more than 64 bits")
                 n, below = extent(child, depth + 1) if isinstance(child, CONTAINERS) else (1, 0)
                 n_values, levels = n_values + n, max(levels, 1 + below)
             known[id(value)] = n_values, levels

@@ -16,7 +16,7 @@ from nnunet_mim.pretraining.cli import main as mim_pretrain
 from nnunet_mim.system.untrusted import check_extent, leaves, parse_json, read_json, read_yaml
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
     lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(), children, max_size=4),
     max_leaves=30,
 )
@@ -29,6 +29,7 @@ BOMBS = {
     "many values": "[" + "0," * 20_000_000 + "0]",
     "many lists": "[" + "[]," * 10_000_000 + "[]]",
     "a long number": "1" * 10_000_000,
+    "a number of 4000 digits": '{"a": ' + "1" * 4000 + "}",
 }
 
 YAML_BOMBS = {
@@ -69,7 +70,7 @@ def test_json_is_what_it_stands_for(value):
     assert parse_json(json.dumps(value).encode()) == value
 
 
-@given(st.dictionaries(st.from_regex(r"\A[a-z]{1,8}\Z"), st.integers() | st.booleans() | st.lists(st.integers())))
+@given(st.dictionaries(st.from_regex(r"\A[a-z]{1,8}\Z"), st.booleans() | st.lists(st.integers(-(2**63), 2**63 - 1))))
 def test_yaml_is_what_it_stands_for(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "a.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(value))))
