@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from nnunet_mim.errors import MiMError
-from nnunet_mim.settings import setting
+from nnunet_mim.errors import MiMError, printable
+from nnunet_mim.settings import check_value, setting
 
 Size3 = tuple[int, int, int]
 
@@ -38,6 +38,9 @@ class NetworkConfig:
     decoder_num_heads: int = setting(16, "attention heads of the decoder")
 
     def __post_init__(self) -> None:
+        numbers = (*self.embed_dims, *self.depths, self.num_heads, self.decoder_depth, self.decoder_num_heads)
+        if min(numbers) < 1 or not 0 < self.mlp_ratio < math.inf:
+            raise MiMError("the sizes of a network must be above 0")
         if not len(self.embed_dims) == len(self.depths) == len(self.strides) == 4:
             raise MiMError(
                 "embed_dims, depths and strides need four entries each: three convolution stages, a transformer"
@@ -224,6 +227,8 @@ class PretrainConfig:
         for name, choices in (("encoder", ENCODERS), ("ladder", LADDERS), ("alignment", ALIGNMENTS)):
             if getattr(self, name) not in choices:
                 raise MiMError(f"unknown {name} '{getattr(self, name)}': choose one of {', '.join(choices)}")
+        if len(self.view_size) != 3 or len(self.scale) != 3 or len(self.betas) != 2 or self.in_channels < 1:
+            raise MiMError("--view and --scale need three numbers, betas two, and in_channels is at least 1")
         token = self.network.token_size
         if any(v < 2 * p or v % (2 * p) for v, p in zip(self.view_size, token, strict=True)):
             raise MiMError(f"--view {self.view_size} must be a multiple of twice the token size {token} on every axis")
@@ -259,9 +264,15 @@ class PretrainConfig:
         stored = without_retired(stored)
         _check_known(stored, cls)
         values = {name: _frozen(value) for name, value in stored.items() if name != "network"}
+        for entry in fields(cls):
+            if entry.name in values and entry.name != "architecture":
+                check_value(entry.name, values[entry.name], entry.default)
         if "network" in stored:
             values["network"] = network_from_dict(stored["network"])
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise MiMError(f"the settings cannot be used ({type(error).__name__}: {printable(error)})") from error
 
 
 def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,6 +286,8 @@ def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
 def network_from_dict(stored: dict[str, Any]) -> NetworkConfig:
     """NetworkConfig from the plain dict of a checkpoint or a plans file. Raises MiMError for an unknown field."""
     _check_known(stored, NetworkConfig)
+    for entry in fields(NetworkConfig):
+        check_value(entry.name, stored.get(entry.name, entry.default), entry.default)
     return NetworkConfig(**{name: _frozen(value) for name, value in stored.items()})
 
 

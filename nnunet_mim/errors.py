@@ -8,6 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+def printable(text: object, limit: int | None = 200) -> str:
+    """A text from a file for one line of a terminal: control characters are escaped, and a long one is cut short."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return shown if limit is None or len(shown) <= limit else f"{shown[:limit]}…"
+
+
+def printable_lines(text: str) -> str:
+    """A text of several lines for a terminal, its control characters escaped."""
+    return "\n".join(printable(line, None) for line in text.split("\n"))
+
+
 class MiMError(RuntimeError):
     """Bad input or a bad environment. The message is one line that names the file or option, and a remedy."""
 
@@ -17,7 +28,7 @@ class ExitingMiMError(MiMError, SystemExit):
 
     def __init__(self, message: str) -> None:
         RuntimeError.__init__(self, message)
-        SystemExit.__init__(self, f"error: {message}")  # what Python prints, with exit code 1
+        SystemExit.__init__(self, f"error: {printable(message, None)}")  # what Python prints, with exit code 1
         self.args = (message,)
 
 
@@ -55,11 +66,11 @@ def exit_code(run: Callable[[], None]) -> int:
     try:
         run()
     except MiMError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, None)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.filename is None or error.errno not in REMEDIES:
             raise
-        print(f"error: {error.filename}: {error.strerror}: {REMEDIES[error.errno]}", file=sys.stderr)
+        print(f"error: {printable(error.filename, None)}: {error.strerror}: {REMEDIES[error.errno]}", file=sys.stderr)
         return 2
     return 0

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nnunet_mim.errors import MiMError
-
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+from nnunet_mim.errors import MiMError, printable
 
 
 def setting(
@@ -65,23 +61,6 @@ def check_given_once(flags: Mapping[str, Any], settings: Mapping[str, Any]) -> N
             raise MiMError(f"--set {name}={settings[name]} and a flag's {flags[name]} are different values: give one")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        MiMError: missing, not YAML, or no mapping of names to values.
-    """
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise MiMError(f"cannot read {path} ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MiMError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise MiMError(f"{path} must hold lines like 'iterations: 20000'")
-    return {key: _with_numbers(value) for key, value in settings.items()}
-
-
 def check_known_keys(given: Sequence[str] | Mapping[str, Any], known: Sequence[str], where: str) -> None:
     """Raise MiMError naming the first unknown key, with the nearest known one if there is one."""
     for key in given:
@@ -95,7 +74,7 @@ def check_value(name: str, value: Any, default: Any) -> None:
     """Raise MiMError unless a value is of the kind of its default (a whole number will do for a decimal one)."""
     if not _fits(value, default):
         shown = str(list(default) or [0, 1]) if isinstance(default, tuple) else repr(default)
-        raise MiMError(f"setting '{name}' must be like {shown}, got {value!r}")
+        raise MiMError(f"setting '{name}' must be like {shown}, got {printable(repr(value), 80)}")
 
 
 def settings_table(config: type, prefix: str = "") -> list[str]:
@@ -127,17 +106,8 @@ def yaml_value(value: Any) -> str:
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [_value(part) for part in text.split(",")] if "," in text else text
-
-
-def _with_numbers(value: Any) -> Any:
-    """YAML takes 1e-3, without a point, for a word."""
-    if isinstance(value, dict):
-        return {key: _with_numbers(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(v) for v in value]
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def _listed(value: Any) -> list[Any]:

@@ -6,7 +6,6 @@ BTCV RawData/Training/img/img0001.nii.gz, RawData/Training/label/label0001.nii.g
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.image_files import header_of
 from nnunet_mim.preparation.labels import geometry_differences
 from nnunet_mim.preparation.screening import damaged, header_problem, last_line
+from nnunet_mim.system.untrusted import read_json
 
 MSD_CASES = {
     "Task03_Liver": 131,
@@ -132,10 +132,7 @@ def find_btcv(folder: Path, dataset_id: int, partial: bool = False) -> Archive:
 
 def _read_description(path: Path) -> dict[str, Any]:
     """dataset.json of an MSD archive. Raises MiMError unless it is one, of a CT."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MiMError(f"cannot read {path} ({last_line(error)}): {AGAIN}") from error
+    content = read_json(path, AGAIN)
     lacking = [key for key in MSD_KEYS if key not in content] if isinstance(content, dict) else list(MSD_KEYS)
     if lacking:
         raise MiMError(f"{path} has no {', '.join(lacking)}, so it is not the one of the archive: {AGAIN}")

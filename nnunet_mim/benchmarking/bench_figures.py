@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from nnunet_mim.benchmarking.matrix import Place, case_value
 from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.tables import smooth
+from nnunet_mim.errors import printable
 from nnunet_mim.nnunet.datasets import raw_images
 from nnunet_mim.reporting.figures import COLOURS, CT_WINDOW, bare, mark_sides
 
@@ -148,7 +149,7 @@ def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> li
             of_case = {arm: values[case] for arm, values in dice.items()}
             pictures.append(read_case((title, case), Path(images[case][0]), reference, predictions, of_case, labels))
         except (RuntimeError, ValueError, IndexError) as error:  # a file that is gone, or grids that do not fit
-            print(f"note: no picture of {case} ({' '.join(str(error).split())[-200:]})")
+            print(f"note: no picture of {printable(case)} ({printable(' '.join(str(error).split())[-200:])})")
     return pictures
 
 

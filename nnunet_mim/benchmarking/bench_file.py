@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 from nnunet_mim.benchmarking.seeded_training import Length
 from nnunet_mim.checkpoint.locate import REPOSITORY
 from nnunet_mim.errors import MiMError
-from nnunet_mim.settings import read_yaml
+from nnunet_mim.system.untrusted import read_yaml
 
 MIM_PLANS = "nnUNetMiMPlans"
 KNOWN_ARMS = {

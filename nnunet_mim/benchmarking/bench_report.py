@@ -9,7 +9,7 @@ from nnunet_mim.benchmarking.bench_figures import bars_figure, case_pictures, ca
 from nnunet_mim.benchmarking.matrix import Place
 from nnunet_mim.benchmarking.outcome import MARK, Outcome
 from nnunet_mim.benchmarking.published_numbers import WARNING, published_table
-from nnunet_mim.reporting.page import Section, figure_png, write_page
+from nnunet_mim.reporting.page import Section, figure_png, markdown_text, write_page
 from nnunet_mim.system.files import write_atomically
 
 PAGE = "report.html"
@@ -80,10 +80,11 @@ def _tables(outcome: Outcome, dataset: str) -> dict[str, tables.Table]:
 
 def _markdown(outcome: Outcome) -> str:
     """All tables as Markdown."""
-    parts = [_how_to_read(outcome)]
+    parts = [markdown_text(_how_to_read(outcome))]
     for dataset in outcome.matrix.datasets:
-        parts += [f"## {_heading(outcome, dataset)}", *map(tables.markdown_table, _tables(outcome, dataset).values())]
-        parts += ["\n".join(f"- {line}" for line in tables.notes(outcome, dataset))]
+        parts += [f"## {markdown_text(_heading(outcome, dataset))}"]
+        parts += map(tables.markdown_table, _tables(outcome, dataset).values())
+        parts += ["\n".join(f"- {markdown_text(line)}" for line in tables.notes(outcome, dataset))]
         if published := published_table(dataset):
             parts += ["### Published elsewhere", WARNING, tables.markdown_table(published)]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -23,6 +23,7 @@ from nnunet_mim.checkpoint.locate import WEIGHTS, find_checkpoint, locate, no_ch
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.nnunet.source import Source, find_source
+from nnunet_mim.system.untrusted import read_json
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
 from nnunet_mim.trainers.transfer import check_architecture
 
@@ -63,7 +64,7 @@ class Cell:
     @cached_property
     def dataset_json(self) -> dict[str, Any]:
         """nnU-Net's dataset.json of the preprocessed dataset."""
-        return json.loads((self.arm.source.folder.parent / "dataset.json").read_text())
+        return read_json(self.arm.source.folder.parent / "dataset.json")
 
     def reference(self, case: str) -> Path:
         """nnU-Net's copy of a case's label image."""

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
@@ -22,6 +23,8 @@ from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.training import reason_of
 from nnunet_mim.benchmarking.work import failures, finished_results, run_matrix
 from nnunet_mim.errors import MiMError
+from nnunet_mim.networks.hybrid_unet import HybridUNet
+from nnunet_mim.networks.resenc import check_named_classes
 from nnunet_mim.nnunet.datasets import require_environment
 from nnunet_mim.system.files import write_atomically
 
@@ -159,11 +162,8 @@ def measure(cell: Cell, device: str) -> float:
     source, length = cell.arm.source, cell.length
     manager = PlansManager(dict(source.plans))
     configuration = manager.get_configuration(source.configuration)
-    network = get_network_from_plans(
-        configuration.network_arch_class_name, configuration.network_arch_init_kwargs,
-        configuration.network_arch_init_kwargs_req_import, source.in_channels,
-        manager.get_label_manager(cell.dataset_json).num_segmentation_heads, deep_supervision=True,
-    ).to(device)  # fmt: skip
+    heads = manager.get_label_manager(cell.dataset_json).num_segmentation_heads
+    network = _network(configuration.configuration["architecture"], source.in_channels, heads).to(device)
     patch = tuple(configuration.patch_size)
     training = _median_seconds(network, (configuration.batch_size, source.in_channels, *patch), device, True)
     network.eval()
@@ -172,6 +172,16 @@ def measure(cell: Cell, device: str) -> float:
     shape = [max(a, round(b)) for a, b in zip(patch, configuration.median_image_size_in_voxels, strict=True)]
     patches = math.prod(len(positions) for positions in compute_steps_for_sliding_window(shape, patch, 0.5))
     return steps + len(cell.val_cases) * patches * views(cell) * forward
+
+
+def _network(architecture: Mapping[str, Any], in_channels: int, heads: int) -> torch.nn.Module:
+    """The network that plans describe: this package's or one of nnU-Net's own. Raises MiMError for another name."""
+    name, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
+    if name == f"{HybridUNet.__module__}.{HybridUNet.__name__}":
+        return HybridUNet(in_channels, heads, True, **kwargs)
+    check_named_classes(architecture, plain=True)
+    imported = architecture["_kw_requires_import"]
+    return get_network_from_plans(name, kwargs, imported, in_channels, heads, deep_supervision=True)
 
 
 def views(cell: Cell) -> int:

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
 from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.matrix import Matrix
 from nnunet_mim.checkpoint.format import read_safely
 from nnunet_mim.checkpoint.identity import leaked_cases, voxel_sha256
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
 from nnunet_mim.nnunet.datasets import raw_images
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.untrusted import read_json
 
 VERSION = 2
 """version of the comparison; what other versions have found does not count"""
@@ -50,8 +52,8 @@ def look_for_seen_cases(matrix: Matrix) -> Seen:
     """
     file = matrix.bench.output / "seen.json"
     try:
-        kept = json.loads(file.read_text())
-    except (OSError, ValueError):
+        kept = read_json(file)
+    except MiMError:
         kept = {}
     found: Seen = {}
     before = dict(kept)
@@ -111,7 +113,7 @@ def seen_cases(provenance: Mapping[str, Any] | None, arm: Arm, val_cases: tuple[
     files = raw_images(source.dataset)
     undecided = [case for case in val_cases if case not in seen]
     missing = [case for case in undecided if case not in files]
-    reader = recursive_find_reader_writer_by_name(provenance.get("image_reader_writer") or READER)()
+    reader = _reader(provenance.get("image_reader_writer") or READER)
     for case in sorted(set(undecided) - set(missing)):
         voxels, properties = reader.read_images(files[case])
         image = RawImage(case, voxels, Grid(np.zeros(3), np.diag([float(s) for s in properties["spacing"]])))
@@ -121,3 +123,14 @@ def seen_cases(provenance: Mapping[str, Any] | None, arm: Arm, val_cases: tuple[
     if missing:
         unknown = f"{len(missing)} images are not in nnUNet_raw ({missing[0]} first), their preprocessed voxels are new"
     return Findings(tuple(sorted(seen)), unknown)
+
+
+def _reader(name: str) -> BaseReaderWriter:
+    """nnU-Net's reader of this name. Raises MiMError where there is none."""
+    try:
+        found = recursive_find_reader_writer_by_name(str(name))
+    except RuntimeError:
+        found = None
+    if not (isinstance(found, type) and issubclass(found, BaseReaderWriter)):
+        raise MiMError(f"nnU-Net has no reader {printable(name)}, which a checkpoint names: take another copy of it")
+    return found()

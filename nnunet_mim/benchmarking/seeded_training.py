@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.processes import end_with_parent
+from nnunet_mim.system.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _record_cost(trainer: Any, file: Path, began: float) -> None:
 
 def attempts_of(file: Path) -> list[dict[str, Any]]:
     """What `_record_cost` has written; nothing where there is no such file yet."""
-    return json.loads(file.read_text()) if file.is_file() else []
+    return read_json(file, "delete it") if file.is_file() else []
 
 
 def _memory(device: Any) -> tuple[int, str]:

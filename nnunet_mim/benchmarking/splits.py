@@ -13,6 +13,7 @@ from nnunet_mim.benchmarking.archives import BTCV_CASES
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.splits import N_FOLDS
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.untrusted import read_json
 
 Split = dict[str, list[str]]
 """train and val: names of cases, as an entry of nnU-Net's splits_final.json"""
@@ -81,9 +82,6 @@ def check_splits(path: Path, splits: Sequence[Split]) -> None:
     """MiMError if a file with other splits exists."""
     if not path.exists():
         return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MiMError(f"cannot read {path} ({error}): restore it, or move it away") from error
+    stored = read_json(path, "restore it, or move it away")
     if stored != list(splits):
         raise MiMError(f"{path} holds other splits, which trainings may have used: move it away, or leave out --splits")

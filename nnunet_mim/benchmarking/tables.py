@@ -11,6 +11,8 @@ import numpy as np
 from nnunet_mim.benchmarking.matrix import Place, false_alarms
 from nnunet_mim.benchmarking.outcome import MARK, Outcome
 from nnunet_mim.benchmarking.statistics import mean_sd
+from nnunet_mim.errors import printable
+from nnunet_mim.reporting.page import markdown_text
 
 METRICS = ("dice", "hd95", "nsd", "n_ref", "n_pred")
 SHOWN = {"dice": ("Dice %", 100), "hd95": ("HD95 mm", 1), "nsd": ("NSD %", 100)}
@@ -157,7 +159,7 @@ def every_value(outcome: Outcome) -> str:
 
 def markdown_table(table: Table) -> str:
     """A table in GitHub's Markdown."""
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table]
+    lines = [f"| {' | '.join(markdown_text(cell) for cell in row)} |" for row in table]
     lines.insert(1, "|" + "---|" * len(table[0]))
     return "\n".join(lines)
 
@@ -174,7 +176,7 @@ def latex_table(table: Table, caption: str, below: Sequence[str] = ()) -> str:
 
 def _latex_text(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
-    return text.translate(LATEX)
+    return printable(text, None).translate(LATEX)
 
 
 def with_sd(numbers: np.ndarray) -> str:

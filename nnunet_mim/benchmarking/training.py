@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, load_summary_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -25,9 +26,11 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.processes import run_command
+from nnunet_mim.system.untrusted import read_json
 from nnunet_mim.trainers.finetune_config import PLANS_KEY
 
 KEY, RESULT, COST, FAILED, LOG = "key.json", "result.json", "cost.json", "failed.txt", "log.txt"
+DELETE = "delete its folder, and repeat the command"
 BUSY = "another process is at work on it"
 
 
@@ -63,7 +66,7 @@ class Training:
         """
         if not (self.folder / KEY).is_file():
             return None
-        stored, now = json.loads((self.folder / KEY).read_text()), json.loads(json.dumps(self.cell.key()))
+        stored, now = read_json(self.folder / KEY, DELETE), json.loads(json.dumps(self.cell.key()))
         del now["checkpoint"]  # the file may have moved: its hash decides
         changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in now if stored.get(name) != now[name]]
         if changed:
@@ -71,7 +74,7 @@ class Training:
             raise MiMError(f"{self.folder} holds another experiment ({differences}): give another output, or delete it")
         if not (self.folder / RESULT).is_file():
             return None
-        result = json.loads((self.folder / RESULT).read_text())
+        result = read_json(self.folder / RESULT, DELETE)
         if result["tolerance"] != self.tolerance:
             result = {**result, **self.measured()}
             write_atomically(self.folder / RESULT, json.dumps(result).encode())
@@ -166,8 +169,6 @@ class Training:
 
     def measured(self) -> dict[str, Any]:
         """Metrics per case and label, learning curve, and names of the labels, of the finished training."""
-        import torch
-
         dataset_json, output = self.cell.dataset_json, self.output
         summary = load_summary_json(str(output / "validation" / "summary.json"))
         manager = PlansManager(dict(self.cell.arm.source.plans))
@@ -178,14 +179,34 @@ class Training:
             case = prediction.name.removesuffix(dataset_json["file_ending"])
             reference = self.cell.reference(case)
             cases[case] = case_metrics(prediction, reference, list(summary["mean"]), reader, ignore, self.tolerance)
-        # weights_only=False: the file is of our own training
-        stored = torch.load(output / FINAL, map_location="cpu", weights_only=False)
-        curve = [float(value) for value in stored["logging"]["mean_fg_dice"]]
+        curve = learning_curve(output / FINAL)
         if len(curve) != (epochs := self.cell.length.epochs):
             raise MiMError(f"{output} was trained for {len(curve)} epochs, not {epochs}: another trainer's length?")
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in dataset_json["labels"].items()}
         names = {label_or_region_to_key(value): name for name, value in values.items()}
         return {"cases": cases, "curve": curve, "names": names, "tolerance": self.tolerance}
+
+
+def learning_curve(checkpoint: Path) -> list[float]:
+    """Mean Dice of every epoch in a checkpoint of nnU-Net's trainer; nothing in it is run.
+
+    Raises:
+        MiMError: it cannot be read, or holds more than tensors and plain values.
+    """
+    import torch
+
+    scalar = np.float64(0).__reduce__()[0]  # what NumPy's numbers refer to; its module has had two names
+    allowed: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed += [np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8"))]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return [float(value) for value in stored["logging"]["mean_fg_dice"]]
+    except Exception as error:  # PyTorch has many
+        raise MiMError(
+            f"{checkpoint} holds no learning curve that can be read ({type(error).__name__}): delete the folder of the "
+            "training, and repeat the command"
+        ) from error
 
 
 def reason_of(error: Exception) -> str:

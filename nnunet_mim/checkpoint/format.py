@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,15 @@ import torch
 from torch import Tensor
 
 import nnunet_mim
-from nnunet_mim.checkpoint.locate import FINAL, locate
+from nnunet_mim.checkpoint.locate import FINAL, UNPICKLED, locate
+from nnunet_mim.checkpoint.metadata import check_provenance
 from nnunet_mim.checkpoint.share import read_export
-from nnunet_mim.config import NetworkConfig, PretrainConfig, network_from_dict
-from nnunet_mim.errors import MiMError
+from nnunet_mim.checkpoint.torch_file import check_tensors, read_torch_file
+from nnunet_mim.config import ALIGNMENTS, NetworkConfig, PretrainConfig, network_from_dict
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
+from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.resenc import ResEncMaskInMask, check_resenc, number_of_blocks
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import atomic_file
 
@@ -132,7 +135,7 @@ def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, provenance_required: bool = True) -> dict[str, Any]:
-    """Load a checkpoint of `mim_pretrain` or an export, and check the kinds of what is in it.
+    """Load a checkpoint of `mim_pretrain` or an export, and check that it holds the weights of the network it declares.
 
     Args:
         path: file, folder of `mim_export`, or name of a repository, see `locate`.
@@ -152,17 +155,19 @@ def load_checkpoint(path: str | Path, provenance_required: bool = True) -> dict[
             f"{path} was not written by mim_pretrain, it lacks {', '.join(missing)}: give the {FINAL} of a "
             "mim_pretrain run"
         )
-    if not is_state_dict(stored["network_weights"]):
+    weights, config = stored["network_weights"], stored["mim_config"]
+    if not is_state_dict(weights):
         raise MiMError(f"{path}: network_weights are not tensors by name: give the {FINAL} of a mim_pretrain run")
-    config = stored["mim_config"]
     try:
-        network_from_dict(config["network"])
         int(config["in_channels"]), tuple(config["view_size"])
-    except (AttributeError, KeyError, TypeError, ValueError, MiMError) as error:
+        declared = _declared_weights(config, len(weights))
+    except Exception as error:  # the settings are anybody's, and so are nnU-Net's errors about its network
         raise MiMError(
-            f"{path}: mim_config cannot be used ({type(error).__name__}: {error}): give the {FINAL} of a "
+            f"{path}: mim_config cannot be used ({type(error).__name__}: {printable(error)}): give the {FINAL} of a "
             "mim_pretrain run of this version of nnunet_mim"
         ) from error
+    _check_weights(path, weights, declared)
+    check_provenance(stored["provenance"], str(path))
     return stored
 
 
@@ -170,24 +175,48 @@ def read_safely(path: Path) -> Any:
     """Read a file of `torch.save` or an export without executing anything in it; every byte's checksum is verified.
 
     Raises:
-        MiMError: damaged, or it holds more than tensors and plain values.
+        MiMError: damaged, or it holds more than plain values and dense tensors of finite numbers.
     """
-    if path.is_dir():
-        return read_export(path)
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise MiMError(f"{path} is damaged ({damaged} has another checksum): take another copy")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except MiMError:
-        raise
-    except Exception as error:
-        raise MiMError(
-            f"{path} is no readable checkpoint: truncated, or it holds more than tensors and plain values "
-            f"({type(error).__name__}); take another copy or an earlier checkpoint"
-        ) from error
+    if not path.is_dir():
+        return read_torch_file(path)
+    stored = read_export(path)
+    check_tensors(path, stored)
+    return stored
+
+
+def _declared_weights(config: Mapping[str, Any], n_weights: int) -> dict[str, Tensor]:
+    """The weights, without values, of the network that settings declare. Raises whatever is wrong with them.
+
+    Args:
+        config: `mim_config` of a checkpoint.
+        n_weights: number of tensors in it: no network of more blocks is built.
+    """
+    network, in_channels = network_from_dict(config["network"]), int(config["in_channels"])
+    alignment, resenc = config.get("alignment", ALIGNMENTS[0]), config.get("encoder", "hybrid") == "resenc"
+    n_blocks = sum(network.depths) + network.decoder_depth
+    if resenc:
+        check_resenc(config["architecture"])
+        n_blocks = number_of_blocks(config["architecture"])
+    if n_blocks > n_weights:
+        raise MiMError(f"{n_blocks} blocks, and {n_weights} tensors")
+    with torch.device("meta"):
+        if resenc:
+            size = network.token_size
+            return ResEncMaskInMask(config["architecture"], size, in_channels, alignment).state_dict()
+        return MaskInMask(network, in_channels, alignment=alignment).state_dict()
+
+
+def _check_weights(path: Path, weights: Mapping[str, Tensor], declared: Mapping[str, Tensor]) -> None:
+    """Raise MiMError, naming the first, unless there is every declared weight and no other, with its shape and kind."""
+    remedy = f"give the {FINAL} of a mim_pretrain run"
+    if missing := [name for name in declared if name not in weights]:
+        raise MiMError(f"{path} lacks the tensor {missing[0]} ({len(missing)} in all) of its network: {remedy}")
+    for name, weight in weights.items():
+        if (wanted := declared.get(name)) is None:
+            raise MiMError(f"{path}: tensor {printable(name)} is not of the network in mim_config: {remedy}")
+        if weight.shape != wanted.shape or weight.is_floating_point() != wanted.is_floating_point():
+            found, right = (f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in (weight, wanted))
+            raise MiMError(f"{path}: tensor {name} is {found}, and mim_config declares {right}: {remedy}")
 
 
 def is_state_dict(value: Any) -> TypeGuard[dict[str, Tensor]]:
@@ -219,7 +248,7 @@ class PretrainedCheckpoint:
             raise MiMError(
                 f"{path} holds nnU-Net's residual encoder U-Net, not the encoder of nnUNetTrainerMiM: train stock "
                 f"nnU-Net with the plans of the pretraining, nnUNetv2_train DATASET 3d_fullres FOLD -p PLANS "
-                f"-pretrained_weights {path}"
+                f"-pretrained_weights {path} ({UNPICKLED})"
             )
         encoder = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
         if not encoder:

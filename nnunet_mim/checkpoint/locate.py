@@ -14,6 +14,7 @@ from typing import Any
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.untrusted import read_json
 
 FINAL = "checkpoint_final.pth"
 """the checkpoint of a finished run, as in nnU-Net's own trainings"""
@@ -28,6 +29,8 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 ENV_CHECKPOINT = "nnUNet_mim_checkpoint"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+UNPICKLED = "nnU-Net runs what is in such a file; as it is now, this one has passed the checks of mim_inspect"
+"""stands with printed commands that hand a checkpoint to nnU-Net"""
 INSTALL = "pip install 'nnunet_mim[share]'"
 
 
@@ -80,8 +83,8 @@ def write_pointer(folder: Path, checkpoint: Path) -> None:
 def _read_pointer(folder: Path) -> Path | None:
     """The checkpoint that a run folder points at; None where there is no pointer or no such file any more."""
     try:
-        path = folder / json.loads((folder / POINTER).read_text())["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
+        path = folder / read_json(folder / POINTER)["checkpoint"]
+    except (MiMError, KeyError, TypeError):
         return None
     return Path(os.path.normpath(path)) if path.is_file() else None
 

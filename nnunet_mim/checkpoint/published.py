@@ -6,22 +6,17 @@ between the two is folded into the first convolution, which is exact because tha
 
 from __future__ import annotations
 
-import contextlib
-import io
-import pickle
-import pickletools
 import re
-import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnunet_mim.checkpoint.format import build_checkpoint, is_state_dict
+from nnunet_mim.checkpoint.torch_file import read_torch_file
 from nnunet_mim.config import PRESETS, PretrainConfig
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.networks.vit_blocks import sincos_position
@@ -80,54 +75,13 @@ def read_published(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise MiMError(f"{path} does not exist")
-    try:
-        with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        refused = [name for name in _names_in_pickle(path) if not _is_plain(name)]
-        if refused or isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-            what = f"run {', '.join(refused)}" if refused else "need more than PyTorch's safe loading does"
-            raise MiMError(
-                f"{path} is refused: loading it would {what}, and only tensors, plain containers and "
-                f"argparse.Namespace are allowed; nothing was run. Get the file from its authors"
-            ) from error
-        raise MiMError(f"cannot read {path} ({type(error).__name__}: truncated or damaged): copy it again") from error
+    stored = read_torch_file(path, namespaces=True)
     model = stored.get("model") if isinstance(stored, dict) else None
     if not is_state_dict(model):
         raise MiMError(f"{path} is no published MiM checkpoint: it holds no state dict under 'model'")
-    for key, value in model.items():
-        usable = value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
-        if not usable or not bool(value.isfinite().all()):
-            raise MiMError(f"{path}: {key} is no dense tensor of finite numbers: get the file from its authors")
+    if wrong := [key for key, value in model.items() if not value.is_floating_point()]:
+        raise MiMError(f"{path}: tensor {printable(wrong[0])} holds whole numbers: get the file from its authors")
     return model
-
-
-def _names_in_pickle(path: Path) -> list[str]:
-    """Classes and functions that a file of `torch.save` refers to, as far as it can be read; nothing is run."""
-    names: dict[str, None] = {}
-    texts: list[str] = []
-    with contextlib.suppress(Exception):  # it only names what has been refused already
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                content = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
-        else:
-            content = path.read_bytes()
-        stream = io.BytesIO(content)
-        while stream.tell() < len(content):  # the older format is several pickles, one after the other
-            for operation, argument, _ in pickletools.genops(stream):
-                if operation.name in ("GLOBAL", "INST"):
-                    names[str(argument).replace(" ", ".")] = None
-                elif operation.name == "STACK_GLOBAL":
-                    names[".".join(texts[-2:])] = None
-                elif isinstance(argument, str):
-                    texts.append(argument)
-    return list(names)
-
-
-def _is_plain(name: str) -> bool:
-    return name in ("argparse.Namespace", "collections.OrderedDict") or bool(
-        re.fullmatch(r"torch\.(_utils\._rebuild_(tensor(_v2)?|parameter)|\w+Storage|\w*(float|int|bool)\w*)", name)
-    )
 
 
 def convert_weights(published: dict[str, Tensor], window: tuple[float, float] = PUBLISHED_WINDOW) -> dict[str, Tensor]:

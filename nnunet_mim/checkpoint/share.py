@@ -13,6 +13,7 @@ from typing import Any
 
 from nnunet_mim.checkpoint.locate import CARD, CONFIG, INSTALL, WEIGHTS
 from nnunet_mim.errors import MiMError
+from nnunet_mim.system.untrusted import read_json
 
 
 def export(checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: bool) -> None:
@@ -72,7 +73,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     except ImportError as error:
         raise MiMError(f"to read {folder / WEIGHTS} safetensors is missing: {INSTALL}") from error
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG, "take another copy")
         content = (folder / WEIGHTS).read_bytes()
         if hashlib.sha256(content).hexdigest() != config.pop("sha256"):
             raise ValueError("the weights have another checksum than config.json says")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_mim.benchmarking.bench_figures import cases_figure, read_case
 from nnunet_mim.benchmarking.metrics import dice
@@ -21,11 +19,13 @@ from nnunet_mim.checkpoint.locate import FINAL
 from nnunet_mim.demo.phantoms import LABELS
 from nnunet_mim.demo.stages import TRAINER, DemoSettings, Folders
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.cases import dataset_class_of
 from nnunet_mim.nnunet.orientation import orientation_of
 from nnunet_mim.pretraining.report.page import losses_section, views_sections
 from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
 from nnunet_mim.pretraining.report.summary import Facts, join
 from nnunet_mim.reporting.page import Section, write_page
+from nnunet_mim.system.untrusted import read_json
 
 ORGANS = {name: label for name, label in LABELS.items() if label}
 
@@ -83,7 +83,7 @@ Here the whole way was run on {settings.bodies} made-up bodies, in {duration} on
 
 def _views_section(folders: Folders, facts: Facts) -> Section:
     """Views of the first preprocessed case that the pretraining has not seen."""
-    dataset_class, cases = infer_dataset_class(str(folders.cases)), str(folders.cases)
+    dataset_class, cases = dataset_class_of(folders.cases), str(folders.cases)
     seen = {case["case"] for case in facts.provenance["cases"]}
     name = min(set(dataset_class.get_identifiers(cases)) - seen)
     volume = np.asarray(dataset_class(cases, [name]).load_case(name)[0][:], np.float32)
@@ -120,7 +120,7 @@ def _organs_section(folders: Folders, settings: DemoSettings, bodies: list[str],
     rows = [["Dice", *(body.removesuffix(".nii.gz") for body in bodies), "mean"]]
     for organ, values in zip([*ORGANS, "all organs"], [*dices.T, dices.mean(axis=1)], strict=True):
         rows.append([organ.replace("_", " "), *(f"{value:.2f}" for value in (*values, values.mean()))])
-    transfer = json.loads((folders.finetuning / "mim_transfer.json").read_text())
+    transfer = read_json(folders.finetuning / "mim_transfer.json", "start the demonstration anew")
     n_loaded, n_fresh = len(transfer["loaded"]) + len(transfer["adapted"]), len(transfer["fresh"])
     text = f"""\
 The encoder of the pretraining, inside a U-Net, finetuned by nnUNetv2_train with nnUNetTrainerMiM for

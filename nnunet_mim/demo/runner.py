@@ -18,6 +18,7 @@ from nnunet_mim.demo.stages import DemoSettings, Folders, Stage
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.processes import run_command
+from nnunet_mim.system.untrusted import read_json
 
 STATE_FILE = "demo.json"
 
@@ -33,10 +34,7 @@ def open_folder(folder: Path, settings: DemoSettings, device: str, resume: bool)
     if resume:
         if not file.is_file():
             raise MiMError(f"nothing to continue in {folder}: leave out --continue")
-        try:
-            state = json.loads(file.read_text())
-        except ValueError as error:
-            raise MiMError(f"cannot read {file} ({error}): delete {folder} and start anew") from error
+        state = read_json(file, f"delete {folder} and start anew")
         if {name: state.get(name) for name in wanted} != wanted:
             raise MiMError(f"{folder} was started with other options: give the same --quick, --bodies, -device again")
         return state

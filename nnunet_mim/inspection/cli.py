@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.spacing is not None and min(args.spacing) <= 0:
         raise MiMError(f"--spacing {' '.join(f'{s:g}' for s in args.spacing)}: millimetres must be above 0")
     path = Path(args.checkpoint)
-    facts = Facts(load_checkpoint(args.checkpoint))
+    facts = Facts(load_checkpoint(args.checkpoint), path)
     print(description(facts, path))
     if not args.i and args.o is None:
         return

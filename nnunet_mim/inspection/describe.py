@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from nnunet_mim.errors import printable
 from nnunet_mim.pretraining.report.summary import Facts, Table, commands, facts_table, join, levels_table, losses_table
 
 WIDTH = 110
@@ -19,11 +20,12 @@ def description(facts: Facts, path: Path) -> str:
     rows.append(["verdict", verdict])
     if note := facts.provenance.get("note"):
         rows.append(["note", note])
-    parts = [str(path), _pairs(rows), "levels (voxels in the order of the plans)", _aligned(levels_table(facts))]
+    levels = _aligned(levels_table(facts))
+    parts = [printable(path, None), _pairs(rows), "levels (voxels in the order of the plans)", levels]
     losses = losses_table(facts)
     if len(losses) > 1:
         parts += ["last reconstruction loss on held-out cases", _aligned(losses)]
-    parts += ["to finetune from it", textwrap.indent("\n".join(commands(facts, path)), "  ")]
+    parts += ["to finetune from it", *(f"  {printable(line, None)}" for line in commands(facts, path))]
     return "\n".join(parts)
 
 
@@ -31,13 +33,14 @@ def _pairs(rows: Table) -> str:
     """Names on the left, wrapped texts on the right."""
     width = max(len(name) for name, _ in rows) + 4
     return "\n".join(
-        textwrap.fill(text, WIDTH, initial_indent=f"  {name}".ljust(width), subsequent_indent=" " * width)
-        for name, text in rows
+        textwrap.fill(printable(text, None), WIDTH, initial_indent=name, subsequent_indent=" " * width)
+        for name, text in ((f"  {name}".ljust(width), text) for name, text in rows)
     )
 
 
 def _aligned(table: Table) -> str:
     """Columns of equal width, the first aligned to the left and the others to the right."""
+    table = [[printable(cell) for cell in row] for row in table]
     first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
     return "\n".join(
         "  " + "  ".join([name.ljust(first), *(cell.rjust(n) for cell, n in zip(cells, others, strict=True))])

@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> None:
 
     folder = Path(args.o)
     checkpoint = load_checkpoint(args.checkpoint)
-    export(checkpoint, model_card(Facts(checkpoint), args.licence, args.data), folder, args.with_names)
+    export(checkpoint, model_card(Facts(checkpoint, args.checkpoint), args.licence, args.data), folder, args.with_names)
     for name, value in (("--licence", args.licence), ("--data", args.data)):
         if not value:
             print(f"note: {name} is not given; the card says so")

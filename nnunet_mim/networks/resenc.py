@@ -36,6 +36,9 @@ ARGUMENTS = {
     "n_conv_per_stage_decoder", "conv_bias", "norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs",
 }  # fmt: skip
 """arguments of the network in nnU-Net's plans"""
+PLAIN_PATH = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+PLAIN_ARGUMENTS = ARGUMENTS - {"n_blocks_per_stage"} | {"n_conv_per_stage"}
+"""nnU-Net's default network, which is not pretrained"""
 
 
 class ResEncMaskInMask(Alignment):
@@ -138,18 +141,24 @@ def check_resenc(architecture: Mapping[str, Any]) -> None:
     check_named_classes(architecture)
 
 
-def check_named_classes(architecture: Mapping[str, Any]) -> None:
+def check_named_classes(architecture: Mapping[str, Any], plain: bool = False) -> None:
     """Refuse a block of plans that names anything but nnU-Net's residual encoder U-Net and its layers of torch.nn.
 
     nnU-Net imports what plans name, and calls it with the arguments beside it: a file could run any function.
+
+    Args:
+        architecture: as in plans.
+        plain: allow nnU-Net's default network, PlainConvUNet, as well.
 
     Raises:
         MiMError: another name, or an argument that the network does not have.
     """
     kwargs, imported = architecture["arch_kwargs"], architecture["_kw_requires_import"]
     allowed = {name: {f"{m}.{c}" for m in MODULES for c in classes} for name, classes in NAMED_CLASSES.items()}
-    wrong = [architecture["network_class_name"]] if architecture["network_class_name"] != CLASS_PATH else []
-    wrong += [name for name in kwargs if name not in ARGUMENTS]
+    arguments = {CLASS_PATH: ARGUMENTS, **({PLAIN_PATH: PLAIN_ARGUMENTS} if plain else {})}
+    name = str(architecture["network_class_name"])
+    wrong = [name] if name not in arguments else []
+    wrong += [argument for argument in kwargs if argument not in arguments.get(name, kwargs)]
     wrong += [name for name in imported if name not in NAMED_CLASSES]
     wrong += [
         str(kwargs[name])
@@ -157,10 +166,19 @@ def check_named_classes(architecture: Mapping[str, Any]) -> None:
         if kwargs.get(name) is not None and str(kwargs[name]) not in paths
     ]
     if wrong:
+        whole = "networks" if plain else CLASS_NAME
         raise MiMError(
-            f"the architecture names {ascii(wrong[0])[:80]}, which is no part of nnU-Net's {CLASS_NAME}: nothing was "
-            "run; do not use this file, or plan the dataset again"
+            f"the architecture names {ascii(wrong[0])[:80]}, which is no part of nnU-Net's {whole}: nothing was run; "
+            "do not use this file, or plan the dataset again"
         )
+
+
+def number_of_blocks(architecture: Mapping[str, Any]) -> int:
+    """Blocks of the network that plans describe, of encoder and decoder."""
+    kwargs = architecture["arch_kwargs"]
+    stages = kwargs["n_stages"]
+    counts = [kwargs[name] for name in ("n_blocks_per_stage", "n_conv_per_stage_decoder")]
+    return stages + sum(stages * count if isinstance(count, int) else sum(map(abs, count)) for count in counts)
 
 
 def check_view(architecture: Mapping[str, Any], view: Size3) -> None:

@@ -5,7 +5,6 @@ Nothing here forks, as nnU-Net's own function does: the child of a process with 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -20,6 +19,7 @@ from nnunetv2.utilities.utils import (
 )
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.system.untrusted import read_json
 
 
 def require_environment() -> None:
@@ -34,14 +34,6 @@ def required_folder(variable: str) -> str:
     if not folder:
         raise MiMError(f"environment variable {variable} is not set: export {variable}=FOLDER (nnU-Net's own variable)")
     return folder
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises MiMError for one that cannot be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise MiMError(f"cannot read {path} ({error}): restore the file, or delete it and plan anew") from error
 
 
 def dataset_name(given: str) -> str:

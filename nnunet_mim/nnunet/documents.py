@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +13,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import read_json
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS
+from nnunet_mim.system.untrusted import read_json
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -127,7 +129,7 @@ def read_plans(path: Path) -> dict[str, Any]:
 
 def check_plans(content: Any, path: str) -> dict[str, Any]:
     """Plans that were read already, once they have passed the checks of `read_plans`; `path` is named in errors."""
-    plans = _checked(path, content, PLANS, "restore the file, or plan the dataset again")
+    plans = checked(path, content, PLANS, "restore the file, or plan the dataset again")
     if sorted(plans["transpose_forward"]) != [0, 1, 2] or sorted(plans["transpose_backward"]) != [0, 1, 2]:
         raise MiMError(f"{path}: transpose_forward and transpose_backward must hold 0, 1 and 2: plan the dataset again")
     windows = plans["foreground_intensity_properties_per_channel"]
@@ -137,7 +139,7 @@ def check_plans(content: Any, path: str) -> dict[str, Any]:
             raise MiMError(f"{path}: {', '.join(sizes)} of {name} must be as long as there are axes: plan again")
         for channel, scheme in enumerate(configuration.get("normalization_schemes", ())):
             window = windows.get(str(channel), {})
-            if scheme == CT_NORMALIZATION and not _is_window(window):
+            if scheme == CT_NORMALIZATION and not is_window(window):
                 raise MiMError(
                     f"{path}: channel {channel} of {name} is CT, and foreground_intensity_properties_per_channel holds "
                     f"no usable {', '.join(WINDOW_FIELDS)} for it: plan the dataset again"
@@ -161,14 +163,14 @@ def complete_configuration(plans: dict[str, Any], configuration: str) -> dict[st
     place = f"plans {plans['plans_name']}, configuration {configuration}"
     if len(content.get("patch_size", ())) == 2:
         return content
-    _checked(place, json.loads(json.dumps(content)), CONFIGURATION, "plan the dataset again")  # without tuples
+    checked(place, json.loads(json.dumps(content)), CONFIGURATION, "plan the dataset again")  # without tuples
     return content
 
 
 def read_fingerprint(path: Path) -> dict[str, Any]:
     """The content of dataset_fingerprint.json. Raises MiMError for one that cannot be used."""
     remedy = "delete it and run nnUNetv2_extract_fingerprint -d DATASET"
-    return _checked(str(path), read_json(path), FINGERPRINT, remedy)
+    return checked(str(path), read_json(path), FINGERPRINT, remedy)
 
 
 def read_dataset_json(path: Path) -> dict[str, Any]:
@@ -177,26 +179,27 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     if isinstance(content, dict) and "training" in content and "file_ending" not in content:
         raise MiMError(f"{path} is of nnU-Net v1: convert the dataset, nnUNetv2_convert_old_nnUNet_dataset FOLDER NAME")
     remedy = "see nnU-Net's page on its dataset format"
-    checked = _checked(str(path), content, DATASET_DESCRIPTION, remedy)
-    if "channel_names" not in checked and "modality" not in checked:
+    checked(str(path), content, DATASET_DESCRIPTION, remedy)
+    if "channel_names" not in content and "modality" not in content:
         raise MiMError(f"{path} has no channel_names: {remedy}")
-    return checked
+    return content
 
 
-def _checked(path: str, content: Any, schema: TypeAdapter, remedy: str) -> dict[str, Any]:
+def checked(path: str, content: Any, schema: TypeAdapter, remedy: str) -> dict[str, Any]:
     """The content of a file as it was read, once it fits a schema. Raises MiMError that names the first wrong field."""
     try:
         schema.validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "the content"
+        field = printable(".".join(map(str, first["loc"])) or "the content")
         if first["type"] == "missing":
             raise MiMError(f"{path} has no {field}: {remedy}") from None
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise MiMError(f"{path}: {field}: {message} (got {repr(first['input'])[:60]}): {remedy}") from None
+        raise MiMError(f"{path}: {field}: {message} (got {printable(repr(first['input']), 60)}): {remedy}") from None
     return content
 
 
-def _is_window(window: dict[str, float]) -> bool:
-    low, high, mean, std = (window.get(name, float("nan")) for name in WINDOW_FIELDS)
-    return low < high and std > 0 and abs(mean) < float("inf") and abs(low) < float("inf") and high - low < float("inf")
+def is_window(window: Mapping[str, float | None]) -> bool:
+    """Whether the intensity properties of a channel are a window that CTNormalization can use."""
+    low, high, mean, std = (math.nan if (value := window.get(name)) is None else value for name in WINDOW_FIELDS)
+    return low < high and std > 0 and all(map(math.isfinite, (low, high, mean, std, high - low)))

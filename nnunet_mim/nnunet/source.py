@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import dataset_name, read_json
+from nnunet_mim.nnunet.cases import dataset_class_of
+from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.nnunet.documents import read_plans
 from nnunet_mim.nnunet.intensities import Intensities
 from nnunet_mim.nnunet.plans import configuration_of, require_preprocessed
+from nnunet_mim.system.untrusted import read_json
 
 GONE = (-1, -1)
 """in place of size and time of a file"""
@@ -32,7 +33,7 @@ class Source:
     folder: Path
     """of the preprocessed cases"""
     dataset_class: Any
-    """nnU-Net's reader of that folder"""
+    """reader of that folder, see `dataset_class_of`"""
     cases: tuple[str, ...]
     """sorted identifiers"""
     spacing: tuple[float, ...]
@@ -108,7 +109,7 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
     require_preprocessed(folder, plans_name, configuration)
     command = f"nnUNetv2_preprocess -d {name[7:10]} -plans_name {plans_name} -c {configuration}"
     try:
-        dataset_class = infer_dataset_class(str(folder))
+        dataset_class = dataset_class_of(folder)
     except (AssertionError, RuntimeError) as error:
         raise MiMError(f"{folder} does not look like nnU-Net's preprocessed cases ({error}): run {command}") from error
     cases = tuple(sorted(dataset_class.get_identifiers(str(folder))))

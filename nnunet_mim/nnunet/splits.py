@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import read_json
 from nnunet_mim.nnunet.source import Source
+from nnunet_mim.system.untrusted import parse_json, read_json
 
 N_FOLDS = 5
 """number of folds of nnU-Net's own split"""
@@ -45,10 +44,11 @@ def left_out_cases(source: Source) -> set[str]:
     for log in (source.folder.parent / "mim_prepare").glob(f"{source.folder.name}.jsonl"):
         for line in log.read_text(encoding="utf-8").splitlines():
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError:  # cut short
                 continue
-            reasons[entry["case"]] = entry.get("reason")
+            if isinstance(entry, dict) and isinstance(entry.get("case"), str):
+                reasons[entry["case"]] = entry.get("reason")
     return {case for case, reason in reasons.items() if reason}
 
 

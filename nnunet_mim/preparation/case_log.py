@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.system.untrusted import parse_json
 
 Entry = dict[str, Any]
 """case, key, files, images, and either reason (left out) or what `prepare_case` returns"""
@@ -27,10 +28,11 @@ class CaseLog:
             raise MiMError(f"cannot read {path} ({error}): restore it, or delete it to begin anew") from error
         for line in text.splitlines():
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError:
                 continue
-            self.entries[entry["case"]] = entry
+            if isinstance(entry, dict) and isinstance(entry.get("case"), str):
+                self.entries[entry["case"]] = entry
         if text and not text.endswith("\n"):
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n")

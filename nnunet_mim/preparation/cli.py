@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.config import ENCODERS, PRESETS
-from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.errors import MiMError, exit_code, printable_lines
 from nnunet_mim.nnunet.datasets import dataset_name, required_folder
 from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
     write_atomically(plans_file, json.dumps(plans, indent=4).encode())
     size = preset if checkpoint is None else checkpoint.preset
     network = f"HybridUNet {size}" if hybrid else f"nnU-Net's own, of {options.p}"
-    print("\n  ".join([f"wrote {plans_file}", f"network: {network}", *notes]))
+    print(printable_lines("\n  ".join([f"wrote {plans_file}", f"network: {network}", *notes])))
 
     number = dataset.name[7:10]
     print("next:")
@@ -93,6 +93,8 @@ def _run(options: argparse.Namespace) -> None:
         encoder = "" if hybrid else " --encoder resenc"
         print(f"  mim_pretrain -d {number} -p {options.o} -c {options.c} -f 0{encoder}")
     weights = "-tr nnUNetTrainerMiM" if hybrid else "-pretrained_weights CHECKPOINT"
+    if not hybrid:
+        print("  mim_inspect CHECKPOINT  # of others: nnU-Net runs what is in such a file")
     print(f"  nnUNetv2_train {number} {options.c} 0 {weights} -p {options.o}")
 
 

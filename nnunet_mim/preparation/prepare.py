@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import read_json
 from nnunet_mim.nnunet.plans import voxels_key
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import CaseLog, Entry, earlier_names, input_key
@@ -37,6 +36,7 @@ from nnunet_mim.preparation.raw_cases import read_raw_dataset, unlabelled_datase
 from nnunet_mim.preparation.screening import Header, read_header
 from nnunet_mim.pretraining.data.case_index import CaseInfo, write_index
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.untrusted import read_json
 
 SEGMENTATION = "_seg"
 """what the names of nnU-Net's preprocessed segmentations end in"""

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nnunet_mim.config import PRESETS
-from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.errors import MiMError, exit_code, printable_lines
 from nnunet_mim.nnunet.datasets import dataset_name, dataset_names, required_folder
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.system.cli import OneLineParser
@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> None:
             results = [prepare_dataset(name, config) for name in names]
     for prepared in results:
         counts, *kinds = summary_lines(prepared)
-        print("\n".join([f"{prepared.source.dataset}: {counts}", *kinds]))
+        print(printable_lines("\n".join([f"{prepared.source.dataset}: {counts}", *kinds])))
         print(f"  page: {write_report(prepared)}")
     failures = [failure for prepared in results for failure in prepared.failures()]
     if options.strict and failures:

@@ -12,9 +12,10 @@ from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
-from nnunet_mim.settings import check_given_once, parse_settings, read_yaml
+from nnunet_mim.settings import check_given_once, parse_settings
 from nnunet_mim.system.cli import OneLineParser, add_flags, given_flags
 from nnunet_mim.system.locks import exclusive_lock
+from nnunet_mim.system.untrusted import read_yaml
 
 FREQUENT_MEASURING = 0.1
 """share of a run above which fewer measurements are advised"""

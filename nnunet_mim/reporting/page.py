@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from nnunet_mim.errors import printable
 from nnunet_mim.system.files import write_atomically
 
 STYLE = """
@@ -126,8 +129,18 @@ def _paragraphs(text: str, tag: str) -> list[str]:
     return [f"{tag}{html.escape(p.strip())}</p>" for p in text.split("\n\n") if p.strip()]
 
 
+def markdown_text(text: object) -> str:
+    """A text from a file for one line of Markdown, a table's cell too: no HTML, link, line or column begins in it."""
+    shown = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", printable(text, None)).replace("|", "/")
+    return shown.replace("](", "]\\(")
+
+
 def figure_png(figure: Figure, dpi: float = 110) -> bytes:
     """Draw a figure as the bytes of a PNG file."""
+    ticks = {id(text) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in axis.findobj(Text)}
+    for text in figure.findobj(Text):
+        if id(text) not in ticks:
+            text.set_parse_math(False)  # names from files may hold dollar signs
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     return buffer.getvalue()

@@ -19,9 +19,10 @@ from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.checkpoint.identity import leak_warning, leaked_cases
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, find_checkpoint, no_checkpoint_error
 from nnunet_mim.checkpoint.units import unit_differences, units_warning
-from nnunet_mim.errors import MiMError, one_line_errors
+from nnunet_mim.errors import MiMError, one_line_errors, printable_lines
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.nnunet.datasets import required_folder
+from nnunet_mim.system.untrusted import read_json
 from nnunet_mim.trainers.finetune_config import default_mirror_axes
 from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
 from nnunet_mim.trainers.resolve_plans import resolve_plans
@@ -113,7 +114,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         super().perform_actual_validation(save_probabilities)
         record = Path(self.output_folder, TRANSFER_FILE)
         if self.local_rank == 0 and self.load_pretrained and record.is_file():
-            stored = json.loads(record.read_text())
+            stored = read_json(record, "delete it")
             if stored["leaked_cases"]:
                 self._log(leak_warning(stored["leaked_cases"], stored["n_val_cases"], stored["source"]))
 
@@ -163,7 +164,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
 
     def _log(self, text: str) -> None:
         if self.local_rank == 0:
-            self.print_to_log_file(text)
+            self.print_to_log_file(printable_lines(text))
 
 
 def _refuse_pretrained_weights(trainer: str) -> None:

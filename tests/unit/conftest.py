@@ -1,18 +1,20 @@
 """Hand-made pretraining checkpoints and stock plans of a toy dataset."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nnunet_mim.config import NetworkConfig, PretrainConfig
-from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.preparation import cli as plan_cli
 from nnunet_mim.preparation import prepare_cli
 from nnunet_mim.pretraining import cli as pretrain_cli
 
 DATASET = "Dataset007_Toy"
-NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), num_heads=2)
+DECODER = {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
+NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), num_heads=2, **DECODER)
 
 
 @pytest.fixture
@@ -26,13 +28,11 @@ def make_checkpoint(tmp_path):
 
     def make(path=None, network=NETWORK, in_channels=1, seed=3, cases=(), **changes):
         torch.manual_seed(seed)
-        encoder = HybridEncoder(in_channels, network)
+        network = replace(network, **DECODER)
+        model = MaskInMask(network, in_channels)
         config = PretrainConfig(preset="tiny", network=network, in_channels=in_channels, view_size=(32, 32, 32))
         stored = {
-            "network_weights": {
-                **{f"encoder.{k}": v for k, v in encoder.state_dict().items()},
-                "decoder.mask_token": torch.zeros(1, 1, 6),
-            },
+            "network_weights": dict(model.state_dict()),
             "mim_config": config.to_dict(),
             "mim_version": "0.0.0",
             "provenance": {
@@ -48,7 +48,7 @@ def make_checkpoint(tmp_path):
         path = path or tmp_path / "pretrained.pth"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(stored, path)
-        return path, encoder
+        return path, model.encoder
 
     return make
 

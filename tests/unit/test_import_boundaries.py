@@ -103,8 +103,7 @@ def test_layers(module):
 
 
 READERS = {
-    "checkpoint/format.py": {"torch.load"},
-    "checkpoint/published.py": {"torch.load"},
+    "checkpoint/torch_file.py": {"torch.load"},
     "checkpoint/share.py": {"safetensors.torch.load"},
     "benchmarking/training.py": {"torch.load"},  # of nnU-Net's own training
 }
@@ -120,6 +119,16 @@ def test_checkpoints_have_one_loader(module):
     found = {name for name in names if name in loading or (name.startswith("safetensors") and "load" in name)}
     found |= {name for name in names if name.startswith("safetensors") and name.endswith("safe_open")}
     assert found == READERS.get(module, set())
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "system/untrusted.py"])
+def test_json_and_yaml_of_others_have_one_reader(module):
+    """Of limited size and depth. What a module has written itself a moment ago may be read by it."""
+    tree = ast.parse((PACKAGE / module).read_text())
+    calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    reading = ("json.load", "yaml.load", "yaml.safe_load", "yaml.full_load", "load_json(")
+    found = [call for call in calls if call.startswith(reading) and not call.startswith("json.loads(json.dumps(")]
+    assert found == (["json.loads(text)"] if module == "settings.py" else [])  # of a command line
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if not module.endswith("cli.py")])

@@ -67,7 +67,7 @@ def _unpack(source: Source) -> dict[str, str]:
         return {}
     for case in source.cases:
         if case not in damaged and not (source.folder / f"{case}.npy").is_file():
-            with np.load(source.folder / f"{case}.npz") as archive:
+            with np.load(source.folder / f"{case}.npz", allow_pickle=False) as archive:
                 for name, part in ((f"{case}_seg.npy", "seg"), (f"{case}.npy", "data")):
                     content = io.BytesIO()
                     np.save(content, archive[part])
@@ -79,7 +79,7 @@ def _damage(source: Source, case: str) -> str:
     """What is wrong with an `.npz` that nnU-Net would fail to unpack without naming it; empty for a sound one."""
     path = source.folder / f"{case}.npz"
     try:
-        with np.load(path) as archive:
+        with np.load(path, allow_pickle=False) as archive:
             _ = archive["data"], archive["seg"]
     except Exception as error:
         return f"cannot read {path} ({type(error).__name__}: {error}): {remedy(source, case)}"

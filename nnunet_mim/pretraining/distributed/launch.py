@@ -8,7 +8,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable_lines
 from nnunet_mim.system.processes import end_with_parent
 
 
@@ -83,4 +83,4 @@ def is_first_rank() -> bool:
 def say(text: str) -> None:
     """Print on the first rank only."""
     if is_first_rank():
-        print(text, flush=True)
+        print(printable_lines(text), flush=True)

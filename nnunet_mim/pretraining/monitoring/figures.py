@@ -187,7 +187,7 @@ class Measurement(Generic[T]):
             )
             for n in LEVELS
         )
-        labels = {int(label): dice for label, dice in _by_key(row, r"val/probe/dice_(\d+)").items()}
+        labels = {int(label): dice for label, dice in _by_key(row, r"val/probe/dice_(\d{1,9})").items()}
         probe = ProbeFigures(**_read(ProbeFigures, row, "val/probe/"), labels=labels)
         return cls(row.get("iteration", math.nan), levels, probe=probe, **_read(cls, row, "val/"))
 

@@ -14,6 +14,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
+from nnunet_mim.errors import printable
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases
@@ -80,7 +81,7 @@ def _held_out_crops(data: RunData, config: PretrainConfig) -> tuple[Tensor, Tens
         which = number % len(groups)
         crop, box, missed = datasets[which][number // len(groups)]
         for name in UnreadCases(groups[which]).add(missed):
-            print(f"{name} has changed or cannot be read any more: another held-out case takes its place")
+            print(f"{printable(name)} has changed or cannot be read any more: another held-out case takes its place")
         crops.append(crop)
         valid.append(box)
         names.append(groups[which][0].source.dataset)

@@ -7,7 +7,6 @@ for them: a threshold found on so few other cases adds more noise than encoders 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.build import FeatureSource
 from nnunet_mim.pretraining.data.crops import Case, Cases, read_crop
 from nnunet_mim.pretraining.monitoring.figures import ProbeFigures
+from nnunet_mim.system.untrusted import read_json
 
 RIDGE = 1e-3
 """penalty on the coefficients of standardised features; the weights of all voxels sum to 1"""
@@ -163,7 +163,7 @@ def _read_labels(case: Case) -> np.ndarray | None:
     except Exception:  # as good as unlabelled: pretraining needs no labels
         return None
     file = source.folder.parent / "dataset.json"
-    ignore = json.loads(file.read_text()).get("labels", {}).get("ignore") if file.is_file() else None
+    ignore = read_json(file).get("labels", {}).get("ignore") if file.is_file() else None
     return np.where(labels == ignore, IGNORED, labels.clip(min=0)).astype(np.int16)
 
 

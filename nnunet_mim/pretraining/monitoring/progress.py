@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable_lines
 from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases
 from nnunet_mim.pretraining.distributed.ranks import Ranks
 from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures, averaged, mapped
@@ -88,7 +88,7 @@ class StepLog:
     def say(self, text: str) -> None:
         """Print a line above the bar, on the first rank only."""
         if text and self.record.active:  # tqdm's own switch does not silence its `write`
-            self.bar.write(text)
+            self.bar.write(printable_lines(text))
 
 
 def _mean_figures(

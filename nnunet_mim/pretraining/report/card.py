@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 from nnunet_mim.checkpoint.format import CITATIONS
 from nnunet_mim.pretraining.report.summary import Facts, network_text, probe_dice
+from nnunet_mim.reporting.page import markdown_text
 
 
 def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
@@ -16,27 +20,29 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
     """
     provenance = facts.provenance
     cases, datasets = len(provenance["cases"]), len(provenance["datasets"])
-    schemes = ", ".join(map(str, provenance["normalization"])) or "unknown"
+    schemes = markdown_text(", ".join(map(str, provenance["normalization"])) or "unknown")
     origin = f"{provenance['iterations']} iterations of {facts.config.batch_size} crops"
     if "converted_from" in provenance:
-        origin = f"converted from {provenance['converted_from']}. {provenance.get('note', '')}"
+        origin = markdown_text(f"converted from {provenance['converted_from']}. {provenance.get('note', '')}")
     spacing = " x ".join(f"{s:g}" for s in facts.spacing) or "unknown"
+    stated = markdown_text(data or "not stated")
+    terms = markdown_text(licence or "not stated: ask those who made them before you use them")
     lines = [
         "---",
         "library_name: nnunet_mim",
-        *([f"license: {licence}"] if licence else []),
+        *([f"license: {_yaml_word(licence)}"] if licence else []),
         "tags: [medical, ct, nnu-net, self-supervised-learning, mask-in-mask]",
         "---",
         "",
-        f"# MiM-pretrained encoder ({facts.config.preset})",
+        f"# MiM-pretrained encoder ({markdown_text(facts.config.preset)})",
         "",
         "Self-supervised pretraining by Mask in Mask on CT, to be finetuned with nnU-Net.",
         "",
-        f"- Network: {network_text(facts)}",
-        f"- Data: {data or 'not stated'}; {cases} cases of {datasets} dataset(s), resampled to {spacing} mm",
+        f"- Network: {markdown_text(network_text(facts))}",
+        f"- Data: {stated}; {cases} cases of {datasets} dataset(s), resampled to {spacing} mm",
         f"- Input: {facts.config.in_channels} channel(s), {schemes}",
         f"- Training: {origin}",
-        f"- Licence of the weights: {licence or 'not stated: ask those who made them before you use them'}",
+        f"- Licence of the weights: {terms}",
         "",
         "## Measured on held-out cases",
         "",
@@ -59,6 +65,11 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
         *[f"- {citation}" for citation in CITATIONS],
     ]
     return "\n".join(lines) + "\n"
+
+
+def _yaml_word(text: str) -> str:
+    """A text as a value in YAML, in quotes unless it is like cc-by-4.0."""
+    return text if re.fullmatch(r"[A-Za-z]+-[A-Za-z0-9.-]*[A-Za-z0-9]", text) else json.dumps(text)
 
 
 def _metrics_table(facts: Facts) -> list[str]:

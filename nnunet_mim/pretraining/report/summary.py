@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, UNPICKLED
+from nnunet_mim.checkpoint.metadata import require_description
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
@@ -29,14 +31,19 @@ overall brightness and contrast of a token are given, only the pattern in it is 
 class Facts:
     """A checkpoint, as `load_checkpoint` returns it, read for its reader.
 
+    Args:
+        checkpoint: what was loaded.
+        path: named in errors.
+
     Raises:
-        MiMError: its settings are of another version.
+        MiMError: its settings are of another version, or it does not say where its weights come from.
     """
 
-    def __init__(self, checkpoint: Mapping[str, Any]) -> None:
+    def __init__(self, checkpoint: Mapping[str, Any], path: Path | str = "the checkpoint") -> None:
         self.checkpoint = checkpoint
         self.provenance: Mapping[str, Any] = checkpoint["provenance"]
         self.config = PretrainConfig.from_dict(checkpoint["mim_config"])
+        require_description(self.provenance, self.config.in_channels, str(path))
         self.units = Units.of(self.provenance)
         self.history = measurements_of(self.provenance["loss_history"])  # oldest first
         self.last = self.history[-1] if self.history else Measurement[float]()
@@ -52,7 +59,8 @@ def network_text(facts: Facts) -> str:
     network, weights = facts.config.network, facts.checkpoint["network_weights"]
     if facts.config.encoder == "resenc":  # some weights are there under two names
         millions = sum({weight.data_ptr(): weight.numel() for weight in weights.values()}.values()) / 1e6
-        stages = join(facts.config.architecture["arch_kwargs"]["features_per_stage"], "-")
+        stages = facts.config.architecture["arch_kwargs"]["features_per_stage"]
+        stages = join(stages, "-") if isinstance(stages, list | tuple) else stages
         return f"nnU-Net's residual encoder U-Net, features {stages}; {millions:.2f} million parameters"
     counts = Counter({"encoder": 0, "decoder": 0, "projectors": 0})
     for name, weight in weights.items():
@@ -201,16 +209,19 @@ def settings_and_defaults(facts: Facts) -> tuple[Table, list[int]]:
 
 def commands(facts: Facts, path: Path) -> list[str]:
     """How to finetune from a checkpoint at `path`: lines for a shell."""
-    provenance = facts.provenance
-    configuration, fold = provenance["configuration"], 0 if provenance["fold"] == "all" else provenance["fold"]
+    provenance, path = facts.provenance, Path(quote(str(path)))
+    configuration = quote(str(provenance["configuration"]))
+    fold = 0 if provenance["fold"] == "all" else quote(str(provenance["fold"]))
+    plans = quote(str(provenance["plans_name"]))
     if facts.config.encoder == "resenc":
-        plans, dataset = provenance["plans_name"], (provenance["datasets"] or ["DATASET"])[0]
-        return [f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -pretrained_weights {path}"]
+        dataset = quote(str((provenance["datasets"] or ["DATASET"])[0]))
+        command = f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -pretrained_weights {path}"
+        return [f"# {UNPICKLED}", command]
     train = "nnUNetv2_train {} {} {} -tr nnUNetTrainerMiM -p {}"
     lines = []
     if provenance["datasets"]:
-        own = provenance["datasets"][0][7:].split("_")[0]
-        command = train.format(own, configuration, fold, provenance["plans_name"])
+        own = quote(str(provenance["datasets"][0])[7:].split("_")[0])
+        command = train.format(own, configuration, fold, plans)
         run = path.parent.parent.name
         tagged = run.startswith("MiMPretrain_") and not run.startswith("MiMPretrain__")  # is not found by itself
         named = f"{ENV_CHECKPOINT}={path} " if tagged else ""

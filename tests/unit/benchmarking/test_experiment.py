@@ -67,6 +67,21 @@ def test_an_estimate_counts_steps_patches_and_mirrored_views(monkeypatch):
     assert total == 10 * (20 * 10.0 + 3 * 2 * 1.0) + 2 * 3 * 8 * 1.0
 
 
+@pytest.mark.parametrize("place", ["network_class_name", "conv_op"])
+def test_nothing_that_plans_name_is_run_for_an_estimate(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "canary.py").write_text("open('sung', 'w').close()\ndef Net(*_, **__): pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = source_of()
+    architecture = source.plans["configurations"]["3d_fullres"]["architecture"]
+    (architecture if place == "network_class_name" else architecture["arch_kwargs"])[place] = "canary.Net"
+    cell = cell_of(source=source)
+    cell.__dict__["dataset_json"] = {"labels": {"background": 0, "x": 1}}
+    with pytest.raises(MiMError, match=r"names 'canary\.Net'"):
+        measure(cell, "cpu")
+    assert not (tmp_path / "sung").exists()
+
+
 def test_views_are_those_of_the_recipe():
     mim = "nnUNetTrainerMiM"
     assert [views(cell_of(mim)), views(cell_of(mim, {"mirror_axes": []})), views(cell_of())] == [4, 1, 8]

@@ -192,3 +192,10 @@ def test_looked_for_once(arm, tmp_path, monkeypatch):
     del made.__dict__["identity"]  # another process
     with pytest.raises(pytest.fail.Exception, match="looked again"):
         look_for_seen_cases(matrix)
+
+
+@pytest.mark.parametrize("name", ["np", "join", "Nothing", "../x"])
+def test_only_a_reader_of_nnunet_is_made(name):
+    with pytest.raises(MiMError, match="nnU-Net has no reader"):
+        guard._reader(name)
+    assert type(guard._reader("SimpleITKIO")).__name__ == "SimpleITKIO"

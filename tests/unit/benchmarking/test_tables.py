@@ -236,6 +236,20 @@ def test_all_files_are_written_and_the_page_needs_no_other(outcome):
         assert f"<h2>{DATASET}: {heading}</h2>" in page
 
 
+def test_names_of_labels_do_not_break_the_files(outcome):
+    name = "<script>alert(1)</script>|\n---\n\x1b[2J"
+    results = {key: {**value, "names": {"0": "background", "1": name}} for key, value in RESULTS.items()}
+    made = outcome(results)
+    write_dataset_json(made)
+    text = write_bench_report(made, {Place(DATASET, 0, "20%", 0, "MiM"): name})
+    assert all(line.isprintable() for line in text.split("\n")), "it is printed too"
+    assert "<script" not in text
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
+    assert "<script" not in (made.matrix.bench.output / "report.html").read_text()
+    assert "\x1b" not in (made.matrix.bench.output / "table.tex").read_text()
+
+
 def test_published_numbers_stand_apart_with_their_source(outcome):
     assert published_table(DATASET) == []
     btcv = outcome(dataset="Dataset220_BTCV")

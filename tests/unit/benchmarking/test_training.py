@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,14 @@ from nnunet_mim.benchmarking import training as module
 from nnunet_mim.benchmarking.bench_file import ArmSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell
 from nnunet_mim.benchmarking.seeded_training import Length, _record_cost, _save_whole, _set_length, installed_command
-from nnunet_mim.benchmarking.training import KEY, RESULT, InterruptedTrainingError, Training, _total_cost
+from nnunet_mim.benchmarking.training import (
+    KEY,
+    RESULT,
+    InterruptedTrainingError,
+    Training,
+    _total_cost,
+    learning_curve,
+)
 from nnunet_mim.errors import MiMError
 
 
@@ -287,3 +295,29 @@ def test_the_length_holds_for_trainers_with_one_of_their_own():
     trainer.initialize()
     assert (trainer.num_epochs, trainer.scheduled_for, trainer.save_every) == (12, 12, 3)
     assert (trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == (34, 56)
+
+
+class Trap:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_learning_curve_is_read_without_running_what_is_in_the_file(tmp_path):
+    """As nnU-Net's trainer stores it, with NumPy's numbers."""
+    path = tmp_path / "checkpoint_final.pth"
+    stored = {
+        "network_weights": {"w": torch.ones(3)},
+        "logging": {"mean_fg_dice": [np.float64(0.25), np.float32(0.5), 0.75], "epoch_start_timestamps": [1.0]},
+        "_best_ema": np.float64(0.5),
+        "init_args": {"device": torch.device("cpu"), "fold": 0},
+        "inference_allowed_mirroring_axes": (0, 1),
+    }
+    torch.save(stored, path)
+    assert learning_curve(path) == [0.25, 0.5, 0.75]
+    torch.save({**stored, "trainer_name": Trap(tmp_path / "trap")}, path)
+    with pytest.raises(MiMError, match=r"checkpoint_final\.pth holds no learning curve"):
+        learning_curve(path)
+    assert not (tmp_path / "trap").exists()

@@ -45,10 +45,11 @@ class Trap:
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     path = tmp_path / "bad.pth"
     torch.save({**CHECKPOINT, "hook": Trap(tmp_path / "trap")}, path)
-    with pytest.raises(MiMError, match=r"bad\.pth is no readable checkpoint"):
+    refused = rf"bad\.pth is refused: loading it would run {os.mkdir.__module__}\.mkdir"
+    with pytest.raises(MiMError, match=rf"{refused} \(first after 'hook'\)"):
         load_checkpoint(path)
     path.write_bytes(pickle.dumps(Trap(tmp_path / "trap")))
-    with pytest.raises(MiMError, match=r"bad\.pth is no readable checkpoint"):
+    with pytest.raises(MiMError, match=refused):
         load_checkpoint(path)
     assert not (tmp_path / "trap").exists()
 
@@ -132,8 +133,6 @@ def test_what_is_not_a_pretraining_checkpoint_is_refused_in_one_line(make_checkp
     path, _ = make_checkpoint()
     damage(path)
     for load in (PretrainedCheckpoint.load, load_checkpoint):
-        if load is load_checkpoint and damage is no_encoder:
-            continue
         with pytest.raises(MiMError) as error:
             load(path)
         assert str(path) in str(error.value)

@@ -13,15 +13,15 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.hybrid_unet import HybridUNet
+from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.preparation.cli import main
 from nnunet_mim.preparation.mim_plans import _median_shape, _suitable_patch, make_mim_plans
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
 DATASET = "Dataset007_Toy"
-NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), num_heads=2)
+NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=1, decoder_num_heads=2)
 FINGERPRINT = {"spacings": [[3.0, 1.0, 1.0], [3.0, 2.0, 1.0]], "shapes_after_crop": [[60, 180, 180], [60, 90, 180]]}
 STOCK_WINDOW = {
     "percentile_00_5": -103.0, "percentile_99_5": 164.0, "mean": 19.0, "std": 46.0,
@@ -69,10 +69,9 @@ def dataset_json():
 @pytest.fixture
 def make_checkpoint(tmp_path):
     def make(spacing=(3.0, 1.0, 1.0), window=None, channels=1, scheme="CTNormalization"):
-        encoder = HybridEncoder(channels, NETWORK)
         window = window or {**STOCK_WINDOW, "percentile_00_5": -500.0}
         stored = {
-            "network_weights": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
+            "network_weights": dict(MaskInMask(NETWORK, channels).state_dict()),
             "mim_config": PretrainConfig(
                 preset="tiny", network=NETWORK, in_channels=channels, view_size=(64, 64, 64)
             ).to_dict(),

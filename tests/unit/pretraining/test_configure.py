@@ -9,7 +9,7 @@ import yaml
 from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining.configure import _build_config, all_settings_table, merge_settings, write_config
-from nnunet_mim.settings import read_yaml
+from nnunet_mim.system.untrusted import read_yaml
 
 VIEW, SCALE = (96, 96, 96), (2, 2, 2)
 DOCS = Path(__file__).parents[3] / "docs" / "config.md"

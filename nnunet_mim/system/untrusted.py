@@ -1,0 +1,135 @@
+"""Reading what others have written: JSON and YAML of limited size and depth."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nnunet_mim.errors import MiMError, printable
+
+MAX_DEPTH = 40
+MAX_VALUES = 1_000_000
+MAX_NUMBER = 2**63
+MAX_JSON = 64 * 2**20
+"""bytes of a JSON file"""
+MAX_YAML = 32 * 2**10
+"""bytes of a YAML file, which is read a hundred times slower"""
+MAX_BRACKETS = 1000
+"""lists and mappings in brackets in a YAML file"""
+CONTAINERS = (dict, list, tuple, set)
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def read_json(path: Path, remedy: str = "restore the file, or delete it and plan anew") -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        MiMError: it cannot be read, or is too large or nested too deep to be what it should be.
+    """
+    try:
+        return parse_json(_limited(path, MAX_JSON))
+    except (OSError, ValueError) as error:
+        raise MiMError(f"cannot read {path} ({printable(error)}): {remedy}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that a text in JSON stands for. Raises ValueError where there is none, or it is too large or deep."""
+    if text.count(b"," if isinstance(text, bytes) else ",") > MAX_VALUES:  # type: ignore[arg-type]
+        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    check_extent(value)
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        MiMError: missing, too large, not YAML, with aliases, nested too deep, or no mapping of names to values.
+    """
+    try:
+        content = _limited(path, MAX_YAML)
+        if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:
+            raise ValueError("it is nested too deep or too large")
+        settings = yaml.load(content, _LoaderWithoutAliases)
+        check_extent(settings)
+    except OSError as error:
+        raise MiMError(f"cannot read {path} ({error.strerror}): give another file") from error
+    except RecursionError:
+        raise MiMError(f"{path} is not valid YAML (it is nested too deep): correct it") from None
+    except (yaml.YAMLError, ValueError) as error:  # dates and numbers that cannot be are ValueErrors
+        raise MiMError(f"{path} is not valid YAML ({printable(' '.join(str(error).split()))}): correct it") from error
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise MiMError(f"{path} must hold lines like 'iterations: 20000'")
+    return {key: _with_numbers(value) for key, value in settings.items()}
+
+
+class _LoaderWithoutAliases(yaml.SafeLoader):
+    """PyYAML's safe loader; aliases, which make ten lines a billion values, are no part of any file of this package."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases, such as *name, are not allowed")
+        return super().compose_node(parent, index)
+
+
+def _limited(path: Path, limit: int) -> bytes:
+    """The bytes of a file. Raises OSError, or ValueError where there are more than the limit."""
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit // 1024:,} kB")
+    return content
+
+
+def _with_numbers(value: Any) -> Any:
+    """YAML takes 1e-3, without a point, for a word."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(v) for v in value]
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+
+
+def check_extent(content: Any) -> None:
+    """Refuse nested dicts, lists and tuples that are deep, hold themselves, or hold very much by holding it repeatedly.
+
+    Raises:
+        ValueError: more than MAX_DEPTH levels, or MAX_VALUES values, of which each place counts, or a whole number of
+            more than 64 bits.
+    """
+    known: dict[int, tuple[int, int]] = {}
+
+    def extent(value: Any, depth: int) -> tuple[int, int]:  # number of values, and of levels
+        if id(value) not in known and depth <= MAX_DEPTH:
+            n_values, levels = 1, 1
+            for child in value.values() if isinstance(value, Mapping) else value:
+                if isinstance(child, int) and not -MAX_NUMBER <= child < MAX_NUMBER:
+                    raise ValueError("it holds a number of more than 64 bits")
+                n, below = extent(child, depth + 1) if isinstance(child, CONTAINERS) else (1, 0)
+                n_values, levels = n_values + n, max(levels, 1 + below)
+            known[id(value)] = n_values, levels
+        n_values, levels = known.get(id(value), (1, MAX_DEPTH))
+        if depth + levels > MAX_DEPTH or n_values > MAX_VALUES:
+            raise ValueError("it is nested too deep or too large")
+        return n_values, levels
+
+    if isinstance(content, CONTAINERS):
+        extent(content, 1)
+
+
+def leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All values in nested containers that are none themselves, with their keys joined by points after a name."""
+    if not isinstance(content, CONTAINERS):
+        yield name, content
+        return
+    for key, child in content.items() if isinstance(content, Mapping) else enumerate(content):
+        yield from leaves(child, f"{name}.{key}" if name else str(key))
