@@ -13,6 +13,7 @@ from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.nnunet.datasets import dataset_name, dataset_names, required_folder
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.system.cli import OneLineParser
+from nnunet_mim.system.guarded import prepare_workers
 from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.machine import usable_cores
 
@@ -60,6 +61,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.n and not options.i:
         raise MiMError("-n names a new dataset: give its folders with -i")
     names = [_new_dataset(options.d, options.n)] if options.i else dataset_names(options.d)
+    prepare_workers("nnunet_mim.preparation.prepare_case")
     with ExitStack() as locks:  # all of them before any work
         for name in names:
             busy = f"another mim_prepare is at work on {name}: repeat the command when it has ended"
