@@ -76,7 +76,9 @@ def read_image(paths: Sequence[Path]) -> RawImage:
     A guarded worker process reads. Raises MiMError for a file that is missing, unreadable, no volume, in colour, not
     finite or all 0.
     """
-    files = [tuple(_files_in(path)) if path.is_dir() else (str(path),) for path in paths]
+    if missing := [path for path in paths if not path.exists()]:
+        raise MiMError(f"{missing[0]} does not exist: {GIVE}")
+    files = [_files_in(path) if path.is_dir() else (str(path),) for path in paths]
     limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
     with closing(guarded_map(_read_case, [(paths, files)], 1, limits)) as outcomes:
         (outcome,) = (result for _, result in outcomes)
@@ -127,7 +129,7 @@ def _read(path: Path, files: tuple[str, ...]) -> sitk.Image:
     if problem is None and len(files) == 1:
         problem = damaged(path)
     if problem:
-        raise MiMError(f"{path} {problem}: {GIVE}")
+        raise MiMError(f"{path} {'is ' if problem.startswith('damaged') else ''}{problem}: {GIVE}")
     try:
         image = read_series(files)
     except RuntimeError as error:

@@ -98,8 +98,8 @@ def file_problem(path: str) -> str | None:
         return "cannot be read (its name is not UTF-8): rename it"
     try:
         status = os.stat(path)
-    except OSError as error:
-        return f"cannot be read ({path} is not there: {error.strerror})"
+    except OSError:
+        return f"cannot be read ({path} is not there)"
     if not stat.S_ISREG(status.st_mode):
         return "cannot be read (no regular file: a folder, pipe, socket or device)"
     return None if status.st_size else "cannot be read (the file is empty)"
@@ -114,7 +114,7 @@ def read_headers(paths: Sequence[str], processes: int, title: str = "") -> list[
     sound = [index for index, problem in enumerate(found) if problem is None]
     reading = guarded_map(_read_header, [paths[index] for index in sound], processes, HEADER_LIMITS)
     with closing(reading):
-        for place, result in tqdm(reading, desc=title, total=len(sound), unit="file", disable=not title):
+        for place, result in tqdm(reading, desc=title, total=len(sound), unit="file", disable=not (title and sound)):
             failed = isinstance(result, Failure)
             found[sound[place]] = f"cannot be read ({result.reason})" if failed else result
     return found
@@ -137,7 +137,7 @@ def _read_header(path: str) -> FileHeader | str | None:
     n_bytes = math.prod(size) * reader.GetNumberOfComponents() * _bytes_per_value(reader.GetPixelID())
     stored = sum(os.path.getsize(file) for file in (path, *voxel_files(path)))
     if n_bytes > LARGEST_COMPRESSION * stored:
-        return f"damaged (its header promises {n_bytes:.2g} bytes of voxels, the file has {stored:.2g})"
+        return f"damaged (its header promises {n_bytes / 1e6:,.0f} MB of voxels, the file has {stored / 1e6:.2g})"
     tags = {tag: reader.GetMetaData(tag).strip() for tag in TAGS if dicom and reader.HasMetaDataKey(tag)}
     header = FileHeader(size, reader.GetSpacing(), reader.GetDirection(), reader.GetNumberOfComponents(), tags)
     return _with_frames(header, path) if dicom and math.prod(size[2:]) > 1 else header

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,29 +98,30 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, dict[st
     """
     if not jobs:
         return
-    partial_folder = Path(f"{jobs[0].source.folder}.partial-{os.getpid()}")  # half-written cases
-    remove_abandoned(partial_folder)
-    partial_folder.mkdir()
+    partial = Path(f"{jobs[0].source.folder}.partial-{os.getpid()}")  # half-written cases
+    remove_abandoned(partial)
+    partial.mkdir()
     try:
         alone = []
-        for index, result in _outcomes(jobs, min(processes, len(jobs)), partial_folder):
+        for index, result in _outcomes(jobs, min(processes, len(jobs)), partial):
             if isinstance(result, Failure) and result.needs_memory and processes > 1:
                 alone.append(jobs[index])
             else:
                 yield jobs[index].case.name, _result(result)
-        for index, result in _outcomes(alone, 1, partial_folder):
+        for index, result in _outcomes(alone, 1, partial):
             yield alone[index].case.name, _result(result)
     finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         for folder in {Path(job.case.images[0]).parent for job in jobs if job.case.series is not None}:
             for unfinished in folder.glob(".[0-9]*.nii.gz"):  # of workers that were ended
                 unfinished.unlink(missing_ok=True)
 
 
-def _outcomes(jobs: Sequence[Job], processes: int, partial_folder: Path) -> Iterator[tuple[int, Any]]:
+def _outcomes(jobs: Sequence[Job], processes: int, partial: Path) -> Iterator[tuple[int, Any]]:
     """(index, result or Failure) of each job; processes share the memory of the machine."""
     limits = Limits(CASE_SECONDS, share_of_memory(physical_memory(), max(1, processes)))
-    with closing(guarded_map(partial(prepare_case, partial_folder), jobs, processes, limits)) as outcomes:
+    items = [(job, str(partial)) for job in jobs]
+    with closing(guarded_map(_prepare_case, items, processes, limits)) as outcomes:
         yield from outcomes
 
 
@@ -143,15 +143,19 @@ def remove_abandoned(partial: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def prepare_case(partial_folder: Path, job: Job) -> dict[str, Any]:
-    """Prepare one case. The folder is for half-written files, on the disk of the preprocessed cases.
+def _prepare_case(item: tuple[Job, str]) -> dict[str, Any]:
+    return prepare_case(*item)
+
+
+def prepare_case(job: Job, partial: str) -> dict[str, Any]:
+    """Prepare one case. `partial` is a folder for half-written files, on the disk of the preprocessed cases.
 
     Returns `{"problem": reason}`, or what the log keeps: warnings, hash, spacing and shape of the image, intensity
     sample and histogram, CaseInfo of the preprocessed case, stamps of its files, seconds. Raises MiMError for a full
     disk, and any error for an image that cannot be read.
     """
     began = time.perf_counter()
-    result = _prepare(job, partial_folder / job.case.name)
+    result = _prepare(job, Path(partial, job.case.name))
     return {**result, "seconds": time.perf_counter() - began}
 
 

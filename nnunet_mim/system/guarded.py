@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -20,7 +21,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from nnunet_mim.errors import MiMError, last_line
-from nnunet_mim.system.processes import end_with_parent
 
 START_SECONDS = 300.0
 """limit for a worker to start: it imports PyTorch, on a cold network disk"""
@@ -133,7 +133,7 @@ def guarded_map(
 def _serve(pipe: Connection, function: Callable[[Any], Any], memory: int) -> None:
     """The life of a worker: take an item, send its outcome, until it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends its workers
-    end_with_parent()
+    threading.Thread(target=_end_with_command, daemon=True).start()
     pipe.send(None)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # what libraries print about a file: the table says it
@@ -142,6 +142,14 @@ def _serve(pipe: Connection, function: Callable[[Any], Any], memory: int) -> Non
     with suppress(EOFError, OSError):
         while True:
             pipe.send(_outcome(function, pipe.recv()))
+
+
+def _end_with_command() -> None:
+    """End this process when the command that has started it is gone; its system parent is the server of forks."""
+    command = multiprocessing.parent_process()
+    if command is not None:
+        command.join()
+        os._exit(1)
 
 
 def _outcome(function: Callable[[Any], Any], item: Any) -> Any:

@@ -82,8 +82,8 @@ def refused(path, content=None, **image) -> str:
 
 def test_what_cannot_be_used_is_named(tmp_path) -> None:
     assert "does not exist" in refused(tmp_path / "missing.nii.gz")
-    assert "is a folder" in refused(tmp_path)
-    assert "cannot read" in refused(tmp_path / "text.nii.gz", b"no image at all")
+    assert "is a folder without a CT" in refused(tmp_path)
+    assert "is damaged" in refused(tmp_path / "text.nii.gz", b"no image at all")
     assert "cannot read" in refused(tmp_path / "table.csv", b"1,2,3")
     grey = np.ones((6, 6), np.uint8)
     assert "no volume (size 6 × 6)" in refused(tmp_path / "flat.png", array=grey)
@@ -97,7 +97,7 @@ def test_what_cannot_be_used_is_named(tmp_path) -> None:
 
 def test_a_damaged_file(tmp_path, write_ct) -> None:
     whole = write_ct().read_bytes()
-    assert "cannot read" in refused(tmp_path / "cut.nii.gz", whole[: len(whole) // 2])
+    assert "is damaged" in refused(tmp_path / "cut.nii.gz", whole[: len(whole) // 2])
 
 
 def test_channels_must_fit(tmp_path, write_ct) -> None:
