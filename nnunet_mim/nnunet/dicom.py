@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,11 +136,16 @@ def _parts(slices: Sequence[_Slice]) -> Iterator[list[_Slice]]:
 
 
 def _told_apart(group: list[_Slice]) -> list[list[_Slice]]:
-    """Repeated slices, apart: copies of one instance are dropped, then acquisition, phase or time is looked at."""
-    copies = {(piece.header.tags.get(INSTANCE, piece.file), piece.position): piece for piece in group}
-    if len(copies) < len(group):
-        warning = f"{len(group) - len(copies)} slices are there twice (the same instance): taken once"
-        group = [replace(p, header=replace(p.header, warnings=(warning,))) for p in copies.values()]
+    """Repeated slices, apart: copies of a file are dropped, then acquisition, phase or time is looked at."""
+    kept: dict[tuple[str, tuple[float, ...]], _Slice] = {}
+    copies = []
+    for piece in group:
+        first = kept.setdefault((piece.header.tags.get(INSTANCE, piece.file), piece.position), piece)
+        if first is not piece and filecmp.cmp(first.file, piece.file, shallow=False):
+            copies.append(piece)
+    if copies:
+        warning = f"{len(copies)} slices are there twice (the same file): taken once"
+        group = [replace(p, header=replace(p.header, warnings=(warning,))) for p in group if p not in copies]
     for tag in (ACQUISITION, PHASE, TRIGGER, TIME) if _repeats(group) else ():
         parts = defaultdict(list)
         for piece in group:
@@ -160,6 +166,8 @@ def _as_series(uid: str, slices: Sequence[_Slice]) -> Series:
     if first.frames or first.problem:
         rows = np.array(first.direction).reshape(3, 3)[:, :2].T
         gap: float | str = first.problem or _slice_gap(np.array(first.frames), rows, files * len(first.frames))
+        if not isinstance(gap, str) and (np.diff(first.frames, axis=0) @ np.cross(*rows)).min() < 0:
+            gap = "its frames are not in the order of their places"
         return Series(uid, files, replace(first, problem=gap if isinstance(gap, str) else ""))
     gap = 1.0
     if not first.problem and len(slices) > 1:

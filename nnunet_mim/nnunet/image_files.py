@@ -25,6 +25,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_mim.errors import last_line
+from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
@@ -139,7 +140,15 @@ def _read_header(path: str) -> FileHeader | str | None:
     if n_bytes > LARGEST_COMPRESSION * stored:
         return f"damaged (its header promises {n_bytes / 1e6:,.0f} MB of voxels, the file has {stored / 1e6:.2g})"
     tags = {tag: reader.GetMetaData(tag).strip() for tag in TAGS if dicom and reader.HasMetaDataKey(tag)}
-    header = FileHeader(size, reader.GetSpacing(), reader.GetDirection(), reader.GetNumberOfComponents(), tags)
+    direction = reader.GetDirection()
+    problem = "" if are_right_angles(direction) else "its axes stand at no right angles"
+    warnings: tuple[str, ...] = ()
+    if not dicom and len(size) == 3 and not problem:
+        steps = np.reshape(direction, (3, 3)) * np.array(reader.GetSpacing())
+        warnings = header_doubts(path, size, steps)
+    header = FileHeader(
+        size, reader.GetSpacing(), direction, reader.GetNumberOfComponents(), tags, problem=problem, warnings=warnings
+    )
     return _with_frames(header, path) if dicom and math.prod(size[2:]) > 1 else header
 
 
@@ -170,7 +179,7 @@ def _with_frames(header: FileHeader, path: str) -> FileHeader:
         problem = f"the positions of its {header.size[2]} frames cannot be read"
     elif any(max(abs(a - b) for a, b in zip(turn, turns[0], strict=True)) > 0.01 for turn in turns):
         problem = "its frames have different orientations"
-    return replace(header, tags=tags, frames=tuple(places), problem=problem)
+    return replace(header, tags=tags, frames=tuple(places), problem=header.problem or problem)
 
 
 def is_dicom(path: str, head: bytes) -> bool:

@@ -19,7 +19,8 @@ HEADER = "ObjectType = Image\nNDims = {}\nDimSize = {}\nElementType = MET_SHORT\
 
 def bad_files(folder, dicom, ct):
     """Write one of each kind; returns how the reason of each case begins."""
-    (folder / "crash.mha").write_text("NDims = -1\nTransformMatrix = 1 0 0 0 1 0 0 0 1\n" + HEADER.format(-1, "3 3 3"))
+    dimensions = "-1\nTransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1"
+    (folder / "crash.mha").write_text(HEADER.format(dimensions, "3 3 3"))
     (folder / "huge.mha").write_text(HEADER.format(3, "40000 40000 1000") + "0" * 100)
     (folder / "empty.nii.gz").touch()
     os.mkfifo(folder / "pipe.nii.gz")
@@ -46,7 +47,7 @@ def bad_files(folder, dicom, ct):
         "device": "cannot be read (no regular file",
         "gone": f"cannot be read ({folder / 'gone.nii'} is not there)",
         "na_xefve": "cannot be read (its name is not UTF-8): rename it",
-        "bomb_unreadable": "damaged (its header promises 4,295 MB of voxels, the file has 0.0025",
+        "bomb_unreadable": "damaged (its header promises 4,295 MB of voxels, the file has 0.002",
     }
 
 
