@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,30 @@ def _text_doubts(
     except (ValueError, KeyError):
         same = False
     return [] if same else ["its header is read by SimpleITK as something else than it says"]
+
+
+def length_problem(path: Path, n_bytes: int) -> str | None:
+    """Why an MHA or NRRD file has not `n_bytes` bytes of voxels, or None; in encodings that are not known it is None.
+
+    SimpleITK says nothing of bytes that are left over: a smaller size in the header shears the image.
+    """
+    fields = dict(_meta_fields(str(path)) if path.suffix.lower() == ".mha" else _nrrd_fields(str(path)))
+    end = b"LOCAL\n" if path.suffix.lower() == ".mha" else b"\n\n"
+    compressed = fields.get("CompressedData", "").lower() == "true" or fields.get("encoding") in ("gzip", "gz")
+    known = fields.get("encoding", "raw") in ("raw", "gzip", "gz")
+    if not known or fields.keys() & {"HeaderSize", "byte skip", "line skip"}:
+        return None
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+        if end not in head:
+            return None
+        file.seek(head.index(end) + len(end))
+        inflate, left = zlib.decompressobj(47), n_bytes  # 47: zlib or gzip, by its first bytes
+        while part := file.read(1 << 20):
+            left -= len(inflate.decompress(part)) if compressed else len(part)
+    if left:
+        return f"damaged ({abs(left)} bytes of voxels {'fewer' if left > 0 else 'more'} than its header promises)"
+    return None
 
 
 def _meta_fields(path: str) -> list[tuple[str, str]]:

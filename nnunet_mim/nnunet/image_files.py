@@ -25,13 +25,13 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_mim.errors import last_line
-from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts
+from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts, length_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
 DICOM_ENDINGS = (".dcm", ".ima", ".dicom")
-HEADER_LIMITS = Limits(seconds=10, memory=1 << 30)
-"""a header is read in milliseconds, and by a network disk that wakes up in seconds; it is kilobytes"""
+HEADER_LIMITS = Limits(seconds=5, memory=1 << 30)
+"""a header is kilobytes, read in milliseconds, from a busy network disk in a second"""
 LARGEST_COMPRESSION = 1032
 """how many bytes deflate makes of one at most"""
 NOT_FINITE = "holds NaN or infinite voxels"
@@ -135,7 +135,7 @@ def _read_header(path: str) -> FileHeader | str | None:
     except RuntimeError as error:
         return _no_image(head) if dicom else f"cannot be read ({last_line(error)})"
     size = reader.GetSize()
-    n_bytes = math.prod(size) * reader.GetNumberOfComponents() * _bytes_per_value(reader.GetPixelID())
+    n_bytes = _n_bytes(reader)
     stored = sum(os.path.getsize(file) for file in (path, *voxel_files(path)))
     if n_bytes > LARGEST_COMPRESSION * stored:
         return f"damaged (its header promises {n_bytes / 1e6:,.0f} MB of voxels, the file has {stored / 1e6:.2g})"
@@ -199,9 +199,11 @@ def _no_image(head: bytes) -> str:
     return "cannot be read (DICOM that is damaged, or of a kind without an image)"
 
 
-def _bytes_per_value(pixel: int) -> int:
-    text = sitk.GetPixelIDValueAsString(pixel)
-    return next((bits // 8 for bits in (64, 32, 16) if f"{bits}-bit" in text), 1)
+def _n_bytes(reader: sitk.ImageFileReader) -> int:
+    """Bytes of the voxels that a header promises."""
+    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    width = next((bits // 8 for bits in (64, 32, 16) if f"{bits}-bit" in kind), 1)
+    return math.prod(reader.GetSize()) * reader.GetNumberOfComponents() * width
 
 
 def header_of(path: str | Path) -> sitk.ImageFileReader:
@@ -224,6 +226,8 @@ def damaged(path: Path) -> str | None:
         if path.name.lower().endswith((".nii", ".nii.gz", ".hdr")):
             return _nifti_problem(path)
         check_gzip(path)
+        if path.name.lower().endswith((".mha", ".nrrd")):
+            return length_problem(path, _n_bytes(header_of(path)))
     except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         return f"damaged ({last_line(error)})"
     return None
@@ -236,7 +240,9 @@ def _nifti_problem(path: Path) -> str | None:
     with nibabel.openers.ImageOpener(image.file_map["image"].filename) as file:
         file.read(image.dataobj.offset)
         while part := file.read((1 << 24) * dtype.itemsize):
-            voxels = np.frombuffer(part[: missing * dtype.itemsize], dtype)
+            if len(part) > missing * dtype.itemsize:
+                return "damaged (holds more voxels than its header promises)"
+            voxels = np.frombuffer(part[: len(part) // dtype.itemsize * dtype.itemsize], dtype)
             missing -= len(voxels)
             if dtype.kind in "fc" and not np.isfinite(voxels).all():
                 return NOT_FINITE

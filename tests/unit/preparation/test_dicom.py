@@ -118,10 +118,12 @@ def test_frames_in_another_order_are_no_volume(tmp_path, real):
     """SimpleITK takes them in the order in which they are stored."""
     write_enhanced(real, tmp_path / "all.dcm")
     content = (tmp_path / "all.dcm").read_bytes()
-    (before, first), *_, (_, last) = re.findall(rb"(\x20\x002\x00.{4})([-0-9.\\ ]+)", content, re.DOTALL)
-    assert len(first) == len(last)
-    content = content.replace(before + first, before + b"?").replace(before + last, before + first)
-    (tmp_path / "all.dcm").write_bytes(content.replace(before + b"?", before + last))
+    places = re.findall(rb"\x20\x002\x00....([-0-9.]+\\[-0-9.]+\\[-0-9.]+ *)", content, re.DOTALL)
+    assert len(places) == real.GetDepth()
+    one, other = places[0], next(p for p in reversed(places) if len(p) == len(places[0]))
+    assert one != other
+    content = content.replace(one, b"<first place>").replace(other, one)
+    (tmp_path / "all.dcm").write_bytes(content.replace(b"<first place>", other))
     (reason,) = found(tmp_path).values()
     assert reason.startswith("slices are missing") or reason == "its frames are not in the order of their places"
 
