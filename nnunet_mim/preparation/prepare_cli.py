@@ -27,8 +27,8 @@ Everything gets one spacing (-s, 1.5 mm), one intensity window (-1000...1000 HU)
 pretraining can use all datasets and serve them all: mim_pretrain -d 501 502 800 -p nnUNetMiMPlans.
 
 Images that are no CT volume in Hounsfield units are left out, each with its reason: localisers, MR, label maps, 2-D,
-few slices, missing slices, duplicates, damaged files. Repeating the command goes on where it was interrupted, and adds
-what is new in the folders."""
+few slices, missing slices, duplicates, damaged files, files that crash or hang what reads them. Repeating the command
+goes on where it was interrupted, and adds what is new in the folders."""
 
 EPILOG = """\
 Output, in nnUNet_preprocessed/DatasetXXX_Name:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -98,6 +101,15 @@ def test_what_cannot_be_used_is_named(tmp_path) -> None:
 def test_a_damaged_file(tmp_path, write_ct) -> None:
     whole = write_ct().read_bytes()
     assert "is damaged" in refused(tmp_path / "cut.nii.gz", whole[: len(whole) // 2])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes, and names of signals")
+def test_a_file_that_crashes_or_would_hang(tmp_path) -> None:
+    geometry = "TransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1\nDimSize = 3 3 3"
+    header = f"ObjectType = Image\nNDims = -1\n{geometry}\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
+    assert "its process died of SIG" in refused(tmp_path / "crash.mha", header.encode())
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    assert "no regular file" in refused(tmp_path / "pipe.nii.gz")
 
 
 def test_channels_must_fit(tmp_path, write_ct) -> None:
