@@ -57,10 +57,16 @@ REMEDIES = {
 """what to do about an error of the file system"""
 
 
-def exit_code(run: Callable[[], None]) -> int:
-    """Run a command; its exit code is 0, or 2 after an error that is printed in one line.
+def last_line(error: BaseException) -> str:
+    """The last line of an error's message, at most 200 characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[-1].split())[:200]
 
-    These are a MiMError, and an error of the file system that names a file. Everything else is a fault of this package
+
+def exit_code(run: Callable[[], None]) -> int:
+    """Run a command; its exit code is 0, 2 after an error that is printed in one line, or 130 after Ctrl-C.
+
+    Errors are a MiMError, and an error of the file system that names a file. Everything else is a fault of this package
     and ends in a traceback.
     """
     try:
@@ -68,6 +74,9 @@ def exit_code(run: Callable[[], None]) -> int:
     except MiMError as error:
         print(f"error: {printable(error, None)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # as shells say it
     except OSError as error:
         if error.filename is None or error.errno not in REMEDIES:
             raise

@@ -9,11 +9,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+from nnunet_mim.system.guarded import prepare_workers
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # One thread in every process: threads of a busy machine wait for each other, and the result of a sum depends on them.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+prepare_workers("nnunet_mim.preparation.prepare_case")  # so that those of all tests start in milliseconds
 
 # Triton decides when it is imported, for its own library too, whether its interpreter runs the kernels.
 if not torch.cuda.is_available():

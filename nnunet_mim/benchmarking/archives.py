@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
-from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.image_files import header_of
+from nnunet_mim.errors import MiMError, last_line
+from nnunet_mim.nnunet.image_files import damaged, file_problem, header_of
 from nnunet_mim.preparation.labels import geometry_differences
-from nnunet_mim.preparation.screening import damaged, header_problem, last_line
+from nnunet_mim.preparation.screening import header_problem
+from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 from nnunet_mim.system.untrusted import read_json
 
 MSD_CASES = {
@@ -45,6 +47,8 @@ BTCV_LABELS = {name: value for value, name in enumerate(BTCV_NAMES)}
 PACKED = (".tar", ".tar.gz", ".tgz", ".zip")
 ENDING = ".nii.gz"
 AGAIN = "extract the archive again"
+ITEM_LIMITS = Limits(seconds=600, memory=16 << 30)
+"""an image and a label of 512 x 512 x 1000 take ten seconds and two gigabytes"""
 
 
 class ArchiveCase(NamedTuple):
@@ -148,29 +152,37 @@ def _read_description(path: Path) -> dict[str, Any]:
     return content
 
 
-def archive_problems(archive: Archive, threads: int, ignore_origin: bool = False) -> list[str]:
+def archive_problems(archive: Archive, processes: int, ignore_origin: bool = False) -> list[str]:
     """What is wrong in the files, one line each with file and remedy. Reads them all, with a progress bar.
 
-    `threads` cases are read at the same time; each takes the memory of a label image. With `ignore_origin`, image and
+    Guarded worker processes read a case each; each takes the memory of a label image. With `ignore_origin`, image and
     label may have different origins and directions, as nnU-Net allows.
     """
-    values = set(archive.labels.values())
-
-    def check(item: ArchiveCase | Path) -> list[str | None]:
-        if isinstance(item, Path):
-            return [_file_problem(item)]
-        if any(broken := [_file_problem(item.image), _file_problem(item.label)]):
-            return broken
-        return [_geometry_problem(item.image, item.label, ignore_origin), _value_problem(item.label, values)]
-
     items = [*archive.cases, *archive.unlabelled]
-    with ThreadPoolExecutor(threads) as pool:
-        checked = tqdm(pool.map(check, items), total=len(items), desc=f"checking {archive.folder.name}", unit="case")
-        return [problem for problems in checked for problem in problems if problem]
+    check = partial(_item_problems, set(archive.labels.values()), ignore_origin)
+    problems: dict[int, list[str]] = {}
+    with closing(guarded_map(check, items, processes, ITEM_LIMITS)) as outcomes:
+        for index, outcome in tqdm(outcomes, total=len(items), desc=f"checking {archive.folder.name}", unit="case"):
+            item = items[index]
+            path = item if isinstance(item, Path) else item.image
+            failed = isinstance(outcome, Failure)
+            problems[index] = [f"{path} cannot be read ({outcome.reason}): {AGAIN}"] if failed else outcome
+    return [problem for _, found in sorted(problems.items()) for problem in found]
+
+
+def _item_problems(values: set[int], ignore_origin: bool, item: ArchiveCase | Path) -> list[str]:
+    """What is wrong with a case or an image. May crash, hang or need much memory."""
+    files = [item] if isinstance(item, Path) else [item.image, item.label]
+    found = [_file_problem(file) for file in files]
+    if not isinstance(item, Path) and not any(found):
+        found = [_geometry_problem(item.image, item.label, ignore_origin), _value_problem(item.label, values)]
+    return [problem for problem in found if problem]
 
 
 def _file_problem(path: Path) -> str | None:
     """Why a file is no complete 3-D volume, in one line with the remedy, or None. Reads all of it."""
+    if problem := file_problem(str(path)):
+        return f"{path} {problem}: {AGAIN}"
     try:
         problem = damaged(path)
     except (ValueError, RuntimeError, nibabel.spatialimages.HeaderDataError) as error:

@@ -102,6 +102,7 @@ def prepare(options: argparse.Namespace) -> None:
     from nnunet_mim.benchmarking.raw_datasets import already_there, check_space, make_dataset
     from nnunet_mim.benchmarking.splits import SPLITS_FILE, btcv_splits, check_splits, nnunet_splits, write_splits
     from nnunet_mim.nnunet.datasets import required_folder
+    from nnunet_mim.system.guarded import prepare_workers
 
     raw = Path(required_folder("nnUNet_raw"))
     preprocessed = Path(required_folder("nnUNet_preprocessed")) if options.splits else None
@@ -128,6 +129,7 @@ def prepare(options: argparse.Namespace) -> None:
                 check_splits(preprocessed / archive.dataset / SPLITS_FILE, splits[archive.dataset])
         _refuse([line for archive in todo for line in archive.problems])
         check_space(todo, raw)
+        prepare_workers(archive_problems.__module__)
         _refuse([line for archive in todo for line in archive_problems(archive, options.np, options.ignore_origin)])
         for archive in archives:
             if archive in todo:

@@ -29,7 +29,8 @@ def _parser() -> OneLineParser:
     parser = OneLineParser("mim_inspect", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="file of mim_pretrain or mim_convert, or a folder of mim_export")
-    add("-i", nargs="+", default=[], metavar="CT", help="raw CT: NIfTI, NRRD or MHA")
+    add("-i", nargs="+", default=[], metavar="CT",
+        help="raw CT: NIfTI, NRRD or MHA, or a folder with the DICOM files of one CT")  # fmt: skip
     add("-o", metavar="FOLDER", help="folder for the page and the images (default: ./mim_inspect)")
     add("-device", choices=["cpu", "cuda", "mps"], default="cpu", help="runs the network (default: cpu)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the masks (default: 0)")

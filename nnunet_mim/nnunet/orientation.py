@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_mim.nnunet.datasets import raw_files
-from nnunet_mim.nnunet.image_files import header_of
+from nnunet_mim.nnunet.image_files import FileHeader, read_headers
 
 REORIENTING = {"SimpleITKIO": "SimpleITKIOWithReorient", "NibabelIO": "NibabelIOWithReorient"}
 """nnU-Net's readers that turn every image to RAS, by those that leave it as it is"""
@@ -30,14 +30,11 @@ def _left_right_axes(images: Iterable[Path]) -> set[int]:
 
     It is {2} for images stored in axial slices. Unreadable and 2-D images are skipped: nnU-Net itself reports them.
     """
+    headers = read_headers([str(path) for path in islice(images, 50)], 1)
     found = set()
-    for path in islice(images, 50):
-        try:
-            reader = header_of(path)
-        except RuntimeError:
-            continue
-        if reader.GetDimension() == 3:
-            left_right = np.abs(np.reshape(reader.GetDirection(), (3, 3))[0])  # share in the steps along x, y, z
+    for header in headers:
+        if isinstance(header, FileHeader) and len(header.size) == 3:
+            left_right = np.abs(np.reshape(header.direction, (3, 3))[0])  # share in the steps along x, y, z
             found.add(2 - int(left_right.argmax()))
     return found
 

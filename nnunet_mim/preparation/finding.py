@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
-import SimpleITK as sitk
-
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.image_files import ENDINGS, case_name
+from nnunet_mim.nnunet.dicom import series_of
+from nnunet_mim.nnunet.image_files import (
+    DICOM_ENDINGS,
+    ENDINGS,
+    FileHeader,
+    case_name,
+    file_problem,
+    printable,
+    read_headers,
+)
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One image as it lies in the user's folders, not read yet."""
+    """One image as it lies in the user's folders, of which only the header has been read."""
 
     name: str
     """name of the case: letters, digits, - and _"""
@@ -26,14 +34,17 @@ class Volume:
     """absolute paths: one image file, or the slices of a DICOM series in their order"""
     series: str = ""
     """SeriesInstanceUID; empty for an image file"""
-    unreadable: bool = False
-    """whether the files look like DICOM but cannot be read or hold no image"""
+    header: FileHeader | str = ""
+    """or why the files cannot be read or hold no image"""
 
 
-def find_volumes(folders: Sequence[Path], earlier_names: dict[str, str] | None = None) -> list[Volume]:
+def find_volumes(
+    folders: Sequence[Path], earlier_names: dict[str, str] | None = None, processes: int = 1
+) -> list[Volume]:
     """All image files and DICOM series in folders, sorted by name.
 
-    Folders are searched to any depth, links included, hidden files left out. A name is the path below the folder in
+    Folders are searched to any depth, links included; hidden folders and image files are left out. Every header is read
+    in one of some worker processes. A name is the path below the folder in
     letters, digits, - and _; a second one of the same name gets a number. Names from earlier calls, given by the first
     file of the volume, are kept.
     """
@@ -43,7 +54,7 @@ def find_volumes(folders: Sequence[Path], earlier_names: dict[str, str] | None =
     for folder in folders:
         if not folder.is_dir():
             raise MiMError(f"-i {folder} is not a folder: give folders with CT (NIfTI, NRRD, MHA, DICOM)")
-        for stem, found in _found(folder.resolve()):
+        for stem, found in _found(folder.resolve(), processes):
             name = earlier_names.get(found.files[0]) or _new_name(stem, taken)
             taken.add(name)
             volumes.append(replace(found, name=name))
@@ -53,16 +64,25 @@ def find_volumes(folders: Sequence[Path], earlier_names: dict[str, str] | None =
     return sorted(unique.values(), key=lambda volume: volume.name)
 
 
-def voxel_files(image: str) -> list[str]:
-    """Files with the voxels of a header file (`.mhd`, `.nhdr`); none for any other image file."""
-    path = Path(image)
-    if path.suffix.lower() not in (".mhd", ".nhdr"):
-        return []
-    return sorted(str(p) for p in path.parent.glob(f"{glob.escape(path.stem)}.*raw*"))
-
-
-def _found(root: Path) -> Iterator[tuple[str, Volume]]:
+def _found(root: Path, processes: int) -> Iterator[tuple[str, Volume]]:
     """(path below the root, volume without a name) of every volume, sorted by folder."""
+    paths = [path for folder in _files(root) for path in folder]
+    headers = dict(zip(paths, read_headers(paths, processes, f"looking into {root.name}"), strict=True))
+    for folder, files in groupby(headers, os.path.dirname):
+        relative = Path(folder).relative_to(root)
+        dicom = {}
+        for path in files:
+            header = headers[path]
+            if header is not None and path.lower().endswith(ENDINGS):
+                stem = (relative / case_name(Path(path))).as_posix()
+                yield printable(stem), Volume("", (printable(path),), header=header)
+            elif header is not None:
+                dicom[path] = header
+        yield from _series(printable(relative.as_posix() if relative.parts else root.name), dicom)
+
+
+def _files(root: Path) -> Iterator[list[str]]:
+    """Paths of the files in each folder that may be images."""
 
     def stop(error: OSError) -> None:
         raise MiMError(f"cannot look into {error.filename} ({error.strerror}): make it readable, or move it away")
@@ -74,42 +94,32 @@ def _found(root: Path) -> Iterator[tuple[str, Volume]]:
             below[:] = []
             continue
         visited.add(real)
-        relative = Path(folder).relative_to(root)
-        dicom = []
-        for file in sorted(name for name in files if not name.startswith(".")):
-            path = Path(folder, file)
-            if file.lower().endswith(ENDINGS):
-                yield (relative / case_name(path)).as_posix(), Volume("", (str(path),))
-            elif _is_dicom(path):
-                dicom.append(str(path))
-        if dicom:
-            yield from _series(Path(folder), relative.as_posix() if relative.parts else root.name, dicom)
+        paths = [os.path.join(folder, name) for name in sorted(files) if not _is_hidden(name)]
+        yield [path for path in paths if path.lower().endswith((*ENDINGS, *DICOM_ENDINGS)) or not file_problem(path)]
 
 
-def _is_dicom(path: Path) -> bool:
-    if path.name.upper() == "DICOMDIR":
-        return False
-    if path.suffix.lower() in (".dcm", ".ima", ".dicom"):
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+def _is_hidden(name: str) -> bool:
+    """Whether a file is left out for its name. Some archives hide DICOM files (`.IM0001`)."""
+    return name.startswith("._") or (name.startswith(".") and name.lower().endswith(ENDINGS))
 
 
-def _series(folder: Path, stem: str, dicom: list[str]) -> Iterator[tuple[str, Volume]]:
+def _series(stem: str, dicom: Mapping[str, FileHeader | str]) -> Iterator[tuple[str, Volume]]:
     """The DICOM series of one folder, slices sorted by position; and its DICOM files that belong to none."""
-    uids = sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
-    unused = set(dicom)
-    for uid in uids:
-        files = tuple(map(str, sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)))
-        unused.difference_update(files)
-        if files:
-            name = f"{stem}_{hashlib.sha256(uid.encode()).hexdigest()[:8]}" if len(uids) > 1 else stem
-            yield name, Volume("", files, uid)
-    if unused:
-        yield f"{stem}_unreadable", Volume("", tuple(sorted(unused)), unreadable=True)
+    by_uid = series_of({path: header for path, header in dicom.items() if isinstance(header, FileHeader)})
+    unreadable = defaultdict(list)
+    for path, header in dicom.items():
+        if isinstance(header, str):
+            unreadable[header].append(printable(path))
+    damaged = sum(len(files) for problem, files in unreadable.items() if not problem.startswith("no image"))
+    warnings = (f"its folder holds DICOM files that cannot be read ({damaged})",) if damaged else ()
+    for parts in by_uid:
+        name = f"{stem}_{hashlib.sha256(parts[0].uid.encode()).hexdigest()[:8]}" if len(by_uid) > 1 else stem
+        for number, part in enumerate(parts, start=1):
+            header = replace(part.header, warnings=(*part.header.warnings, *warnings))
+            yield f"{name}_{number}" if number > 1 else name, Volume("", part.files, part.uid or "none", header)
+    for problem, files in unreadable.items():
+        more = f", and so are {len(files) - 1} more files of this folder" if len(files) > 1 else ""
+        yield f"{stem}_unreadable", Volume("", tuple(files), header=f"{problem}{more}")
 
 
 def _new_name(stem: str, taken: set[str]) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from tqdm import tqdm
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.image_files import file_problem, read_headers
 from nnunet_mim.nnunet.plans import voxels_key
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import CaseLog, Entry, earlier_names, input_key
@@ -28,7 +27,7 @@ from nnunet_mim.preparation.common_plans import (
     extracted_fingerprint,
     fingerprint_of,
 )
-from nnunet_mim.preparation.finding import find_volumes
+from nnunet_mim.preparation.finding import Volume, find_volumes
 from nnunet_mim.preparation.labels import write_reference
 from nnunet_mim.preparation.mim_plans import check_can_write
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps, run_jobs
@@ -125,10 +124,9 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
     raw, base = Path(str(nnUNet_raw), dataset), Path(str(nnUNet_preprocessed), dataset)
     earlier = _earlier_dataset(raw)
     cases = []
-    for volume in find_volumes(folders, earlier_names(base / "mim_prepare")):
+    for volume in find_volumes(folders, earlier_names(base / "mim_prepare"), config.processes):
         copy = str(raw / "imagesTr" / f"{volume.name}_0000.nii.gz")
-        series = volume if volume.series else None
-        cases.append(RawCase(volume.name, (copy,) if series else volume.files, series=series))
+        cases.append(RawCase(volume.name, (copy,) if volume.series else volume.files, found=volume))
     survey = _survey(dataset, base, cases, (), config)
     images = {name: entry["images"] for name, entry in earlier.items()}
     images |= {case.name: list(case.images) for case in cases if case.name in survey.headers}
@@ -200,12 +198,15 @@ def _earlier_dataset(raw: Path) -> dict[str, Any]:
 def _survey(
     dataset: str, base: Path, cases: Sequence[RawCase], label_values: tuple[int, ...], config: PrepareConfig
 ) -> _Survey:
-    """Read all headers. Raises MiMError where no case can be used, now or from earlier calls."""
+    """Read the headers that have not been yet. Raises MiMError where no case can be used, now or from earlier calls."""
     log = CaseLog(base / "mim_prepare" / f"{config.plans_name}_{CONFIGURATION}.jsonl")
-    with ThreadPoolExecutor(8) as pool:
-        reading = pool.map(lambda case: _look_at(case, config.min_slices), cases)
-        results = list(tqdm(reading, total=len(cases), desc=f"looking at {dataset}", unit="image"))
-    found = {case.name: result for case, result in zip(cases, results, strict=True)}
+    unread = [case.images[0] for case in cases if case.found is None]
+    read = dict(zip(unread, read_headers(unread, config.processes, f"looking at {dataset}"), strict=True))
+    volumes = [case.found or Volume(case.name, case.images[:1], header=read[case.images[0]] or "") for case in cases]
+    found = {
+        case.name: _name_problem(case) or read_header(volume, config.min_slices)
+        for case, volume in zip(cases, volumes, strict=True)
+    }
     headers = {name: result for name, result in found.items() if isinstance(result, Header)}
     problems = {name: result for name, result in found.items() if isinstance(result, str)}
     if not headers and not log.prepared:
@@ -214,14 +215,14 @@ def _survey(
     return _Survey(dataset, base, log, cases, headers, problems, label_values, config)
 
 
-def _look_at(case: RawCase, min_slices: int) -> Header | str:
-    """Header of a case's image, or why the case cannot be used, as far as names and the header tell."""
+def _name_problem(case: RawCase) -> str | None:
+    """Why a case cannot be used, as far as the names of its files tell, or None."""
     if case.name.endswith(SEGMENTATION):
         return f"its name ends in {SEGMENTATION} (nnU-Net takes such files for segmentations): rename the image"
-    files = case.images if case.series is None else case.series.files
-    if missing := [file for file in (*files, case.label) if file and not os.path.isfile(file)]:
-        return f"cannot be read ({missing[0]} is not there)"
-    return read_header(case.volume, min_slices)
+    if case.found is not None:
+        return None
+    files = (*case.images, *((case.label,) if case.label is not None else ()))
+    return next((problem for file in files if (problem := file_problem(file))), None)
 
 
 def _first_reasons(problems: Mapping[str, str]) -> str:

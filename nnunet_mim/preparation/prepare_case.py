@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.checkpoint.identity import voxel_sha256
-from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.image_files import write_image
+from nnunet_mim.errors import MiMError, last_line
+from nnunet_mim.nnunet.dicom import read_series
+from nnunet_mim.nnunet.image_files import NOT_FINITE, damaged, voxel_files, write_image
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.preparation.finding import Volume, voxel_files
+from nnunet_mim.preparation.finding import Volume
 from nnunet_mim.preparation.labels import read_label
 from nnunet_mim.preparation.resampling import LeanConfiguration
-from nnunet_mim.preparation.screening import NOT_FINITE, damaged, last_line, voxel_problem, voxel_warnings
+from nnunet_mim.preparation.screening import voxel_problem, voxel_warnings
 from nnunet_mim.pretraining.data.case_index import BODY_HU, describe_voxels
-from nnunet_mim.system.processes import end_with_parent
+from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
+from nnunet_mim.system.machine import physical_memory
 
 CONFIGURATION = "3d_fullres"
 """the one configuration that mim_prepare makes"""
+CASE_SECONDS = 1800.0
+"""limit for one case: a hundred times what a CT of 512 x 512 x 1000 takes on one core"""
 HISTOGRAM_HU = np.arange(-1050.0, 2051.0, 25.0)
 """edges of the histogram's bins; the first and the last bin hold everything beyond them"""
 ENDINGS = ("_seg.b2nd", ".pkl", ".b2nd")
@@ -46,8 +47,13 @@ class RawCase:
     images: tuple[str, ...]
     """one file per channel, as nnU-Net reads them"""
     label: str | None = None
-    series: Volume | None = None
-    """DICOM series that `images` has to be made from first"""
+    found: Volume | None = None
+    """what was found in a folder; None for a dataset in nnUNet_raw"""
+
+    @property
+    def series(self) -> Volume | None:
+        """DICOM series that `images` has to be made from first."""
+        return self.found if self.found is not None and self.found.series else None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -55,10 +61,6 @@ class RawCase:
         images = self.images if self.series is None else self.series.files
         labels = () if self.label is None else (self.label,)
         return (*images, *labels, *(file for image in images for file in voxel_files(image)))
-
-    @property
-    def volume(self) -> Volume:
-        return self.series or Volume(self.name, self.images[:1])
 
 
 @dataclass(frozen=True)
@@ -89,32 +91,44 @@ def file_stamps(folder: Path, case: str) -> list[list[int]] | None:
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prepare cases in worker processes; yields (case, result) as they are finished.
+    """Prepare cases in guarded worker processes; yields (case, result) as they are finished.
 
-    Raises MiMError where a worker died or could not write. Finished cases are kept.
+    A case that dies or needs more than its share of memory is tried once more, alone. Raises MiMError where a worker
+    could not write. Finished cases are kept.
     """
     if not jobs:
         return
     partial = Path(f"{jobs[0].source.folder}.partial-{os.getpid()}")  # half-written cases
     remove_abandoned(partial)
     partial.mkdir()
-    for library in ("OMP", "OPENBLAS", "MKL"):  # in the workers; this process does not compute
-        os.environ[f"{library}_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, initializer=end_with_parent) as pool:
-        futures = {pool.submit(prepare_case, job, str(partial)): job.case.name for job in jobs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            running = ", ".join(sorted(path.stem for path in partial.glob("*.running"))) or "unknown"
-            raise MiMError(
-                f"a worker process died (out of memory?) at one of these cases: {running}. What is finished is kept: "
-                "repeat the command with fewer processes (-np), or move the case away"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            shutil.rmtree(partial, ignore_errors=True)
+    try:
+        alone = []
+        for index, result in _outcomes(jobs, min(processes, len(jobs)), partial):
+            if isinstance(result, Failure) and result.needs_memory and processes > 1:
+                alone.append(jobs[index])
+            else:
+                yield jobs[index].case.name, _result(result)
+        for index, result in _outcomes(alone, 1, partial):
+            yield alone[index].case.name, _result(result)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in {Path(job.case.images[0]).parent for job in jobs if job.case.series is not None}:
+            for unfinished in folder.glob(".[0-9]*.nii.gz"):  # of workers that were ended
+                unfinished.unlink(missing_ok=True)
+
+
+def _outcomes(jobs: Sequence[Job], processes: int, partial: Path) -> Iterator[tuple[int, Any]]:
+    """(index, result or Failure) of each job; processes share the memory of the machine."""
+    limits = Limits(CASE_SECONDS, share_of_memory(physical_memory(), max(1, processes)))
+    items = [(job, str(partial)) for job in jobs]
+    with closing(guarded_map(_prepare_case, items, processes, limits)) as outcomes:
+        yield from outcomes
+
+
+def _result(outcome: dict[str, Any] | Failure) -> dict[str, Any]:
+    if isinstance(outcome, Failure):
+        return {"problem": f"cannot be read or prepared ({outcome.reason})"}
+    return outcome
 
 
 def remove_abandoned(partial: Path) -> None:
@@ -129,26 +143,19 @@ def remove_abandoned(partial: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _prepare_case(item: tuple[Job, str]) -> dict[str, Any]:
+    return prepare_case(*item)
+
+
 def prepare_case(job: Job, partial: str) -> dict[str, Any]:
     """Prepare one case. `partial` is a folder for half-written files, on the disk of the preprocessed cases.
 
     Returns `{"problem": reason}`, or what the log keeps: warnings, hash, spacing and shape of the image, intensity
-    sample and histogram, CaseInfo of the preprocessed case, stamps of its files, seconds. Raises MiMError where memory
-    or disk is full.
+    sample and histogram, CaseInfo of the preprocessed case, stamps of its files, seconds. Raises MiMError for a full
+    disk, and any error for an image that cannot be read.
     """
     began = time.perf_counter()
-    running = Path(partial, f"{job.case.name}.running")
-    running.touch()
-    try:
-        result = _prepare(job, Path(partial, job.case.name))
-    except MiMError:
-        raise
-    except MemoryError as error:
-        raise MiMError(f"out of memory at {job.case.images[0]}: repeat with fewer processes (-np)") from error
-    except Exception as error:  # whatever is wrong with one image must not stop the others
-        return {"problem": f"cannot be read or prepared ({last_line(error)})"}
-    finally:
-        running.unlink(missing_ok=True)
+    result = _prepare(job, Path(partial, job.case.name))
     return {**result, "seconds": time.perf_counter() - began}
 
 
@@ -212,9 +219,7 @@ def _size_problem(shape: Sequence[int], job: Job) -> str | None:
 
 def _write_series(series: Volume, path: Path) -> None:
     """Write a DICOM series as an image file, in Hounsfield units, atomically."""
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(series.files)
-    image = reader.Execute()
+    image = read_series(series.files)
     try:
         write_image(image, path)
     except (OSError, RuntimeError) as error:

@@ -13,6 +13,7 @@ from nnunet_mim.errors import MiMError, exit_code, printable_lines
 from nnunet_mim.nnunet.datasets import dataset_name, dataset_names, required_folder
 from nnunet_mim.settings import parse_settings
 from nnunet_mim.system.cli import OneLineParser
+from nnunet_mim.system.guarded import prepare_workers
 from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.machine import usable_cores
 
@@ -26,8 +27,8 @@ Everything gets one spacing (-s, 1.5 mm), one intensity window (-1000...1000 HU)
 pretraining can use all datasets and serve them all: mim_pretrain -d 501 502 800 -p nnUNetMiMPlans.
 
 Images that are no CT volume in Hounsfield units are left out, each with its reason: localisers, MR, label maps, 2-D,
-few slices, missing slices, duplicates, damaged files. Repeating the command goes on where it was interrupted, and adds
-what is new in the folders."""
+few slices, missing slices, duplicates, damaged files, files that crash or hang what reads them. Repeating the command
+goes on where it was interrupted, and adds what is new in the folders."""
 
 EPILOG = """\
 Output, in nnUNet_preprocessed/DatasetXXX_Name:
@@ -60,6 +61,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.n and not options.i:
         raise MiMError("-n names a new dataset: give its folders with -i")
     names = [_new_dataset(options.d, options.n)] if options.i else dataset_names(options.d)
+    prepare_workers("nnunet_mim.preparation.prepare_case")
     with ExitStack() as locks:  # all of them before any work
         for name in names:
             busy = f"another mim_prepare is at work on {name}: repeat the command when it has ended"

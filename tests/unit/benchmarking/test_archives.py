@@ -116,7 +116,7 @@ BROKEN = {
     ),
     "empty file": (
         lambda msd, v: cut(msd / "imagesTr" / "spleen_3.nii.gz", 0),
-        "imagesTr/spleen_3.nii.gz is damaged (",
+        "imagesTr/spleen_3.nii.gz cannot be read (the file is empty)",
     ),
     "a web page": (
         lambda msd, v: (msd / "imagesTr" / "spleen_3.nii.gz").write_text("<html>quota exceeded</html>"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -82,8 +85,8 @@ def refused(path, content=None, **image) -> str:
 
 def test_what_cannot_be_used_is_named(tmp_path) -> None:
     assert "does not exist" in refused(tmp_path / "missing.nii.gz")
-    assert "is a folder" in refused(tmp_path)
-    assert "cannot read" in refused(tmp_path / "text.nii.gz", b"no image at all")
+    assert "is a folder without a CT" in refused(tmp_path)
+    assert "is damaged" in refused(tmp_path / "text.nii.gz", b"no image at all")
     assert "cannot read" in refused(tmp_path / "table.csv", b"1,2,3")
     grey = np.ones((6, 6), np.uint8)
     assert "no volume (size 6 × 6)" in refused(tmp_path / "flat.png", array=grey)
@@ -97,7 +100,16 @@ def test_what_cannot_be_used_is_named(tmp_path) -> None:
 
 def test_a_damaged_file(tmp_path, write_ct) -> None:
     whole = write_ct().read_bytes()
-    assert "cannot read" in refused(tmp_path / "cut.nii.gz", whole[: len(whole) // 2])
+    assert "is damaged" in refused(tmp_path / "cut.nii.gz", whole[: len(whole) // 2])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes, and names of signals")
+def test_a_file_that_crashes_or_would_hang(tmp_path) -> None:
+    geometry = "TransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1\nDimSize = 3 3 3"
+    header = f"ObjectType = Image\nNDims = -1\n{geometry}\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
+    assert "its process died of SIG" in refused(tmp_path / "crash.mha", header.encode())
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    assert "no regular file" in refused(tmp_path / "pipe.nii.gz")
 
 
 def test_channels_must_fit(tmp_path, write_ct) -> None:

@@ -11,9 +11,11 @@ import SimpleITK as sitk
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_mim.demo.phantoms import make_phantom
+from nnunet_mim.errors import MiMError
 from nnunet_mim.preparation import prepare, prepare_case
 from nnunet_mim.preparation.case_log import CaseLog
 from nnunet_mim.preparation.prepare_cli import main
+from nnunet_mim.system import guarded
 
 
 def body(seed=0, shape=(24, 28, 32), spacing=(4.0, 3.0, 3.0)):
@@ -154,7 +156,11 @@ def here(monkeypatch, tmp_path):
 
     def run_jobs(jobs, processes):
         for job in jobs:
-            yield job.case.name, prepare_case.prepare_case(job, tempfile.mkdtemp(dir=tmp_path))
+            item = (job, tempfile.mkdtemp(dir=tmp_path))
+            outcome = guarded._outcome(prepare_case._prepare_case, item)
+            if isinstance(outcome, MiMError):
+                raise outcome
+            yield job.case.name, prepare_case._result(outcome)
 
     monkeypatch.setattr(prepare, "run_jobs", run_jobs)
 

@@ -1,0 +1,196 @@
+"""DICOM slices become volumes: what belongs together, in which order, and why some do not make a volume."""
+
+from __future__ import annotations
+
+import filecmp
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_mim.nnunet.image_files import (
+    ACQUISITION,
+    IMAGE_TYPE,
+    INSTANCE,
+    INTERCEPT,
+    MODALITY,
+    ORIENTATION,
+    PHASE,
+    POSITION,
+    SERIES,
+    TIME,
+    TRIGGER,
+    FileHeader,
+)
+
+TURNED = 0.01
+"""difference of direction cosines from which on two slices lie otherwise: half a degree"""
+SAME_PLACE = 1e-3
+"""mm"""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Slices of one SeriesInstanceUID that make one volume, or one file of several frames."""
+
+    uid: str
+    files: tuple[str, ...]
+    """in the order of the slices"""
+    header: FileHeader
+    """of the volume"""
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether it has more than one voxel along every axis."""
+        return len(self.header.size) == 3 and min(self.header.size) >= 2
+
+
+@dataclass(frozen=True)
+class _Slice:
+    file: str
+    header: FileHeader
+    rows: tuple[float, ...]
+    """directions of its rows and columns; empty where the header has none"""
+    position: tuple[float, ...]
+    """mm; empty where the header has none"""
+
+    @property
+    def along(self) -> float:
+        """Millimetres along the normal of the slice."""
+        return float(np.dot(np.cross(self.rows[:3], self.rows[3:]), self.position))
+
+    def is_like(self, other: _Slice) -> bool:
+        """Whether two slices can lie in one volume."""
+        same = self.header.size == other.header.size and is_localiser(self.header) == is_localiser(other.header)
+        if not same or len(self.rows) != len(other.rows) or self.header.frames or other.header.frames:
+            return False
+        return bool(np.allclose(self.rows, other.rows, rtol=0, atol=TURNED))
+
+
+def series_of(headers: Mapping[str, FileHeader]) -> list[list[Series]]:
+    """The volumes of some DICOM files (path → header), for each SeriesInstanceUID the largest first.
+
+    A localiser inside a series, slices of another size or direction, and repeated slices that their acquisition number,
+    phase or time tells apart are volumes of their own.
+    """
+    by_uid = defaultdict(list)
+    for file, header in sorted(headers.items()):
+        by_uid[header.tags.get(SERIES, "")].append(_slice(file, header))
+    return [[_as_series(uid, part) for part in _parts(slices)] for uid, slices in sorted(by_uid.items())]
+
+
+def is_localiser(header: FileHeader) -> bool:
+    """Whether a DICOM header says so."""
+    return "LOCALIZER" in header.tags.get(IMAGE_TYPE, "").upper()
+
+
+def dicom_problem(header: FileHeader) -> str | None:
+    """Why a DICOM header is not that of a CT in Hounsfield units, or None."""
+    if (modality := header.tags.get(MODALITY)) != "CT":
+        return f"not a CT (modality {modality or 'unknown'})"
+    if is_localiser(header):
+        return "a localiser"
+    return None if header.tags.get(INTERCEPT) else "no HU (no rescale intercept in the DICOM header)"
+
+
+def read_series(files: Sequence[str]) -> sitk.Image:
+    """The volume of a series, in Hounsfield units; for guarded workers. Raises RuntimeError where SimpleITK cannot."""
+    if len(files) == 1:
+        return sitk.ReadImage(files[0])
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    return reader.Execute()
+
+
+def _slice(file: str, header: FileHeader) -> _Slice:
+    def numbers(tag: str, n: int) -> tuple[float, ...]:
+        try:
+            values = tuple(float(value) for value in header.tags.get(tag, "").split("\\"))
+        except ValueError:
+            return ()
+        return values if len(values) == n and np.isfinite(values).all() else ()
+
+    rows, position = numbers(ORIENTATION, 6), numbers(POSITION, 3)
+    return _Slice(file, header, rows if position else (), position if rows else ())
+
+
+def _parts(slices: Sequence[_Slice]) -> Iterator[list[_Slice]]:
+    """Slices that can lie in one volume, in their order; the most first, localisers last."""
+    alike: list[list[_Slice]] = []
+    for piece in slices:
+        group = next((group for group in alike if piece.is_like(group[0])), None)
+        if group is None:
+            alike.append([piece])
+        else:
+            group.append(piece)
+    for group in sorted(alike, key=lambda group: (is_localiser(group[0].header), -len(group))):
+        if not group[0].rows:
+            yield group
+            continue
+        for part in _told_apart(group):
+            yield sorted(part, key=lambda piece: piece.along)
+
+
+def _told_apart(group: list[_Slice]) -> list[list[_Slice]]:
+    """Repeated slices, apart: copies of a file are dropped, then acquisition, phase or time is looked at."""
+    kept: dict[tuple[str, tuple[float, ...]], _Slice] = {}
+    copies = []
+    for piece in group:
+        first = kept.setdefault((piece.header.tags.get(INSTANCE, piece.file), piece.position), piece)
+        if first is not piece and filecmp.cmp(first.file, piece.file, shallow=False):
+            copies.append(piece)
+    if copies:
+        warning = f"{len(copies)} slices are there twice (the same file): taken once"
+        group = [replace(p, header=replace(p.header, warnings=(warning,))) for p in group if p not in copies]
+    for tag in (ACQUISITION, PHASE, TRIGGER, TIME) if _repeats(group) else ():
+        parts = defaultdict(list)
+        for piece in group:
+            parts[piece.header.tags.get(tag, "")].append(piece)
+        if all(len(part) > 1 and not _repeats(part) for part in parts.values()):
+            return [parts[value] for value in sorted(parts)]
+    return [group]
+
+
+def _repeats(group: Sequence[_Slice]) -> int:
+    """Number of slices at a place where there is one already."""
+    places = np.sort([piece.along for piece in group])
+    return int((np.diff(places) < SAME_PLACE).sum())
+
+
+def _as_series(uid: str, slices: Sequence[_Slice]) -> Series:
+    first, files = slices[0].header, tuple(piece.file for piece in slices)
+    if first.frames or first.problem:
+        rows = np.array(first.direction).reshape(3, 3)[:, :2].T
+        gap: float | str = first.problem or _slice_gap(np.array(first.frames), rows, files * len(first.frames))
+        if not isinstance(gap, str) and (np.diff(first.frames, axis=0) @ np.cross(*rows)).min() < 0:
+            gap = "its frames are not in the order of their places"
+        return Series(uid, files, replace(first, problem=gap if isinstance(gap, str) else ""))
+    gap = 1.0
+    if not first.problem and len(slices) > 1:
+        if lacking := [piece.file for piece in slices if not piece.rows]:
+            gap = f"slice {lacking[0]} has no position"
+        else:
+            gap = _slice_gap(np.array([p.position for p in slices]), np.reshape(slices[-1].rows, (2, 3)), files)
+    problem, z = (gap, 1.0) if isinstance(gap, str) else ("", gap)
+    size, spacing = (*first.size[:2], len(slices)), (*first.spacing[:2], z)
+    warnings = tuple(dict.fromkeys(warning for piece in slices for warning in piece.header.warnings))
+    return Series(uid, files, replace(first, size=size, spacing=spacing, problem=problem, warnings=warnings))
+
+
+def _slice_gap(positions: np.ndarray, rows: np.ndarray, files: Sequence[str]) -> float | str:
+    """Distance between slices in mm, or why they do not make a volume; positions (N, 3), rows (2, 3)."""
+    normal, steps = np.cross(*rows), np.diff(positions, axis=0)
+    along = np.abs(steps @ normal)
+    gap, repeated = float(np.median(along)), int((along < SAME_PLACE).sum())
+    if repeated:
+        return f"repeated slices ({repeated}, and no acquisition number or time tells them apart)"
+    if np.linalg.norm(steps - np.outer(steps @ normal, normal), axis=1).max() > 0.05 * gap:
+        return "slices are shifted against each other (gantry tilt)"
+    for (before, after), step in zip(pairwise(files), along, strict=True):
+        if abs(step - gap) > 0.05 * gap:
+            return f"slices are missing: {step:.3g} mm instead of {gap:.3g} between {Path(before).name} and {after}"
+    return gap

@@ -1,0 +1,140 @@
+"""Headers with bytes or fields changed at random: no crash, no hang, and no geometry that is taken without a word."""
+
+import re
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nnunet_mim.nnunet.image_files import FileHeader, damaged, read_headers
+from nnunet_mim.preparation.finding import Volume
+from nnunet_mim.preparation.screening import Header, read_header
+from nnunet_mim.system.guarded import Failure, Limits, guarded_map
+
+VALUES = ("", "-1", "0", "1", "2", "3.5", "7", "16", "23", "nan", "inf", "1e9", "99999999999", "x", "0 0 0", "1 2")
+KINDS = ("nii", "mha", "nrrd")
+
+
+@pytest.fixture(scope="module")
+def files(shared_data, tmp_path_factory):
+    """A small real CT in each format, not compressed: (path, number of bytes of its header) by ending."""
+    image = sitk.ReadImage(str(shared_data / "single" / "abdomen_image.nii.gz"))[::4, ::4, ::4]
+    image.SetSpacing((11.0, 12.0, 13.0))
+    folder, found = tmp_path_factory.mktemp("mutated"), {}
+    n_bytes = 2 * image.GetNumberOfPixels()
+    for kind in KINDS:
+        path = folder / f"whole.{kind}"
+        sitk.WriteImage(image, str(path), False)
+        found[kind] = path, path.stat().st_size - n_bytes
+    return found
+
+
+def statement(path):
+    """Size and steps (columns) that a file says by itself, read without SimpleITK."""
+    if path.suffix == ".nii":
+        image = nibabel.load(path)
+        return image.shape, np.diag([-1, -1, 1]) @ image.affine[:3, :3]
+    text = path.read_bytes().split(b"LOCAL\n")[0].split(b"\n\n")[0].decode("latin-1")
+
+    def numbers(field):
+        (value,) = re.findall(rf"^{field} ?[=:] ?(.*)$", text, re.MULTILINE)
+        return [float(n) for n in re.sub(r"[(),]", " ", value).split()]
+
+    if path.suffix == ".mha":
+        return numbers("DimSize"), np.reshape(numbers("TransformMatrix"), (3, 3)).T * numbers("ElementSpacing")
+    assert "space: left-posterior-superior" in text
+    return numbers("sizes"), np.reshape(numbers("space directions"), (3, 3)).T
+
+
+def whole(path):
+    """Why the voxels of a file cannot be read, or None."""
+    problem = damaged(Path(path))
+    sitk.ReadImage(path)
+    return problem
+
+
+def check(path):
+    """Read a file as mim_prepare does; what is taken without a warning has to be what the file says."""
+    began = time.monotonic()
+    (header,) = read_headers([str(path)], 1)
+    result = read_header(Volume("a", (str(path),), header=header), 16)
+    assert time.monotonic() - began < 5 + 2, "the time limit, and a process"
+    if not isinstance(result, Header) or result.warnings:
+        return
+    ((_, problem),) = guarded_map(whole, [str(path)], 1, Limits(20, 1 << 30))
+    if problem is None:
+        assert isinstance(header, FileHeader)
+        size, steps = statement(path)
+        assert list(size) == list(header.size)
+        taken = np.reshape(header.direction, (3, 3)) * header.spacing
+        assert np.allclose(taken, steps, rtol=0, atol=0.02 * np.linalg.norm(steps, axis=0).min())
+    else:
+        assert isinstance(problem, (str, Failure))
+
+
+def mutated_bytes(files, folder, kind, changes):
+    path, head = files[kind]
+    content = bytearray(path.read_bytes())
+    for place, value in changes:
+        content[int(place * head)] = value
+    (folder / f"a.{kind}").write_bytes(content)
+    return folder / f"a.{kind}"
+
+
+def mutated_field(files, folder, kind, field, place, value):
+    """Change one number or word of one line of a text header."""
+    path, head = files[kind]
+    lines = path.read_bytes()[:head].split(b"\n")
+    line = int(field * (len(lines) - 1))
+    words = lines[line].split(b" ")
+    words[int(place * len(words))] = value.encode()
+    lines[line] = b" ".join(words)
+    (folder / f"a.{kind}").write_bytes(b"\n".join(lines) + path.read_bytes()[head:])
+    return folder / f"a.{kind}"
+
+
+SHARES = st.floats(0, 1, exclude_max=True)
+CHANGES = st.lists(st.tuples(SHARES, st.integers(0, 255)), min_size=1, max_size=3)
+QUIET = {"suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_as_it_is_and_what_it_says(files, kind):
+    path, _ = files[kind]
+    (header,) = read_headers([str(path)], 1)
+    assert header.warnings == ()
+    size, steps = statement(path)
+    assert list(size) == list(header.size)
+    assert np.allclose(np.linalg.norm(steps, axis=0), (11, 12, 13))
+    check(path)
+
+
+@settings(max_examples=25, **QUIET)
+@given(kind=st.sampled_from(KINDS), changes=CHANGES)
+def test_bytes(files, tmp_path, kind, changes):
+    check(mutated_bytes(files, tmp_path, kind, changes))
+
+
+@settings(max_examples=25, **QUIET)
+@given(kind=st.sampled_from(KINDS[1:]), field=SHARES, place=SHARES, value=st.sampled_from(VALUES))
+def test_fields(files, tmp_path, kind, field, place, value):
+    check(mutated_field(files, tmp_path, kind, field, place, value))
+
+
+@pytest.mark.long
+@settings(max_examples=500, **QUIET)
+@given(kind=st.sampled_from(KINDS), changes=CHANGES)
+def test_bytes_at_length(files, tmp_path, kind, changes):
+    check(mutated_bytes(files, tmp_path, kind, changes))
+
+
+@pytest.mark.long
+@settings(max_examples=500, **QUIET)
+@given(kind=st.sampled_from(KINDS[1:]), field=SHARES, place=SHARES, value=st.sampled_from(VALUES))
+def test_fields_at_length(files, tmp_path, kind, field, place, value):
+    check(mutated_field(files, tmp_path, kind, field, place, value))
