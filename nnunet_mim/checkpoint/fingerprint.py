@@ -26,8 +26,9 @@ one fits into more CT windows: it counts only where one of two images lacks the 
 THRESHOLDS = (0.99, 0.985)
 """similarities by the two measures from which on two images are probably the same: among 30,000 pairs of patients 0.2
 are expected to reach them, by an exponential fit to the tail of the 3,655 pairs that they were chosen on"""
-GATE = 0.9
-"""similarity before shifts and stretches are allowed for; pairs below are not looked at"""
+GATES = (0.96, 0.93)
+"""similarities before shifts and stretches are allowed for; pairs below are not looked at. Copies had at least 0.977 and
+0.949 (but for 24 HU less in a narrow window)"""
 DEGREE = 12
 """maximum total degree of the Hermite functions"""
 SCALE = 2.5
@@ -121,11 +122,11 @@ def most_similar(first: np.ndarray, second: np.ndarray, only_earlier: bool = Fal
     """
     found, highest = np.full(len(first), -1), np.zeros(len(first))
     with_both = first[:, 0].any(axis=1), second[:, 0].any(axis=1)
-    for measure, threshold in enumerate(THRESHOLDS):
+    for measure, (gate, threshold) in enumerate(zip(GATES, THRESHOLDS, strict=True)):
         ours, theirs = _unit_vectors(first[:, measure]), _unit_vectors(second[:, measure])
         for start, order in itertools.product(range(0, len(ours), ROWS_AT_ONCE), _AXIS_ORDERS):
             rows, turned = np.arange(start, min(start + ROWS_AT_ONCE, len(ours))), theirs[:, order]
-            possible: np.ndarray = np.abs(ours[rows]) @ np.abs(turned).T > GATE  # a bound of all mirrorings
+            possible: np.ndarray = np.abs(ours[rows]) @ np.abs(turned).T > gate  # a bound of all mirrorings
             if only_earlier:
                 possible &= np.arange(len(theirs)) < rows[:, None]
             if measure > 0:
