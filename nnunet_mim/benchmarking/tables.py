@@ -132,6 +132,10 @@ def notes(outcome: Outcome, dataset: str) -> list[str]:
             cases = f"{', '.join(seen[:5])}{' …' if len(seen) > 5 else ''}"
             warning = f"WARNING: its pretraining has seen {len(seen)} of the validation cases of fold {fold} ({cases})"
             lines.append(f"{arm}{MARK}: {warning}")
+        if likely := findings.sentence():
+            lines.append(f"{arm}{MARK}: {likely}")
+        if findings.note:
+            lines.append(f"{arm}: seen cases of fold {fold}: {findings.note}")
         if why := findings.unknown:
             lines.append(f"{arm}: whether its pretraining has seen cases of fold {fold} is not sure: {why}")
     alarm = "found where the reference has nothing (Dice 0, as in nnU-Net)"
@@ -143,17 +147,18 @@ def notes(outcome: Outcome, dataset: str) -> list[str]:
 
 
 def every_value(outcome: Outcome) -> str:
-    """CSV with one row per training, case and label. `seen`: whether the pretraining has seen the case."""
+    """CSV with one row per training, case and label. `seen`: whether the pretraining has seen the case, or probably."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*Place._fields, "case", "seen", "label", "name", *METRICS])
     for place, result in sorted(outcome.results.items()):
-        seen = outcome.seen[place.dataset, place.fold, place.arm].seen
+        findings = outcome.seen[place.dataset, place.fold, place.arm]
+        seen = dict.fromkeys(findings.same, "yes") | dict.fromkeys(findings.probably_same, "probably")
         for case, labels in sorted(result["cases"].items()):
             for label, found in labels.items():
                 name = result["names"].get(label, label)
                 numbers = [f"{value:.6g}" if isinstance(value, float) else value for value in map(found.get, METRICS)]
-                writer.writerow([*place, case, "yes" if case in seen else "", label, name, *numbers])
+                writer.writerow([*place, case, seen.get(case, ""), label, name, *numbers])
     return text.getvalue()
 
 

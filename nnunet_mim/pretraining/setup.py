@@ -28,7 +28,7 @@ from nnunet_mim.nnunet.source import (
 from nnunet_mim.nnunet.splits import fold_validation_cases, left_out_of_fold
 from nnunet_mim.pretraining.configure import config_for_data, merge_settings, with_network_of_plans
 from nnunet_mim.pretraining.data.crops import Cases, dataset_shares
-from nnunet_mim.pretraining.data.run_data import RunData, index_sources, run_data
+from nnunet_mim.pretraining.data.run_data import RunData, copies_warning, index_sources, run_data
 from nnunet_mim.pretraining.distributed.launch import say
 from nnunet_mim.pretraining.objective.levels import level_number
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
@@ -159,6 +159,8 @@ def set_up(
     config = config_for_data(settings, first, cases.column("shapes"))
     data = run_data(cases, "all" if where.fold_number is None else where.fold_number, config)
     _check_tokens(config, data.train)
+    if line := copies_warning(data):
+        say(f"warning: {line}")
     if stored is not None:
         _check_same_run(stored, config, data.train)
     return Run(config, data, folder, options, where.strict, stored)

@@ -16,12 +16,13 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
-from nnunet_mim.checkpoint.identity import leak_warning, leaked_cases
+from nnunet_mim.checkpoint.identity import LeakedCases, comparison_note, leak_warning, leaked_cases
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, find_checkpoint, no_checkpoint_error
 from nnunet_mim.checkpoint.units import unit_differences, units_warning
 from nnunet_mim.errors import MiMError, one_line_errors, printable_lines
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.nnunet.datasets import required_folder
+from nnunet_mim.nnunet.intensities import Intensities
 from nnunet_mim.system.untrusted import read_json
 from nnunet_mim.trainers.finetune_config import default_mirror_axes
 from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
@@ -115,8 +116,9 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         record = Path(self.output_folder, TRANSFER_FILE)
         if self.local_rank == 0 and self.load_pretrained and record.is_file():
             stored = read_json(record, "delete it")
-            if stored["leaked_cases"]:
-                self._log(leak_warning(stored["leaked_cases"], stored["n_val_cases"], stored["source"]))
+            leaked = LeakedCases(tuple(stored["leaked_cases"]), stored.get("probably_leaked_cases", {}))
+            if leaked:
+                self._log(leak_warning(leaked, stored["n_val_cases"], stored["source"]))
 
     def _load_pretrained_encoder(self, network: HybridUNet) -> None:
         if self._checkpoint is None:  # a fold is trained once more, over an old result
@@ -136,26 +138,33 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         """Warn about validation cases that the encoder has seen and about other units; record what was transferred."""
         assert self._checkpoint is not None
         assert self._report is not None
-        provenance, leaked = self._checkpoint.provenance, []
+        provenance, leaked = self._checkpoint.provenance, LeakedCases()
+        properties = self.plans_manager.foreground_intensity_properties_per_channel
         _, val_cases = self.do_split()
         if self.fold != "all":  # there the validation cases are training cases anyway
             cases = self.dataset_class(self.preprocessed_dataset_folder, val_cases)
             leaked = leaked_cases(
-                provenance, self.plans_manager.dataset_name, val_cases, lambda case: cases.load_case(case)[0][:]
-            )
+                provenance, self.plans_manager.dataset_name, val_cases, lambda case: cases.load_case(case)[0][:],
+                Intensities(tuple(self.configuration_manager.normalization_schemes), properties),
+                self.configuration_manager.spacing,
+            )  # fmt: skip
+            if note := comparison_note(provenance.get("cases") or [], leaked.not_compared):
+                self._log(f"Validation cases seen in pretraining: {note}")
         if leaked:
             self._log(leak_warning(leaked, len(val_cases), self._checkpoint.path))
         differences = unit_differences(
             provenance,
             self.configuration_manager.configuration,
-            self.plans_manager.foreground_intensity_properties_per_channel,
+            properties,
             self.plans_manager.transpose_forward,
         )
         if differences:
             self._log(units_warning(differences))
         record = {
             **{name: getattr(self._report, name) for name in ("source", "loaded", "adapted", "fresh")},
-            "leaked_cases": leaked,
+            "leaked_cases": list(leaked.same),
+            "probably_leaked_cases": leaked.probably_same,
+            "not_compared_cases": list(leaked.not_compared),
             "n_val_cases": len(val_cases),
             "unit_differences": differences,
             "pretraining": {k: v for k, v in provenance.items() if k not in ("cases", "loss_history")},

@@ -1,4 +1,4 @@
-"""The case index: shape, content hash, intensity range and body points of every case, read once and cached."""
+"""The case index: shape, hash, fingerprint, intensity range and body points of every case, read once and cached."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from tqdm import tqdm
 
+from nnunet_mim.checkpoint.fingerprint import FINGERPRINT_SHAPE, fingerprint, from_text, to_text
 from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.nnunet.source import GONE, Source
 from nnunet_mim.system.files import write_atomically
@@ -18,7 +19,9 @@ from nnunet_mim.system.machine import usable_cores
 
 N_BODY_POINTS = 64
 BODY_HU = -500.0
-INDEX_VERSION = 3
+INDEX_VERSION = 4
+WITHOUT_FINGERPRINTS = 3
+"""the version before; its cases are read once more"""
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,15 @@ class CaseInfo:
     """voxels inside the body, spread at random; empty where everything is air"""
     image_sha256: str = ""
     """of the image's voxels as nnU-Net's reader gives them, where they were known; else empty"""
+    fingerprint: str | None = None
+    """as of `to_text`, empty where the case cannot be compared; None: not computed yet"""
     stamp: tuple[int, int] = field(default=GONE, compare=False)
     """size in bytes and time (ns) of the file when it was read; GONE: not known"""
 
 
 @dataclass(frozen=True, eq=False)
 class CaseIndex:
-    """CaseInfo of many cases in a few arrays: 10,000 take 5 MB, and worker processes share the memory."""
+    """CaseInfo of many cases in a few arrays: 10,000 take 14 MB, and worker processes share the memory."""
 
     names: np.ndarray
     """(N,) str"""
@@ -57,6 +62,8 @@ class CaseIndex:
     """(N, N_BODY_POINTS, 3) int16; -1 where there is no body"""
     images: np.ndarray
     """(N, 32) uint8: hashes of the images; 0 where they are not known"""
+    fingerprints: np.ndarray
+    """(N, *FINGERPRINT_SHAPE) int8; 0 where a case cannot be compared"""
     stamps: np.ndarray
     """(N, 2) int64: size (bytes) and time (ns) of each file when it was read"""
 
@@ -71,6 +78,7 @@ class CaseIndex:
             np.array([(i.low, i.high) for i in infos], np.float64).reshape(-1, 2, channels),
             np.array([i.body_points or no_body for i in infos], np.int16).reshape(-1, N_BODY_POINTS, 3),
             _bytes([i.image_sha256 for i in infos]),
+            np.array([from_text(i.fingerprint) for i in infos], np.int8).reshape(-1, *FINGERPRINT_SHAPE),
             np.array([i.stamp for i in infos], np.int64).reshape(-1, 2),
         )
 
@@ -87,6 +95,7 @@ class CaseIndex:
             tuple(self.ranges[number, 1].tolist()),
             tuple(map(tuple, points)) if points[0][0] >= 0 else (),
             self.images[number].tobytes().hex() if self.images[number].any() else "",
+            to_text(self.fingerprints[number]),
             tuple(self.stamps[number].tolist()),
         )
 
@@ -142,7 +151,9 @@ def read_index(
 
 def write_index(source: Source, infos: Sequence[CaseInfo]) -> None:
     """Keep what is known already of a dataset's cases, so that `read_index` need not read them."""
-    stamped = [replace(info, stamp=source.file_stamp(info.case)) for info in infos]
+    stamped = [
+        replace(info, stamp=GONE if info.fingerprint is None else source.file_stamp(info.case)) for info in infos
+    ]
     _save_cache(source, _sorted(CaseIndex.of(stamped, source.in_channels)))
 
 
@@ -170,6 +181,7 @@ def describe_voxels(source: Source, case: str, data: np.ndarray) -> CaseInfo:
         tuple(float(c.min()) for c in data),
         tuple(float(c.max()) for c in data),
         _body_points(data[0], _body_threshold(source)),
+        fingerprint=to_text(fingerprint(data, source.intensities, source.spacing)),
     )
 
 
@@ -211,8 +223,12 @@ def _load_cache(source: Source) -> CaseIndex:
     """The index as it was written; empty where there is none."""
     try:
         with np.load(source.index_file, allow_pickle=False) as stored:
-            index = CaseIndex(*(stored[name] for name in CaseIndex.__dataclass_fields__))
-            if int(stored["version"]) == INDEX_VERSION and index.ranges.shape[2] == source.in_channels:
+            values, version = dict(stored), int(stored["version"])
+            if version == WITHOUT_FINGERPRINTS:  # what only the index knows, the hashes of the images, is kept
+                values["fingerprints"] = np.zeros((len(values["names"]), *FINGERPRINT_SHAPE), np.int8)
+                values["stamps"] = np.full_like(values["stamps"], GONE)
+            index = CaseIndex(*(values[name] for name in CaseIndex.__dataclass_fields__))
+            if version in (WITHOUT_FINGERPRINTS, INDEX_VERSION) and index.ranges.shape[2] == source.in_channels:
                 return index
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass

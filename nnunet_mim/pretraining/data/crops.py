@@ -13,6 +13,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nnunet_mim.checkpoint.fingerprint import to_text
 from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import GONE, Source
@@ -82,13 +83,16 @@ class Cases(Sequence[Case]):
         return self.take(np.flatnonzero(self.numbers[:, 0] == source))
 
     def records(self) -> list[dict[str, str]]:
-        """Each case as in `provenance["cases"]`; with the hash of its image where `mim_prepare` has read it."""
+        """Each case as in `provenance["cases"]`, with the hash of its image and its fingerprint where there are any."""
         datasets = [self.sources[number].dataset for number in self.numbers[:, 0]]
-        names, hashes, images = self.column("names").tolist(), self.column("hashes"), self.column("images")
+        names, fingerprints = self.column("names").tolist(), map(to_text, self.column("fingerprints"))
         return [
             {"dataset": dataset, "case": case, "sha256": row.tobytes().hex()}
             | ({"image_sha256": image.tobytes().hex()} if image.any() else {})
-            for dataset, case, row, image in zip(datasets, names, hashes, images, strict=True)
+            | ({"fingerprint": text} if text else {})
+            for dataset, case, row, image, text in zip(
+                datasets, names, self.column("hashes"), self.column("images"), fingerprints, strict=True
+            )
         ]
 
 

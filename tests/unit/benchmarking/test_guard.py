@@ -16,8 +16,11 @@ from nnunet_mim.benchmarking.bench_file import ArmSpec
 from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.guard import Findings, look_for_seen_cases, provenance_of, refuse_seen_cases, seen_cases
 from nnunet_mim.benchmarking.matrix import Place
+from nnunet_mim.checkpoint.fingerprint import fingerprint, to_text
 from nnunet_mim.checkpoint.identity import voxel_sha256
+from nnunet_mim.demo.phantoms import make_phantom
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.intensities import Intensities
 
 WIDE, NARROW = (
     {"0": {"percentile_00_5": low, "percentile_99_5": high, "mean": 0.0, "std": 100.0, "min": low, "max": high,
@@ -25,6 +28,8 @@ WIDE, NARROW = (
     for low, high in ((-1000.0, 1000.0), (-100.0, 160.0))
 )  # fmt: skip
 READER = "SimpleITKIOWithReorient"
+OLD = "no case of the pretraining has a fingerprint, so only exact copies were looked for"
+"""of checkpoints of before there were fingerprints"""
 
 
 def plans_of(spacing, intensity):
@@ -63,6 +68,10 @@ def raw(tmp_path, monkeypatch):
     return folder
 
 
+def units_of(plans):
+    return Intensities(("CTNormalization",), plans["foreground_intensity_properties_per_channel"])
+
+
 def prepared(path, plans):
     """Preprocessed by nnU-Net itself."""
     manager = PlansManager(plans)
@@ -85,7 +94,7 @@ def arm(raw, tmp_path):
         source = SimpleNamespace(
             dataset="Dataset002_Test", plans_name="P", configuration="3d_fullres", folder=folder, plans=plans,
             dataset_class=nnUNetDatasetBlosc2,
-            intensity_properties=plans["foreground_intensity_properties_per_channel"],
+            intensities=units_of(plans), spacing=plans["configurations"]["3d_fullres"]["spacing"],
         )  # fmt: skip
         return Arm(ArmSpec("MiM", "nnUNetTrainerMiM"), source, str(tmp_path / "a.pth"))
 
@@ -113,14 +122,14 @@ def resaved(raw, tmp_path):
 def test_a_renamed_and_resaved_copy_in_the_same_units(arm, resaved):
     plans = plans_of([3.0, 2.0, 2.0], WIDE)
     seen = provenance(plans, {"sha256": voxel_sha256(prepared(resaved, plans))}, {"sha256": "0" * 64})
-    assert seen_cases(seen, arm(plans), tuple("abc")) == Findings(("b",))
+    assert seen_cases(seen, arm(plans), tuple("abc")) == Findings(("b",), note=OLD)
 
 
 def test_in_other_units_the_image_is_prepared_as_the_pretraining_did(arm, resaved, raw):
     before, now = plans_of([4.0, 2.5, 2.5], WIDE), plans_of([3.0, 2.0, 2.0], NARROW)
     seen = provenance(before, {"sha256": voxel_sha256(prepared(resaved, before))})
     now_prepared = arm(now)
-    assert seen_cases(seen, now_prepared, tuple("abc")) == Findings(("b",))
+    assert seen_cases(seen, now_prepared, tuple("abc")) == Findings(("b",), note=OLD)
     (raw / "dataset.json").unlink()
     found = seen_cases(seen, now_prepared, tuple("abc"))
     assert found.seen == ()
@@ -131,7 +140,7 @@ def test_a_spacing_that_is_nearly_the_same(arm, resaved):
     """Units count as equal up to 2 %; hashes of voxels differ with any difference."""
     before, now = plans_of([3.0, 2.0, 2.0], WIDE), plans_of([3.0, 2.03, 2.0], WIDE)
     seen = provenance(before, {"sha256": voxel_sha256(prepared(resaved, before))})
-    assert seen_cases(seen, arm(now), tuple("abc")) == Findings(("b",))
+    assert seen_cases(seen, arm(now), tuple("abc")) == Findings(("b",), note=OLD)
 
 
 def test_the_hash_of_the_image_where_mim_prepare_has_kept_it(arm, resaved):
@@ -139,15 +148,80 @@ def test_the_hash_of_the_image_where_mim_prepare_has_kept_it(arm, resaved):
     reader = PlansManager(plans).image_reader_writer_class()
     image = voxel_sha256(reader.read_images([str(resaved)])[0])
     seen = provenance(plans, {"sha256": "1" * 64, "image_sha256": image})  # resampled by other code: another hash
-    assert seen_cases(seen, arm(plans), tuple("abc")) == Findings(("b",))
+    assert seen_cases(seen, arm(plans), tuple("abc")) == Findings(("b",), note=OLD)
 
 
 def test_other_cases_are_not_seen(arm):
     plans = plans_of([3.0, 2.0, 2.0], WIDE)
     others = provenance(plans, {"sha256": "1" * 64, "image_sha256": "2" * 64})
-    assert seen_cases(others, arm(plans), tuple("abc")) == Findings()
+    assert seen_cases(others, arm(plans), tuple("abc")) == Findings(note=OLD)
     named = provenance(plans, {"sha256": "1" * 64, "dataset": "Dataset002_Test", "case": "c"})
-    assert seen_cases(named, arm(plans), tuple("abc")) == Findings(("c",))
+    assert seen_cases(named, arm(plans), tuple("abc")) == Findings(("c",), note=OLD)
+
+
+def changed_copies(image, voxels):
+    """Name → a copy of an image with these voxels that the hashes do not find."""
+
+    def like(changed, spacing=(4.5, 4.5, 4.5)):
+        copy = sitk.GetImageFromArray(np.ascontiguousarray(changed))
+        copy.SetSpacing(spacing)
+        return copy
+
+    one = voxels.copy()
+    one[30, 30, 30] += 1
+    noise = np.random.default_rng(0).normal(size=voxels.shape)
+    half = sitk.Resample(image, [n // 2 for n in image.GetSize()], sitk.Transform(), sitk.sitkLinear,
+                         image.GetOrigin(), [2 * s for s in image.GetSpacing()])  # fmt: skip
+    return {
+        "header spacing": like(voxels, (4.5, 4.5, 6.0)),
+        **{f"mirrored along {axis}": like(np.flip(voxels, axis)) for axis in range(3)},
+        "one voxel by 1 HU": like(one),
+        "crop of two voxels": like(voxels[1:-1, 1:-1, 1:-1]),
+        "one slice less": like(voxels[:-1]),
+        "padding": like(np.pad(voxels, 5, constant_values=-1024)),
+        "resampling": half,
+        "noise of 1 HU": like(voxels + noise),
+        "rounding": like(voxels.astype(np.float16) + np.float32(0.01)),
+        "HU offset": like(voxels + 10),
+        "axes transposed": like(voxels.transpose(2, 0, 1)),
+        "another orientation code": sitk.DICOMOrient(like(voxels), "SAR"),
+    }
+
+
+def test_changed_copies_are_probably_the_same(raw, arm, tmp_path):
+    """Of bodies; the pretraining has another spacing and a wider window than the validation cases."""
+    for number, case in enumerate("abc"):
+        voxels = make_phantom(number, (64, 64, 64))[0]
+        image = sitk.GetImageFromArray(voxels)
+        image.SetSpacing((4.5, 4.5, 4.5))
+        sitk.WriteImage(image, str(raw / "imagesTr" / f"{case}_0000.nii.gz"))
+    before, now = plans_of([4.5, 4.5, 4.5], WIDE), plans_of([5.0, 5.0, 5.0], NARROW)
+    made = arm(now)
+    missed = []
+    for name, copy in changed_copies(image, voxels).items():
+        sitk.WriteImage(copy, str(tmp_path / "copy.mha"))
+        rows = fingerprint(prepared(tmp_path / "copy.mha", before), units_of(before), [4.5, 4.5, 4.5])
+        record = {"sha256": "1" * 64, "fingerprint": to_text(rows)}
+        if seen_cases(provenance(before, record), made, ("b", "c")) != Findings((), "", {"c": "Dataset001_Pre case_0"}):
+            missed.append(name)
+    assert missed == []
+
+
+@pytest.mark.parametrize("lacks", ["pretraining", "validation"])
+def test_what_has_no_fingerprint_is_said(arm, lacks):
+    """The images are small; their voxels are compared all the same."""
+    plans = plans_of([3.0, 2.0, 2.0], WIDE)
+    rows = to_text(np.ones((2, 455), np.int8)) if lacks == "validation" else ""
+    found = seen_cases(provenance(plans, {"sha256": "1" * 64, "fingerprint": rows}), arm(plans), tuple("abc"))
+    assert found.seen == ()
+    expected = {"pretraining": "no case of the pretraining has", "validation": "3 validation cases (a first) have no"}
+    assert found.note.startswith(expected[lacks])
+
+
+def test_the_refusal_says_which_case_is_like_which():
+    likely = Findings(probably_same={"b": "Dataset001_Pre case_7"})
+    with pytest.raises(MiMError, match=r"seen 1 of .* b first \(b is probably the same as Dataset001_Pre case_7\): "):
+        refuse_seen_cases({("Dataset002_Test", 3, "MiM"): likely})
 
 
 @pytest.mark.parametrize("content", [None, {}, {"cases": []}])
@@ -184,7 +258,7 @@ def test_looked_for_once(arm, tmp_path, monkeypatch):
         bench=SimpleNamespace(output=tmp_path / "out"),
         cells={place: SimpleNamespace(arm=made, val_cases=tuple("abc")), control: scratch},
     )  # fmt: skip
-    expected = {("Dataset002_Test", 0, "MiM"): Findings(), ("Dataset002_Test", 0, "Scratch"): Findings()}
+    expected = {("Dataset002_Test", 0, "MiM"): Findings(note=OLD), ("Dataset002_Test", 0, "Scratch"): Findings()}
     assert look_for_seen_cases(matrix) == expected
     monkeypatch.setattr(guard, "seen_cases", lambda *_: pytest.fail("looked again"))
     assert look_for_seen_cases(matrix) == expected

@@ -142,6 +142,14 @@ def test_seen_cases_are_marked_in_every_table_and_named(outcome):
     assert notes(marked, DATASET) == [
         "MiM *: WARNING: its pretraining has seen 1 of the validation cases of fold 0 (x)"
     ]
+    likely = outcome(seen={(DATASET, 0, "MiM"): Findings((), "", {"y": "Dataset800_Pool b"}, "2 have none")})
+    assert row_of(main_table(likely, DATASET), "5", "MiM *") is not None
+    assert notes(likely, DATASET)[1:] == [
+        "MiM *: y is probably the same as Dataset800_Pool b", "MiM: seen cases of fold 0: 2 have none",
+    ]  # fmt: skip
+    assert {row["seen"] for row in csv.DictReader(io.StringIO(every_value(likely))) if row["case"] == "y"} == {
+        "", "probably",
+    }  # fmt: skip
     unsure = outcome(seen={(DATASET, 0, "MiM"): Findings((), "it does not say")})
     assert notes(unsure, DATASET)[0].endswith("is not sure: it does not say")
 

@@ -15,6 +15,7 @@ from nnunet_mim.benchmarking.guard import provenance_of
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint, build_checkpoint, load_checkpoint, save_atomically
 from nnunet_mim.checkpoint.identity import leaked_cases, voxel_sha256
 from nnunet_mim.checkpoint.locate import CARD, CONFIG, WEIGHTS, find_checkpoint, locate
+from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.export_cli import main
@@ -73,8 +74,9 @@ def test_names_are_left_out_but_seen_voxels_are_still_recognised(checkpoint, tmp
     folder = export(checkpoint, tmp_path / "shared")
     assert b"Mustermann" not in b"".join(path.read_bytes() for path in folder.iterdir())
     provenance = PretrainedCheckpoint.load(folder).provenance
-    assert leaked_cases(provenance, "Dataset001_Other", ["renamed"], lambda _: VOXELS) == ["renamed"]
-    assert leaked_cases(provenance, "Dataset900_Tiny", ["other"], lambda _: VOXELS + 1) == []
+    units = Units.of(provenance), (2.0, 2.0, 2.0)
+    assert leaked_cases(provenance, "Dataset001_Other", ["renamed"], lambda _: VOXELS, *units).same == ("renamed",)
+    assert not leaked_cases(provenance, "Dataset900_Tiny", ["other"], lambda _: VOXELS + 1, *units)
     assert provenance_of(folder) == provenance, "experiments look for seen cases in it too"
     named = export(checkpoint, tmp_path / "named", "--with_names")
     assert PretrainedCheckpoint.load(named).provenance["cases"][0]["case"] == "Mustermann_1950"

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_mim.checkpoint.fingerprint import FINGERPRINT_SHAPE, to_text
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.pretraining.data import case_index
@@ -212,9 +213,10 @@ def test_the_index_is_cached_until_a_file_changes(write_dataset, save_case, monk
 
 def test_the_index_gives_back_what_was_put_in(write_dataset):
     points = tuple((i, 2 * i, 500 + i) for i in range(case_index.N_BODY_POINTS))
+    rows = np.arange(np.prod(FINGERPRINT_SHAPE)).astype(np.int8).reshape(FINGERPRINT_SHAPE)
     infos = [
-        CaseInfo("b", (10, 20, 30), "ab" * 32, (-4.0, 0.1), (4.0, 7.25), points),
-        CaseInfo("a_with_a_longer_name", (1, 2, 3000), "00" * 32, (-1.5, 0.0), (2.0, 0.0), ()),
+        CaseInfo("b", (10, 20, 30), "ab" * 32, (-4.0, 0.1), (4.0, 7.25), points, "", to_text(rows)),
+        CaseInfo("a_with_a_longer_name", (1, 2, 3000), "00" * 32, (-1.5, 0.0), (2.0, 0.0), (), "", ""),
     ]
     index = CaseIndex.of(infos, channels=2)
     assert list(index) == infos
@@ -227,6 +229,28 @@ def test_the_index_gives_back_what_was_put_in(write_dataset):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(case_index, "_describe_case", lambda *_: pytest.fail("read again"))
         assert list(read_index(source)[0]) == list(known)
+
+
+def test_an_index_without_fingerprints_is_made_anew_and_keeps_the_hashes_of_images(write_dataset, monkeypatch):
+    write_dataset(n=2)
+    source = find_source("900", "tinyPlans", "3d_fullres")
+    known = [replace(info, image_sha256="ab" * 32) for info in read_index(source)[0]]
+    assert all(info.fingerprint for info in known)
+    write_index(source, known)
+    with np.load(source.index_file) as stored:
+        values = {name: stored[name] for name in stored.files if name != "fingerprints"}
+    np.savez(source.index_file, **values | {"version": 3})
+    assert list(read_index(source)[0]) == known
+    monkeypatch.setattr(case_index, "_describe_case", lambda *_: pytest.fail("read again"))
+    assert list(read_index(source)[0]) == known
+
+
+def test_a_case_that_an_earlier_version_has_prepared_is_read_once_more(write_dataset):
+    write_dataset(n=1)
+    source = find_source("900", "tinyPlans", "3d_fullres")
+    (known,), _ = read_index(source)
+    write_index(source, [replace(known, fingerprint=None)])
+    assert list(read_index(source)[0]) == [known]
 
 
 @pytest.fixture
