@@ -23,6 +23,7 @@ LAYERS = {
     "pretraining": 4,
     "trainers": 4,
     "_nnunet_plugin": 5,
+    "classification": 5,
     "preparation": 5,
     "inspection": 5,
     "benchmarking": 6,

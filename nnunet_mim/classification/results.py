@@ -1,0 +1,143 @@
+"""Where classifiers and their predictions lie, and the table of predictions.
+
+nnUNet_results/DatasetXXX_Name/mim_classify__PLANS__CONFIGURATION/TARGETS/ARM/fold_K/
+  predictions.csv   of the fold's validation cases
+  settings.json     everything that was used
+  probe.json        of a probe;  model.safetensors of a network
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_mim.classification.labels import Target
+from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.datasets import required_folder
+from nnunet_mim.nnunet.source import Source
+from nnunet_mim.system.files import write_atomically
+
+PREDICTIONS = "predictions.csv"
+SETTINGS = "settings.json"
+PROBE = "probe.json"
+NETWORK = "model.safetensors"
+REPORT = "report.html"
+
+
+def targets_folder(source: Source, targets: Sequence[str]) -> Path:
+    """The folder of all classifiers of some targets."""
+    run = f"mim_classify__{source.plans_name}__{source.configuration}"
+    return Path(required_folder("nnUNet_results"), source.dataset, run, "+".join(targets))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says about some cases, of one target."""
+
+    cases: tuple[str, ...]
+    patients: tuple[str, ...]
+    folds: np.ndarray
+    """(N,) int64: whose classifier it is"""
+    target: Target
+    """its labels are those of these cases"""
+    raw: np.ndarray
+    """(N, K) probabilities as the classifier gives them"""
+    calibrated: np.ndarray
+    """(N, K) probabilities after calibration"""
+
+    @property
+    def positive(self) -> np.ndarray:
+        """(N,) calibrated probability of the last class."""
+        return self.calibrated[:, -1]
+
+
+def predictions_csv(predictions: Sequence[Predictions]) -> bytes:
+    """A table with the columns case, patient, fold, and per target its label, TARGET=CLASS and TARGET=CLASS:raw.
+
+    Args:
+        predictions: of several targets for the same cases.
+    """
+    first, heading = predictions[0], ["case", "patient", "fold"]
+    for part in predictions:
+        names = [f"{part.target.name}={name}" for name in part.target.classes]
+        heading += [part.target.name, *names, *[f"{name}:raw" for name in names]]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heading)
+    for row, (case, patient) in enumerate(zip(first.cases, first.patients, strict=True)):
+        cells: list[Any] = [case, patient, int(first.folds[row])]
+        for part in predictions:
+            label = int(part.target.labels[row])
+            values = [*part.calibrated[row], *part.raw[row]]
+            cells += [part.target.classes[label] if label >= 0 else "", *[f"{value:.9g}" for value in values]]
+        writer.writerow(cells)
+    return text.getvalue().encode()
+
+
+def read_predictions(path: Path) -> list[Predictions]:
+    """The inverse of `predictions_csv`, a part per target. Raises MiMError for a file that is not such a table."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+        heading = list(rows[0])
+        probabilities = [name.rpartition("=") for name in heading if "=" in name and not name.endswith(":raw")]
+        targets: dict[str, list[str]] = {}
+        for target, _, name in probabilities:
+            targets.setdefault(target, []).append(name)
+        return [_part(rows, target, tuple(classes)) for target, classes in targets.items()]
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        raise MiMError(f"cannot read {path} ({error}): train this fold again") from error
+
+
+def _part(rows: Sequence[Mapping[str, str]], target: str, classes: tuple[str, ...]) -> Predictions:
+    number = {name: i for i, name in enumerate(classes)} | {"": -1}
+    labels = np.array([number[row[target]] for row in rows], np.int64)
+    calibrated, raw = (
+        np.array([[float(row[f"{target}={name}{ending}"]) for name in classes] for row in rows])
+        for ending in ("", ":raw")
+    )
+    cases, patients = (tuple(row[name] for row in rows) for name in ("case", "patient"))
+    folds = np.array([int(row["fold"]) for row in rows], np.int64)
+    return Predictions(cases, patients, folds, Target(target, classes, labels), raw, calibrated)
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of one target for all cases of several folds, sorted by case."""
+    cases = [case for part in parts for case in part.cases]
+    order = sorted(range(len(cases)), key=cases.__getitem__)
+    patients = [patient for part in parts for patient in part.patients]
+    folds, labels, raw, calibrated = (
+        np.concatenate(values)[order]
+        for values in zip(*((p.folds, p.target.labels, p.raw, p.calibrated) for p in parts), strict=True)
+    )
+    target = Target(parts[0].target.name, parts[0].target.classes, labels)
+    return Predictions(
+        tuple(cases[i] for i in order), tuple(patients[i] for i in order), folds, target, raw, calibrated
+    )
+
+
+def write_fold(folder: Path, predictions: Sequence[Predictions], settings: Mapping[str, Any]) -> None:
+    """Write what every mode leaves of a fold: the predictions of its validation cases, and the settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, settings)
+    write_atomically(folder / PREDICTIONS, predictions_csv(predictions))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values so that the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def trained_arms(folder: Path) -> dict[str, list[Path]]:
+    """Finished folds of every arm in the folder of some targets, by name."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(f"*/fold_*/{PREDICTIONS}")):
+        found.setdefault(path.parent.parent.name, []).append(path.parent)
+    return found
