@@ -61,9 +61,10 @@ def train(options: argparse.Namespace) -> None:
     folds = chosen_folds(options.fold, len(job.folds))
     if config.mode != "probe":
         raise MiMError(f"--mode {config.mode} is not there yet: take --mode probe")
-    from nnunet_mim.classification.train import train_probe
+    from nnunet_mim.classification.train import train_baselines, train_probe
 
     train_probe(job, folds, options.device)
+    train_baselines(job, folds)
 
 
 def _check_device(torch: Any, device: str) -> None:
