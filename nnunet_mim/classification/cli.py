@@ -65,6 +65,30 @@ def train(options: argparse.Namespace) -> None:
 
     train_probe(job, folds, options.device)
     train_baselines(job, folds)
+    if len(folds) == len(job.folds):
+        from nnunet_mim.classification.report import write_report
+
+        print("\n".join(write_report(job.folder, job.source, seed=config.seed)))
+
+
+def report(options: argparse.Namespace) -> None:
+    """Compare what is trained."""
+    where = DataOptions(**given_flags(options, DataOptions))
+    from nnunet_mim.classification.labels import cases_where, labels_file
+    from nnunet_mim.classification.report import write_report
+    from nnunet_mim.classification.results import targets_folder
+    from nnunet_mim.nnunet.datasets import require_environment
+    from nnunet_mim.nnunet.source import find_source
+
+    require_environment()
+    source = find_source(where.dataset, where.plans, where.configuration)
+    kept, which = None, ""
+    if options.where:
+        column, low, high = options.where
+        kept = cases_where(labels_file(source.dataset, options.labels), column, low, high)
+        which = f"{column} from {low} to below {high}"
+    folder = targets_folder(source, where.target)
+    print("\n".join(write_report(folder, source, kept, which, options.seed)))
 
 
 def _check_device(torch: Any, device: str) -> None:
@@ -85,9 +109,18 @@ def _parser() -> OneLineParser:
     made = command(train, "train a classifier and its baselines", TRAIN, TRAIN_EPILOG)
     add_flags(made, "data", DataOptions)
     add_flags(made, "what is computed", ClassifyConfig)
+    add = made.add_argument
     folds = "folds to train, or all (default: all)"
-    made.add_argument("-f", "--fold", nargs="+", default=["all"], metavar="FOLD", help=folds)
+    add("-f", "--fold", nargs="+", default=["all"], metavar="FOLD", help=folds)
     _add_device(made)
+
+    made = command(report, "compare classifiers and baselines", REPORT)
+    add_flags(made, "data", DataOptions)
+    add = made.add_argument
+    where = "only cases whose number in a column of the table is at least LOW and below HIGH"
+    add("--where", nargs=3, metavar=("COLUMN", "LOW", "HIGH"), help=where)
+    add("--labels", default="", metavar="FILE", help="table of labels (default: labels.csv in nnUNet_raw/DatasetXXX)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the intervals (default: 0)")
     return parser
 
 

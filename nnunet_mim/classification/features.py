@@ -62,10 +62,10 @@ class FeatureExtractor:
     device: str = "cpu"
 
     def of_case(self, case: CaseVoxels) -> np.ndarray:
-        """(F,) float32: per stage mean and maximum over the box, then over the mask if it has a channel."""
+        """(F,) float32: per stage mean and maximum over the box, and over the mask where one is given."""
         regions = cut_regions(case, self.config.margin, self.config.window, self.encoder.cell)
         pooled = pooled_maps(self.encoder.module.to(self.device), regions, self.device)
-        parts = [part for box, mask in pooled for part in ((box, mask) if self.config.mask_channel else (box,))]
+        parts = [part for box, mask in pooled for part in ((box, mask) if self.config.roi else (box,))]
         return torch.cat([part.result().cpu() for part in parts]).numpy()
 
     def of_cases(self, reader: CaseReader, cases: Sequence[str]) -> np.ndarray:
@@ -88,7 +88,7 @@ class FeatureExtractor:
         roi = str(Path(config.roi).resolve()) if Path(config.roi).is_dir() else config.roi
         content = [
             FEATURES_VERSION, self.encoder.sha256, voxels_key(source.plans, source.configuration), roi, config.margin,
-            config.mask_channel, list(config.window),
+            list(config.window),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 

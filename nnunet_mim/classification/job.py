@@ -13,12 +13,12 @@ import nnunet_mim
 from nnunet_mim.checkpoint.identity import leaked_cases
 from nnunet_mim.classification.encoders import LoadedEncoder, load_encoder
 from nnunet_mim.classification.folds import Folds, find_folds
-from nnunet_mim.classification.labels import LABELS_FILE, LabelTable, check_cases, check_classes, read_labels
+from nnunet_mim.classification.labels import LabelTable, check_cases, check_classes, labels_file, read_labels
 from nnunet_mim.classification.options import ClassifyConfig, DataOptions
 from nnunet_mim.classification.regions import CaseReader
 from nnunet_mim.classification.results import targets_folder
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import require_environment, required_folder
+from nnunet_mim.nnunet.datasets import require_environment
 from nnunet_mim.nnunet.source import Source, find_source
 from nnunet_mim.nnunet.splits import left_out_cases
 
@@ -81,7 +81,7 @@ def set_up(where: DataOptions, config: ClassifyConfig) -> Job:
     """Check everything that a user has given. Raises MiMError for the first thing that is wrong."""
     require_environment()
     source = find_source(where.dataset, where.plans, where.configuration)
-    path = Path(config.labels) if config.labels else Path(required_folder("nnUNet_raw"), source.dataset, LABELS_FILE)
+    path = labels_file(source.dataset, config.labels)
     if twice := [name for name in where.target if where.target.count(name) > 1]:
         raise MiMError(f"--target {twice[0]} is given twice: give it once")
     if both := sorted({*where.target} & {*config.covariate}):

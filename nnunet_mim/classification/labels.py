@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.datasets import required_folder
 
 LABELS_FILE = "labels.csv"
 MISSING = {"", "na", "n/a", "nan"}
@@ -47,6 +48,21 @@ class LabelTable:
     def target(self, name: str) -> Target:
         """A target by its name."""
         return next(target for target in self.targets if target.name == name)
+
+
+def labels_file(dataset: str, given: str = "") -> Path:
+    """The table of a dataset, or another one that was given. Raises MiMError where nnUNet_raw is needed and not set."""
+    return Path(given) if given else Path(required_folder("nnUNet_raw"), dataset, LABELS_FILE)
+
+
+def cases_where(path: Path, column: str, low: str, high: str) -> set[str]:
+    """Cases whose number in a column is at least `low` and below `high`. Raises MiMError as `read_labels`."""
+    for text in (low, high):
+        if not _is_number(text):
+            raise MiMError(f"--where {column} {low} {high}: '{text}' is no number")
+    rows = _rows(path, ["case", column])
+    numbers = {case: _number(path, row, column) for case, row in zip(_cases(path, rows), rows, strict=True)}
+    return {case for case, number in numbers.items() if float(low) <= number < float(high)}
 
 
 def read_labels(
@@ -179,7 +195,8 @@ def _number(path: Path, row: Mapping[str, str], name: str) -> float:
     if row[name].lower() in MISSING:
         return float("nan")
     if not _is_number(row[name]):
-        raise MiMError(f"{path}: '{name}' of case '{row['case']}' is '{row[name]}': --covariate takes numbers")
+        what = f"'{name}' of case '{row['case']}' is '{row[name]}', no number"
+        raise MiMError(f"{path}: {what}: correct it, or leave it empty")
     return float(row[name])
 
 

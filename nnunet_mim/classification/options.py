@@ -77,7 +77,7 @@ class ClassifyConfig:
     margin: float = setting(10.0, "millimetres around the mask that belong to the box", "--margin", metavar="MM")
     mask_channel: bool = setting(
         False,
-        "the mask is shown too: as a further channel of a finetuned network; a probe pools its places by themselves",
+        "the mask is a further channel of a trained network; a probe pools its places by themselves in any case",
         "--mask_channel",
     )
     window: tuple[int, ...] = setting(
@@ -104,6 +104,8 @@ class ClassifyConfig:
             raise MiMError(f"--seed must be 0 or more, got {self.seed}")
         if self.mask_channel and not self.roi:
             raise MiMError("--mask_channel needs a mask: add --roi labels, or --roi FOLDER")
+        if self.mask_channel and self.mode == "probe":
+            raise MiMError("--mask_channel is for trained networks: leave it out, a probe uses the mask anyway")
         if self.mode == "scratch" and self.checkpoint not in ("", RANDOM):
             raise MiMError("--mode scratch starts from random weights: leave out -pc, or take --mode finetune")
 

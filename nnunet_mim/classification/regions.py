@@ -49,6 +49,8 @@ class CaseVoxels:
     """(X, Y, Z) bool with some place in it; None: the whole case is looked at"""
     spacing: tuple[float, ...]
     """mm per voxel"""
+    properties: Mapping[str, Any]
+    """what nnU-Net's preprocessing has recorded"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,7 +102,8 @@ class CaseReader:
                 f"cannot read {self.source.case_file(case)} ({type(error).__name__}: {reason}): preprocess "
                 f"{self.source.dataset} again, or remove the case from the table"
             ) from error
-        return CaseVoxels(case, voxels, mask if mask is not None and mask.any() else None, self.source.spacing)
+        mask = mask if mask is not None and mask.any() else None
+        return CaseVoxels(case, voxels, mask, self.source.spacing, properties)
 
     def stamp_files(self, case: str) -> list[Path]:
         """The files that `read` reads."""

@@ -28,7 +28,8 @@ PREDICTIONS = "predictions.csv"
 SETTINGS = "settings.json"
 PROBE = "probe.json"
 NETWORK = "model.safetensors"
-REPORT = "report.html"
+WITH_COVARIATES = "+covariates"
+"""ending of the results folder of a classifier to whose output the covariates are added"""
 
 
 def targets_folder(source: Source, targets: Sequence[str]) -> Path:

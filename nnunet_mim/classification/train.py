@@ -13,11 +13,7 @@ from nnunet_mim.classification.features import FeatureExtractor
 from nnunet_mim.classification.job import Job
 from nnunet_mim.classification.labels import Target
 from nnunet_mim.classification.probe import FittedProbe, fit_probe, probabilities
-from nnunet_mim.classification.results import PROBE, Predictions, write_fold, write_json
-
-WITH_COVARIATES = "+covariates"
-"""ending of the results folder of a classifier to whose output the covariates are added"""
-
+from nnunet_mim.classification.results import PROBE, WITH_COVARIATES, Predictions, write_fold, write_json
 
 def train_probe(job: Job, folds: Sequence[int], device: str) -> None:
     """Train a probe in these folds, and write it with its predictions. Raises MiMError without a usable encoder."""
