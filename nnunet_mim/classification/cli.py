@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from nnunet_mim.classification.options import ClassifyConfig, DataOptions
@@ -40,6 +41,11 @@ PREDICT = """\
 Classify raw images: nnU-Net's own preprocessing, the mean of all trained folds, and each fold's value.
 
   mim_classify predict -d 503 --target malignant -i IMAGES --roi MASKS -o out.csv"""
+
+
+PREDICT_EPILOG = """\
+Columns of the table: case; per target TARGET, the most probable class; TARGET=CLASS, its calibrated probability as the
+mean over folds; TARGET=CLASS:fold_X, that of each fold."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,6 +97,25 @@ def report(options: argparse.Namespace) -> None:
     print("\n".join(write_report(folder, source, kept, which, options.seed)))
 
 
+def predict(options: argparse.Namespace) -> None:
+    """Classify raw images."""
+    where = DataOptions(**given_flags(options, DataOptions))
+    import torch
+
+    from nnunet_mim.classification.predict import find_classifier, load_classifier, predict_folder
+    from nnunet_mim.classification.results import targets_folder
+    from nnunet_mim.nnunet.datasets import require_environment
+    from nnunet_mim.nnunet.source import find_source
+
+    require_environment()
+    _check_device(torch, options.device)
+    source = find_source(where.dataset, where.plans, where.configuration)
+    folder = find_classifier(targets_folder(source, where.target), options.classifier)
+    classifier = load_classifier(folder, options.fold, options.device)
+    masks = Path(options.roi) if options.roi else None
+    print("\n".join(predict_folder(classifier, source, Path(options.i), masks, Path(options.o))))
+
+
 def _check_device(torch: Any, device: str) -> None:
     if device != "cpu" and not getattr(torch, device).is_available():
         raise MiMError(f"no {device} device found: add -device cpu")
@@ -121,6 +146,17 @@ def _parser() -> OneLineParser:
     add("--where", nargs=3, metavar=("COLUMN", "LOW", "HIGH"), help=where)
     add("--labels", default="", metavar="FILE", help="table of labels (default: labels.csv in nnUNet_raw/DatasetXXX)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the intervals (default: 0)")
+
+    made = command(predict, "classify raw images", PREDICT, PREDICT_EPILOG)
+    add_flags(made, "data", DataOptions)
+    add = made.add_argument
+    add("-i", required=True, metavar="FOLDER", help="images, named as in imagesTr")
+    add("-o", required=True, metavar="FILE.csv", help="table to write")
+    add("--roi", metavar="MASKS", help="folder of masks, named as in labelsTr, for a classifier that looks at a region")
+    name = "which one, where several are trained: the name of its results folder (default: the only one)"
+    add("--classifier", default="", metavar="NAME", help=name)
+    add("-f", "--fold", nargs="+", default=["all"], metavar="FOLD", help="folds whose mean is taken (default: all)")
+    _add_device(made)
     return parser
 
 

@@ -16,7 +16,14 @@ from nnunet_mim.classification.evaluation import (
     evaluate,
     patient_draws,
 )
-from nnunet_mim.classification.results import PREDICTIONS, WITH_COVARIATES, Predictions, joined, read_predictions, trained_arms
+from nnunet_mim.classification.results import (
+    PREDICTIONS,
+    WITH_COVARIATES,
+    Predictions,
+    joined,
+    read_predictions,
+    trained_arms,
+)
 from nnunet_mim.errors import MiMError
 
 CONTROLS = ("scratch", "random")

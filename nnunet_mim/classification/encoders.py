@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint, load_checkpoint
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, find_checkpoint, locate
 from nnunet_mim.checkpoint.units import unit_differences, units_warning
 from nnunet_mim.classification.options import ClassifyConfig
+from nnunet_mim.classification.results import weights_sha256
 from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig, Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_strides
@@ -61,15 +61,6 @@ class LoadedEncoder:
     def sha256(self) -> str:
         """Hash of names and weights."""
         return weights_sha256(self.module.state_dict())
-
-
-def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """Hash of the names and values of a state dict, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_encoder(source: Source, config: ClassifyConfig, fold: int | str) -> LoadedEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -122,6 +123,12 @@ class ClassifyConfig:
         parts += [self.encoder] if self.encoder != "hybrid" else []
         parts += [self.tag] if self.tag else []
         return "_".join(parts)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> ClassifyConfig:
+        """Inverse of `to_dict`. Raises TypeError for an unknown setting."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -46,11 +46,15 @@ class CaseVoxels:
     voxels: Any
     """(C, X, Y, Z), an array or a file that is read by slices"""
     mask: np.ndarray | None
-    """(X, Y, Z) bool with some place in it; None: the whole case is looked at"""
+    """(X, Y, Z) bool; None, also in place of one that is empty: the whole case is looked at"""
     spacing: tuple[float, ...]
     """mm per voxel"""
     properties: Mapping[str, Any]
     """what nnU-Net's preprocessing has recorded"""
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and not self.mask.any():
+            object.__setattr__(self, "mask", None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,7 +106,6 @@ class CaseReader:
                 f"cannot read {self.source.case_file(case)} ({type(error).__name__}: {reason}): preprocess "
                 f"{self.source.dataset} again, or remove the case from the table"
             ) from error
-        mask = mask if mask is not None and mask.any() else None
         return CaseVoxels(case, voxels, mask, self.source.spacing, properties)
 
     def stamp_files(self, case: str) -> list[Path]:

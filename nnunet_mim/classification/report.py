@@ -20,11 +20,12 @@ from nnunet_mim.classification.results import SETTINGS, Predictions, trained_arm
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.reporting.classifiers import calibration_figure, cases_figure, confusion_figure, curves_figure
-from nnunet_mim.reporting.figures import CT_WINDOW
 from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.system.files import write_atomically
 
 N_PICTURES = 4
+CT_GREY = (-1000.0, 400.0)
+"""HU shown black and white, with lung and soft tissue in between"""
 
 
 def write_report(
@@ -120,7 +121,7 @@ def _case_sections(evaluation: Evaluation, arm: Predictions, source: Source, roi
         except MiMError as error:
             return [Section(f"{evaluation.target}: cases", note=f"No pictures: {error}")]
         text = "True class, and the probability that was given to it."
-        window = CT_WINDOW if source.intensities.is_ct() else _range([p.image for p in pictures])
+        window = CT_GREY if source.intensities.is_ct() else _range([p.image for p in pictures])
         sections.append(
             Section(f"{evaluation.target}: {title} cases", text, figures=[cases_figure(pictures, window)])
         )

@@ -4,11 +4,13 @@ nnUNet_results/DatasetXXX_Name/mim_classify__PLANS__CONFIGURATION/TARGETS/ARM/fo
   predictions.csv   of the fold's validation cases
   settings.json     everything that was used
   probe.json        of a probe;  model.safetensors of a network
+and beside the folds of a probe encoder_HASH.safetensors, the frozen encoder
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
 from nnunet_mim.classification.labels import Target
 from nnunet_mim.errors import MiMError
@@ -134,6 +139,40 @@ def write_json(path: Path, content: Any) -> None:
     """Write plain values so that the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor], sha256: str) -> None:
+    """Write the weights of an encoder into the folder of a classifier, once for all folds that start from them."""
+    path = _weights_file(folder, sha256)
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
+        write_atomically(path, save(whole, metadata={"format": "pt"}))
+
+
+def read_weights(folder: Path, sha256: str) -> dict[str, Tensor]:
+    """The weights of `write_weights`. Raises OSError, or ValueError for a file that is damaged or another one."""
+    content = _weights_file(folder, sha256).read_bytes()
+    try:
+        weights = load(content)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    if weights_sha256(weights) != sha256:
+        raise ValueError(f"{_weights_file(folder, sha256).name} holds other weights than settings.json says")
+    return weights
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """Hash of the names and values of a state dict, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights_file(folder: Path, sha256: str) -> Path:
+    return folder / f"encoder_{sha256[:12]}.safetensors"
 
 
 def trained_arms(folder: Path) -> dict[str, list[Path]]:

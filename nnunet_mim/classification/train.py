@@ -13,7 +13,8 @@ from nnunet_mim.classification.features import FeatureExtractor
 from nnunet_mim.classification.job import Job
 from nnunet_mim.classification.labels import Target
 from nnunet_mim.classification.probe import FittedProbe, fit_probe, probabilities
-from nnunet_mim.classification.results import PROBE, WITH_COVARIATES, Predictions, write_fold, write_json
+from nnunet_mim.classification.results import PROBE, WITH_COVARIATES, Predictions, write_fold, write_json, write_weights
+
 
 def train_probe(job: Job, folds: Sequence[int], device: str) -> None:
     """Train a probe in these folds, and write it with its predictions. Raises MiMError without a usable encoder."""
@@ -24,6 +25,7 @@ def train_probe(job: Job, folds: Sequence[int], device: str) -> None:
             print("\n".join([f"encoder: {encoder.origin}", *encoder.notes]))
             extractor = FeatureExtractor(encoder, job.config, device)
             features[encoder.sha256] = extractor.of_cases(job.reader, job.table.cases)
+            write_weights(job.folder / job.config.arm, encoder.module.state_dict(), encoder.sha256)
         fitted = fit_fold(job, job.config.arm, fold, features[encoder.sha256], encoder)
         if job.config.covariate:
             add_covariates(job, job.config.arm, fold, all_outputs(job, fold, fitted, features[encoder.sha256]))

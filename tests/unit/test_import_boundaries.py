@@ -107,6 +107,7 @@ READERS = {
     "checkpoint/format.py": {"torch.load"},
     "checkpoint/published.py": {"torch.load"},
     "checkpoint/share.py": {"safetensors.torch.load"},
+    "classification/results.py": {"safetensors.torch.load"},  # of its own classifiers
     "benchmarking/training.py": {"torch.load"},  # of nnU-Net's own training
 }
 
