@@ -64,8 +64,8 @@ def grouped_split(
     A class may be smaller than the number of folds: what is combined of several targets often is.
     """
     counts = np.bincount(labels)
-    rare = np.isin(labels, np.flatnonzero(counts < n_folds))  # scikit-learn wants n_folds members in one class
-    joined = np.where(rare, -1, labels) if not rare.all() else np.zeros_like(labels)
+    rare = np.isin(labels, np.flatnonzero(counts < n_folds))  # scikit-learn wants n_folds members in each class
+    joined = np.where(rare, -1 if rare.sum() >= n_folds else counts.argmax(), labels)
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     return list(splitter.split(np.zeros((len(labels), 1)), joined, groups=np.array(patients)))
 
@@ -127,5 +127,5 @@ def _read(path: Path, table: LabelTable) -> Folds:
     times = np.bincount([row for rows in validation for row in rows], minlength=len(table.cases))
     if (times != 1).any():
         row = int(np.flatnonzero(times != 1)[0])
-        raise MiMError(f"{path} has case {table.cases[row]} in the validation of {times[row]} folds, not one: {remedy}")
+        raise MiMError(f"{path} has {table.cases[row]} in the validation of {times[row]} folds, not one: {remedy}")
     return Folds(training, validation, path)
