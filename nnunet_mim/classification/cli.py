@@ -70,7 +70,8 @@ def train(options: argparse.Namespace) -> None:
     from nnunet_mim.classification.train import train_baselines, train_probe
 
     train_probe(job, folds, options.device)
-    train_baselines(job, folds)
+    if options.baselines:
+        train_baselines(job, folds)
     if len(folds) == len(job.folds):
         from nnunet_mim.classification.report import write_report
 
@@ -137,6 +138,8 @@ def _parser() -> OneLineParser:
     add = made.add_argument
     folds = "folds to train, or all (default: all)"
     add("-f", "--fold", nargs="+", default=["all"], metavar="FOLD", help=folds)
+    baselines = "train the baselines too (default: on)"
+    add("--baselines", action=argparse.BooleanOptionalAction, default=True, help=baselines)
     _add_device(made)
 
     made = command(report, "compare classifiers and baselines", REPORT)

@@ -140,7 +140,7 @@ def _against_others(probability: np.ndarray) -> np.ndarray:
 
 
 def verdict(evaluation: Evaluation) -> str:
-    """What the comparison says, in two or three sentences; the first is about the size of the region alone."""
+    """What the comparison says, in two sentences: about the size of the region alone, and about the best control."""
     main = evaluation.main
     if main is None:
         return f"{evaluation.target}: only baselines are trained."
@@ -149,12 +149,13 @@ def verdict(evaluation: Evaluation) -> str:
         gap = _difference(evaluation, main, SIZE)
         does = "beats" if gap.low > 0 else "does not beat"
         sentences.append(f"{main} {does} the size alone: {_against(evaluation, main, SIZE, gap)}.")
-    for other in evaluation.networks:
-        if other != main and any(part in other for part in CONTROLS):
-            gap = _difference(evaluation, main, other)
-            word = "is better than" if gap.low > 0 else "is worse than" if gap.high < 0 else "does not differ from"
-            sentences.append(f"It {word} {other}: {_against(evaluation, main, other, gap)}.")
-    sentences = sentences or [f"{main} has an AUROC of {evaluation.figures[main]['auroc']}."]
+    else:
+        sentences.append(f"{main} has an AUROC of {evaluation.figures[main]['auroc']}.")
+    controls = [name for name in evaluation.networks if name != main and any(part in name for part in CONTROLS)]
+    for best in controls[:1]:
+        gap = _difference(evaluation, main, best)
+        word = "is better than" if gap.low > 0 else "is worse than" if gap.high < 0 else "does not differ from"
+        sentences.append(f"It {word} {best}: {_against(evaluation, main, best, gap)}.")
     return f"{evaluation.target}: {' '.join(sentences)}"
 
 

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 from nnunet_mim.classification.folds import grouped_split
 
-STRENGTHS = tuple(10.0**power for power in range(-6, 3))
+STRENGTHS = tuple(10.0**power for power in range(-5, 2))
 """values of C, the inverse of the penalty, that are tried"""
 INNER_FOLDS = 5
 

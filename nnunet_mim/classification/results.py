@@ -90,27 +90,30 @@ def predictions_csv(predictions: Sequence[Predictions]) -> bytes:
 def read_predictions(path: Path) -> list[Predictions]:
     """The inverse of `predictions_csv`, a part per target. Raises MiMError for a file that is not such a table."""
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
-        heading = list(rows[0])
-        probabilities = [name.rpartition("=") for name in heading if "=" in name and not name.endswith(":raw")]
-        targets: dict[str, list[str]] = {}
-        for target, _, name in probabilities:
-            targets.setdefault(target, []).append(name)
-        return [_part(rows, target, tuple(classes)) for target, classes in targets.items()]
+        heading, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
+        if not rows:
+            raise ValueError("no rows")
+        predictions, start = [], 3
+        while start < len(heading):  # TARGET, K times TARGET=CLASS, K times TARGET=CLASS:raw
+            n = heading.index(f"{heading[start + 1]}:raw") - start - 1
+            predictions.append(_part(heading, rows, start, n))
+            start += 1 + 2 * n
     except (OSError, KeyError, ValueError, IndexError) as error:
         raise MiMError(f"cannot read {path} ({error}): train this fold again") from error
+    return predictions
 
 
-def _part(rows: Sequence[Mapping[str, str]], target: str, classes: tuple[str, ...]) -> Predictions:
+def _part(heading: Sequence[str], rows: Sequence[Sequence[str]], start: int, n: int) -> Predictions:
+    """The target whose column is number `start`, with n classes."""
+    target = heading[start]
+    classes = tuple(name.removeprefix(f"{target}=") for name in heading[start + 1 : start + 1 + n])
     number = {name: i for i, name in enumerate(classes)} | {"": -1}
-    labels = np.array([number[row[target]] for row in rows], np.int64)
-    calibrated, raw = (
-        np.array([[float(row[f"{target}={name}{ending}"]) for name in classes] for row in rows])
-        for ending in ("", ":raw")
+    labels = np.array([number[row[start]] for row in rows], np.int64)
+    values = np.array([[float(cell) for cell in row[start + 1 : start + 1 + 2 * n]] for row in rows])
+    cases, patients, folds = zip(*(row[:3] for row in rows), strict=True)
+    return Predictions(
+        cases, patients, np.array(folds, np.int64), Target(target, classes, labels), values[:, n:], values[:, :n]
     )
-    cases, patients = (tuple(row[name] for row in rows) for name in ("case", "patient"))
-    folds = np.array([int(row["fold"]) for row in rows], np.int64)
-    return Predictions(cases, patients, folds, Target(target, classes, labels), raw, calibrated)
 
 
 def joined(parts: Sequence[Predictions]) -> Predictions:

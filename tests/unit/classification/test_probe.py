@@ -3,9 +3,11 @@ import json
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from nnunet_mim.classification.folds import grouped_split
 from nnunet_mim.classification.probe import (
     STRENGTHS,
     Design,
@@ -50,6 +52,19 @@ def test_held_out_logits_know_nothing_of_the_patient():
     assert cross_entropy(fitted.held_out_logits, labels) > 0.6
     leaky = fit_probe(x, labels, [f"p{i}" for i in range(120)], 2, 0)
     assert cross_entropy(leaky.held_out_logits, labels) < 0.5
+
+
+def test_labels_of_chance_are_not_told():
+    """400 cases of 200 patients whose cases are alike, in folds as mim_classify makes them: AUROC 0.5 ± noise."""
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.normal(size=(200, 50)), 2, axis=0) + 0.1 * rng.normal(size=(400, 50))
+    labels = np.repeat(rng.integers(0, 2, 200), 2)
+    patients = [f"p{i // 2}" for i in range(400)]
+    score = np.zeros(400)
+    for train, val in grouped_split(labels, patients, 5, seed=0):
+        fitted = fit_probe(x[train], labels[train], [patients[i] for i in train], 2, 0)
+        score[val] = probabilities(fitted.probe.logits(x[val]), fitted.probe.temperature)[:, 1]
+    assert roc_auc_score(labels, score) == pytest.approx(0.5, abs=0.08)
 
 
 def test_temperature_is_found_again():
