@@ -14,7 +14,8 @@ def binary(request):
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 2, N)
     score = np.clip(rng.normal(0.4 + 0.2 * labels, 0.25), 0, 1)
-    return labels, np.round(score * 4) / 4 if request.param == "tied" else score, rng.integers(0, 4, (6, N)).astype(float)
+    score = np.round(score * 4) / 4 if request.param == "tied" else score
+    return labels, score, rng.integers(0, 4, (6, N)).astype(float)
 
 
 def one_by_one(function, labels, score, weights):
