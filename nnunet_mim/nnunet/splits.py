@@ -62,7 +62,7 @@ def split_of(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...
     splits_file = _splits_file(source)
     if splits_file.is_file():
         splits = read_json(splits_file)
-        if not isinstance(splits, list) or not all(map(_is_split, splits)):
+        if not isinstance(splits, list) or not all(map(is_split, splits)):
             raise MiMError(
                 f'{splits_file} is no list like [{{"train": ["a", "b"], "val": ["c"]}}, …]: correct it, or delete it '
                 "to have nnU-Net's own split"
@@ -87,7 +87,7 @@ def _splits_file(source: Source) -> Path:
     return source.folder.parent / "splits_final.json"
 
 
-def _is_split(entry: Any) -> bool:
+def is_split(entry: Any) -> bool:
     """Whether an entry of splits_final.json has names of training and of validation cases."""
     parts = [entry.get(part) for part in ("train", "val")] if isinstance(entry, dict) else [None]
     return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in parts)

@@ -23,6 +23,7 @@ LAYERS = {
     "pretraining": 4,
     "trainers": 4,
     "_nnunet_plugin": 5,
+    "classification": 5,
     "preparation": 5,
     "inspection": 5,
     "benchmarking": 6,
@@ -105,6 +106,7 @@ def test_layers(module):
 READERS = {
     "checkpoint/torch_file.py": {"torch.load"},
     "checkpoint/share.py": {"safetensors.torch.load"},
+    "classification/results.py": {"safetensors.torch.load"},  # of its own classifiers
     "benchmarking/training.py": {"torch.load"},  # of nnU-Net's own training
 }
 

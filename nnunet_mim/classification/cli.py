@@ -1,0 +1,171 @@
+"""`mim_classify`. The flags of `train` are fields of DataOptions and ClassifyConfig."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nnunet_mim.classification.options import ClassifyConfig, DataOptions
+from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.system.cli import OneLineParser, add_flags, given_flags
+
+DESCRIPTION = """\
+Tell diseases from CT: from a table of labels to a validated classifier.
+
+  mim_classify train -d 503 --target malignant --roi labels
+  mim_classify report -d 503 --target malignant
+  mim_classify predict -d 503 --target malignant -i FOLDER --roi MASKS -o out.csv"""
+
+TRAIN = """\
+Train a classifier in every fold, and baselines beside it.
+
+  mim_classify train -d 503 -p nnUNetMiMPlans --target malignant --roi labels
+  mim_classify train -d 503 -p nnUNetMiMPlans --target malignant --roi labels -pc none      the control
+
+nnUNet_raw/DatasetXXX_Name/labels.csv has the columns case, patient (optional), and one per target; --covariate names
+further columns of numbers. All of a patient's cases are in the same fold. Walk: docs/classification.md."""
+
+TRAIN_EPILOG = """\
+Output, in nnUNet_results/DatasetXXX_Name/mim_classify__PLANS__CONFIGURATION/TARGETS:
+  MODE/fold_X/          predictions.csv of the validation cases, settings.json, the classifier
+  baseline_.../fold_X/  the same of baselines that see the prevalence, the size, size and HU, covariates only"""
+
+REPORT = """\
+Compare all classifiers and baselines of some targets on out-of-fold predictions: one HTML page, a table as CSV and
+Markdown. mim_classify train writes it too, once all folds are there."""
+
+PREDICT = """\
+Classify raw images: nnU-Net's own preprocessing, the mean of all trained folds, and each fold's value.
+
+  mim_classify predict -d 503 --target malignant -i IMAGES --roi MASKS -o out.csv"""
+
+
+PREDICT_EPILOG = """\
+Columns of the table: case; per target TARGET, the most probable class; TARGET=CLASS, its calibrated probability as the
+mean over folds; TARGET=CLASS:fold_X, that of each fold."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, or 2 after a one-line error."""
+    options = _parser().parse_args(argv)
+    return exit_code(lambda: options.run(options))
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train the chosen folds, then report if all are there."""
+    where = DataOptions(**given_flags(options, DataOptions))
+    config = ClassifyConfig(**given_flags(options, ClassifyConfig))
+    import torch
+
+    from nnunet_mim.classification.job import chosen_folds, set_up
+
+    _check_device(torch, options.device)
+    job = set_up(where, config)
+    folds = chosen_folds(options.fold, len(job.folds))
+    if config.mode != "probe":
+        raise MiMError(f"--mode {config.mode} is not there yet: take --mode probe")
+    from nnunet_mim.classification.train import train_baselines, train_probe
+
+    train_probe(job, folds, options.device)
+    if options.baselines:
+        train_baselines(job, folds)
+    if len(folds) == len(job.folds):
+        from nnunet_mim.classification.report import write_report
+
+        print("\n".join(write_report(job.folder, job.source, seed=config.seed)))
+
+
+def report(options: argparse.Namespace) -> None:
+    """Compare what is trained."""
+    where = DataOptions(**given_flags(options, DataOptions))
+    from nnunet_mim.classification.labels import cases_where, labels_file
+    from nnunet_mim.classification.report import write_report
+    from nnunet_mim.classification.results import targets_folder
+    from nnunet_mim.nnunet.datasets import require_environment
+    from nnunet_mim.nnunet.source import find_source
+
+    require_environment()
+    source = find_source(where.dataset, where.plans, where.configuration)
+    kept, which = None, ""
+    if options.where:
+        column, low, high = options.where
+        kept = cases_where(labels_file(source.dataset, options.labels), column, low, high)
+        which = f"{column} from {low} to below {high}"
+    folder = targets_folder(source, where.target)
+    print("\n".join(write_report(folder, source, kept, which, options.seed)))
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Classify raw images."""
+    where = DataOptions(**given_flags(options, DataOptions))
+    import torch
+
+    from nnunet_mim.classification.predict import find_classifier, load_classifier, predict_folder
+    from nnunet_mim.classification.results import targets_folder
+    from nnunet_mim.nnunet.datasets import require_environment
+    from nnunet_mim.nnunet.source import find_source
+
+    require_environment()
+    _check_device(torch, options.device)
+    source = find_source(where.dataset, where.plans, where.configuration)
+    folder = find_classifier(targets_folder(source, where.target), options.classifier)
+    classifier = load_classifier(folder, options.fold, options.device)
+    masks = Path(options.roi) if options.roi else None
+    print("\n".join(predict_folder(classifier, source, Path(options.i), masks, Path(options.o))))
+
+
+def _check_device(torch: Any, device: str) -> None:
+    if device != "cpu" and not getattr(torch, device).is_available():
+        raise MiMError(f"no {device} device found: add -device cpu")
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser("mim_classify", description=DESCRIPTION)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(function: Callable[..., None], summary: str, description: str, epilog: str = "") -> Any:
+        texts: dict[str, Any] = {"help": summary, "description": description, "epilog": epilog}
+        made = commands.add_parser(function.__name__, **texts)
+        made.set_defaults(run=function)
+        return made
+
+    made = command(train, "train a classifier and its baselines", TRAIN, TRAIN_EPILOG)
+    add_flags(made, "data", DataOptions)
+    add_flags(made, "what is computed", ClassifyConfig)
+    add = made.add_argument
+    folds = "folds to train, or all (default: all)"
+    add("-f", "--fold", nargs="+", default=["all"], metavar="FOLD", help=folds)
+    baselines = "train the baselines too (default: on)"
+    add("--baselines", action=argparse.BooleanOptionalAction, default=True, help=baselines)
+    _add_device(made)
+
+    made = command(report, "compare classifiers and baselines", REPORT)
+    add_flags(made, "data", DataOptions)
+    add = made.add_argument
+    where = "only cases whose number in a column of the table is at least LOW and below HIGH"
+    add("--where", nargs=3, metavar=("COLUMN", "LOW", "HIGH"), help=where)
+    add("--labels", default="", metavar="FILE", help="table of labels (default: labels.csv in nnUNet_raw/DatasetXXX)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the intervals (default: 0)")
+
+    made = command(predict, "classify raw images", PREDICT, PREDICT_EPILOG)
+    add_flags(made, "data", DataOptions)
+    add = made.add_argument
+    add("-i", required=True, metavar="FOLDER", help="images, named as in imagesTr")
+    add("-o", required=True, metavar="FILE.csv", help="table to write")
+    add("--roi", metavar="MASKS", help="folder of masks, named as in labelsTr, for a classifier that looks at a region")
+    name = "which one, where several are trained: the name of its results folder (default: the only one)"
+    add("--classifier", default="", metavar="NAME", help=name)
+    add("-f", "--fold", nargs="+", default=["all"], metavar="FOLD", help="folds whose mean is taken (default: all)")
+    _add_device(made)
+    return parser
+
+
+def _add_device(command: Any) -> None:
+    command.add_argument("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: cuda")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""The encoder that a classification starts from: pretrained, from the places where the trainers take it, or random."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint, load_checkpoint
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, find_checkpoint, locate
+from nnunet_mim.checkpoint.units import unit_differences, units_warning
+from nnunet_mim.classification.options import ClassifyConfig
+from nnunet_mim.classification.results import weights_sha256
+from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig, Size3
+from nnunet_mim.errors import MiMError
+from nnunet_mim.geometry import suitable_strides
+from nnunet_mim.networks.build import build_network
+from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
+from nnunet_mim.networks.resenc import ResEncMaskInMask
+from nnunet_mim.nnunet.datasets import required_folder
+from nnunet_mim.nnunet.plans import configuration_of, uses_hybrid_unet
+from nnunet_mim.nnunet.source import Source
+from nnunet_mim.trainers.resolve_plans import network_for
+from nnunet_mim.trainers.transfer import check_channels, transfer_encoder
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder with its weights, and where they come from."""
+
+    module: HybridEncoder | ResEncMaskInMask
+    """has `forward_features` and `token_size`"""
+    origin: str
+    """path of the checkpoint, or `random weights`"""
+    architecture: dict[str, Any]
+    """what `rebuilt_encoder` needs, plain values"""
+    provenance: dict[str, Any] = field(default_factory=dict, repr=False)
+    """of the checkpoint; empty: random weights"""
+    notes: tuple[str, ...] = ()
+    """lines for the log"""
+
+    @property
+    def dim(self) -> int:
+        """Channels of the last map."""
+        if isinstance(self.module, HybridEncoder):
+            return self.module.config.embed_dims[-1]
+        kwargs = self.architecture["config"]["architecture"]["arch_kwargs"]
+        return int(kwargs["features_per_stage"][self.module.feature_stage])
+
+    @property
+    def cell(self) -> Size3:
+        """Voxels per axis that windows are multiples of: a token, or two where instance norms need several places."""
+        X, Y, Z = self.module.token_size
+        return (X, Y, Z) if isinstance(self.module, HybridEncoder) else (X, Y, 2 * Z)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of names and weights."""
+        return weights_sha256(self.module.state_dict())
+
+
+def load_encoder(source: Source, config: ClassifyConfig, fold: int | str) -> LoadedEncoder:
+    """The encoder of the settings, on the CPU.
+
+    Args:
+        source: dataset and plans.
+        config: kind of encoder, checkpoint, seed of random weights.
+        fold: whose pretraining is looked for where no checkpoint is named, or `all`.
+
+    Raises:
+        MiMError: there is no checkpoint, or it does not fit.
+    """
+    resenc = config.encoder == "resenc"
+    if config.from_random:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return _random_resenc(source) if resenc else _random_hybrid(source, config.preset)
+    path = _find(source, config, fold)
+    return _pretrained_resenc(source, path) if resenc else _pretrained_hybrid(source, path)
+
+
+def rebuilt_encoder(architecture: Mapping[str, Any]) -> HybridEncoder | ResEncMaskInMask:
+    """An encoder of the architecture that `LoadedEncoder` states, whose weights are to be loaded."""
+    if architecture["kind"] == "resenc":
+        return _features_only(build_network(PretrainConfig.from_dict(architecture["config"])))
+    network = NetworkConfig(**{k: _tuples(v) for k, v in architecture["network"].items()})
+    return HybridEncoder(int(architecture["in_channels"]), network)
+
+
+def _find(source: Source, config: ClassifyConfig, fold: int | str) -> str:
+    if config.checkpoint:
+        return str(locate(config.checkpoint))
+    path = find_checkpoint(source.plans, source.configuration, fold, required_folder("nnUNet_results"))
+    if path is None:
+        number = source.dataset[7:10]
+        raise MiMError(
+            f"no pretraining checkpoint for {source.dataset}, {source.plans_name}, {source.configuration}: run "
+            f"mim_pretrain -d {number} -p {source.plans_name} -c {source.configuration}, or give one with -pc "
+            f"CHECKPOINT or {ENV_CHECKPOINT}=CHECKPOINT; -pc none takes random weights"
+        )
+    return str(path)
+
+
+def _hybrid(network: NetworkConfig, in_channels: int) -> dict[str, Any]:
+    sizes = {name: getattr(network, name) for name in ("embed_dims", "depths", "num_heads", "mlp_ratio", "strides")}
+    return {"kind": "hybrid", "in_channels": in_channels, "network": _lists(sizes)}
+
+
+def _random_hybrid(source: Source, preset: str) -> LoadedEncoder:
+    block = configuration_of(source.plans, source.configuration)
+    if uses_hybrid_unet(block):
+        kwargs = block["architecture"]["arch_kwargs"]
+        names = ("embed_dims", "depths", "num_heads", "mlp_ratio")
+        network = NetworkConfig(**{n: _tuples(kwargs[n]) for n in names}, strides=_tuples(kwargs["strides"][1:5]))
+    else:
+        network = replace(PRESETS[preset], strides=suitable_strides(source.spacing))
+    module = HybridEncoder(source.in_channels, network)
+    return LoadedEncoder(module.eval(), "random weights", _hybrid(network, source.in_channels))
+
+
+def _pretrained_hybrid(source: Source, path: str) -> LoadedEncoder:
+    checkpoint = PretrainedCheckpoint.load(path)
+    check_channels(checkpoint, source.in_channels)
+    network, notes = network_for(checkpoint, source.spacing)
+    block = plans_architecture(network, configuration_of(source.plans, source.configuration)["patch_size"])
+    unet = HybridUNet(source.in_channels, 2, **block["arch_kwargs"])
+    transfer_encoder(unet, checkpoint)
+    notes += _unit_notes(source, checkpoint.provenance)
+    architecture = _hybrid(network, source.in_channels)
+    return LoadedEncoder(unet.encoder.eval(), path, architecture, checkpoint.provenance, tuple(notes))
+
+
+def _random_resenc(source: Source) -> LoadedEncoder:
+    block = configuration_of(source.plans, source.configuration)
+    network = replace(NetworkConfig(), strides=suitable_strides(source.spacing))
+    config = PretrainConfig(
+        network=network, encoder="resenc", architecture=block.get("architecture", {}), in_channels=source.in_channels,
+        view_size=tuple(2 * n for n in network.token_size),  # type: ignore[arg-type]
+    )  # fmt: skip
+    module = _features_only(build_network(config))
+    return LoadedEncoder(module.eval(), "random weights", {"kind": "resenc", "config": config.to_dict()})
+
+
+def _pretrained_resenc(source: Source, path: str) -> LoadedEncoder:
+    stored = load_checkpoint(path, provenance_required=False)
+    config = PretrainConfig.from_dict(stored["mim_config"])
+    if config.encoder != "resenc":
+        raise MiMError(f"{path} holds the hybrid encoder: leave out --encoder resenc")
+    if config.in_channels != source.in_channels:
+        raise MiMError(
+            f"{path} was pretrained on {config.in_channels} channels, {source.dataset} has {source.in_channels}: "
+            "pretrain on this dataset"
+        )
+    module = _features_only(build_network(config))
+    module.load_state_dict({name: stored["network_weights"][name] for name in module.state_dict()})
+    notes = tuple(_unit_notes(source, stored["provenance"]))
+    architecture = {"kind": "resenc", "config": config.to_dict()}
+    return LoadedEncoder(module.eval(), path, architecture, stored["provenance"], notes)
+
+
+def _features_only(network: nn.Module) -> ResEncMaskInMask:
+    """The part of the network that its features come from."""
+    assert isinstance(network, ResEncMaskInMask)
+    stages = network.feature_stage + 1
+    network.encoder.stages = network.encoder.stages[:stages]
+    network.strides = network.strides[:stages]
+    network.decoder, network.projectors = nn.Identity(), nn.ModuleDict()
+    return network
+
+
+def _unit_notes(source: Source, provenance: dict[str, Any]) -> list[str]:
+    block = configuration_of(source.plans, source.configuration)
+    differences = unit_differences(
+        provenance, block, source.intensity_properties, source.plans.get("transpose_forward", (0, 1, 2))
+    )
+    return [units_warning(differences)] if differences else []
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _lists(v) for name, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,135 @@
+"""What `mim_classify train` can be told. Its flags are the fields. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nnunet_mim.config import ENCODERS, PRESETS
+from nnunet_mim.errors import MiMError
+from nnunet_mim.settings import setting
+
+MODES = ("probe", "finetune", "scratch")
+RANDOM = "none"
+"""in place of a checkpoint: random weights"""
+LABELS_AS_ROI = "labels"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which preprocessed dataset, and which of its results."""
+
+    dataset: str = setting("", "dataset number or name", "-d", required=True, metavar="DATASET")
+    plans: str = setting("nnUNetPlans", "plans identifier", "-p", metavar="PLANS")
+    configuration: str = setting("3d_fullres", "configuration of the plans", "-c", metavar="CONFIG")
+    target: tuple[str, ...] = setting(
+        (), "columns of labels.csv to tell", "--target", "", nargs="+", required=True, type=str, metavar="COLUMN"
+    )
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Everything that decides what `mim_classify train` computes. Saved in settings.json."""
+
+    mode: str = setting(
+        "probe",
+        "probe (a logistic regression on features of the frozen encoder), finetune, or scratch (the control of "
+        "finetune, from random weights)",
+        "--mode",
+        choices=MODES,
+    )
+    encoder: str = setting(
+        "hybrid", "hybrid (of nnUNetTrainerMiM) or resenc (nnU-Net's residual encoder)", "--encoder", choices=ENCODERS
+    )
+    checkpoint: str = setting(
+        "",
+        "pretraining: a checkpoint_final.pth, a folder of mim_export, a repository on Hugging Face, or none for random "
+        "weights",
+        "-pc",
+        default_text="as nnUNetTrainerMiM takes it",
+        metavar="CHECKPOINT",
+    )
+    preset: str = setting(
+        "base", "network size where neither plans nor a checkpoint say it", "--preset", choices=list(PRESETS)
+    )
+    labels: str = setting("", "table of labels", "--labels", "labels.csv in nnUNet_raw/DatasetXXX", metavar="FILE")
+    per_patient: bool = setting(
+        False, "the targets are properties of patients: refuse different values within one", "--per_patient"
+    )
+    covariate: tuple[str, ...] = setting(
+        (),
+        "columns of numbers in the table that are tried alone and added to the network's output",
+        "--covariate",
+        "none",
+        nargs="+",
+        type=str,
+        metavar="COLUMN",
+    )
+    roi: str = setting(
+        "",
+        "what is looked at: labels (a box around the dataset's labels) or a folder of masks, such as predictions of "
+        "nnUNetv2_predict",
+        "--roi",
+        default_text="the whole case, by windows",
+        metavar="ROI",
+    )
+    margin: float = setting(10.0, "millimetres around the mask that belong to the box", "--margin", metavar="MM")
+    mask_channel: bool = setting(
+        False,
+        "the mask is a further channel of a trained network; a probe pools its places by themselves in any case",
+        "--mask_channel",
+    )
+    window: tuple[int, ...] = setting(
+        (96, 96, 96),
+        "maximum number of voxels that the encoder sees at once, one number or three; larger cases and boxes are cut "
+        "into windows",
+        "--window",
+        nargs="+",
+        metavar="V",
+    )
+    folds: int = setting(5, "number of folds, where no file names them yet", "--folds")
+    seed: int = setting(0, "seed of random weights, inner splits and intervals", "--seed")
+    tag: str = setting("", "tag in the results folder's name, to keep several trainings", "-o", "none", metavar="TAG")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", self.window * 3 if len(self.window) == 1 else self.window)
+        if len(self.window) != 3 or min(self.window) < 1:
+            raise MiMError(f"--window takes one number above 0 or three, got {self.window}")
+        if self.folds < 2:
+            raise MiMError(f"--folds must be at least 2, got {self.folds}")
+        if not 0 <= self.margin < math.inf:
+            raise MiMError(f"--margin must be 0 mm or more, got {self.margin}")
+        if self.seed < 0:
+            raise MiMError(f"--seed must be 0 or more, got {self.seed}")
+        if self.mask_channel and not self.roi:
+            raise MiMError("--mask_channel needs a mask: add --roi labels, or --roi FOLDER")
+        if self.mask_channel and self.mode == "probe":
+            raise MiMError("--mask_channel is for trained networks: leave it out, a probe uses the mask anyway")
+        if self.mode == "scratch" and self.checkpoint not in ("", RANDOM):
+            raise MiMError("--mode scratch starts from random weights: leave out -pc, or take --mode finetune")
+
+    @property
+    def from_random(self) -> bool:
+        """Whether the weights are random at the start."""
+        return self.mode == "scratch" or self.checkpoint == RANDOM
+
+    @property
+    def arm(self) -> str:
+        """Name of the results folder: the mode, and what differs from the usual."""
+        parts = [self.mode]
+        parts += ["random"] if self.from_random and self.mode != "scratch" else []
+        parts += [self.encoder] if self.encoder != "hybrid" else []
+        parts += [self.tag] if self.tag else []
+        return "_".join(parts)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> ClassifyConfig:
+        """Inverse of `to_dict`. Raises TypeError for an unknown setting."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

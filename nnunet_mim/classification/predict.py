@@ -1,0 +1,199 @@
+"""Classifies raw images with the trained folds of a classifier."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_splitted_dataset_folder
+from tqdm import tqdm
+
+from nnunet_mim.classification.baselines import BASELINES
+from nnunet_mim.classification.encoders import LoadedEncoder, rebuilt_encoder
+from nnunet_mim.classification.features import FeatureExtractor
+from nnunet_mim.classification.options import ClassifyConfig
+from nnunet_mim.classification.probe import Probe, probabilities
+from nnunet_mim.classification.regions import CaseVoxels, resampled_mask
+from nnunet_mim.classification.results import PROBE, SETTINGS, WITH_COVARIATES, read_weights, trained_arms
+from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.documents import read_dataset_json
+from nnunet_mim.nnunet.source import Source
+from nnunet_mim.system.files import write_atomically
+
+
+@dataclass(frozen=True)
+class FoldClassifier:
+    """A trained fold."""
+
+    fold: int
+    extractor: FeatureExtractor
+    """one object for all folds with the same encoder"""
+    probes: Mapping[str, Probe]
+    """by target"""
+
+    def probabilities(self, features: np.ndarray) -> dict[str, np.ndarray]:
+        """By target, (K,) calibrated probabilities from features (F,) of one case."""
+        return {
+            target: probabilities(probe.logits(features[None]), probe.temperature)[0]
+            for target, probe in self.probes.items()
+        }
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """All trained folds of a classifier."""
+
+    folds: tuple[FoldClassifier, ...]
+    config: ClassifyConfig
+    classes: dict[str, list[str]]
+    """by target"""
+
+    def of_case(self, case: CaseVoxels) -> dict[str, np.ndarray]:
+        """By target, (folds, K) calibrated probabilities."""
+        features = {id(fold.extractor): fold.extractor for fold in self.folds}
+        computed = {key: extractor.of_case(case) for key, extractor in features.items()}
+        parts = [fold.probabilities(computed[id(fold.extractor)]) for fold in self.folds]
+        return {target: np.stack([part[target] for part in parts]) for target in self.classes}
+
+
+def find_classifier(folder: Path, name: str = "") -> Path:
+    """The folder of a classifier in that of its targets.
+
+    Args:
+        folder: of the targets.
+        name: of the classifier; empty: the only one.
+
+    Raises:
+        MiMError: there is no such classifier, several, or it needs more than images.
+    """
+    found = trained_arms(folder)
+    usable = [arm for arm in found if arm not in BASELINES and not arm.endswith(WITH_COVARIATES)]
+    if not usable:
+        raise MiMError(f"nothing is trained in {folder}: run mim_classify train with the same -d, -p, -c and --target")
+    if name and name not in usable:
+        raise MiMError(f"--classifier {name} is not in {folder}: choose one of {', '.join(usable)}")
+    if not name and len(usable) > 1:
+        raise MiMError(f"{folder} holds several classifiers: choose with --classifier ({', '.join(usable)})")
+    return folder / (name or usable[0])
+
+
+def load_classifier(folder: Path, folds: Sequence[str], device: str) -> TrainedClassifier:
+    """Load the trained folds of a classifier.
+
+    Args:
+        folder: of the classifier.
+        folds: numbers, or `all` for those that are there.
+        device: of the encoder.
+
+    Raises:
+        MiMError: a fold is missing or damaged.
+    """
+    if list(folds) == ["all"]:
+        folds = sorted(path.name.removeprefix("fold_") for path in folder.glob("fold_*"))
+    extractors: dict[str, FeatureExtractor] = {}
+    loaded, settings = [], {}
+    for fold in folds:
+        path = folder / f"fold_{fold}"
+        try:
+            settings = json.loads((path / SETTINGS).read_text())
+            stored = json.loads((path / PROBE).read_text())
+            config = ClassifyConfig.from_dict(settings["config"])
+            encoder = _encoder(folder, settings["encoder"])
+            extractor = extractors.setdefault(encoder.sha256, FeatureExtractor(encoder, config, device))
+            probes = {target: Probe.from_dict(probe) for target, probe in stored.items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MiMError(f"cannot read {path} ({error}): train this fold again, or choose others with -f") from error
+        loaded.append(FoldClassifier(int(fold), extractor, probes))
+    return TrainedClassifier(tuple(loaded), config, settings["targets"])
+
+
+def _encoder(folder: Path, stored: Mapping[str, Any]) -> LoadedEncoder:
+    module = rebuilt_encoder(stored["architecture"])
+    module.load_state_dict(read_weights(folder, stored["sha256"]))
+    return LoadedEncoder(module.eval(), stored["origin"], stored["architecture"])
+
+
+def predict_folder(
+    classifier: TrainedClassifier, source: Source, images: Path, masks: Path | None, output: Path
+) -> list[str]:
+    """Classify all images of a folder and write a table. Returns lines to print.
+
+    The table has the columns case, and per target TARGET (the most probable class), TARGET=CLASS (mean over folds) and
+    TARGET=CLASS:fold_X.
+
+    Args:
+        classifier: trained folds.
+        source: dataset and plans that it was trained with.
+        images: folder, files named as in imagesTr.
+        masks: folder, a file for each case named as in labelsTr; only for a classifier that looks at a region.
+        output: CSV file.
+
+    Raises:
+        MiMError: a file is missing or cannot be read; nothing is written then.
+    """
+    if classifier.config.roi and masks is None:
+        raise MiMError("this classifier looks at a region: add --roi MASKS, such as predictions of nnUNetv2_predict")
+    if masks is not None and not classifier.config.roi:
+        raise MiMError("this classifier looks at whole cases: leave out --roi")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_heading(classifier))
+    whole = []
+    for case in preprocessed_cases(source, images, masks):
+        if masks is not None and case.mask is None:
+            whole.append(case.name)
+        row: list[Any] = [case.name]
+        for target, by_fold in classifier.of_case(case).items():
+            mean = by_fold.mean(axis=0)
+            row += [classifier.classes[target][int(mean.argmax())], *[f"{p:.9g}" for p in [*mean, *by_fold.T.ravel()]]]
+        writer.writerow(row)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, text.getvalue().encode())
+    notes = [f"note: {len(whole)} masks are empty, {whole[0]} first: the whole case was looked at"] if whole else []
+    return [*notes, f"wrote {output}"]
+
+
+def _heading(classifier: TrainedClassifier) -> list[str]:
+    heading = ["case"]
+    for target, classes in classifier.classes.items():
+        heading += [target, *[f"{target}={name}" for name in classes]]
+        heading += [f"{target}={name}:fold_{fold.fold}" for name in classes for fold in classifier.folds]
+    return heading
+
+
+def preprocessed_cases(source: Source, images: Path, masks: Path | None) -> Iterator[CaseVoxels]:
+    """Raw cases of a folder, prepared by nnU-Net's own preprocessing. Raises MiMError for a file that is no good."""
+    dataset_json = read_dataset_json(source.folder.parent / "dataset.json")
+    ending = dataset_json["file_ending"]
+    if not images.is_dir():
+        raise MiMError(f"-i {images} is no folder: give a folder of images named as in imagesTr")
+    names = get_identifiers_from_splitted_dataset_folder(str(images), ending)
+    if not len(names):
+        raise MiMError(f"-i {images} holds no image named CASE_0000{ending}: name them as in imagesTr")
+    if masks is not None and (missing := [name for name in names if not (masks / f"{name}{ending}").is_file()]):
+        raise MiMError(f"{masks} has no mask {missing[0]}{ending}: give one for every image in {images}")
+    files = sorted(path.name for path in images.iterdir() if path.name.endswith(ending))
+    plans = PlansManager(source.plans)
+    configuration = plans.get_configuration(source.configuration)
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    for name in tqdm(names, desc="classifying", disable=None):
+        paths = create_paths_fn(str(images), files, ending, str(name))
+        if len(paths) != source.in_channels:
+            raise MiMError(f"{images}: {name} has {len(paths)} channels, {source.dataset} has {source.in_channels}")
+        try:
+            voxels, _, properties = preprocessor.run_case(paths, None, plans, configuration, dataset_json)
+        except Exception as error:  # readers have many
+            reason = " ".join(str(error).split())[:200]
+            what = f"{type(error).__name__}: {reason}"
+            raise MiMError(f"cannot read {paths[0]} ({what}): correct the file, or remove it") from error
+        mask = None
+        if masks is not None:
+            mask = resampled_mask(masks / f"{name}{ending}", source, voxels.shape[1:], properties)
+        yield CaseVoxels(str(name), voxels, mask, source.spacing, properties)

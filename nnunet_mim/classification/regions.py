@@ -1,0 +1,200 @@
+"""What the network sees of a case: all of it, or a box around a mask, as windows of whole tokens.
+
+A box grows to whole tokens with what lies around it in the case. Beyond the case the outermost voxels are repeated.
+The network sees both, but only places in the box count when features are pooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_mim.classification.options import LABELS_AS_ROI
+from nnunet_mim.config import Size3
+from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.documents import read_dataset_json
+from nnunet_mim.nnunet.source import Source
+
+
+@dataclass(frozen=True)
+class Region:
+    """One window, ready for the network; sizes are multiples of the token size."""
+
+    voxels: np.ndarray
+    """(C, X, Y, Z) float32, normalised"""
+    counts: np.ndarray
+    """(X, Y, Z) bool: places of the box, which are pooled"""
+    mask: np.ndarray
+    """(X, Y, Z) bool: places of the mask; all of the box where there is no mask"""
+
+    def network_input(self, mask_channel: bool) -> np.ndarray:
+        """(C, X, Y, Z) float32, with the mask as last channel if wished."""
+        return np.concatenate([self.voxels, self.mask[None].astype(np.float32)]) if mask_channel else self.voxels
+
+
+@dataclass(frozen=True)
+class CaseVoxels:
+    """A preprocessed case."""
+
+    name: str
+    voxels: Any
+    """(C, X, Y, Z), an array or a file that is read by slices"""
+    mask: np.ndarray | None
+    """(X, Y, Z) bool; None, also in place of one that is empty: the whole case is looked at"""
+    spacing: tuple[float, ...]
+    """mm per voxel"""
+    properties: Mapping[str, Any]
+    """what nnU-Net's preprocessing has recorded"""
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and not self.mask.any():
+            object.__setattr__(self, "mask", None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels per axis."""
+        return tuple(int(n) for n in self.voxels.shape[1:])
+
+    def box(self, margin: float) -> tuple[np.ndarray, np.ndarray]:
+        """First voxel and one past the last, per axis, of the mask with a margin (mm), or of the case."""
+        if self.mask is None:
+            return np.zeros(3, int), np.array(self.shape)
+        low, high = mask_box(self.mask)
+        around = np.ceil(margin / np.array(self.spacing)).astype(int)
+        return np.maximum(low - around, 0), np.minimum(high + around, self.shape)
+
+
+class CaseReader:
+    """Reads preprocessed cases of a dataset with their masks.
+
+    Args:
+        source: preprocessed dataset.
+        roi: empty (whole cases), `labels`, or a folder of masks in the geometry of the raw images.
+
+    Raises:
+        MiMError: there is no such folder, or the dataset has no labels.
+    """
+
+    def __init__(self, source: Source, roi: str = "") -> None:
+        self.source, self.roi = source, roi
+        self.cases = source.dataset_class(str(source.folder), list(source.cases))
+        if roi and roi != LABELS_AS_ROI:
+            if not Path(roi).is_dir():
+                raise MiMError(f"--roi {roi} is no folder: give labels, or a folder of masks")
+            self.ending = read_dataset_json(source.folder.parent / "dataset.json")["file_ending"]
+
+    def read(self, case: str) -> CaseVoxels:
+        """Read a case. Raises MiMError where it or its mask cannot be read."""
+        try:
+            voxels, seg, _, properties = self.cases.load_case(case)
+            mask = None
+            if self.roi == LABELS_AS_ROI:
+                mask = np.asarray(seg[0]) > 0
+            elif self.roi:
+                mask = self._mask_of_file(case, voxels.shape[1:], properties)
+        except MiMError:
+            raise
+        except Exception as error:  # blosc2 has many
+            reason = " ".join(str(error).split())[:200]
+            raise MiMError(
+                f"cannot read {self.source.case_file(case)} ({type(error).__name__}: {reason}): preprocess "
+                f"{self.source.dataset} again, or remove the case from the table"
+            ) from error
+        return CaseVoxels(case, voxels, mask, self.source.spacing, properties)
+
+    def stamp_files(self, case: str) -> list[Path]:
+        """The files that `read` reads."""
+        image = self.source.case_file(case)
+        if not self.roi:
+            return [image]
+        if self.roi == LABELS_AS_ROI:
+            return [image, image.with_name(f"{case}_seg{image.suffix}")]
+        return [image, Path(self.roi, case + self.ending)]
+
+    def _mask_of_file(self, case: str, shape: Sequence[int], properties: Mapping[str, Any]) -> np.ndarray:
+        path = Path(self.roi, case + self.ending)
+        if not path.is_file():
+            raise MiMError(f"{path} is missing: predict this case too, or remove it from the table")
+        return resampled_mask(path, self.source, shape, properties)
+
+
+def resampled_mask(path: Path, source: Source, shape: Sequence[int], properties: Mapping[str, Any]) -> np.ndarray:
+    """A mask in the geometry of the raw image, as nnU-Net would have preprocessed it: (X, Y, Z) bool.
+
+    Args:
+        path: image file, any value above 0 is inside.
+        source: dataset whose plans the case was preprocessed with.
+        shape: of the preprocessed case.
+        properties: of the preprocessed case.
+
+    Raises:
+        MiMError: the mask has another size than the image.
+    """
+    plans = PlansManager(source.plans)
+    configuration = plans.get_configuration(source.configuration)
+    seg = plans.image_reader_writer_class().read_seg(str(path))[0]
+    axes = list(plans.transpose_forward)
+    seg = (seg > 0).astype(np.int8).transpose([0, *[axis + 1 for axis in axes]])
+    if seg.shape[1:] != tuple(properties["shape_before_cropping"]):
+        before = properties["shape_before_cropping"]
+        raise MiMError(f"{path} has {seg.shape[1:]} voxels, its image {tuple(before)}: give the mask of this image")
+    inside = (slice(None), *[slice(*bounds) for bounds in properties["bbox_used_for_cropping"]])
+    seg = seg[inside]
+    spacing = [properties["spacing"][axis] for axis in axes]
+    return configuration.resampling_fn_seg(seg, list(shape), spacing, configuration.spacing)[0] > 0
+
+
+def mask_box(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First voxel and one past the last of a mask with some place in it, per axis."""
+    places = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    return np.array([p[0] for p in places]), np.array([p[-1] + 1 for p in places])
+
+
+def cut_regions(case: CaseVoxels, margin: float, window: Sequence[int], token_size: Size3) -> list[Region]:
+    """The windows that cover what is looked at of a case.
+
+    Args:
+        case: with or without a mask.
+        margin: mm around the mask.
+        window: maximum number of voxels per axis; rounded down to whole tokens, at least one.
+        token_size: voxels of a token per axis.
+    """
+    low, high = case.box(margin)
+    starts, sizes = zip(
+        *(_windows(*axis) for axis in zip(low, high, case.shape, window, token_size, strict=True)), strict=True
+    )
+    return [_cut(case, start, sizes, low, high) for start in product(*starts)]
+
+
+def _windows(low: int, high: int, length: int, window: int, token: int) -> tuple[list[int], int]:
+    """First voxels (maybe negative) and size of the windows along one axis that cover the voxels low to high - 1."""
+    largest = max(window // token, 1) * token
+    if high - low > largest:
+        n = -(-(high - low) // largest)
+        return [round(start) for start in np.linspace(low, high - largest, n)], largest
+    size = -(-(high - low) // token) * token
+    start = int(low) - (size - int(high - low)) // 2
+    if length < size:
+        return [-((size - length) // 2)], size
+    return [min(max(start, 0), length - size)], size
+
+
+def _cut(
+    case: CaseVoxels, start: Sequence[int], sizes: Sequence[int], low: np.ndarray, high: np.ndarray
+) -> Region:
+    stops = [s + n for s, n in zip(start, sizes, strict=True)]
+    inside = tuple(slice(max(s, 0), min(e, n)) for s, e, n in zip(start, stops, case.shape, strict=True))
+    padding = [(i.start - s, e - i.stop) for s, e, i in zip(start, stops, inside, strict=True)]
+    all_channels = (slice(None), *inside)
+    voxels = np.asarray(case.voxels[all_channels], np.float32)
+    axes = [np.arange(s, e) for s, e in zip(start, stops, strict=True)]
+    in_box = [(axis >= a) & (axis < b) for axis, a, b in zip(axes, low, high, strict=True)]
+    counts = in_box[0][:, None, None] & in_box[1][:, None] & in_box[2]
+    mask = counts if case.mask is None else np.pad(case.mask[inside], padding)
+    return Region(np.pad(voxels, [(0, 0), *padding], mode="edge"), counts, mask)

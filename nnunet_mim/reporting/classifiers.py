@@ -1,0 +1,114 @@
+"""Figures about classifiers: curves, calibration, confusion, and cases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
+
+from nnunet_mim.reporting.figures import COLOURS, bare, mark_sides, slice_layout
+
+N_BINS = 10
+
+
+@dataclass(frozen=True)
+class CasePicture:
+    """An axial slice of a case, in HU for CT."""
+
+    title: str
+    image: np.ndarray
+    """(Y, X)"""
+    mask: np.ndarray
+    """(Y, X) bool, outlined"""
+    spacing: tuple[float, float, float]
+    """mm along z, y, x"""
+
+
+def curves_figure(positive: np.ndarray, scores: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Draw the ROC curve and the precision-recall curve of some classifiers, of one class against the others.
+
+    Args:
+        positive: (N,) bool.
+        scores: (N,) per classifier.
+        title: of the class.
+    """
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    roc, pr = figure.subplots(1, 2)
+    for (name, score), colour in zip(scores.items(), _colours(len(scores)), strict=True):
+        false, true, _ = roc_curve(positive, score)
+        roc.plot(false, true, color=colour, label=name, linewidth=1.6)
+        precision, recall, _ = precision_recall_curve(positive, score)
+        pr.step(recall, precision, where="post", color=colour, linewidth=1.6)
+    roc.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
+    pr.axhline(positive.mean(), color="#999999", linewidth=1, linestyle=":")
+    roc.legend(frameon=False, fontsize=8, loc="lower right")
+    for axes, x, y in ((roc, "1 - specificity", "sensitivity"), (pr, "recall", "precision")):
+        axes.set(xlabel=x, ylabel=y, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.set_label(f"ROC and precision-recall curves for {title}; dotted: chance. Classifiers: {', '.join(scores)}.")
+    return figure
+
+
+def calibration_figure(positive: np.ndarray, scores: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Draw the share of positive cases by predicted probability, in bins of equal width; size: number of cases."""
+    figure = Figure(figsize=(5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
+    for (name, score), colour in zip(scores.items(), _colours(len(scores)), strict=True):
+        bins = np.minimum((score * N_BINS).astype(int), N_BINS - 1)
+        used = np.unique(bins)
+        x, y = ([float(values[bins == b].mean()) for b in used] for values in (score, positive))
+        axes.plot(x, y, color=colour, linewidth=1.2, label=name)
+        axes.scatter(x, y, s=[10 + 200 * float((bins == b).mean()) for b in used], color=colour)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.set(xlabel="predicted probability", ylabel="share of cases", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.set_label(f"Calibration for {title}: share of cases by predicted probability; dotted: perfect.")
+    return figure
+
+
+def confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """Draw the number of cases by true class (rows) and told class (columns), shaded by the share of the row."""
+    counts = confusion_matrix(labels, predicted, labels=range(len(classes)))
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = 2.2 + 0.7 * len(classes)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        axes.text(column, row, str(count), ha="center", va="center", color="w" if share[row, column] > 0.5 else "k")
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="told", ylabel="true")
+    axes.set_title(title, fontsize=10)
+    figure.set_label(f"Confusion matrix of {title}: rows are true classes, columns told ones.")
+    return figure
+
+
+def cases_figure(pictures: Sequence[CasePicture], window: tuple[float, float]) -> Figure:
+    """Draw axial slices, four a row, with the mask outlined; `window`: minimum and maximum of the grey scale."""
+    columns = 4
+    rows = math.ceil(len(pictures) / columns)
+    figure = Figure(figsize=(2.7 * columns, 3.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for place, picture in zip(axes, pictures, strict=False):
+        grey = {"cmap": "gray", "vmin": window[0], "vmax": window[1], "interpolation": "nearest"}
+        place.imshow(picture.image, **grey, **slice_layout(0, picture.spacing))
+        if picture.mask.any() and not picture.mask.all():
+            place.contour(picture.mask, levels=[0.5], colors=COLOURS[0], linewidths=1)
+        place.set_title(picture.title, fontsize=8)
+        mark_sides(place, 0.03, 0.5)
+    for place in axes:
+        bare(place)
+    titles = "; ".join(picture.title.replace("\n", ", ") for picture in pictures)
+    figure.set_label(f"Axial slices of cases, their masks outlined: {titles}.")
+    return figure
+
+
+def _colours(n: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(n)]

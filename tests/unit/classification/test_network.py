@@ -1,0 +1,67 @@
+import torch
+
+from nnunet_mim.classification.network import AttentionPool, Classifier, place_weights, with_mask_channel
+from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+
+
+def trained_classifier(network_config):
+    torch.manual_seed(0)
+    model = Classifier(HybridEncoder(1, network_config), 12, {"sick": 2, "stage": 3}, num_heads=2).eval()
+    for parameter in [*model.pools.parameters(), *model.heads.parameters()]:
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def test_tokens_that_do_not_count_are_ignored():
+    torch.manual_seed(0)
+    pool = AttentionPool(12, 3)
+    torch.nn.init.normal_(pool.scores.weight)
+    tokens, weights = torch.randn(2, 5, 12), torch.tensor([[1.0, 0.5, 1, 0, 0]] * 2)
+    changed = tokens.clone()
+    changed[:, 3:] = 1e4
+    torch.testing.assert_close(pool(tokens, weights), pool(changed, weights))
+    torch.testing.assert_close(pool(tokens, weights), pool(tokens[:, :3], weights[:, :3]))
+
+
+def test_the_pooling_starts_as_a_weighted_mean():
+    pool = AttentionPool(12, 3)
+    tokens, weights = torch.randn(1, 4, 12), torch.tensor([[1.0, 0.5, 0.25, 0.25]])
+    values = pool.values(pool.norm(tokens))
+    torch.testing.assert_close(pool(tokens, weights), (weights[..., None] * values).sum(dim=1) / 2)
+
+
+def test_logits_per_target_and_of_several_windows(network_config):
+    model = trained_classifier(network_config)
+    images, counts = torch.randn(3, 1, 16, 32, 16), torch.ones(3, 16, 32, 16, dtype=torch.bool)
+    logits = model(images, counts)
+    assert {name: tuple(value.shape) for name, value in logits.items()} == {"sick": (3, 2), "stage": (3, 3)}
+    tokens, weights = model.tokens(images, counts)
+    together = model.classify(tokens.reshape(1, -1, 12), weights.reshape(1, -1))
+    assert together["sick"].shape == (1, 2)
+    alone = model.classify(tokens[:1], weights[:1])
+    torch.testing.assert_close(alone["stage"], logits["stage"][:1])
+
+
+def test_logits_are_0_at_the_start(network_config):
+    model = Classifier(HybridEncoder(1, network_config), 12, {"sick": 2})
+    assert not model(torch.randn(2, 1, 16, 16, 16), torch.ones(2, 16, 16, 16, dtype=torch.bool))["sick"].any()
+
+
+def test_a_mask_channel_changes_nothing_at_first(network_config):
+    torch.manual_seed(0)
+    encoder = HybridEncoder(1, network_config).eval()
+    wider = with_mask_channel(encoder).eval()
+    image = torch.randn(1, 1, 16, 16, 16)
+    for a, b in zip(
+        encoder.forward_features(image),
+        wider.forward_features(torch.cat([image, torch.rand_like(image)], dim=1)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_of_places():
+    counts = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
+    counts[0, :1, :2] = True
+    weights = place_weights(counts, (2, 2, 2))
+    torch.testing.assert_close(weights, torch.tensor([[[[0.5, 0.5], [0, 0]], [[0, 0], [0, 0]]]]))
