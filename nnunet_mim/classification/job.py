@@ -50,7 +50,12 @@ class Job:
     def seen_cases(self, provenance: dict[str, Any], rows: Sequence[int] | np.ndarray) -> list[str]:
         """Those of some cases whose voxels (never labels) the encoder was pretrained on."""
         names = [self.table.cases[row] for row in rows]
-        return leaked_cases(provenance, self.source.dataset, names, lambda case: self.reader.read(case).voxels[:])
+        source = self.source
+        found = leaked_cases(
+            provenance, source.dataset, names, lambda case: self.reader.read(case).voxels[:], source.intensities,
+            source.spacing,
+        )  # fmt: skip
+        return sorted({*found.same, *found.probably_same})
 
     def settings(self, encoder: LoadedEncoder | None, fold: int) -> dict[str, Any]:
         """What `settings.json` of a fold says about the training."""
