@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,7 +200,8 @@ def _declared_weights(config: Mapping[str, Any], n_weights: int) -> dict[str, Te
         n_blocks = number_of_blocks(config["architecture"])
     if n_blocks > n_weights:
         raise MiMError(f"{n_blocks} blocks, and {n_weights} tensors")
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about sizes that the checks refuse afterwards
         if resenc:
             size = network.token_size
             return ResEncMaskInMask(config["architecture"], size, in_channels, alignment).state_dict()

@@ -14,6 +14,7 @@ from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, UNPICKLED
 from nnunet_mim.checkpoint.metadata import require_description
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, PretrainConfig
+from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.pretraining.monitoring.figures import Measurement, measurements_of
 from nnunet_mim.pretraining.monitoring.verdict import Verdict, verdict_on
@@ -42,7 +43,10 @@ class Facts:
     def __init__(self, checkpoint: Mapping[str, Any], path: Path | str = "the checkpoint") -> None:
         self.checkpoint = checkpoint
         self.provenance: Mapping[str, Any] = checkpoint["provenance"]
-        self.config = PretrainConfig.from_dict(checkpoint["mim_config"])
+        try:
+            self.config = PretrainConfig.from_dict(checkpoint["mim_config"])
+        except MiMError as error:
+            raise MiMError(f"{path}, mim_config: {error}") from error
         require_description(self.provenance, self.config.in_channels, str(path))
         self.units = Units.of(self.provenance)
         self.history = measurements_of(self.provenance["loss_history"])  # oldest first

@@ -22,6 +22,7 @@ from nnunet_mim.inspection.export_cli import main
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), num_heads=2)
+WINDOW = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0}
 VOXELS = torch.arange(24.0).reshape(1, 2, 3, 4).numpy()
 
 
@@ -34,7 +35,7 @@ def checkpoint(tmp_path):
     provenance = {
         "datasets": ["Dataset900_Tiny"], "plans_name": "tinyPlans", "configuration": "3d_fullres", "fold": 0,
         "spacing": [3.0, 2.5, 4.0], "transpose_forward": [0, 1, 2], "normalization": ["CTNormalization"],
-        "intensity_properties": {"0": {"mean": 0.0, "std": 250.0}}, "iterations": 500,
+        "intensity_properties": {"0": WINDOW}, "iterations": 500,
         "loss_history": [{"iteration": 0, "val/probe/dice": 0.2}, {**figures, **baseline}],
         "cases": [{"dataset": "Dataset900_Tiny", "case": "Mustermann_1950", "sha256": voxel_sha256(VOXELS)}],
     }  # fmt: skip

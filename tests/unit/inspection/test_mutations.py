@@ -8,18 +8,16 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.inspection.cli import main
 from nnunet_mim.pretraining.report.summary import Facts
 
 JUNK = (
-    None, True, 0, -1, 1, 3, 10**9, 2**70, 10**5000, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "all", "0", "x" * 500,
-    "\x1b[2J\n", "é\ud800"[:1], "CTNormalization", [], {}, [[]], [1], [0, 0, 0], [3.0, 3.0, 3.0], [2, 1, 0], ["a", "b"],
-    {"0": {}}, {"a": 1}, {0: 1}, [{"dataset": "D", "case": "c", "sha256": ""}], [None], [[[1]]], (1, 2, 3), b"bytes",
-    "resenc", "cosine", [96, 96, 96], [32] * 3, [0.5], torch.ones(2), {"mean": 0.0, "std": 0.0},
+    None, True, 0, -1, 1, 3, 10**9, 2**70, 10**5000, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "all", "0",
+    "x" * 500, "\x1b[2J\n", "é", "CTNormalization", [], {}, [[]], [1], [0, 0, 0], [3.0, 3.0, 3.0], [2, 1, 0],
+    ["a", "b"], {"0": {}}, {"a": 1}, {0: 1}, [{"dataset": "D", "case": "c", "sha256": ""}], [None], [[[1]]], (1, 2, 3),
+    b"bytes", "resenc", "cosine", [96, 96, 96], [32] * 3, [0.5], torch.ones(2), {"mean": 0.0, "std": 0.0},
 )  # fmt: skip
 DOCUMENTS = ("mim_config", "provenance", "nnssl_adaptation_plan", "mim_version")
 
@@ -44,7 +42,7 @@ def mutate(stored, rng):
         if kind == "delete":
             del parent[key]
         elif kind == "rename" and isinstance(parent, dict):
-            parent[str(rng.choice(JUNK[:20]))[:50] if rng.random() < 0.5 else f"{key}_"] = parent.pop(key)
+            parent[rng.choice(["", "x", "all", "\x1b[2J\n", "val/probe/dice_99999", f"{key}_"])] = parent.pop(key)
         elif kind == "exchange":
             other = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
             parent[key], parent[other] = parent[other], parent[key]
@@ -99,32 +97,10 @@ def test_what_is_mutated_is_described(valid, tmp_path, capsys):
     assert inspected(valid, tmp_path, capsys) == 0
 
 
-@settings(max_examples=60)
-@given(seed=st.integers(0, 2**32))
-def test_a_few_mutations(valid, tmp_path_factory, capsys_of, seed):
-    inspected(mutate(valid, random.Random(seed)), tmp_path_factory.getbasetemp(), capsys_of)
-
-
-@pytest.fixture(scope="module")
-def capsys_of():
-    """Takes what is printed, for as long as the module's tests run."""
-    import contextlib
-    import io
-
-    class Taken:
-        def __init__(self):
-            self.out, self.err = io.StringIO(), io.StringIO()
-
-        def readouterr(self):
-            said = self.out.getvalue(), self.err.getvalue()
-            for stream in (self.out, self.err):
-                stream.seek(0)
-                stream.truncate()
-            return said
-
-    taken = Taken()
-    with contextlib.redirect_stdout(taken.out), contextlib.redirect_stderr(taken.err):
-        yield taken
+@pytest.mark.parametrize("first", range(0, 30, 10))
+def test_a_few_mutations(valid, tmp_path, capsys, first):
+    for seed in range(first, first + 10):
+        inspected(mutate(valid, random.Random(seed)), tmp_path, capsys)
 
 
 @pytest.mark.long
