@@ -31,6 +31,7 @@ def files(shared_data, tmp_path_factory):
         path = folder / f"whole.{kind}"
         sitk.WriteImage(image, str(path), False)
         found[kind] = path, path.stat().st_size - n_bytes
+    read_headers([str(path)], 1)  # what starts workers has imported everything from now on
     return found
 
 
