@@ -27,8 +27,8 @@ THRESHOLDS = (0.99, 0.985)
 """similarities by the two measures from which on two images are probably the same: among 30,000 pairs of patients 0.2
 are expected to reach them, by an exponential fit to the tail of the 3,655 pairs that they were chosen on"""
 GATES = (0.96, 0.93)
-"""similarities before shifts and stretches are allowed for; pairs below are not looked at. Copies had at least 0.977 and
-0.949 (but for 24 HU less in a narrow window)"""
+"""similarities before shifts and stretches are allowed for; pairs below are not looked at. Copies had 0.977 and 0.949
+or more (but for 24 HU less in a narrow window)"""
 DEGREE = 12
 """maximum total degree of the Hermite functions"""
 SCALE = 2.5

@@ -19,6 +19,9 @@ from nnunet_mim.pretraining.data.crops import Cases
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.machine import usable_cores
 
+MAX_COMPARED = 20_000
+"""cases that are compared with each other when a run starts: 10,000 take some 40 s, twice as many four times that"""
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -137,6 +140,8 @@ def copies_warning(data: RunData) -> str:
     """Which cases look like copies of others, and how many cannot be compared, in one line; empty without any."""
     names = [f"{case.source.dataset} {case.info.case}" for part in (data.val, data.train) for case in part]
     fingerprints = np.concatenate([part.column("fingerprints") for part in (data.val, data.train)])
+    if len(names) > MAX_COMPARED:
+        return f"{len(names)} cases are too many to look for copies among them (at most {MAX_COMPARED})"
     originals = most_similar(fingerprints, fingerprints, only_earlier=True)
     pairs = [f"{names[copy]} and {names[originals[copy]]}" for copy in np.flatnonzero(originals >= 0)]
     split = int(((originals >= 0) & (originals < len(data.val)))[len(data.val) :].sum())

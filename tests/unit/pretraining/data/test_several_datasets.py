@@ -1,6 +1,12 @@
 """One run on several datasets: shares, counts, losses of each, and a case that breaks on the way."""
 
+import os
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.checkpoint.locate import find_checkpoint
@@ -101,3 +107,28 @@ def test_temperature_one_draws_all_cases_alike(datasets, capsys):
     assert "Dataset900_Tiny: 8 and 1 cases, 80% of the crops" in said
     assert cli.main(["-d", "900", "950", *RUN, "-o", "x", "--set", "dataset_temperature=0"]) == 2
     assert "dataset_temperature must be above 0" in capsys.readouterr().err
+
+
+def test_copies_within_and_across_datasets_are_named_at_the_start_and_used(datasets, write_dataset, save_case, capsys):
+    folders = {name: next(path for path in datasets_folder(name).iterdir() if path.is_dir()) for name in NAMES}
+    voxels = voxels_of(folders[NAMES[0]], "case_00")
+    save_case(folders[NAMES[0]], "case_01", voxels[:, ::-1])
+    save_case(folders[NAMES[1]], "case_02", voxels[:, 1:, :, :-1] + 0.04)
+    save_case(folders[NAMES[1]], "case_01", voxels[:, :18])
+    assert run("--iterations", "1") == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if "probably the same" in line)
+    assert line.startswith("warning: probably the same, and used all the same: ")
+    for copy in (f"{NAMES[0]} case_01", f"{NAMES[1]} case_02"):
+        assert copy in line
+    assert "1 cases have no fingerprint" in line
+    counts = re.search(r"(\d+) training and (\d+) held-out cases", said)
+    assert sum(map(int, counts.groups())) == 12, "none is left out"
+
+
+def datasets_folder(name):
+    return Path(os.environ["nnUNet_preprocessed"], name)
+
+
+def voxels_of(folder, case):
+    return np.asarray(nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)[0][:])
