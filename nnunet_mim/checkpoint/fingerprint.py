@@ -128,9 +128,9 @@ def most_similar(first: np.ndarray, second: np.ndarray, only_earlier: bool = Fal
             rows, turned = np.arange(start, min(start + ROWS_AT_ONCE, len(ours))), theirs[:, order]
             possible: np.ndarray = np.abs(ours[rows]) @ np.abs(turned).T > gate  # a bound of all mirrorings
             if only_earlier:
-                possible &= np.arange(len(theirs)) < rows[:, None]
+                possible = possible & (np.arange(len(theirs)) < rows[:, None])
             if measure > 0:
-                possible &= ~(with_both[0][rows, None] & with_both[1])
+                possible = possible & ~(with_both[0][rows, None] & with_both[1])
             for row in rows[possible.any(axis=1)]:
                 columns = np.flatnonzero(possible[row - start])
                 values = _similarities(ours[row], turned[columns])
