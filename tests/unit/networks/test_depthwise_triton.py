@@ -100,7 +100,7 @@ def test_forward_and_gradients_equal_the_dense_grid(kernels, case):
 @pytest.mark.parametrize("number_type", [torch.int32, torch.int64])
 def test_the_network_gets_the_same_convolution(kernels, number_type, monkeypatch):
     """`conv_on_tokens` of views with as many tokens each, and a table of views numbered in either type."""
-    conv, x, grad, (ids, view, table, grid, token) = make(kernels, "anisotropic", torch.float64)
+    conv, x, _, (ids, view, table, grid, token) = make(kernels, "anisotropic", torch.float64)
     order = view.argsort(stable=True)
     ids_keep, boxes = ids[order].view(2, -1), x[order].unflatten(0, (2, -1))
     monkeypatch.setattr(depthwise, "use_triton", lambda device: True)
