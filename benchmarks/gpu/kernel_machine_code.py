@@ -1,0 +1,116 @@
+"""Compiles the depthwise kernels down to machine code, without a GPU, and says what each has come to.
+
+    python benchmarks/gpu/kernel_machine_code.py [--presets small base] [--archs 80 90 100 120] [--dtypes bf16] [--json]
+
+Of every stage of pretraining (view of 64 for tiny and small, 96 for base and large), or with --finetuning of whole
+patches of 128: registers of a thread, bytes that it spills to memory, instructions, those that multiply and add (FFMA).
+Triton brings the assembler and disassembler. Kernels are compiled for the constants that they are launched with; the
+input gradient is the convolution with the flipped kernel.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nnunet_mim.config import PRESETS
+from nnunet_mim.networks import depthwise_triton as kernels
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+KERNEL = 5
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VIEW = {"tiny": 64, "small": 64, "base": 96, "large": 96}
+PATCH = 128
+POINTERS = {
+    "weight_ptr": "*fp32", "bias_ptr": "*fp32", "partial_ptr": "*fp32", "ids": "*i64", "views": "*i64", "table": "*i32",
+}  # fmt: skip
+COLUMNS = ("kernel", "stage", "channels", "dtype", "arch", "registers", "spilled", "instructions", "ffma")
+
+
+def stages(preset, whole_patches=False):
+    """(name, grid, token, channels) of every stage."""
+    network = PRESETS[preset]
+    size = list(network.token_size)
+    grid = [1, 1, 1] if whole_patches else [VIEW[preset] // p for p in size]
+    token = [PATCH] * 3 if whole_patches else size
+    for stage in range(3):
+        token = [t // s for t, s in zip(token, network.strides[stage], strict=True)]
+        yield f"{preset} {stage + 1}{' patch' * whole_patches}", grid, token, network.embed_dims[stage]
+
+
+def compiled(kernel, constants, dtype, arch):
+    """Machine code of a kernel whose pointers are aligned, as torch's are."""
+    names = kernel.arg_names
+    kinds = {name: POINTERS.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
+    kinds |= dict.fromkeys(constants, "constexpr")
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in kinds.items() if kind[0] == "*"}
+    source = ASTSource(kernel, kinds, values, aligned)
+    options = {"num_warps": kernels.WARPS}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+
+
+def machine_code(cubin):
+    """Registers, spilled bytes, instructions, and those that multiply and add."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flags in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
+        )
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)", code)
+    return {
+        "registers": registers, "spilled": stack + local, "instructions": len(names), "ffma": names.count("FFMA"),
+    }  # fmt: skip
+
+
+def rows(chosen, dtypes, archs):
+    """A dict of COLUMNS per kernel of the chosen of `stages`."""
+    for stage, grid, token, channels in chosen:
+        for dtype in dtypes:
+            x = torch.empty(1, *token, channels, dtype=DTYPES[dtype], device="meta")
+            forward = kernels.convolution_constants(x, grid, token, KERNEL) | {"FLIP": False, "HAS_BIAS": True}
+            backward = kernels.gradient_constants(x, grid, token, KERNEL)
+            for name, kernel, constants in (
+                ("convolution", kernels._convolve_kernel, forward),
+                ("weight gradient", kernels._weight_gradient_kernel, backward),
+            ):
+                for arch in archs:
+                    row = {"kernel": name, "stage": stage, "channels": channels, "dtype": dtype, "arch": arch}
+                    yield row | machine_code(compiled(kernel, constants, dtype, arch))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS))
+    add("--archs", nargs="+", type=int, default=[90], help="compute capabilities, such as 80 90 100 120")
+    add("--dtypes", nargs="+", default=["bf16"], choices=list(DTYPES))
+    add("--stages", nargs="+", type=int, default=[1, 2, 3], choices=[1, 2, 3])
+    add("--finetuning", action="store_true", help="whole patches instead of visible tokens")
+    add("--json", action="store_true")
+    options = parser.parse_args()
+    chosen = [
+        stage for preset in options.presets for stage in stages(preset, options.finetuning)
+        if int(stage[0].split()[1]) in options.stages
+    ]  # fmt: skip
+    found = []
+    print(f"triton {triton.__version__}\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
+    for row in rows(chosen, options.dtypes, options.archs):
+        found.append(row)
+        print("| " + " | ".join(str(row[column]) for column in COLUMNS) + " |", flush=True)
+    if options.json:
+        print(json.dumps({"triton": triton.__version__, "rows": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Runs a benchmark of benchmarks/gpu in a process of its own, where Triton compiles instead of interpreting."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def gpu_benchmark(tmp_path):
+    """gpu_benchmark(script, *flags): the JSON that it prints in its last line."""
+
+    def run(script, *flags):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, f"benchmarks/gpu/{script}", *flags, "--json"]
+        done = subprocess.run(
+            command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
