@@ -26,7 +26,10 @@ class HalfPrecisionCopy:
     """
 
     def __init__(self, network: nn.Module, compiled: bool = False) -> None:
-        copy = deepcopy(network).bfloat16()
+        copy = deepcopy(network)
+        for module in copy.modules():  # not Module.bfloat16, which cannot convert fake tensors
+            for name, weight in [*module.named_parameters(recurse=False)]:
+                setattr(module, name, nn.Parameter(weight.detach().bfloat16()))
         self.learning: list[Tensor] = list(network.parameters())
         self.computing: list[Tensor] = list(copy.parameters())
         self.network: Reconstructs = torch.compile(copy, dynamic=False) if compiled else copy  # type: ignore[assignment]
