@@ -38,8 +38,8 @@ class NetworkConfig:
     decoder_num_heads: int = setting(16, "attention heads of the decoder")
 
     def __post_init__(self) -> None:
-        numbers = (*self.embed_dims, *self.depths, self.num_heads, self.decoder_depth, self.decoder_num_heads)
-        if min(numbers) < 1 or not 0 < self.mlp_ratio < math.inf:
+        numbers = (*self.embed_dims, *self.depths, self.num_heads, self.decoder_num_heads)
+        if min(numbers) < 1 or self.decoder_depth < 0 or not 0 < self.mlp_ratio < math.inf:
             raise MiMError("the sizes of a network must be above 0")
         if not len(self.embed_dims) == len(self.depths) == len(self.strides) == 4:
             raise MiMError(

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from nnunet_mim.config import Size3
 from nnunet_mim.networks.depthwise import DepthwiseConv3d, SpatialConv
+from nnunet_mim.networks.residual import DropPath, Stream, add_and_norm, linear_gelu, with_branch
 
 
-def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Tensor:
+def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Stream:
     """Run a block. With `recompute` its activations are not kept but computed again in the backward pass."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
@@ -63,15 +64,12 @@ class StageEmbed(nn.Module):
 
 
 class PointwiseMLP(nn.Module):
-    """Two 1x1x1 convolutions with a GELU between them: (..., C) → (..., C)."""
+    """Two 1x1x1 convolutions, with a GELU between them, as a ConvBlock applies them: (..., C) → (..., C)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.fc1 = PointwiseConv(dim, hidden_dim)
         self.fc2 = PointwiseConv(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class ConvBlock(nn.Module):
@@ -87,22 +85,9 @@ class ConvBlock(nn.Module):
         self.mlp = PointwiseMLP(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, depthwise: SpatialConv) -> Tensor:
+    def forward(self, stream: Stream, depthwise: SpatialConv) -> Stream:
         """(T, X, Y, Z, C) → same shape; `depthwise(conv, x)` applies the depthwise convolution to the boxes."""
-        y = depthwise(self.dwconv, self.conv1(self.norm1(x)))
-        x = x + self.drop_path(self.conv2(y))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training drop some samples' residual branch, rescale the others'."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.probability == 0.0 or not self.training:
-            return x
-        keep = x.new_empty(x.shape[0], *([1] * (x.ndim - 1))).bernoulli_(1 - self.probability)  # (N, 1, ..., 1)
-        return x * keep / (1 - self.probability)
+        x, y = add_and_norm(stream, self.norm1)
+        y = depthwise(self.dwconv, self.conv1(y))
+        x, y = add_and_norm(with_branch(x, y, self.conv2, self.drop_path), self.norm2)
+        return with_branch(x, linear_gelu(y, self.mlp.fc1), self.mlp.fc2, self.drop_path)

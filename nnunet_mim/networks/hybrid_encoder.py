@@ -15,6 +15,7 @@ from nnunet_mim.config import NetworkConfig, Size3
 from nnunet_mim.geometry import cumulative_strides
 from nnunet_mim.networks.conv_blocks import ConvBlock, PatchConv, StageEmbed, run_block
 from nnunet_mim.networks.depthwise import SpatialConv, conv_on_patches, conv_on_tokens
+from nnunet_mim.networks.residual import Stream
 from nnunet_mim.networks.token_layout import join, take_tokens, tokens_from_grid
 from nnunet_mim.networks.vit_blocks import Shapes, ViTBlock, init_weights, sincos_position
 
@@ -33,9 +34,10 @@ class ConvStage(nn.Module):
 
     def forward(self, boxes: Tensor, depthwise: SpatialConv, recompute: bool = False) -> tuple[Tensor, Tensor]:
         """(T, X, Y, Z, C_in) → the stage's map (T, X/sx, Y/sy, Z/sz, C), and (T, gx, gy, gz, D) at token size."""
-        boxes = self.embed(boxes)
+        stream = Stream(self.embed(boxes))
         for block in self.blocks:
-            boxes = run_block(block, recompute, boxes, depthwise)
+            stream = run_block(block, recompute, stream, depthwise)
+        boxes = stream.joined()
         return boxes, self.to_token(boxes)
 
 
@@ -143,6 +145,7 @@ class HybridEncoder(nn.Module):
         self, tokens: Tensor, stage_sum: Tensor, shapes: Shapes | None = None, recompute: bool = False
     ) -> Tensor:
         """(N, L, D) or (T, D) tokens and sum of the stages → latent tokens of the same shape."""
+        stream = Stream(tokens)
         for block in self.vit_blocks:
-            tokens = run_block(block, recompute, tokens, shapes)
-        return self.norm(tokens + stage_sum)
+            stream = run_block(block, recompute, stream, shapes)
+        return self.norm(stream.joined() + stage_sum)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig, Size3
 from nnunet_mim.networks.conv_blocks import run_block
+from nnunet_mim.networks.residual import Stream, add_and_norm
 from nnunet_mim.networks.token_layout import join, view_of_token
 from nnunet_mim.networks.vit_blocks import ViTBlock, init_weights, sincos_position
 
@@ -65,6 +66,7 @@ class MiMDecoder(nn.Module):
         place = view_of_token(ids_keep), join([ids.flatten() for ids in ids_keep])
         x = self.mask_token.to(visible.dtype).expand(N, L, -1).index_put(place, visible)  # (N, L, D)
         x = x + sincos_position(grid, x.shape[-1], x)
+        stream = Stream(x)
         for block in self.blocks:
-            x = run_block(block, recompute, x)
-        return self.norm(x)
+            stream = run_block(block, recompute, stream)
+        return add_and_norm(stream, self.norm)[1]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_mim.config import Size3
-from nnunet_mim.networks.conv_blocks import DropPath
+from nnunet_mim.networks.residual import DropPath, Stream, add_and_norm, linear_gelu, with_branch
 from nnunet_mim.networks.token_layout import join
 
 Shapes = Sequence[tuple[int, int]]
@@ -29,13 +29,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
+    def attend(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
+        """All but the projection at the end, which a ViTBlock applies."""
         qkv = self.qkv(x)
         if shapes is None:
-            return self.proj(self._attend(qkv))
+            return self._attend(qkv)
         groups = qkv.split([N * L for N, L in shapes])
         attended = [self._attend(group.unflatten(0, shape)) for group, shape in zip(groups, shapes, strict=True)]
-        return self.proj(join([group.flatten(0, 1) for group in attended]))
+        return join([group.flatten(0, 1) for group in attended])
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """(N, L, 3 D) → (N, L, D)."""
@@ -68,9 +69,10 @@ class ViTBlock(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), shapes))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, stream: Stream, shapes: Shapes | None = None) -> Stream:
+        x, y = add_and_norm(stream, self.norm1)
+        x, y = add_and_norm(with_branch(x, self.attn.attend(y, shapes), self.attn.proj, self.drop_path), self.norm2)
+        return with_branch(x, linear_gelu(y, self.mlp.fc1), self.mlp.fc2, self.drop_path)
 
 
 def sincos_position(grid: Size3, dim: int, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.conv_blocks import PatchConv, PointwiseConv
 from nnunet_mim.networks.depthwise import DepthwiseConv3d
 from nnunet_mim.networks.mask_in_mask import MaskedViews, MaskInMask
-from nnunet_mim.networks.vit_blocks import Attention
+from nnunet_mim.networks.vit_blocks import ViTBlock
 
 FILE = Path(__file__).parents[3] / "benchmarks" / "flops.py"
 ANISOTROPIC = NetworkConfig((3, 4, 5, 6), (1, 2, 1, 2), 2, 2.0, ((1, 2, 2), (2, 1, 2), (1, 2, 1), (2, 2, 1)), 12, 2, 3)
@@ -36,9 +36,10 @@ def counted_flops(model, images, ids_keep, ids_masked):
         nonlocal total
         if isinstance(module, (PointwiseConv, PatchConv, nn.Linear)):
             total += 2 * output.numel() * module.weight[0].numel()
-        elif isinstance(module, Attention):
-            ((n, length),) = inputs[1] or [inputs[0].shape[:2]]
-            dim = inputs[0].shape[-1]
+        elif isinstance(module, ViTBlock):
+            stream = inputs[0].x
+            ((n, length),) = inputs[1] if len(inputs) > 1 else [stream.shape[:2]]
+            dim = stream.shape[-1]
             total += 2 * 2 * n * length * length * dim
 
     hooks = [m.register_forward_hook(count) for m in model.modules()]

@@ -1,0 +1,98 @@
+"""Fused kernels against PyTorch's own operations, in Triton's interpreter where there is no GPU."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(3, 5, 24), (130, 48), (1, 1), (70, 200), (9, 4, 384)]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The module; where there is no GPU, tests/conftest.py has its kernels interpreted."""
+    return importlib.import_module("nnunet_mim.networks.fused_triton")
+
+
+def inputs(*shapes, dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.randn(shape, device=DEVICE).to(dtype).requires_grad_() for shape in shapes]
+
+
+def close(found, wanted, tolerance):
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape
+        assert float((a.float() - b.float()).norm()) <= tolerance * max(1e-6, float(b.float().norm()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bias_and_gelu(kernels, shape, dtype, tolerance):
+    x, bias = inputs(shape, shape[-1:], dtype=dtype)
+    upstream = torch.randn(shape, device=DEVICE).to(dtype)
+    y = kernels.bias_gelu(x, bias)
+    found = [y, *torch.autograd.grad(y, (x, bias), upstream)]
+    assert all(tensor.dtype == dtype for tensor in found)
+    exact = [value.detach().double().requires_grad_() for value in (x, bias)]
+    y = F.gelu(exact[0] + exact[1])
+    close(found, [y, *torch.autograd.grad(y, exact, upstream.double())], tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", SHAPES[:2] + SHAPES[3:])
+def test_addition_and_layer_norm(kernels, shape, dtype, tolerance):
+    channels = shape[-1:]
+    values = inputs(shape, shape, channels, channels, channels, dtype=dtype)
+    upstream = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)]
+    total, out, mean, scale = kernels.add_norm(*values, 1e-5)
+    found = [total, out, *torch.autograd.grad((total, out), values, upstream)]
+    assert all(tensor.dtype == dtype for tensor in found)
+    assert mean.dtype == scale.dtype == torch.float32
+    x, branch, bias, weight, shift = exact = [value.detach().double().requires_grad_() for value in values]
+    total = x + branch + bias
+    out = F.layer_norm(total, channels, weight, shift, 1e-5)
+    close(found, [total, out, *torch.autograd.grad((total, out), exact, [g.double() for g in upstream])], tolerance)
+
+
+def test_sums_over_many_tiles_of_a_program(kernels, monkeypatch):
+    """As where there are more rows than PROGRAMS tiles."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    x, bias = inputs((300, 24), (24,))
+    y = kernels.bias_gelu(x, bias)
+    (found,) = torch.autograd.grad(y.sum(), bias)
+    (wanted,) = torch.autograd.grad(F.gelu(x + bias).sum(), bias)
+    close([found], [wanted], 1e-5)
+    values = inputs((700, 24), (700, 24), (24,), (24,), (24,))
+    total, out, *_ = kernels.add_norm(*values, 1e-5)
+    found = torch.autograd.grad(total.sum() + out.square().sum(), values)
+    total = values[0] + values[1] + values[2]
+    out = F.layer_norm(total, (24,), values[3], values[4], 1e-5)
+    close(found, torch.autograd.grad(total.sum() + out.square().sum(), values), 1e-4)
+
+
+def test_a_result_that_is_not_used_gets_no_gradient(kernels):
+    values = inputs((40, 24), (40, 24), (24,), (24,), (24,))
+    total, out, *_ = kernels.add_norm(*values, 1e-5)
+    (found,) = torch.autograd.grad(total.sum(), values[0], retain_graph=True)
+    assert torch.equal(found, torch.ones_like(found))
+    (found,) = torch.autograd.grad(out.square().sum(), values[0])
+    (wanted,) = torch.autograd.grad(
+        F.layer_norm(values[0] + values[1] + values[2], (24,), values[3], values[4], 1e-5).square().sum(), values[0]
+    )
+    close([found], [wanted], 1e-4)
+
+
+@pytest.mark.parametrize("op", ["bias_gelu", "bias_gelu_backward", "add_norm", "add_norm_backward"])
+def test_what_torch_compile_is_told_about_the_operations_is_so(kernels, op):
+    x, y, bias, weight, shift = (value.detach() for value in inputs((6, 24), (6, 24), (24,), (24,), (24,)))
+    of_rows = torch.zeros(6, device=DEVICE), torch.ones(6, device=DEVICE)
+    arguments = {
+        "bias_gelu": (x, bias),
+        "bias_gelu_backward": (y, x, bias),
+        "add_norm": (x, y, bias, weight, shift, 1e-5),
+        "add_norm_backward": (x, y, x, weight, *of_rows),
+    }
+    torch.library.opcheck(getattr(kernels, op), arguments[op], test_utils=("test_schema", "test_faketensor"))
