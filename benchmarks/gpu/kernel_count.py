@@ -44,6 +44,9 @@ NO_KERNEL = {
 INSIDE = {  # operations of this package: the kernels that they launch
     "masked_depthwise": 2,  # the weight's transposition, the convolution
     "masked_depthwise_backward": 6,  # the same; partial sums of the weight's gradient, their sum, its layout; bias
+    "bias_gelu_backward": 3,  # the gradients; the sum of the bias's parts, its rounding
+    "add_norm_backward": 3,
+    "norm_gelu_backward": 3,
     "_scaled_dot_product_flash_attention_backward": 3,  # row sums; gradients; that of the queries to half precision
 }
 PRETENDED = {  # what torch asks the device or the type of a tensor for, and the answer of a real GPU

@@ -1,9 +1,9 @@
-"""Compiles the depthwise kernels down to machine code, without a GPU, and says what each has come to.
+"""Compiles the Triton kernels down to machine code, without a GPU, and says what each has come to.
 
-    python benchmarks/gpu/kernel_machine_code.py [--presets small base] [--archs 80 90 100 120] [--dtypes bf16] [--json]
+    python benchmarks/gpu/kernel_machine_code.py [--presets small base] [--archs 80 90 100 120] [--dtypes bf16] [--fused] [--json]
 
 Of every stage of pretraining (view of 64 for tiny and small, 96 for base and large), or with --finetuning of whole
-patches of 128: registers of a thread, bytes that it spills to memory, instructions, those that multiply and add (FFMA).
+patches of 128, the depthwise kernels; with --fused those of fused_triton.py for the channels of a preset. Registers of a thread, bytes that it spills to memory, instructions, those that multiply and add (FFMA).
 Triton brings the assembler and disassembler. Kernels are compiled for the constants that they are launched with; the
 input gradient is the convolution with the flipped kernel.
 """
@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from nnunet_mim.config import PRESETS
 from nnunet_mim.networks import depthwise_triton as kernels
+from nnunet_mim.networks import fused_triton as fused
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNEL = 5
@@ -31,6 +32,7 @@ PATCH = 128
 POINTERS = {
     "weight_ptr": "*fp32", "bias_ptr": "*fp32", "partial_ptr": "*fp32", "ids": "*i64", "views": "*i64", "table": "*i32",
 }  # fmt: skip
+FUSED_ARGUMENTS = {"mean_ptr": "*fp32", "scale_ptr": "*fp32", "partial_ptr": "*fp32", "eps": "fp32"}
 COLUMNS = ("kernel", "stage", "channels", "dtype", "arch", "registers", "spilled", "instructions", "ffma")
 
 
@@ -45,10 +47,10 @@ def stages(preset, whole_patches=False):
         yield f"{preset} {stage + 1}{' patch' * whole_patches}", grid, token, network.embed_dims[stage]
 
 
-def compiled(kernel, constants, dtype, arch):
+def compiled(kernel, constants, dtype, arch, pointers=POINTERS):
     """Machine code of a kernel whose pointers are aligned, as torch's are."""
     names = kernel.arg_names
-    kinds = {name: POINTERS.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
+    kinds = {name: pointers.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
     kinds |= dict.fromkeys(constants, "constexpr")
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in kinds.items() if kind[0] == "*"}
@@ -89,6 +91,27 @@ def rows(chosen, dtypes, archs):
                     yield row | machine_code(compiled(kernel, constants, dtype, arch))
 
 
+def fused_rows(presets, archs):
+    """A dict of COLUMNS per fused kernel, for every number of channels of a preset, in bf16."""
+    for preset in presets:
+        network = PRESETS[preset]
+        dims = sorted({*network.embed_dims, network.decoder_embed_dim})
+        for channels in dims:
+            hidden = round(channels * network.mlp_ratio)
+            height, width = fused._rows_of_norm(channels)
+            of_norm = {"C": channels, "ROWS": height, "CHANNELS": width}
+            of_gelu = {"C": hidden, "ROWS": fused.TILE // fused.COLUMNS, "COLUMNS": fused.COLUMNS}
+            for kernel, constants in (
+                (fused._bias_gelu_kernel, of_gelu), (fused._bias_gelu_backward_kernel, of_gelu),
+                (fused._add_norm_kernel, of_norm), (fused._add_norm_backward_kernel, of_norm),
+                (fused._norm_gelu_kernel, of_norm), (fused._norm_gelu_backward_kernel, of_norm),
+            ):  # fmt: skip
+                for arch in archs:
+                    row = {"kernel": kernel.__name__, "stage": preset, "channels": constants["C"], "dtype": "bf16"}
+                    code = machine_code(compiled(kernel, constants, "bf16", arch, FUSED_ARGUMENTS))
+                    yield row | {"arch": arch} | code
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -97,6 +120,7 @@ def main():
     add("--dtypes", nargs="+", default=["bf16"], choices=list(DTYPES))
     add("--stages", nargs="+", type=int, default=[1, 2, 3], choices=[1, 2, 3])
     add("--finetuning", action="store_true", help="whole patches instead of visible tokens")
+    add("--fused", action="store_true", help="the kernels of bias, GELU, addition and LayerNorm instead")
     add("--json", action="store_true")
     options = parser.parse_args()
     chosen = [
@@ -105,7 +129,8 @@ def main():
     ]  # fmt: skip
     found = []
     print(f"triton {triton.__version__}\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
-    for row in rows(chosen, options.dtypes, options.archs):
+    depthwise = rows(chosen, options.dtypes, options.archs)
+    for row in fused_rows(options.presets, options.archs) if options.fused else depthwise:
         found.append(row)
         print("| " + " | ".join(str(row[column]) for column in COLUMNS) + " |", flush=True)
     if options.json:

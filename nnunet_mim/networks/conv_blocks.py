@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nnunet_mim.config import Size3
 from nnunet_mim.networks.depthwise import DepthwiseConv3d, SpatialConv
-from nnunet_mim.networks.residual import DropPath, Stream, add_and_norm, linear_gelu, with_branch
+from nnunet_mim.networks.residual import DropPath, Stream, add_and_norm, fuses, linear_gelu, norm_gelu, with_branch
 
 
 def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Stream:
@@ -42,13 +42,13 @@ class PatchConv(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int, stride: Size3) -> None:
         super().__init__(in_channels, out_channels, stride, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
         T, X, Y, Z, C = x.shape
         sx, sy, sz = self.stride
         cells = x.reshape(T, X // sx, sx, Y // sy, sy, Z // sz, sz, C).permute(0, 1, 3, 5, 2, 4, 6, 7)
         cells = cells.flatten(4)  # (T, X/sx, Y/sy, Z/sz, sx*sy*sz*C_in)
         weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)  # (C_out, sx*sy*sz*C_in)
-        return F.linear(cells, weight, self.bias)
+        return F.linear(cells, weight, self.bias if with_bias else None)
 
 
 class StageEmbed(nn.Module):
@@ -60,6 +60,8 @@ class StageEmbed(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses(x) and self.proj.bias is not None:
+            return norm_gelu(self.proj(x, with_bias=False), self.proj.bias, self.norm)
         return F.gelu(self.norm(self.proj(x)))
 
 
@@ -85,9 +87,11 @@ class ConvBlock(nn.Module):
         self.mlp = PointwiseMLP(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, stream: Stream, depthwise: SpatialConv) -> Stream:
-        """(T, X, Y, Z, C) → same shape; `depthwise(conv, x)` applies the depthwise convolution to the boxes."""
+    def forward(self, stream: Stream, depthwise: SpatialConv, norm_follows: bool = True) -> Stream:
+        """(T, X, Y, Z, C) → same shape; `depthwise(conv, x)` applies the depthwise convolution to the boxes, and
+        `norm_follows` is that of `with_branch`.
+        """
         x, y = add_and_norm(stream, self.norm1)
         y = depthwise(self.dwconv, self.conv1(y))
         x, y = add_and_norm(with_branch(x, y, self.conv2, self.drop_path), self.norm2)
-        return with_branch(x, linear_gelu(y, self.mlp.fc1), self.mlp.fc2, self.drop_path)
+        return with_branch(x, linear_gelu(y, self.mlp.fc1), self.mlp.fc2, self.drop_path, norm_follows)

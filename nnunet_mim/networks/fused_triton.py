@@ -1,4 +1,4 @@
-"""Triton kernels of what lies between the matrix products of a block: bias and GELU; residual addition and LayerNorm.
+"""Triton kernels of what lies between matrix products: bias and GELU; addition and LayerNorm; bias, LayerNorm and GELU.
 
 Each reads and writes a row once where PyTorch's operations do so two or three times, and sums the gradients of biases
 and of LayerNorm's weights on the way. Sums are float32. A row is the C channels of a voxel or token.
@@ -68,9 +68,9 @@ def _add_norm_kernel(
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(branch_ptr + place, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
-    x = x.to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + place, x, mask=inside)
-    x = tl.where(inside, x.to(tl.float32), 0.0)
+    rounded = x.to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + place, rounded, mask=inside)
+    x = tl.where(inside, rounded.to(tl.float32), 0.0)
     mean = tl.sum(x, axis=1) / C
     centred = tl.where(inside, x - mean[:, None], 0.0)
     scale = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
@@ -109,6 +109,67 @@ def _add_norm_backward_kernel(
         level = tl.sum(grad_out, axis=1) / C
         grad = (grad_out - level[:, None] - x * along[:, None]) * scale[:, None]
         grad += tl.load(grad_sum_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_ptr + place, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+        of_bias += tl.sum(tl.where(inside, grad, 0.0), axis=0)
+    partial = partial_ptr + tl.program_id(0) * 3 * C + columns
+    tl.store(partial, of_bias, mask=columns < C)
+    tl.store(partial + C, of_weight, mask=columns < C)
+    tl.store(partial + 2 * C, of_shift, mask=columns < C)
+
+
+@triton.jit
+def _norm_gelu_kernel(
+    x_ptr, bias_ptr, weight_ptr, shift_ptr, out_ptr, mean_ptr, scale_ptr, n_rows, eps,
+    C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """out = GELU(LayerNorm(x + bias)), and of each row of x + bias its mean and 1 / standard deviation."""
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+    inside = (rows < n_rows)[:, None] & (columns < C)[None, :]
+    place = rows.to(tl.int64)[:, None] * C + columns[None, :]
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    mean = tl.sum(x, axis=1) / C
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    scale = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    y = centred * scale[:, None] * weight[None, :] + shift[None, :]
+    y = 0.5 * y * (1 + tl.math.erf(y * RSQRT_2))
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
+    tl.store(scale_ptr + rows, scale, mask=rows < n_rows)
+
+
+@triton.jit
+def _norm_gelu_backward_kernel(
+    grad_out_ptr, x_ptr, bias_ptr, weight_ptr, shift_ptr, mean_ptr, scale_ptr, grad_ptr, partial_ptr, n_rows, tiles,
+    C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of x; and sums over the rows of `tiles` tiles, parts of the gradients of bias, weight and shift:
+    (programs, 3, C).
+    """
+    columns = tl.arange(0, CHANNELS)
+    bias = tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    of_bias, of_weight, of_shift = (tl.zeros((CHANNELS,), tl.float32),) * 3
+    for tile in range(tiles):
+        rows = (tl.program_id(0) * tiles + tile) * ROWS + tl.arange(0, ROWS)
+        inside = (rows < n_rows)[:, None] & (columns < C)[None, :]
+        place = rows.to(tl.int64)[:, None] * C + columns[None, :]
+        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
+        scale = tl.load(scale_ptr + rows, mask=rows < n_rows, other=0.0)
+        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+        x = tl.where(inside, (x - mean[:, None]) * scale[:, None], 0.0)  # normalised
+        y = x * weight[None, :] + shift[None, :]
+        slope = 0.5 * (1 + tl.math.erf(y * RSQRT_2)) + y * RSQRT_2_PI * tl.exp(-0.5 * y * y)
+        grad_out = tl.load(grad_out_ptr + place, mask=inside, other=0.0).to(tl.float32) * slope
+        of_weight += tl.sum(grad_out * x, axis=0)
+        of_shift += tl.sum(grad_out, axis=0)
+        grad_out *= weight[None, :]
+        along = tl.sum(grad_out * x, axis=1) / C
+        level = tl.sum(grad_out, axis=1) / C
+        grad = (grad_out - level[:, None] - x * along[:, None]) * scale[:, None]
         tl.store(grad_ptr + place, grad.to(grad_ptr.dtype.element_ty), mask=inside)
         of_bias += tl.sum(tl.where(inside, grad, 0.0), axis=0)
     partial = partial_ptr + tl.program_id(0) * 3 * C + columns
@@ -191,7 +252,7 @@ def add_norm_backward(
     """Gradients of `add_norm`.
 
     Returns:
-        (..., C), that of x and of the branch; and (3, C) float32, those of bias, weight and shift.
+        (..., C), that of x and of the branch; and (3, C), those of bias, weight and shift.
     """
     grad_sum, grad_out, C = grad_sum.contiguous(), grad_out.contiguous(), total.shape[-1]
     n_rows, (rows, width) = total.numel() // C, _rows_of_norm(C)
@@ -201,7 +262,36 @@ def add_norm_backward(
         _add_norm_backward_kernel[(programs,)](
             grad_sum, grad_out, total, weight, mean, scale, grad, partial, n_rows, tiles, C=C, ROWS=rows, CHANNELS=width
         )
-    return grad, partial.sum(dim=0)
+    return grad, partial.sum(dim=0).to(weight.dtype)
+
+
+@torch.library.custom_op("nnunet_mim::norm_gelu", mutates_args=())
+def norm_gelu(x: Tensor, bias: Tensor, weight: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """GELU(LayerNorm(x + bias)), (..., C); and mean and 1 / standard deviation of rows. Arguments as in `add_norm`."""
+    x, C = x.contiguous(), x.shape[-1]
+    n_rows, (rows, width) = x.numel() // C, _rows_of_norm(C)
+    out, mean, scale = torch.empty_like(x), *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    with torch.cuda.device_of(x):
+        _norm_gelu_kernel[(triton.cdiv(n_rows, rows),)](
+            x, bias, weight, shift, out, mean, scale, n_rows, eps, C=C, ROWS=rows, CHANNELS=width
+        )
+    return out, mean, scale
+
+
+@torch.library.custom_op("nnunet_mim::norm_gelu_backward", mutates_args=())
+def norm_gelu_backward(
+    grad_out: Tensor, x: Tensor, bias: Tensor, weight: Tensor, shift: Tensor, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `norm_gelu`: (..., C), that of x; and (3, C), those of bias, weight and shift."""
+    grad_out, x, C = grad_out.contiguous(), x.contiguous(), x.shape[-1]
+    n_rows, (rows, width) = x.numel() // C, _rows_of_norm(C)
+    programs, tiles = _tiles(n_rows, rows)
+    grad, partial = torch.empty_like(x), x.new_empty((programs, 3, C), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _norm_gelu_backward_kernel[(programs,)](
+            grad_out, x, bias, weight, shift, mean, scale, grad, partial, n_rows, tiles, C=C, ROWS=rows, CHANNELS=width
+        )
+    return grad, partial.sum(dim=0).to(weight.dtype)
 
 
 @bias_gelu.register_fake
@@ -222,7 +312,17 @@ def _(x, branch, bias, weight, shift, eps):  # type: ignore[no-untyped-def]
 
 @add_norm_backward.register_fake
 def _(grad_sum, grad_out, total, weight, mean, scale):  # type: ignore[no-untyped-def]
-    return total.new_empty(total.shape), total.new_empty((3, total.shape[-1]), dtype=torch.float32)
+    return total.new_empty(total.shape), weight.new_empty((3, total.shape[-1]))
+
+
+@norm_gelu.register_fake
+def _(x, bias, weight, shift, eps):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+
+
+@norm_gelu_backward.register_fake
+def _(grad_out, x, bias, weight, shift, mean, scale):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), weight.new_empty((3, x.shape[-1]))
 
 
 def _keep_for_gelu(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -230,16 +330,15 @@ def _keep_for_gelu(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _keep_for_norm(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, _, bias, weight, shift, _ = inputs
+    weight = inputs[3]
     total, _, mean, scale = output
-    ctx.types = bias.dtype, weight.dtype, shift.dtype
     ctx.mark_non_differentiable(mean, scale)
     ctx.save_for_backward(total, weight, mean, scale)
 
 
 def _backward_of_norm(ctx, grad_sum, grad_out, *_):  # type: ignore[no-untyped-def]
     grad, of_channels = add_norm_backward(grad_sum, grad_out, *ctx.saved_tensors)
-    return grad, grad, *(sums.to(dtype) for sums, dtype in zip(of_channels, ctx.types, strict=True)), None
+    return grad, grad, *of_channels.unbind(), None
 
 
 def _backward_of_gelu(ctx, grad):  # type: ignore[no-untyped-def]
@@ -248,3 +347,18 @@ def _backward_of_gelu(ctx, grad):  # type: ignore[no-untyped-def]
 
 bias_gelu.register_autograd(_backward_of_gelu, setup_context=_keep_for_gelu)
 add_norm.register_autograd(_backward_of_norm, setup_context=_keep_for_norm)
+
+
+def _keep_for_norm_gelu(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, _ = inputs
+    _, mean, scale = output
+    ctx.mark_non_differentiable(mean, scale)
+    ctx.save_for_backward(*tensors, mean, scale)
+
+
+def _backward_of_norm_gelu(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    grad, of_channels = norm_gelu_backward(grad, *ctx.saved_tensors)
+    return grad, *of_channels.unbind(), None
+
+
+norm_gelu.register_autograd(_backward_of_norm_gelu, setup_context=_keep_for_norm_gelu)

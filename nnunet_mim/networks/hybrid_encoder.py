@@ -35,8 +35,8 @@ class ConvStage(nn.Module):
     def forward(self, boxes: Tensor, depthwise: SpatialConv, recompute: bool = False) -> tuple[Tensor, Tensor]:
         """(T, X, Y, Z, C_in) → the stage's map (T, X/sx, Y/sy, Z/sz, C), and (T, gx, gy, gz, D) at token size."""
         stream = Stream(self.embed(boxes))
-        for block in self.blocks:
-            stream = run_block(block, recompute, stream, depthwise)
+        for number, block in enumerate(self.blocks, start=1):
+            stream = run_block(block, recompute, stream, depthwise, number < len(self.blocks))
         boxes = stream.joined()
         return boxes, self.to_token(boxes)
 
@@ -146,6 +146,6 @@ class HybridEncoder(nn.Module):
     ) -> Tensor:
         """(N, L, D) or (T, D) tokens and sum of the stages → latent tokens of the same shape."""
         stream = Stream(tokens)
-        for block in self.vit_blocks:
-            stream = run_block(block, recompute, stream, shapes)
+        for number, block in enumerate(self.vit_blocks, start=1):
+            stream = run_block(block, recompute, stream, shapes, number < len(self.vit_blocks))
         return self.norm(stream.joined() + stage_sum)

@@ -41,9 +41,15 @@ def add_and_norm(stream: Stream, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     return x, norm(x)
 
 
-def with_branch(x: Tensor, features: Tensor, linear: nn.Linear | nn.Conv3d, drop_path: DropPath) -> Stream:
-    """A stream whose branch is a linear layer (or a 1x1x1 convolution, channels last) of features (..., C_in)."""
-    if fuses(x) and not drop_path.drops:
+def with_branch(
+    x: Tensor, features: Tensor, linear: nn.Linear | nn.Conv3d, drop_path: DropPath, norm_follows: bool = True
+) -> Stream:
+    """A stream whose branch is a linear layer (or a 1x1x1 convolution, channels last) of features (..., C_in).
+
+    Args:
+        norm_follows: whether the branch is added by `add_and_norm`; else its bias is not left to be added.
+    """
+    if norm_follows and fuses(x) and not drop_path.drops:
         return Stream(x, F.linear(features, linear.weight.flatten(1)), linear.bias)
     return Stream(x, drop_path(linear(features)))
 
@@ -55,6 +61,13 @@ def linear_gelu(x: Tensor, linear: nn.Linear | nn.Conv3d) -> Tensor:
 
         return bias_gelu(F.linear(x, linear.weight.flatten(1)), linear.bias)
     return F.gelu(linear(x))
+
+
+def norm_gelu(x: Tensor, bias: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """GELU(LayerNorm(x + bias)) of x (..., C)."""
+    from nnunet_mim.networks import fused_triton
+
+    return fused_triton.norm_gelu(x, bias, norm.weight, norm.bias, norm.eps)[0]
 
 
 def fuses(x: Tensor) -> bool:

@@ -42,7 +42,7 @@ class Attention(nn.Module):
         """(N, L, 3 D) → (N, L, D)."""
         N, L, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         qkv = qkv.reshape(N, L, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, L, D/heads)
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(dim=2))  # each (N, heads, L, D/heads)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, L, D)
 
 
@@ -69,10 +69,10 @@ class ViTBlock(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, stream: Stream, shapes: Shapes | None = None) -> Stream:
+    def forward(self, stream: Stream, shapes: Shapes | None = None, norm_follows: bool = True) -> Stream:
         x, y = add_and_norm(stream, self.norm1)
         x, y = add_and_norm(with_branch(x, self.attn.attend(y, shapes), self.attn.proj, self.drop_path), self.norm2)
-        return with_branch(x, linear_gelu(y, self.mlp.fc1), self.mlp.fc2, self.drop_path)
+        return with_branch(x, linear_gelu(y, self.mlp.fc1), self.mlp.fc2, self.drop_path, norm_follows)
 
 
 def sincos_position(grid: Size3, dim: int, like: Tensor) -> Tensor:

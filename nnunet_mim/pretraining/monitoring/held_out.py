@@ -77,7 +77,9 @@ class HeldOut:
             generator = torch.Generator(crops.device).manual_seed(config.seed * 1_000_003 + number)
             views = nested_views(crop[None], box[None], fill, levels_of(config), generator, place_threshold)
             self.views.append(views)
-        self.is_target = [[target_tokens(view, flat_threshold)[0] for view in views] for views in self.views]
+        self.is_target = [
+            [target_tokens(view, view.masked_tokens(), flat_threshold)[0] for view in views] for views in self.views
+        ]
         """(N, M) bool for each of the views: True = the masked token counts in the loss"""
         self.n_targets = [[float(crop.sum()) for crop in level] for level in zip(*self.is_target, strict=True)]
         """of each crop, by level"""

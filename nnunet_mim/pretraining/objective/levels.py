@@ -82,6 +82,8 @@ class _Level:
     position: int
     """among the levels that are computed, from the outermost on"""
     number: int
+    tokens: Tensor
+    """(N, M, P) voxels of the masked tokens"""
     is_target: Tensor
     """(N, M) bool: True = the masked token counts in the loss"""
     padded: Tensor
@@ -103,12 +105,13 @@ class _Level:
 def _level(position: int, views: list[LevelViews], flat_threshold: Tensor, ranks: Ranks) -> _Level:
     """The level at a position, with none of its views computed."""
     view = views[position]
-    is_target, padded, flat = target_tokens(view, flat_threshold)
+    tokens = view.masked_tokens()
+    is_target, padded, flat = target_tokens(view, tokens, flat_threshold)
     inside = (~view.outside).to(view.images.dtype)
     own_place = _place_index(views[position - 1], ranks.rank) if position else None
     n_targets, n_inside = ranks.sum(is_target.sum()), ranks.sum(inside.sum())
     number = level_number(position, len(views))
-    return _Level(view, position, number, is_target, padded, flat, n_targets, inside, n_inside, own_place)
+    return _Level(view, position, number, tokens, is_target, padded, flat, n_targets, inside, n_inside, own_place)
 
 
 def _part_of_loss(
@@ -116,7 +119,7 @@ def _part_of_loss(
     config: PretrainConfig,
 ) -> tuple[Tensor, LevelFigures[Tensor]]:
     """Weighted loss of some views of a level as their share of the level's mean, and its parts."""
-    tokens, is_target = level.views.masked_tokens(rows), level.is_target[rows]  # (n, M, P), (n, M)
+    tokens, is_target = level.tokens[rows], level.is_target[rows]  # (n, M, P), (n, M)
     reconstruction = reconstruction_loss(output.prediction, tokens, is_target, level.n_targets)
     loss = config.level_weights[level.number - 1] * reconstruction
     alignment = top1 = None
@@ -169,12 +172,12 @@ def add_pass(levels: list[LevelFigures[Tensor]], part: LevelFigures[Tensor]) -> 
 
 
 @torch.no_grad()
-def target_tokens(view: LevelViews, flat_threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which masked tokens count in the loss, (N, M) bool, True = without padding and not flat (air); and of each view
-    the padded and the flat tokens as shares of all masked tokens of the level, each (N,).
+def target_tokens(view: LevelViews, tokens: Tensor, flat_threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the masked tokens (N, M, P) of views count in the loss, (N, M) bool, True = without padding and not flat
+    (air); and of each view the padded and the flat tokens as shares of all masked tokens of the level, each (N,).
     """
     padded = torch.gather(view.padded, 1, view.ids_masked)  # (N, M)
-    flat = torch.cat([flat_tokens(view.masked_tokens(part), flat_threshold) for part in _passes(padded.shape[0], 4)])
+    flat = torch.cat([flat_tokens(tokens[part], flat_threshold) for part in _passes(padded.shape[0], 4)])
     padded_share = padded.float().sum(dim=1) / padded.numel()
     flat_share = (flat & ~padded).float().sum(dim=1) / padded.numel()
     return ~(padded | flat), padded_share, flat_share

@@ -41,7 +41,7 @@ def reconstruction_loss(
         is_target: (N, M) bool, True = counts. No target at all gives 0.
         n_targets: number of targets that the mean is over, where these views are a part of them; None: those here.
     """
-    error = (full(prediction) - normalize_tokens(full(tokens))).square().mean(dim=-1)
+    error = F.mse_loss(full(prediction), normalize_tokens(full(tokens)), reduction="none").mean(dim=-1)
     weight = is_target.to(error.dtype)
     total = weight.sum() if n_targets is None else n_targets.to(error.dtype)
     return (error * weight).sum() / total.clamp(min=1)

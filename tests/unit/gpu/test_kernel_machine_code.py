@@ -1,4 +1,4 @@
-"""The depthwise kernels as machine code, which Triton's own assembler makes without a GPU."""
+"""The Triton kernels as machine code, which Triton's own assembler makes without a GPU."""
 
 import pytest
 
@@ -27,6 +27,15 @@ def test_instructions_of_a_stage_whose_channels_are_no_multiple_of_16(gpu_benchm
     assert convolution["ffma"] == weight_gradient["ffma"] == 5 * 8 * 8  # taps, voxels, channels of a thread
 
 
+def test_fused_kernels_fit_the_registers(gpu_benchmark):
+    found = gpu_benchmark("kernel_machine_code.py", "--fused", "--presets", "tiny", "--archs", "90")
+    rows = found["rows"]
+    assert {row["kernel"] for row in rows} == {
+        f"_{name}{end}_kernel" for name in ("bias_gelu", "add_norm", "norm_gelu") for end in ("", "_backward")
+    }
+    assert [row for row in rows if row["spilled"] or row["registers"] > REGISTERS] == []
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -35,3 +44,5 @@ def test_every_kernel_fits_the_registers(gpu_benchmark, preset, arch):
     flags = "kernel_machine_code.py", "--presets", preset, "--archs", arch
     check(gpu_benchmark(*flags, "--dtypes", "bf16", "fp16", "fp32"), 3 * 2 * 3)
     check(gpu_benchmark(*flags, "--dtypes", "fp16", "--finetuning"), 3 * 2)
+    fused = gpu_benchmark("kernel_machine_code.py", "--fused", "--presets", preset, "--archs", arch)["rows"]
+    assert [row for row in fused if row["spilled"] or row["registers"] > 255] == []

@@ -23,7 +23,7 @@ def inputs(*shapes, dtype=torch.float32):
 
 
 def close(found, wanted, tolerance):
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip([x.detach() for x in found], [x.detach() for x in wanted], strict=True):
         assert a.shape == b.shape
         assert float((a.float() - b.float()).norm()) <= tolerance * max(1e-6, float(b.float().norm()))
 
@@ -57,6 +57,20 @@ def test_addition_and_layer_norm(kernels, shape, dtype, tolerance):
     close(found, [total, out, *torch.autograd.grad((total, out), exact, [g.double() for g in upstream])], tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", SHAPES[:2] + SHAPES[3:])
+def test_bias_layer_norm_and_gelu(kernels, shape, dtype, tolerance):
+    channels = shape[-1:]
+    values = inputs(shape, channels, channels, channels, dtype=dtype)
+    upstream = torch.randn(shape, device=DEVICE).to(dtype)
+    y, *_ = kernels.norm_gelu(*values, 1e-5)
+    found = [y, *torch.autograd.grad(y, values, upstream)]
+    assert all(tensor.dtype == dtype for tensor in found)
+    x, bias, weight, shift = exact = [value.detach().double().requires_grad_() for value in values]
+    y = F.gelu(F.layer_norm(x + bias, channels, weight, shift, 1e-5))
+    close(found, [y, *torch.autograd.grad(y, exact, upstream.double())], tolerance)
+
+
 def test_sums_over_many_tiles_of_a_program(kernels, monkeypatch):
     """As where there are more rows than PROGRAMS tiles."""
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
@@ -85,7 +99,10 @@ def test_a_result_that_is_not_used_gets_no_gradient(kernels):
     close([found], [wanted], 1e-4)
 
 
-@pytest.mark.parametrize("op", ["bias_gelu", "bias_gelu_backward", "add_norm", "add_norm_backward"])
+OPERATIONS = [f"{name}{end}" for name in ("bias_gelu", "add_norm", "norm_gelu") for end in ("", "_backward")]
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
 def test_what_torch_compile_is_told_about_the_operations_is_so(kernels, op):
     x, y, bias, weight, shift = (value.detach() for value in inputs((6, 24), (6, 24), (24,), (24,), (24,)))
     of_rows = torch.zeros(6, device=DEVICE), torch.ones(6, device=DEVICE)
