@@ -72,7 +72,7 @@ def train(options: argparse.Namespace) -> None:
     train_probe(job, folds, options.device)
     if options.baselines:
         train_baselines(job, folds)
-    if len(folds) == len(job.folds):
+    if job.is_complete(config.arm):
         from nnunet_mim.classification.report import write_report
 
         print("\n".join(write_report(job.folder, job.source, seed=config.seed)))
