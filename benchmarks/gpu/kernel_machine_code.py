@@ -1,9 +1,10 @@
 """Compiles the Triton kernels down to machine code, without a GPU, and says what each has come to.
 
-    python benchmarks/gpu/kernel_machine_code.py [--presets small base] [--archs 80 90 100 120] [--dtypes bf16] [--fused] [--json]
+    python benchmarks/gpu/kernel_machine_code.py [--presets small] [--archs 80 90] [--dtypes bf16] [--fused] [--json]
 
 Of every stage of pretraining (view of 64 for tiny and small, 96 for base and large), or with --finetuning of whole
-patches of 128, the depthwise kernels; with --fused those of fused_triton.py for the channels of a preset. Registers of a thread, bytes that it spills to memory, instructions, those that multiply and add (FFMA).
+patches of 128, the depthwise kernels; with --fused those of fused_triton.py for the channels of a preset. Registers of a
+thread, bytes that it spills to memory, instructions, those that multiply and add (FFMA).
 Triton brings the assembler and disassembler. Kernels are compiled for the constants that they are launched with; the
 input gradient is the convolution with the flipped kernel.
 """
@@ -70,9 +71,8 @@ def machine_code(cubin):
         )
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)", code)
-    return {
-        "registers": registers, "spilled": stack + local, "instructions": len(names), "ffma": names.count("FFMA"),
-    }  # fmt: skip
+    ffma = sum(name.startswith("FFMA") for name in names)  # FFMA2 of sm_100 does two at once
+    return {"registers": registers, "spilled": stack + local, "instructions": len(names), "ffma": ffma}
 
 
 def rows(chosen, dtypes, archs):

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import re
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +20,29 @@ from nnunet_mim.config import Size3
 from nnunet_mim.networks.depthwise_cpu import MaskedDepthwise, depthwise_on_tokens
 from nnunet_mim.networks.token_layout import join, view_of_token
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRITON = (3, 3)
+"""oldest version that compiles the kernels; it comes with torch 2.7"""
+
+
+def _has_triton() -> bool:
+    """Whether Triton is installed and new enough; one that is too old is named."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build under another name, as for Windows
+        return True
+    new_enough = tuple(int(number) for number in re.findall(r"\d+", version)[:2]) >= TRITON
+    if not new_enough:
+        warnings.warn(
+            f"Triton {version} is too old for the fast depthwise convolution, PyTorch's takes its place on a GPU: "
+            f"pip install 'triton>={TRITON[0]}.{TRITON[1]}'",
+            stacklevel=2,
+        )
+    return new_enough
+
+
+HAS_TRITON = _has_triton()  # asked once: torch.compile cannot trace the question
 
 
 class DepthwiseConv3d(nn.Conv3d):

@@ -110,6 +110,7 @@ def run(typed: argparse.Namespace) -> None:
     from nnunet_mim.pretraining.dry_run import dry_run
     from nnunet_mim.pretraining.loop import pretrain
     from nnunet_mim.pretraining.report.summary import losses_text
+    from nnunet_mim.pretraining.step import full_memory_named
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise MiMError("no CUDA device found: add -device cpu (slow; try --view 64, with stock plans --preset tiny)")
@@ -138,7 +139,8 @@ def run(typed: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if fabric.is_global_zero:
             write_config(job.config, folder / "config.yaml")
-        record = pretrain(job, fabric)
+        with full_memory_named(job):
+            record = pretrain(job, fabric)
         if fabric.is_global_zero:
             setup.point_to(folder, sources, where)
     say(losses_text(record.last))

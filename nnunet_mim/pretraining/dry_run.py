@@ -18,7 +18,6 @@ import torch
 from lightning_fabric import Fabric
 
 from nnunet_mim.checkpoint.locate import FINAL
-from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
 from nnunet_mim.pretraining.data.loading import training_batches, training_crops
 from nnunet_mim.pretraining.data.run_data import RunData
@@ -26,6 +25,7 @@ from nnunet_mim.pretraining.distributed.ranks import ranks_of
 from nnunet_mim.pretraining.loop import pretrain
 from nnunet_mim.pretraining.setup import Run
 from nnunet_mim.pretraining.step import WARM_UP as RECORDED_AFTER
+from nnunet_mim.pretraining.step import DeviceMemoryError, full_memory_named
 from nnunet_mim.system.machine import physical_memory
 
 WARM_UP = RECORDED_AFTER + 1
@@ -46,7 +46,9 @@ class _Trial:
     measure_s: float
     """seconds of one measurement on one held-out crop"""
     memory: int
-    """peak, bytes: of the device, or of this process on a CPU"""
+    """peak, bytes that were reserved: on the device, or by this process on a CPU"""
+    used: int
+    """peak, bytes in use: the same on a CPU"""
     weights: int
     """bytes of the final checkpoint"""
 
@@ -59,15 +61,23 @@ def dry_run(run: Run, fabric: Fabric) -> str:
         fabric: launched.
 
     Returns:
-        lines with the speed, time, disk and memory of the whole run, the bottleneck, and the largest batch that fits.
+        lines with the speed, time, disk and memory of the whole run, the bottleneck, and the largest batch that fits;
+        or one that says what to change where the memory of the device does not hold a step.
     """
     config, data, folder = run.config, run.data, run.folder
-    first = _try(run, fabric, WARM_UP + 1)
+    try:
+        first = _try(run, fabric, WARM_UP + 1)
+    except DeviceMemoryError as error:
+        return f"batch        {error}"
     steps = WARM_UP + min(50, max(3, round(SECONDS / max(first.step_s, 1e-3))))
     trial = _try(run, fabric, steps)
     data_s = _seconds_of_data(run, fabric, steps)
     twice = replace(run, config=replace(config, batch_size=2 * config.batch_size))
-    doubled = _try(twice, fabric, WARM_UP + 1)
+    try:
+        doubled = _try(twice, fabric, WARM_UP + 1)
+        batch = f"about {_largest_batch(run, trial, doubled, fabric)} crops fit"
+    except DeviceMemoryError:
+        batch = f"{config.batch_size} crops fit, {twice.config.batch_size} do not"
 
     crops_per_s, data_rate = config.batch_size / trial.step_s, config.batch_size / data_s
     measurements = config.iterations // config.val_every + 1
@@ -85,8 +95,7 @@ def dry_run(run: Run, fabric: Fabric) -> str:
             f"whole run    {_duration(seconds)} for {config.iterations} iterations, {share:.1%} of it measurements",
             f"disk         {disk / GIB:.2f} GiB for three checkpoints and their curves; {free / GIB:.1f} GiB are free",
             f"peak memory  {trial.memory / GIB:.2f} GiB ({kind})",
-            f"batch        about {_largest_batch(config, trial, doubled, fabric)} crops fit "
-            "(memory for more activations is bounded by --views_per_pass)",
+            f"batch        {batch} (memory for activations is bounded by --views_per_pass)",
         ]
     )
 
@@ -110,12 +119,13 @@ def _try(run: Run, fabric: Fabric, steps: int) -> _Trial:
         times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        record = pretrain(replace(run, config=short, folder=Path(folder), stored=None), fabric, note)
+        with full_memory_named(run):
+            record = pretrain(replace(run, config=short, folder=Path(folder), stored=None), fabric, note)
         weights = (Path(folder) / FINAL).stat().st_size if fabric.is_global_zero else 0
     durations = [b - a for a, b in pairwise(times)]
-    memory = torch.cuda.max_memory_reserved() if cuda else _peak_rss()
+    memory, used = (torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()) if cuda else (_peak_rss(),) * 2
     measure_s = median(record.monitor.seconds["held_out"]) / _datasets(run.data)  # one crop of each
-    return _Trial(median(durations[WARM_UP - 1 :]), measure_s, memory, weights)
+    return _Trial(median(durations[WARM_UP - 1 :]), measure_s, memory, used, weights)
 
 
 def _datasets(data: RunData) -> int:
@@ -136,18 +146,29 @@ def _seconds_of_data(run: Run, fabric: Fabric, steps: int) -> float:
     return (time.perf_counter() - since) / max(1, count)
 
 
-def _largest_batch(config: PretrainConfig, trial: _Trial, doubled: _Trial, fabric: Fabric) -> int:
-    """Crops a step that fill the memory of all devices, by the growth from one batch to twice as much."""
-    here = config.batch_size // fabric.world_size
+def _largest_batch(run: Run, trial: _Trial, doubled: _Trial, fabric: Fabric) -> int:
+    """Crops a step that fill the memory of all devices, by the growth from one batch to twice as much.
+
+    Passes grow with the batch until they hold `views_per_pass` views. From then on a crop takes only what is kept of it
+    during the whole step, however little work it is.
+    """
+    config, here = run.config, run.config.batch_size // fabric.world_size
     levels = levels_of(config)
-    images = sum(n * prod(level.view_size) for n, level in zip(views_per_crop(levels), levels, strict=True))
+    views = views_per_crop(levels)
+    images = sum(n * prod(level.view_size) for n, level in zip(views, levels, strict=True))
     least = 4 * config.in_channels * (images + 2 * prod(levels[0].fov))  # views, and the crop before and after padding
-    growth = max((doubled.memory - trial.memory) / here, least)
+    growth = max((doubled.used - trial.used) / here, least)
     if fabric.device.type == "cuda":
         total = torch.cuda.get_device_properties(fabric.device).total_memory
     else:
         total = physical_memory()
-    return max(config.batch_size, fabric.world_size * int(here + (USABLE * total - trial.memory) / growth))
+    room = USABLE * total - doubled.memory
+    if room < 0:
+        return max(config.batch_size, fabric.world_size * int(2 * here + room / growth))
+    full_pass = -(-(run.options.views_per_pass or sum(views)) // max(views))  # crops
+    growing = min(max(0, full_pass - 2 * here), room / growth)
+    kept = growth if here >= full_pass else least
+    return fabric.world_size * int(2 * here + growing + (room - growing * growth) / kept)
 
 
 def _peak_rss() -> int:

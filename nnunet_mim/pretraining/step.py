@@ -6,7 +6,8 @@ which an H100 idles (benchmarks/results/2026-11-26_h100.md). Recorded once, they
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import numpy as np
@@ -155,6 +156,26 @@ class SizedStep:
         return figures
 
 
+class DeviceMemoryError(MiMError):
+    """The memory of the device does not hold a run."""
+
+
+@contextmanager
+def full_memory_named(run: Run) -> Iterator[None]:
+    """Turn a device's error of being out of memory into a DeviceMemoryError that says which options need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        options, batch = run.options, run.config.batch_size
+        remedies = ["--recompute 1 2 3"] if set(options.recompute) != {1, 2, 3} else []
+        if options.views_per_pass is None or options.views_per_pass > 1:
+            remedies.append(f"--views_per_pass {(options.views_per_pass or 32) // 2}")
+        if batch > 1:
+            remedies.append(f"--batch {batch // 2}")
+        remedy = f"add {' or '.join(remedies)}" if remedies else "choose a smaller --view or --preset"
+        raise DeviceMemoryError(f"the memory of the GPU does not hold a step of {batch} crops: {remedy}") from error
+
+
 class RecordedStep:
     """The same step as a CUDA graph: the first WARM_UP calls are ordinary ones, the next records, all others replay.
 
@@ -178,6 +199,7 @@ class RecordedStep:
 
         Raises:
             MiMError: the step cannot be recorded.
+            torch.OutOfMemoryError: the memory of the device is full.
             ValueError: the views have other shapes than those that were recorded.
         """
         if self.done < WARM_UP:
@@ -221,12 +243,22 @@ class RecordedStep:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.figures = self.step(views)
         except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0]
+            cause = _first_cause(error)  # PyTorch says only that something has failed before
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = f"{type(cause).__name__}: {cause}".strip().split("\n")[0]
             raise MiMError(f"a step could not be recorded as a CUDA graph ({reason}): add --no-record") from error
         finally:
             for group, values in zip(groups, kept, strict=True):
                 group.update(values)  # the loop sets a plain rate, which `__call__` reads
         return graph
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error that began the chain of errors which ended in this one."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 def _tensors(views: list[LevelViews]) -> list[Tensor]:

@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+FOLDER = Path(__file__).parents[3] / "benchmarks" / "gpu"
 
 
 @pytest.fixture
@@ -14,7 +17,7 @@ def gpu_benchmark(tmp_path):
 
     def run(script, *flags):
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        command = [sys.executable, f"benchmarks/gpu/{script}", *flags, "--json"]
+        command = [sys.executable, FOLDER / script, *flags, "--json"]
         done = subprocess.run(
             command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
         )

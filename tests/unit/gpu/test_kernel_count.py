@@ -15,7 +15,6 @@ VARIANTS = {
     "infonce": {},
     "cosine": {"alignment": "cosine"},
     "recompute": {"recompute": (1, 2, 3)},
-    "no_alignment": {"alignment": "none"},
 }
 
 

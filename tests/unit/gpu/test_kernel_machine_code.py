@@ -8,12 +8,14 @@ pytest.importorskip("triton")
 
 REGISTERS = 240
 """maximum of a thread; above 255 the assembler spills to memory"""
+SPILLED = 8
+"""maximum bytes of a thread: two values in float32 on sm_80 (12 channels), where the assembler stops at 96 registers"""
 
 
 def check(found, n_kernels):
     rows = found["rows"]
     assert len(rows) == n_kernels
-    assert [row for row in rows if row["spilled"] or row["registers"] > REGISTERS] == []
+    assert [row for row in rows if row["spilled"] > SPILLED or row["registers"] > REGISTERS] == []
     assert all(row["ffma"] > 0 for row in rows)
     return rows
 
@@ -22,6 +24,7 @@ def test_instructions_of_a_stage_whose_channels_are_no_multiple_of_16(gpu_benchm
     """24 channels; with loads of two bytes the convolution had 1,984 instructions and 242 registers."""
     found = gpu_benchmark("kernel_machine_code.py", "--presets", "small", "--stages", "1", "--archs", "90")
     convolution, weight_gradient = check(found, 2)
+    assert convolution["spilled"] == weight_gradient["spilled"] == 0
     assert convolution["instructions"] <= 1100  # 792 by Triton 3.8.0, 1,032 by 3.3.1
     assert weight_gradient["instructions"] <= 1400
     assert convolution["ffma"] == weight_gradient["ffma"] == 5 * 8 * 8  # taps, voxels, channels of a thread

@@ -1,12 +1,15 @@
 """Depthwise convolution: values against the loop over kernel offsets; its use on visible tokens against slices."""
 
 import itertools
+import warnings
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nnunet_mim.networks import depthwise
 from nnunet_mim.networks.depthwise import DepthwiseConv3d, conv_on_patches
 from nnunet_mim.networks.depthwise_cpu import depthwise_on_tokens
 
@@ -102,3 +105,14 @@ def test_on_tokens_masked_voxels_count_as_zero(data, grid, token, channels, seed
         strict=True,
     ):
         close(a, b, torch.float64)
+
+
+@pytest.mark.parametrize(("version", "new_enough"), [("3.2.0", False), ("3.3.1+git12", True), ("10.0", True)])
+def test_a_triton_that_is_too_old_is_not_used_but_named(monkeypatch, version, new_enough):
+    monkeypatch.setattr(depthwise.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(depthwise.importlib.metadata, "version", lambda name: version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert depthwise._has_triton() == new_enough
+    named = [str(warning.message).split(" is ")[0] for warning in caught]
+    assert named == ([] if new_enough else [f"Triton {version}"])

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,19 @@ import torch
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
+from nnunet_mim.pretraining.cli import _build_parser
 from nnunet_mim.pretraining.monitoring.figures import TrainingFigures
 from nnunet_mim.pretraining.objective.views import nested_views
-from nnunet_mim.pretraining.step import PROBE_STEPS, PROBE_VIEWS, WARM_UP, RecordedStep, SizedStep
+from nnunet_mim.pretraining.options import RunOptions
+from nnunet_mim.pretraining.step import (
+    PROBE_STEPS,
+    PROBE_VIEWS,
+    WARM_UP,
+    DeviceMemoryError,
+    RecordedStep,
+    SizedStep,
+    full_memory_named,
+)
 
 
 class Stream:
@@ -85,20 +96,34 @@ def test_views_and_rate_of_every_replay_are_those_of_its_call(no_gpu):
         recorded([replace(view, images=view.images[:, :, :16]) for view in views_of(0)])
 
 
-def test_a_step_that_cannot_be_recorded_says_what_to_do(no_gpu):
+def recorded_step(fail):
+    """A step whose recording calls `fail`, at its third call, and its optimiser."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))], lr=0.5)
 
     def step(_):
         if optimizer.param_groups[0].get("capturable"):
-            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+            fail()
         return TrainingFigures()
 
     recorded = RecordedStep(step, optimizer)
-    views = views_of(0)
     for _ in range(WARM_UP):
-        recorded(views)
-    with pytest.raises(MiMError, match=r"^a step could not be recorded .*\(operation .*capturing\): add --no-record$"):
-        recorded(views)
+        recorded(views_of(0))
+    return recorded, optimizer
+
+
+def fail_as_a_capture_does(error):
+    """PyTorch ends a recording that has failed with an error of its own."""
+    try:
+        raise error
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore lines")
+
+
+def test_a_step_that_cannot_be_recorded_names_the_cause(no_gpu):
+    recorded, optimizer = recorded_step(lambda: fail_as_a_capture_does(ValueError("a loss was read\nmore lines")))
+    message = r"^a step could not be recorded as a CUDA graph \(ValueError: a loss was read\): add --no-record$"
+    with pytest.raises(MiMError, match=message):
+        recorded(views_of(0))
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
@@ -134,3 +159,28 @@ def test_passes_are_as_large_as_the_memory_allows(monkeypatch, memory, passes):
     assert step(views).grad_norm == (passes or 0)
     step(views)
     assert made == [PROBE_VIEWS, passes]
+
+
+def test_full_memory_while_recording_is_not_answered_with_no_record(no_gpu):
+    recorded, _ = recorded_step(lambda: fail_as_a_capture_does(torch.OutOfMemoryError("CUDA out of memory")))
+    run = SimpleNamespace(options=RunOptions(views_per_pass=32), config=PretrainConfig(batch_size=8))
+    remedy = r"of 8 crops: add --recompute 1 2 3 or --views_per_pass 16 or --batch 4$"
+    with pytest.raises(DeviceMemoryError, match=remedy), full_memory_named(run):
+        recorded(views_of(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "remedy"),
+    [
+        (RunOptions(views_per_pass=1), 1, "add --recompute 1 2 3"),
+        (RunOptions(views_per_pass=4, recompute=(1, 2, 3)), 1, "add --views_per_pass 2"),
+        (RunOptions(views_per_pass=1, recompute=(3, 2, 1)), 1, "choose a smaller --view or --preset"),
+    ],
+)
+def test_only_what_can_still_be_turned_is_named(options, batch, remedy):
+    run = SimpleNamespace(options=options, config=PretrainConfig(batch_size=batch))
+    with pytest.raises(DeviceMemoryError) as error, full_memory_named(run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert str(error.value).endswith(f"a step of {batch} crops: {remedy}")
+    flags = remedy.removeprefix("add ").split() if remedy.startswith("add") else []
+    assert _build_parser().parse_args(["-d", "1", *flags])
