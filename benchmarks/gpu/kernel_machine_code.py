@@ -3,8 +3,8 @@
     python benchmarks/gpu/kernel_machine_code.py [--presets small] [--archs 80 90] [--dtypes bf16] [--fused] [--json]
 
 Of every stage of pretraining (view of 64 for tiny and small, 96 for base and large), or with --finetuning of whole
-patches of 128, the depthwise kernels; with --fused those of fused_triton.py for the channels of a preset. Registers of a
-thread, bytes that it spills to memory, instructions, those that multiply and add (FFMA).
+patches of 128, the depthwise kernels; with --fused those of fused_triton.py for the channels of a preset. Registers of
+a thread, bytes that it spills to memory, instructions, those that multiply and add (FFMA).
 Triton brings the assembler and disassembler. Kernels are compiled for the constants that they are launched with; the
 input gradient is the convolution with the flipped kernel.
 """
