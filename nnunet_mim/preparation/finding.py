@@ -43,10 +43,9 @@ def find_volumes(
 ) -> list[Volume]:
     """All image files and DICOM series in folders, sorted by name.
 
-    Folders are searched to any depth, links included; hidden folders and image files are left out. Every header is read
-    in one of some worker processes. A name is the path below the folder in
-    letters, digits, - and _; a second one of the same name gets a number. Names from earlier calls, given by the first
-    file of the volume, are kept.
+    Folders are searched to any depth, links included, but for hidden ones; some archives hide files (`.IM0001`). Every
+    header is read in one of some worker processes. A name is the path below the folder in letters, digits, - and _; a
+    second one of the same name gets a number. Names from earlier calls, given by the first file of the volume, are kept.
     """
     earlier_names = earlier_names or {}
     taken = set(earlier_names.values())
@@ -94,13 +93,8 @@ def _files(root: Path) -> Iterator[list[str]]:
             below[:] = []
             continue
         visited.add(real)
-        paths = [os.path.join(folder, name) for name in sorted(files) if not _is_hidden(name)]
+        paths = [os.path.join(folder, name) for name in sorted(files) if not name.startswith("._")]  # macOS's own
         yield [path for path in paths if path.lower().endswith((*ENDINGS, *DICOM_ENDINGS)) or not file_problem(path)]
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a file is left out for its name. Some archives hide DICOM files (`.IM0001`)."""
-    return name.startswith("._") or (name.startswith(".") and name.lower().endswith(ENDINGS))
 
 
 def _series(stem: str, dicom: Mapping[str, FileHeader | str]) -> Iterator[tuple[str, Volume]]:

@@ -18,14 +18,14 @@ def names_in(*folders, **known):
     return [volume.name for volume in find_volumes(folders, **known)]
 
 
-def test_files_of_all_kinds_nested_and_hidden_ones_left_out(tmp_path, ct, dicom):
+def test_files_of_all_kinds_nested_and_hidden_ones(tmp_path, ct, dicom):
     for name in ("a.nii.gz", "b c.nii", "x/y/d.nrrd", "x/y/e.mha", "x/f_0000.nii.gz", ".hidden.nii", "x/._d.nrrd"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         sitk.WriteImage(ct(), str(tmp_path / name))
     sitk.WriteImage(ct(), str(tmp_path / "x" / "g.mhd"))  # with a g.raw or g.zraw beside it
     (tmp_path / "notes.txt").write_text("no image")
     dicom(ct(), tmp_path / "patient" / "scan", uid="1.9")
-    assert names_in(tmp_path) == ["a", "b_c", "patient_scan", "x_f", "x_g", "x_y_d", "x_y_e"]
+    assert names_in(tmp_path) == ["a", "b_c", "hidden", "patient_scan", "x_f", "x_g", "x_y_d", "x_y_e"]
 
 
 def test_a_dicom_folder_itself_and_several_series_in_one(tmp_path, ct, dicom):
