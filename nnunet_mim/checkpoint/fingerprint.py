@@ -121,12 +121,12 @@ def most_similar(first: np.ndarray, second: np.ndarray, only_earlier: bool = Fal
         (N,) places in `second`; -1 where no image is similar enough to be probably the same.
     """
     found, highest = np.full(len(first), -1), np.zeros(len(first))
-    with_both = first[:, 0].any(axis=1), second[:, 0].any(axis=1)
+    with_both = [np.asarray(rows[:, 0].any(axis=1)) for rows in (first, second)]
     for measure, (gate, threshold) in enumerate(zip(GATES, THRESHOLDS, strict=True)):
         ours, theirs = _unit_vectors(first[:, measure]), _unit_vectors(second[:, measure])
         for start, order in itertools.product(range(0, len(ours), ROWS_AT_ONCE), _AXIS_ORDERS):
             rows, turned = np.arange(start, min(start + ROWS_AT_ONCE, len(ours))), theirs[:, order]
-            possible: np.ndarray = np.abs(ours[rows]) @ np.abs(turned).T > gate  # a bound of all mirrorings
+            possible = np.abs(ours[rows]) @ np.abs(turned).T > gate  # a bound of all mirrorings
             if only_earlier:
                 possible &= np.arange(len(theirs)) < rows[:, None]
             if measure > 0:
