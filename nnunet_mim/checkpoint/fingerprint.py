@@ -126,13 +126,12 @@ def most_similar(first: np.ndarray, second: np.ndarray, only_earlier: bool = Fal
         ours, theirs = _unit_vectors(first[:, measure]), _unit_vectors(second[:, measure])
         for start, order in itertools.product(range(0, len(ours), ROWS_AT_ONCE), _AXIS_ORDERS):
             rows, turned = np.arange(start, min(start + ROWS_AT_ONCE, len(ours))), theirs[:, order]
-            bound = np.abs(ours[rows]) @ np.abs(turned).T  # of all mirrorings
-            possible = bound > gate
+            possible = np.abs(ours[rows]) @ np.abs(turned).T > gate  # a bound of all mirrorings
             if only_earlier:
-                possible = possible & (np.arange(len(theirs)) < rows[:, None])
+                possible &= np.arange(len(theirs)) < rows[:, None]
             if measure > 0:
-                possible = possible & ~(with_both[0][rows, None] & with_both[1])
-            for row in rows[np.any(possible, axis=1)]:
+                possible &= ~(with_both[0][rows, None] & with_both[1])
+            for row in rows[possible.any(axis=1)]:
                 columns = np.flatnonzero(possible[row - start])
                 values = _similarities(ours[row], turned[columns])
                 best = values.argmax()
