@@ -43,9 +43,10 @@ def find_volumes(
 ) -> list[Volume]:
     """All image files and DICOM series in folders, sorted by name.
 
-    Folders are searched to any depth, links included, but for hidden ones; some archives hide files (`.IM0001`). Every
-    header is read in one of some worker processes. A name is the path below the folder in letters, digits, - and _; a
-    second one of the same name gets a number. Names from earlier calls, given by the first file of the volume, are kept.
+    Folders are searched to any depth, links included, but for hidden ones; some archives hide files (`.IM0001`).
+    Every header is read in one of some worker processes. A name is the path below the folder in letters, digits, - and
+    _; a second one of the same name gets a number. Names from earlier calls, given by the first file of the volume, are
+    kept.
     """
     earlier_names = earlier_names or {}
     taken = set(earlier_names.values())
