@@ -103,8 +103,9 @@ def _parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]
 
 
 def build_optimizer(network: HybridUNet, config: FinetuneConfig) -> tuple[AdamW, IterationSchedule]:
-    """AdamW that clips gradients before each step, and its schedule."""
-    optimizer = AdamW(_parameter_groups(network, config), lr=config.lr)
+    """AdamW that clips gradients before each step, and its schedule; on a GPU a step is one kernel."""
+    on_gpu = next(network.parameters()).is_cuda
+    optimizer = AdamW(_parameter_groups(network, config), lr=config.lr, fused=on_gpu or None)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def clip(*_: object) -> None:
