@@ -71,7 +71,7 @@ def machine_code(cubin):
         )
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)", code)
-    ffma = sum(name.startswith("FFMA") for name in names)  # FFMA2 of sm_100 does two at once
+    ffma = sum(name.startswith(("FFMA", "FHFMA")) for name in names)  # FFMA2: two at once, FHFMA: of half precision
     return {"registers": registers, "spilled": stack + local, "instructions": len(names), "ffma": ffma}
 
 
