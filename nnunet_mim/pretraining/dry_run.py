@@ -165,7 +165,9 @@ def _largest_batch(run: Run, trial: _Trial, doubled: _Trial, fabric: Fabric) -> 
     room = USABLE * total - doubled.memory
     if room < 0:
         return max(config.batch_size, fabric.world_size * int(2 * here + room / growth))
-    full_pass = -(-(run.options.views_per_pass or sum(views)) // max(views))  # crops
+    if run.options.views_per_pass is None:  # passes grow with the batch as long as they fit
+        return fabric.world_size * int(2 * here + room / growth)
+    full_pass = -(-run.options.views_per_pass // max(views))  # crops
     growing = min(max(0, full_pass - 2 * here), room / growth)
     kept = growth if here >= full_pass else least
     return fabric.world_size * int(2 * here + growing + (room - growing * growth) / kept)
