@@ -1,8 +1,10 @@
-"""The objective of one iteration: every level's reconstruction and its agreement with the level above."""
+"""The objective of one iteration: every level's reconstruction, its agreement with the level above, and the U-Net's
+reconstruction.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import Level
-from nnunet_mim.networks.mask_in_mask import Reconstruction, Reconstructs
+from nnunet_mim.networks.mask_in_mask import HasUNet, Reconstruction, Reconstructs
 from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks
 from nnunet_mim.pretraining.monitoring.figures import LevelFigures, mapped
 from nnunet_mim.pretraining.objective.losses import cosine_loss, flat_tokens, infonce_loss, reconstruction_loss
@@ -133,6 +135,57 @@ def _part_of_loss(
         level.number, reconstruction=reconstruction, targets=is_target.float().sum(), alignment_top1=top1,
         alignment=alignment, loss=loss,
     )  # fmt: skip
+
+
+def unet_losses(
+    model: HasUNet,
+    views: list[LevelViews],
+    flat_threshold: Tensor,
+    config: PretrainConfig,
+    views_per_pass: int | None = None,
+    ranks: Ranks = ALONE,
+    n_targets: Sequence[Tensor] | None = None,
+) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    """Compute the reconstruction loss of the U-Net around the encoder, in passes as `level_losses`.
+
+    Args:
+        model, views, flat_threshold, views_per_pass, ranks: as in `level_losses`.
+        n_targets: scalar for each level that the U-Net sees: number of target tokens that its loss is the mean over;
+            None: those of these views, on all ranks.
+
+    Yields:
+        the pass's share of the weighted loss; and, by number of each level in it, its share of the level's loss.
+    """
+    levels = unet_views(views, config)
+    is_target = [target_tokens(view, flat_threshold)[0] for _, view in levels]
+    n_targets = n_targets or [ranks.sum(targets.sum()) for targets in is_target]
+    numbered = list(enumerate(levels))
+    passes = [[(at, number, view, slice(None)) for at, (number, view) in numbered]]
+    if views_per_pass is not None:
+        passes = [
+            [(at, number, view, rows)]
+            for at, (number, view) in numbered
+            for rows in _passes(len(view.images), views_per_pass)
+        ]
+    for one_pass in passes:
+        predictions = model.reconstruct_with_unet([view.masked(rows) for _, _, view, rows in one_pass])
+        losses = {
+            number: reconstruction_loss(prediction, view.masked_tokens(rows), is_target[at][rows], n_targets[at])
+            for prediction, (at, number, view, rows) in zip(predictions, one_pass, strict=True)
+        }
+        total = sum(losses.values(), torch.zeros((), device=flat_threshold.device))
+        yield config.unet_weight * total, {number: loss.detach() for number, loss in losses.items()}
+
+
+def unet_views(views: list[LevelViews], config: PretrainConfig) -> list[tuple[int, LevelViews]]:
+    """The levels that the U-Net sees: number of each, and its first `config.unet_views` views of every crop."""
+    chosen, n_crops = [], len(views[0].images)
+    for position, view in enumerate(views):
+        number, n_views = level_number(position, len(views)), len(view.images)
+        if wanted := config.unet_views[number - 1]:
+            rows = torch.arange(n_views, device=view.images.device).view(n_crops, -1)[:, :wanted].flatten()
+            chosen.append((number, view.of(rows)))
+    return chosen
 
 
 def levels_that_count(config: PretrainConfig, n_levels: int) -> int:
