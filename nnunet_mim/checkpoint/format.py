@@ -35,6 +35,8 @@ RESENC_KEYS = {
 """where the parts of the two networks are, for the finetuning of nnU-Net's development branch"""
 
 ENCODER_PREFIX = f"{HybridUNet.key_to_encoder}."
+UNET_PREFIX = "unet."
+"""of what learns by --decoder unet: a HybridUNet without its encoder, and what stands for masked places"""
 
 CITATIONS = [
     "Zhuang et al., MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Image Analysis, arXiv:2404.15580",

@@ -62,11 +62,16 @@ def dry_run(run: Run, fabric: Fabric) -> str:
         lines with the speed, time, disk and memory of the whole run, the bottleneck, and the largest batch that fits.
     """
     config, data, folder = run.config, run.data, run.folder
+    run = replace(run, config=replace(config, unet_every=1, decoder_phase=1.0))
     first = _try(run, fabric, WARM_UP + 1)
     steps = WARM_UP + min(50, max(3, round(SECONDS / max(first.step_s, 1e-3))))
     trial = _try(run, fabric, steps)
+    if config.decoder == "unet":  # which learns in some of the iterations
+        without = _try(replace(run, config=replace(config, decoder="mim")), fabric, steps).step_s
+        share = sum(map(config.unet_learns, range(config.iterations))) / config.iterations
+        trial = replace(trial, step_s=share * trial.step_s + (1 - share) * without)
     data_s = _seconds_of_data(run, fabric, steps)
-    twice = replace(run, config=replace(config, batch_size=2 * config.batch_size))
+    twice = replace(run, config=replace(run.config, batch_size=2 * config.batch_size))
     doubled = _try(twice, fabric, WARM_UP + 1)
 
     crops_per_s, data_rate = config.batch_size / trial.step_s, config.batch_size / data_s

@@ -4,9 +4,9 @@ reconstruction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from nnunet_mim.pretraining.monitoring.figures import LevelFigures, mapped
 from nnunet_mim.pretraining.objective.losses import cosine_loss, flat_tokens, infonce_loss, reconstruction_loss
 from nnunet_mim.pretraining.objective.masks import on_device
 from nnunet_mim.pretraining.objective.views import LevelViews
+
+F = TypeVar("F", bound=LevelFigures[Any])
 
 
 class LevelPart(NamedTuple):
@@ -180,12 +182,30 @@ def unet_losses(
 def unet_views(views: list[LevelViews], config: PretrainConfig) -> list[tuple[int, LevelViews]]:
     """The levels that the U-Net sees: number of each, and its first `config.unet_views` views of every crop."""
     chosen, n_crops = [], len(views[0].images)
-    for position, view in enumerate(views):
-        number, n_views = level_number(position, len(views)), len(view.images)
-        if wanted := config.unet_views[number - 1]:
-            rows = torch.arange(n_views, device=view.images.device).view(n_crops, -1)[:, :wanted].flatten()
-            chosen.append((number, view.of(rows)))
+    for number in unet_levels(config, len(views)):
+        view = views[number - level_number(0, len(views))]
+        rows = torch.arange(len(view.images), device=view.images.device).view(n_crops, -1)
+        chosen.append((number, view.of(rows[:, : config.unet_views[number - 1]].flatten())))
     return chosen
+
+
+def unet_levels(config: PretrainConfig, n_levels: int) -> list[int]:
+    """Numbers of the levels that the U-Net sees, where there are n_levels."""
+    return [number for number in range(level_number(0, n_levels), 4) if config.unet_views[number - 1]]
+
+
+def summed(passes: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
+    """Shares of the U-Net's loss, by level, summed over passes."""
+    total: dict[int, Tensor] = {}
+    for shares in passes:
+        for number, share in shares.items():
+            total[number] = total[number] + share if number in total else share
+    return total
+
+
+def with_unet(levels: Sequence[F], by_level: Mapping[int, Any]) -> list[F]:
+    """Figures of levels with the U-Net's loss, by number of level; a level that is not there is left out."""
+    return [replace(level, unet=by_level.get(level.number)) for level in levels]
 
 
 def levels_that_count(config: PretrainConfig, n_levels: int) -> int:
