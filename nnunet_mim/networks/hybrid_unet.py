@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -214,12 +214,15 @@ def _kernel_sizes(strides: Sequence[Sequence[int]]) -> list[Size3]:
     return kernels
 
 
-def plans_architecture(network: NetworkConfig, patch_size: Sequence[int]) -> dict[str, Any]:
+def plans_architecture(
+    network: NetworkConfig, patch_size: Sequence[int], widths: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Make the `architecture` block of a nnU-Net plans file, plain JSON.
 
     Args:
         network: sizes of the encoder; the decoder's belong to pretraining and are not used.
         patch_size: voxels per axis; decides which axes have room for a bottleneck below the token grid.
+        widths: `stem_features`, `decoder_features`, `n_conv_per_stage_decoder` where they are not those of the encoder.
     """
     tokens = [math.ceil(n / p) for n, p in zip(patch_size, network.token_size, strict=True)]
     bottleneck = [2 if n >= 4 else 1 for n in tokens]
@@ -235,6 +238,7 @@ def plans_architecture(network: NetworkConfig, patch_size: Sequence[int]) -> dic
             "stem_features": max(16, min(32, network.embed_dims[0] * 2 // 3)),
             "decoder_features": list(network.embed_dims),
             "n_conv_per_stage_decoder": 1,
+            **(widths or {}),
         },
         "_kw_requires_import": [],
     }
