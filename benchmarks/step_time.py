@@ -11,7 +11,9 @@ memory is that above the process's own before the pass, each path in a process o
 
 All levels of one crop as mim_pretrain runs them, the FLOPs counted by hand (flops.py; those that the visible
 tokens need), and their rate beside that of a large matrix product on the same machine. `--dense` times the dense
-computation only, for both. `--profile` shows what each path of one level spends its time on.
+computation only, for both. With `--unet` also the U-Net of `--decoder unet`, which learns in some of the iterations:
+`ratio` is the mean cost of an iteration beside one without it. `--profile` shows what each path of one level spends
+its time on.
 """
 
 import argparse
@@ -33,9 +35,10 @@ from process_memory import status_kb
 
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of, views_per_crop
+from nnunet_mim.networks.hybrid_unet import plans_architecture
 from nnunet_mim.networks.mask_in_mask import MaskedViews, MaskInMask, Reconstruction
 from nnunet_mim.networks.token_layout import tokens_from_grid
-from nnunet_mim.pretraining.objective.levels import level_losses
+from nnunet_mim.pretraining.objective.levels import level_losses, unet_losses
 from nnunet_mim.pretraining.objective.losses import reconstruction_loss
 from nnunet_mim.pretraining.objective.masks import mask_of
 from nnunet_mim.pretraining.objective.views import nested_views
@@ -72,8 +75,9 @@ def build(options):
     """Model, images, and the raster numbers of visible and masked tokens, the same for every path and process."""
     torch.manual_seed(0)
     network = PRESETS[options.preset]
-    model = MaskInMask(network, alignment="infonce" if options.full_crop else "none").to(options.device)
     size = [options.view] * 3
+    unet = plans_architecture(network, size)["arch_kwargs"] if options.unet else None
+    model = MaskInMask(network, alignment="infonce" if options.full_crop else "none", unet=unet).to(options.device)
     images = torch.randn(options.batch, 1, *size, device=options.device)
     n_tokens = images[0].numel() // torch.tensor(network.token_size).prod().item()
     order = torch.rand(options.batch, n_tokens, device=options.device).argsort(dim=1)
@@ -106,7 +110,7 @@ def encoder_step(model, path, images, keep, masked):
 
 
 def crop_step(model, path, options):
-    """Forward and backward of all levels of one crop."""
+    """Forward and backward of all levels of one crop; path `unet`: of the U-Net on its views of this crop alone."""
     config = crop_config(options)
     levels = levels_of(config)
     torch.manual_seed(1)
@@ -115,10 +119,9 @@ def crop_step(model, path, options):
     fill, flat = torch.zeros(1, device=options.device), torch.zeros(1, device=options.device)
     generator = torch.Generator(options.device).manual_seed(0)
     total = torch.zeros((), device=options.device)
-    for loss, _ in level_losses(
-        path_model(model, path), nested_views(crop, valid, fill, levels, generator, flat), flat, config,
-        options.views_per_pass,
-    ):  # fmt: skip
+    views = nested_views(crop, valid, fill, levels, generator, flat)
+    losses = unet_losses if path == "unet" else level_losses
+    for loss, _ in losses(path_model(model, path), views, flat, config, options.views_per_pass):
         loss.backward()
         total += loss.detach()
     return total
@@ -233,7 +236,8 @@ def profile(options):
 def full_crop(options):
     path = "dense" if options.dense else "visible"
     model, *_ = build(options)
-    seconds, _ = in_turns(lambda path: crop_step(model, path, options), [path], model, options.repeats, options.device)
+    paths = [path, "unet"] if options.unet else [path]
+    seconds, _ = in_turns(lambda path: crop_step(model, path, options), paths, model, options.repeats, options.device)
     config = crop_config(options)
     gflop = crop_flops(config.network, 1, levels_of(config)) / 1e9
     machine = matrix_gflops(options.device)
@@ -247,6 +251,9 @@ def full_crop(options):
         "matrix_gflop_per_s": machine,
         "share_of_matrix_rate": rate / machine,
     }
+    if options.unet:
+        result |= {"unet_s": seconds["unet"], "unet_every": config.unet_every}
+        result["ratio"] = 1 + seconds["unet"] / config.unet_every / seconds[path]
     if options.device == "cuda" or Path("/proc/self/clear_refs").exists():
         result["peak_mb"] = peak_mb(options, path)
     return result
@@ -260,6 +267,7 @@ def main():
     add("--batch", type=int, default=2, help="views of the one level")
     add("--ratio", type=float, default=0.6, help="masked share of the one level")
     add("--full-crop", action="store_true", help="all levels of one crop")
+    add("--unet", action="store_true", help="with --full-crop")
     add("--children", type=int, nargs=2, default=(4, 4), help="with --full-crop")
     add("--views_per_pass", type=int, default=None, help="with --full-crop")
     add("--dense", action="store_true", help="time the dense computation only")

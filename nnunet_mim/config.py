@@ -90,6 +90,7 @@ class LevelConfig:
 
 LADDERS = ("published", "native")
 ENCODERS = ("hybrid", "resenc")
+DECODERS = ("mim", "unet")
 ALIGNMENTS = ("infonce", "cosine", "none")
 
 FLAT_FRACTION = 0.005
@@ -122,6 +123,21 @@ class PretrainConfig:
     )
     architecture: dict[str, Any] = field(default_factory=dict)
     """of the plans, where encoder is resenc; follows from the data"""
+    decoder: str = setting(
+        "mim",
+        "what learns beside a hybrid encoder: mim (MiM's decoder alone, which finetuning does not use) or unet (also "
+        "all of nnUNetTrainerMiM's U-Net but its heads, by reconstruction)",
+        "--decoder",
+        choices=DECODERS,
+    )
+    decoder_phase: float = setting(
+        1.0, "share of the iterations, the last ones, in which the U-Net of --decoder unet learns", "--decoder_phase"
+    )
+    unet_every: int = setting(2, "iterations from one in which the U-Net learns to the next")
+    unet_views: tuple[int, ...] = setting(
+        (0, 1, 0), "views per crop that the U-Net reconstructs in these, of level 1, 2 and 3"
+    )
+    unet_weight: float = setting(1.0, "weight of the U-Net's reconstruction loss; 0: it is not computed")
     in_channels: int = 1
     """image channels; follows from the data"""
     view_size: Size3 = setting(
@@ -224,7 +240,8 @@ class PretrainConfig:
             if self.preset not in PRESETS:
                 raise MiMError(f"unknown preset '{self.preset}': choose one of {', '.join(PRESETS)}")
             object.__setattr__(self, "network", PRESETS[self.preset])
-        for name, choices in (("encoder", ENCODERS), ("ladder", LADDERS), ("alignment", ALIGNMENTS)):
+        named = (("encoder", ENCODERS), ("decoder", DECODERS), ("ladder", LADDERS), ("alignment", ALIGNMENTS))
+        for name, choices in named:
             if getattr(self, name) not in choices:
                 raise MiMError(f"unknown {name} '{getattr(self, name)}': choose one of {', '.join(choices)}")
         if len(self.view_size) != 3 or len(self.scale) != 3 or len(self.betas) != 2 or self.in_channels < 1:
@@ -238,7 +255,13 @@ class PretrainConfig:
             raise MiMError(f"--mirror_axes takes array axes 0, 1 and 2, got {self.mirror_axes}")
         if self.seed < 0:
             raise MiMError(f"--seed must be 0 or more, got {self.seed}")
-        for name in ("iterations", "batch_size", "val_every", "save_every", "val_crops", "val_cases"):
+        if (self.encoder, self.decoder) == ("resenc", "unet"):
+            raise MiMError("--decoder unet is for --encoder hybrid: of a residual encoder U-Net all learns without it")
+        if not 0 < self.decoder_phase <= 1:
+            raise MiMError(f"--decoder_phase must be above 0 and at most 1, got {self.decoder_phase}")
+        if len(self.unet_views) != 3 or min(self.unet_views) < 0 or max(self.unet_views) < 1 or self.unet_weight < 0:
+            raise MiMError("unet_views needs three numbers, 0 or more and one of them above 0; unet_weight 0 or more")
+        for name in ("iterations", "batch_size", "val_every", "save_every", "val_crops", "val_cases", "unet_every"):
             if getattr(self, name) < 1:
                 raise MiMError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dataset_temperature <= 0:
@@ -253,6 +276,16 @@ class PretrainConfig:
             raise MiMError("mask_ratios and level_weights need three entries, n_children two: one per level or edge")
         if min(self.n_children) < 1:
             raise MiMError(f"n_children must be at least 1, got {self.n_children}")
+
+    @property
+    def unet_begins(self) -> int:
+        """First iteration in which the U-Net learns."""
+        return self.iterations - max(1, round(self.iterations * self.decoder_phase))
+
+    def unet_learns(self, iteration: int) -> bool:
+        """Whether the U-Net learns in an iteration."""
+        since = iteration - self.unet_begins
+        return self.decoder == "unet" and self.unet_weight > 0 and since >= 0 and since % self.unet_every == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, as stored in a checkpoint (safe for `weights_only` loading)."""

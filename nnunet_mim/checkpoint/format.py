@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ RESENC_KEYS = {
 """where the parts of the two networks are, for the finetuning of nnU-Net's development branch"""
 
 ENCODER_PREFIX = f"{HybridUNet.key_to_encoder}."
+UNET_PREFIX = "unet."
+"""of what learns by --decoder unet: a HybridUNet without its encoder, and what stands for masked places"""
 
 CITATIONS = [
     "Zhuang et al., MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Image Analysis, arXiv:2404.15580",
@@ -205,7 +208,10 @@ def _declared_weights(config: Mapping[str, Any], n_weights: int) -> dict[str, Te
         if resenc:
             size = network.token_size
             return ResEncMaskInMask(config["architecture"], size, in_channels, alignment).state_dict()
-        return MaskInMask(network, in_channels, alignment=alignment).state_dict()
+        unet = None
+        if config.get("decoder") == "unet":
+            unet = plans_architecture(network, tuple(int(n) for n in config["view_size"]))["arch_kwargs"]
+        return MaskInMask(network, in_channels, alignment=alignment, unet=unet).state_dict()
 
 
 def _check_weights(path: Path, weights: Mapping[str, Tensor], declared: Mapping[str, Tensor]) -> None:
@@ -228,7 +234,7 @@ def is_state_dict(value: Any) -> TypeGuard[dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class PretrainedCheckpoint:
-    """What finetuning takes from a checkpoint: the hybrid encoder and where it comes from."""
+    """What finetuning takes from a checkpoint: the hybrid encoder, the U-Net around it, and where they come from."""
 
     path: str
     network: NetworkConfig
@@ -239,6 +245,21 @@ class PretrainedCheckpoint:
     """parameters of HybridEncoder, without the `encoder.` prefix"""
     provenance: dict[str, Any] = field(repr=False)
     """datasets, spacing (mm), normalization, cases, …, see `run_provenance`; keys may be missing in old checkpoints"""
+    unet: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """parameters of a HybridUNet but its encoder, without the `unet.` prefix; empty where only the encoder learnt"""
+
+    @property
+    def unet_widths(self) -> dict[str, Any]:
+        """Arguments of HybridUNet that decide the shapes in `unet`; empty where there are none."""
+        first, *skips = ("stem.conv1.0.weight", *(f"skips.{stage}.0.weight" for stage in range(4)))
+        if not {first, *skips} <= set(self.unet):
+            return {}
+        convs = [name for name in self.unet if re.fullmatch(r"decoder\.blocks\.0\.\d+\.0\.weight", name)]
+        return {
+            "stem_features": len(self.unet[first]),
+            "decoder_features": [len(self.unet[name]) for name in skips],
+            "n_conv_per_stage_decoder": len(convs),
+        }
 
     @classmethod
     def load(cls, path: str | Path) -> PretrainedCheckpoint:
@@ -252,7 +273,10 @@ class PretrainedCheckpoint:
                 f"nnU-Net with the plans of the pretraining, nnUNetv2_train DATASET 3d_fullres FOLD -p PLANS "
                 f"-pretrained_weights {path} ({UNPICKLED})"
             )
-        encoder = {k.removeprefix(ENCODER_PREFIX): v for k, v in weights.items() if k.startswith(ENCODER_PREFIX)}
+        encoder, unet = (
+            {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            for prefix in (ENCODER_PREFIX, UNET_PREFIX)
+        )
         if not encoder:
             raise MiMError(
                 f"{path} holds no parameters named {ENCODER_PREFIX}*: give the {FINAL} of a mim_pretrain run"
@@ -265,4 +289,5 @@ class PretrainedCheckpoint:
             view_size=tuple(config["view_size"]),
             encoder=encoder,
             provenance=stored["provenance"],
+            unet=unet,
         )

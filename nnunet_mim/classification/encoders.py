@@ -25,7 +25,7 @@ from nnunet_mim.nnunet.datasets import required_folder
 from nnunet_mim.nnunet.plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.trainers.resolve_plans import network_for
-from nnunet_mim.trainers.transfer import check_channels, transfer_encoder
+from nnunet_mim.trainers.transfer import check_channels, transfer_weights
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _pretrained_hybrid(source: Source, path: str) -> LoadedEncoder:
     network, notes = network_for(checkpoint, source.spacing)
     block = plans_architecture(network, configuration_of(source.plans, source.configuration)["patch_size"])
     unet = HybridUNet(source.in_channels, 2, **block["arch_kwargs"])
-    transfer_encoder(unet, checkpoint)
+    transfer_weights(unet, checkpoint)
     notes += _unit_notes(source, checkpoint.provenance)
     architecture = _hybrid(network, source.in_channels)
     return LoadedEncoder(unet.encoder.eval(), path, architecture, checkpoint.provenance, tuple(notes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.networks.hybrid_unet import plans_architecture
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.networks.resenc import ResEncMaskInMask
 
@@ -20,4 +21,5 @@ def build_network(config: PretrainConfig) -> PretrainingNetwork:
     """
     if config.encoder == "resenc":
         return ResEncMaskInMask(config.architecture, config.network.token_size, config.in_channels, config.alignment)
-    return MaskInMask(config.network, config.in_channels, alignment=config.alignment)
+    unet = plans_architecture(config.network, config.view_size)["arch_kwargs"] if config.decoder == "unet" else None
+    return MaskInMask(config.network, config.in_channels, alignment=config.alignment, unet=unet)

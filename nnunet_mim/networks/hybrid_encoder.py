@@ -97,15 +97,21 @@ class HybridEncoder(nn.Module):
         Returns:
             (T, D) latent tokens of all views, one group after the other.
         """
+        return self.encode_maps(views, ids_keep, recompute)[0]
+
+    def encode_maps(
+        self, views: Sequence[Tensor], ids_keep: Sequence[Tensor], recompute: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Do what `encode_groups` does, and return the maps of the three convolution stages too, (T, X, Y, Z, C)."""
         grid, boxes = self.grid(views[0]), []
         for x, ids in zip(views, ids_keep, strict=True):
             tokens = tokens_from_grid(x.permute(0, 2, 3, 4, 1), self.token_size)  # (N, L, X, Y, Z, C), a box per token
             boxes.append(take_tokens(tokens, ids).flatten(0, 1))  # (N*K, X, Y, Z, C)
-        tokens, stage_sum, _ = self._run_stages(join(boxes), conv_on_tokens(ids_keep, grid), recompute)
+        tokens, stage_sum, maps = self._run_stages(join(boxes), conv_on_tokens(ids_keep, grid), recompute)
         tokens, stage_sum = tokens.flatten(1), stage_sum.flatten(1)  # both (T, D): a box has one token
         position = sincos_position(grid, tokens.shape[-1], tokens)[join([ids.flatten() for ids in ids_keep])]
         shapes = [(ids.shape[0], ids.shape[1]) for ids in ids_keep]
-        return self._run_transformer(tokens + position, stage_sum, shapes, recompute)
+        return self._run_transformer(tokens + position, stage_sum, shapes, recompute), maps
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Encode whole patches in which nothing is masked, as finetuning does.

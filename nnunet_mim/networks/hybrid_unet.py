@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,48 @@ from nnunet_mim.networks.token_layout import pad_at_ends
 N_ENCODER_STAGES = 4
 
 
-class HybridUNet(nn.Module):
+class UNetAroundEncoder(nn.Module):
+    """Base of what has all parts of a HybridUNet but its encoder: stem, skips, bottleneck and decoder."""
+
+    def add_unet(
+        self, input_channels: int, num_classes: int, embed_dims: Sequence[int], strides: Sequence[Size3],
+        stem_features: int, decoder_features: Sequence[int], n_conv: int, deep_supervision: bool = False,
+    ) -> None:  # fmt: skip
+        """Add the parts with random weights. Arguments as in HybridUNet."""
+        self.strides = list(strides)
+        self.cumulative_strides = cumulative_strides(self.strides)
+        n_bottlenecks = len(self.strides) - N_ENCODER_STAGES - 1
+        features = [stem_features, *decoder_features, *[decoder_features[-1]] * n_bottlenecks]
+        kernels = _kernel_sizes(self.strides)
+        self.stem = ResidualBlock(input_channels, stem_features, kernels[0])
+        self.skips = nn.ModuleList(
+            _conv_norm_act(dim, width, (1, 1, 1)) for dim, width in zip(embed_dims, decoder_features, strict=True)
+        )
+        self.bottleneck = nn.ModuleList(
+            ResidualBlock(features[level - 1], features[level], kernels[level], self.strides[level])
+            for level in range(N_ENCODER_STAGES + 1, len(self.strides))
+        )
+        self.decoder = UNetDecoder(features, self.strides, num_classes, deep_supervision, n_conv)
+        for part in (self.stem, self.skips, self.bottleneck, self.decoder):
+            part.apply(_init_he)
+
+    def decode(self, image: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Images (N, C, X, Y, Z) of whole tokens and the encoder's four maps (N, D, X, Y, Z) of them → outputs of the
+        decoder.
+        """
+        features = [self.stem(image)]  # one map (N, D, X, Y, Z) per level
+        features += [project(encoded) for project, encoded in zip(self.skips, maps, strict=True)]
+        for down in self.bottleneck:
+            features.append(down(features[-1]))
+        return self.decoder(features)
+
+
+class HybridUNet(UNetAroundEncoder):
     """Segmentation network around the pretrained encoder of MiM (arXiv 2404.15580).
 
     Level 0 is the stem at full resolution, levels 1-4 are the encoder's maps, and further levels are bottlenecks of
-    strided convolutions. Only `encoder.*` is pretrained. nnU-Net builds the network from the `arch_kwargs` of a plans
-    file, which is why it takes more than eight arguments.
+    strided convolutions. `encoder.*` is pretrained, and with `--decoder unet` all else but the heads. nnU-Net builds
+    the network from the `arch_kwargs` of a plans file, which is why it takes more than eight arguments.
 
     Args:
         input_channels: image channels.
@@ -63,30 +99,18 @@ class HybridUNet(nn.Module):
         n_conv_per_stage_decoder: int = 1,
     ) -> None:
         super().__init__()
-        self.strides: list[Size3] = [tuple(int(n) for n in stride) for stride in strides]  # type: ignore[misc]
-        _check_strides(self.strides)
+        _check_strides(strides)
         decoder_features = list(embed_dims if decoder_features is None else decoder_features)
         if len(decoder_features) != N_ENCODER_STAGES:
             raise MiMError(f"decoder_features must be four numbers, one for each encoder stage, got {decoder_features}")
-        encoder_strides = tuple(self.strides[1 : N_ENCODER_STAGES + 1])
+        triples: list[Size3] = [tuple(int(n) for n in stride) for stride in strides]  # type: ignore[misc]
+        encoder_strides = tuple(triples[1 : N_ENCODER_STAGES + 1])
         network = NetworkConfig(tuple(embed_dims), tuple(depths), num_heads, mlp_ratio, encoder_strides)
         self.encoder = HybridEncoder(input_channels, network, drop_path)
-        bottleneck_strides = self.strides[N_ENCODER_STAGES + 1 :]
-        features = [stem_features, *decoder_features, *[decoder_features[-1]] * len(bottleneck_strides)]
-        kernels = _kernel_sizes(self.strides)
-        self.cumulative_strides = cumulative_strides(self.strides)
-
-        self.stem = ResidualBlock(input_channels, stem_features, kernels[0])
-        self.skips = nn.ModuleList(
-            _conv_norm_act(dim, width, (1, 1, 1)) for dim, width in zip(embed_dims, decoder_features, strict=True)
-        )
-        self.bottleneck = nn.ModuleList(
-            ResidualBlock(features[level - 1], features[level], kernels[level], self.strides[level])
-            for level in range(N_ENCODER_STAGES + 1, len(self.strides))
-        )
-        self.decoder = UNetDecoder(features, self.strides, num_classes, deep_supervision, n_conv_per_stage_decoder)
-        for part in (self.stem, self.skips, self.bottleneck, self.decoder):
-            part.apply(_init_he)
+        self.add_unet(
+            input_channels, num_classes, embed_dims, triples, stem_features, decoder_features, n_conv_per_stage_decoder,
+            deep_supervision,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Segment patches of any size.
@@ -102,12 +126,7 @@ class HybridUNet(nn.Module):
         padded = self.padded_size(size)
         if padded != tuple(size):
             x = pad_at_ends(x, padded)
-        features = [self.stem(x)]  # one map (N, D, X, Y, Z) per level
-        for project, encoded in zip(self.skips, self.encoder.forward_features(x), strict=True):
-            features.append(project(encoded))
-        for down in self.bottleneck:
-            features.append(down(features[-1]))
-        outputs = self.decoder(features)
+        outputs = self.decode(x, self.encoder.forward_features(x))
         if padded != tuple(size):
             outputs = [
                 _crop(y, [max(1, round(n * (1 / s))) for n, s in zip(size, self.cumulative_strides[i], strict=True)])
@@ -195,12 +214,15 @@ def _kernel_sizes(strides: Sequence[Sequence[int]]) -> list[Size3]:
     return kernels
 
 
-def plans_architecture(network: NetworkConfig, patch_size: Sequence[int]) -> dict[str, Any]:
+def plans_architecture(
+    network: NetworkConfig, patch_size: Sequence[int], widths: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Make the `architecture` block of a nnU-Net plans file, plain JSON.
 
     Args:
         network: sizes of the encoder; the decoder's belong to pretraining and are not used.
         patch_size: voxels per axis; decides which axes have room for a bottleneck below the token grid.
+        widths: `stem_features`, `decoder_features`, `n_conv_per_stage_decoder` where they are not those of the encoder.
     """
     tokens = [math.ceil(n / p) for n, p in zip(patch_size, network.token_size, strict=True)]
     bottleneck = [2 if n >= 4 else 1 for n in tokens]
@@ -216,6 +238,7 @@ def plans_architecture(network: NetworkConfig, patch_size: Sequence[int]) -> dic
             "stem_features": max(16, min(32, network.embed_dims[0] * 2 // 3)),
             "decoder_features": list(network.embed_dims),
             "n_conv_per_stage_decoder": 1,
+            **(widths or {}),
         },
         "_kw_requires_import": [],
     }

@@ -8,15 +8,16 @@ features of a child view must agree with those of the masked place in the parent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from nnunet_mim.config import NetworkConfig
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.networks.masked_unet import MaskedUNet
 from nnunet_mim.networks.mim_decoder import MiMDecoder
-from nnunet_mim.networks.token_layout import join, take_tokens
+from nnunet_mim.networks.token_layout import join, take_tokens, tokens_from_grid
 from nnunet_mim.networks.vit_blocks import MLP
 
 
@@ -48,6 +49,12 @@ class Reconstructs(Protocol):
     def align(
         self, features: Tensor, edge: int | None, parent_features: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]: ...
+
+
+class HasUNet(Protocol):
+    """A network of pretraining with the U-Net of finetuning, or what calls one."""
+
+    def reconstruct_with_unet(self, groups: Sequence[MaskedViews]) -> list[Tensor]: ...
 
 
 class Alignment(nn.Module):
@@ -88,22 +95,25 @@ class Alignment(nn.Module):
 
 
 class MaskInMask(Alignment):
-    """Encoder, decoder and projectors of MiM (arXiv 2404.15580).
+    """Encoder, decoder and projectors of MiM (arXiv 2404.15580), and the U-Net of finetuning where that learns too.
 
     Args:
         network: sizes of encoder and decoder.
         in_channels: image channels.
         n_edges: pairs of adjacent levels in a full ladder; a skipped level leaves the projectors of its edge unused.
         alignment: `infonce` (child and parent each through a projector), `cosine` (only the child) or `none`.
+        unet: `arch_kwargs` of a HybridUNet around the encoder, which reconstructs too; None: there is none.
     """
 
     def __init__(
-        self, network: NetworkConfig, in_channels: int = 1, n_edges: int = 2, alignment: str = "infonce"
-    ) -> None:
+        self, network: NetworkConfig, in_channels: int = 1, n_edges: int = 2, alignment: str = "infonce",
+        unet: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.encoder = HybridEncoder(in_channels, network)
         self.decoder = MiMDecoder(in_channels, network)
         self.add_projectors(network.decoder_embed_dim, n_edges, alignment)
+        self.unet = MaskedUNet(in_channels, unet) if unet is not None else None
 
     def forward(self, groups: Sequence[MaskedViews], recompute: bool = False) -> list[Reconstruction]:
         """Reconstruct the masked tokens of groups of views, all at once: views do not see each other.
@@ -125,6 +135,19 @@ class MaskInMask(Alignment):
             Reconstruction(prediction.unflatten(0, tokens.shape[:2]), part)
             for prediction, tokens, part in zip(predictions, masked, parts, strict=True)
         ]
+
+    def reconstruct_with_unet(self, groups: Sequence[MaskedViews]) -> list[Tensor]:
+        """Reconstruct the masked tokens of groups of views with the U-Net around the encoder.
+
+        Returns:
+            for each group (N, M, P), as `Reconstruction.prediction`.
+        """
+        assert self.unet is not None
+        images, ids_keep, ids_masked = zip(*groups, strict=True)
+        latent, maps = self.encoder.encode_maps(images, ids_keep)  # (T, D), three of (T, X, Y, Z, C)
+        image = self.unet(images, ids_keep, ids_masked, [*maps, latent[:, None, None, None]]).permute(0, 2, 3, 4, 1)
+        tokens = tokens_from_grid(image, self.encoder.token_size).split([len(ids) for ids in ids_keep])
+        return [take_tokens(own, ids).flatten(2) for own, ids in zip(tokens, ids_masked, strict=True)]
 
     @property
     def feature_source(self) -> HybridEncoder:

@@ -18,7 +18,7 @@ from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import cumulative_strides
 from nnunet_mim.networks.mask_in_mask import Alignment, MaskedViews, Reconstruction
-from nnunet_mim.networks.token_layout import join, pad_at_ends, take_tokens, tokens_from_grid
+from nnunet_mim.networks.token_layout import join, pad_at_ends, take_tokens, tokens_from_grid, visible_voxels
 
 CLASS_NAME = "ResidualEncoderUNet"
 CLASS_PATH = f"dynamic_network_architectures.architectures.unet.{CLASS_NAME}"
@@ -117,11 +117,8 @@ class ResEncMaskInMask(Alignment):
 
     def hide(self, images: Tensor, ids_masked: Tensor) -> Tensor:
         """Set the voxels of masked tokens to 0 in images (N, C, X, Y, Z)."""
-        grid = [n // p for n, p in zip(images.shape[2:], self.token_size, strict=True)]
-        keep = images.new_ones(images.shape[0], math.prod(grid)).scatter_(1, ids_masked, 0).view(-1, 1, *grid)
-        for axis, p in enumerate(self.token_size):
-            keep = keep.repeat_interleave(p, dim=2 + axis)
-        return images * keep
+        x, y, z = (n // p for n, p in zip(images.shape[2:], self.token_size, strict=True))
+        return images * visible_voxels(ids_masked, (x, y, z), self.token_size)
 
     def _token_features(self, skips: list[Tensor], images: Tensor) -> Tensor:
         """(N, L, D) features of all tokens."""

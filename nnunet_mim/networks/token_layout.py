@@ -88,6 +88,16 @@ def tokens_from_grid(x: Tensor, token_size: Size3) -> Tensor:
     return x.reshape(N, -1, X, Y, Z, C)
 
 
+def visible_voxels(ids_masked: Tensor, grid: Size3, token_size: Size3) -> Tensor:
+    """(N, 1, X, Y, Z) bool, False = in a masked token, of views with these masked tokens (N, M) int64."""
+    shape = (len(ids_masked), math.prod(grid))
+    keep = torch.ones(shape, dtype=torch.bool, device=ids_masked.device).scatter(1, ids_masked, False)
+    keep = keep.view(-1, 1, *grid)
+    for axis, p in enumerate(token_size):
+        keep = keep.repeat_interleave(p, dim=2 + axis)
+    return keep
+
+
 def pad_at_ends(x: Tensor, size: Sequence[int]) -> Tensor:
     """Repeat the last voxels of images (N, C, X, Y, Z) along each axis until they have this size."""
     padding = [n for axis in (2, 1, 0) for n in (0, size[axis] - x.shape[2 + axis])]

@@ -153,7 +153,8 @@ def _fit_network(
     config["patch_size"] = list(patch or _suitable_patch(config["patch_size"], median, step))
     config["batch_size"] = chosen.batch_size or config["batch_size"]
     if network is not None:
-        config["architecture"] = plans_architecture(network, config["patch_size"])
+        widths = checkpoint.unet_widths if checkpoint is not None else None
+        config["architecture"] = plans_architecture(network, config["patch_size"], widths)
     patch_text = f"patch {config['patch_size']} (voxels, the plans' order of axes), batch {config['batch_size']}"
     return [*notes, f"{patch_text} (base plans: median image {median})"]
 

@@ -65,14 +65,19 @@ def dry_run(run: Run, fabric: Fabric) -> str:
         or one that says what to change where the memory of the device does not hold a step.
     """
     config, data, folder = run.config, run.data, run.folder
+    run = replace(run, config=replace(config, unet_every=1, decoder_phase=1.0))
     try:
         first = _try(run, fabric, WARM_UP + 1)
     except DeviceMemoryError as error:
         return f"batch        {error}"
     steps = WARM_UP + min(50, max(3, round(SECONDS / max(first.step_s, 1e-3))))
     trial = _try(run, fabric, steps)
+    if config.decoder == "unet":  # which learns in some of the iterations
+        without = _try(replace(run, config=replace(config, decoder="mim")), fabric, steps).step_s
+        share = sum(map(config.unet_learns, range(config.iterations))) / config.iterations
+        trial = replace(trial, step_s=share * trial.step_s + (1 - share) * without)
     data_s = _seconds_of_data(run, fabric, steps)
-    twice = replace(run, config=replace(config, batch_size=2 * config.batch_size))
+    twice = replace(run, config=replace(run.config, batch_size=2 * config.batch_size))
     try:
         doubled = _try(twice, fabric, WARM_UP + 1)
         batch = f"about {_largest_batch(run, trial, doubled, fabric)} crops fit"

@@ -8,7 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from nnunet_mim.networks.mask_in_mask import MaskedViews, Reconstruction, Reconstructs
+from nnunet_mim.networks.mask_in_mask import HasUNet, MaskedViews, Reconstruction, Reconstructs
 from nnunet_mim.pretraining.objective.losses import full
 
 
@@ -45,6 +45,11 @@ class HalfPrecisionCopy:
         """See Alignment."""
         parents = None if parent_features is None else parent_features.bfloat16()
         return self.network.align(features.mean(dim=1, keepdim=True).bfloat16(), edge, parents)
+
+    def reconstruct_with_unet(self, groups: Sequence[MaskedViews]) -> list[Tensor]:
+        """See MaskInMask."""
+        network: HasUNet = self.network  # type: ignore[assignment]
+        return network.reconstruct_with_unet([g._replace(images=g.images.bfloat16()) for g in groups])
 
     @torch.no_grad()
     def take_weights(self) -> None:

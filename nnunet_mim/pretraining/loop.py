@@ -19,7 +19,7 @@ from nnunet_mim.pretraining.objective.views import nested_views
 from nnunet_mim.pretraining.record import RunRecord
 from nnunet_mim.pretraining.setup import Run
 from nnunet_mim.pretraining.state import initial_state
-from nnunet_mim.pretraining.step import build_step, learning_rates
+from nnunet_mim.pretraining.step import TrainStep, build_step, learning_rates, learning_rates_of_unet
 from nnunet_mim.pretraining.stopping import StoppedError, StopRequests
 from nnunet_mim.system.processes import killed_readers_named
 
@@ -46,11 +46,13 @@ def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = N
     """
     config, ranks, device = run.config, ranks_of(fabric), fabric.device
     state = initial_state(run, fabric)
-    train_step = build_step(state, run, fabric)
+    steps: dict[bool, TrainStep] = {}
+    """by whether the U-Net around the encoder learns"""
     monitor = Monitor(run.data, config, fabric, run.options.views_per_pass)
     dataset = training_crops(run.data, config)
     batches = training_batches(dataset, config, state.iteration, run.options, device, ranks)
     rates = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
+    rates_of_unet = learning_rates_of_unet(config)
     levels = levels_of(config)
     fill, flat_threshold = (torch.tensor(v, device=device) for v in (run.data.fill, run.data.flat_threshold))
     place_threshold = flat_threshold if config.body_children else None
@@ -66,9 +68,12 @@ def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = N
             generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + 500_009 + state.iteration)
             views = nested_views(crops, valid, fill, levels, generator, place_threshold, ranks)
             for group in state.optimizer.param_groups:
-                group["lr"] = float(rates[state.iteration])
+                group["lr"] = float((rates_of_unet if group.get("unet") else rates)[state.iteration])
 
-            log.add(train_step(views))
+            unet_learns = config.unet_learns(state.iteration)
+            if unet_learns not in steps:
+                steps[unet_learns] = build_step(state, run, fabric, unet_learns)
+            log.add(steps[unet_learns](views))
 
             state.iteration += 1
             if on_step is not None:

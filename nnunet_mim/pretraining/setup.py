@@ -30,7 +30,7 @@ from nnunet_mim.pretraining.configure import config_for_data, merge_settings, wi
 from nnunet_mim.pretraining.data.crops import Cases, dataset_shares
 from nnunet_mim.pretraining.data.run_data import RunData, copies_warning, index_sources, run_data
 from nnunet_mim.pretraining.distributed.launch import say
-from nnunet_mim.pretraining.objective.levels import level_number
+from nnunet_mim.pretraining.objective.levels import level_number, unet_levels
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
 
 
@@ -69,6 +69,12 @@ class Run:
             lines.append(f"  {count} views a crop of {level.fov} voxels, seen as {level.view_size}: {visible}")
         network = f"preset {config.preset}" if config.encoder == "hybrid" else f"encoder {config.encoder}"
         lines.append(f"{network}, {config.iterations} iterations of {config.batch_size} crops")
+        if config.decoder == "unet":
+            views = " + ".join(f"{config.unet_views[n - 1]} of level {n}" for n in unet_levels(config, len(levels)))
+            lines.append(
+                f"  the U-Net learns every {config.unet_every} iterations from iteration {config.unet_begins + 1} on, "
+                f"from views of each crop: {views}"
+            )
         return "\n".join(lines)
 
 
@@ -161,6 +167,12 @@ def set_up(
     _check_tokens(config, data.train)
     if line := copies_warning(data):
         say(f"warning: {line}")
+    n_levels = len(levels_of(config))
+    if config.decoder == "unet" and not unet_levels(config, n_levels):
+        raise MiMError(
+            f"unet_views {config.unet_views}: these cases are only wide enough for levels {level_number(0, n_levels)} "
+            "to 3: add --set unet_views=0,0,1"
+        )
     if stored is not None:
         _check_same_run(stored, config, data.train)
     return Run(config, data, folder, options, where.strict, stored)

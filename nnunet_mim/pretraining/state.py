@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from nnunet_mim.checkpoint.format import build_checkpoint, load_checkpoint, run_provenance, save_atomically
+from nnunet_mim.checkpoint.format import UNET_PREFIX, build_checkpoint, load_checkpoint, run_provenance, save_atomically
 from nnunet_mim.checkpoint.identity import merged_records
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.networks.build import PretrainingNetwork, build_network
@@ -63,7 +64,7 @@ def initial_state(run: Run, fabric: Fabric) -> TrainingState:
     model = build_network(config)
     source = stored or (load_checkpoint(config.init_checkpoint) if config.init_checkpoint else None)
     if source is not None:
-        model.load_state_dict(source["network_weights"])
+        load_weights(model, source["network_weights"])
     fabric.to_device(model)
     optimizer = build_optimizer(model, config)
     cases = run.data.train.records()
@@ -81,14 +82,30 @@ def initial_state(run: Run, fabric: Fabric) -> TrainingState:
     )
 
 
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load the weights of a network of pretraining. The U-Net around the encoder, on either side, may be missing or of
+    another size: its weights are taken where they fit.
+    """
+    own = model.state_dict()
+    fitting = {
+        name: weight
+        for name, weight in weights.items()
+        if not name.startswith(UNET_PREFIX) or (name in own and own[name].shape == weight.shape)
+    }
+    missing = {name: weight for name, weight in own.items() if name.startswith(UNET_PREFIX) and name not in fitting}
+    model.load_state_dict({**missing, **fitting})
+
+
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases, norms and other vectors."""
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    """AdamW; no weight decay on biases, norms and other vectors. Groups of the U-Net around the encoder have `unet`."""
+    parts: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, False): [], (False, True): []}
     for name, parameter in model.named_parameters():
         vector = parameter.ndim < 2 or name.endswith("mask_token")
-        (no_decay if vector else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        parts.setdefault((name.startswith(UNET_PREFIX), vector), []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": 0.0 if vector else config.weight_decay, "unet": unet}
+        for (unet, vector), parameters in parts.items()
+    ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 

@@ -6,9 +6,10 @@ which an H100 idles (benchmarks/results/2026-11-26_h100.md). Recorded once, they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +18,19 @@ from torch import Tensor, nn
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.networks.mask_in_mask import Reconstructs
+from nnunet_mim.networks.mask_in_mask import HasUNet, Reconstructs
 from nnunet_mim.pretraining.distributed.ranks import Ranks, ranks_of
 from nnunet_mim.pretraining.half_precision import HalfPrecisionCopy
 from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigures, mapped
-from nnunet_mim.pretraining.objective.levels import add_pass, level_losses, levels_that_count
+from nnunet_mim.pretraining.objective.levels import (
+    add_pass,
+    level_losses,
+    levels_that_count,
+    summed,
+    unet_levels,
+    unet_losses,
+    with_unet,
+)
 from nnunet_mim.pretraining.objective.views import LevelViews
 from nnunet_mim.pretraining.setup import Run
 from nnunet_mim.pretraining.state import TrainingState
@@ -38,6 +47,7 @@ WARM_UP = PROBE_STEPS + 1
 MAX_GRAPHS = 64
 """of torch.compile: one for all levels together, or for each level, full and last passes"""
 
+T = TypeVar("T")
 TrainStep = Callable[[list[LevelViews]], TrainingFigures[Tensor]]
 """Views of all levels → figures of the step, on the device: those of `level_losses` added up over passes, `grad_norm`,
 and `skipped`, 1 where the gradient was not finite and the weights stayed as they were."""
@@ -61,9 +71,20 @@ def learning_rates(iterations: int, peak: float, warmup_fraction: float) -> np.n
     return np.where(step < warmup, rising, peak * 0.5 * (1 + np.cos(np.pi * progress)))
 
 
-def build_step(state: TrainingState, run: Run, fabric: Fabric) -> TrainStep:
-    """The step of a run: on one GPU recorded as a CUDA graph, unless options are against it."""
+def learning_rates_of_unet(config: PretrainConfig) -> np.ndarray:
+    """Those of the U-Net around the encoder, (iterations,): warm-up and cosine over the part in which it learns."""
+    rates = learning_rates(config.iterations - config.unet_begins, config.learning_rate, config.warmup_fraction)
+    return np.concatenate([np.zeros(config.unet_begins), rates])
+
+
+def build_step(state: TrainingState, run: Run, fabric: Fabric, unet_learns: bool) -> TrainStep:
+    """The step of a run: on one GPU recorded as a CUDA graph, unless options are against it.
+
+    Args:
+        unet_learns: whether the U-Net around the encoder, if the run has one, learns too.
+    """
     options, ranks = run.options, ranks_of(fabric)
+    config = run.config if unet_learns else replace(run.config, unet_weight=0.0)
     if options.compile:
         torch._dynamo.config.recompile_limit = MAX_GRAPHS
     forward: Reconstructs
@@ -75,7 +96,7 @@ def build_step(state: TrainingState, run: Run, fabric: Fabric) -> TrainStep:
 
     def in_passes_of(views: int | None) -> TrainStep:
         return ordinary_step(
-            forward, state.model, state.optimizer, flat_threshold, run.config, ranks, views, options.recompute
+            forward, state.model, state.optimizer, flat_threshold, config, ranks, views, options.recompute
         )
 
     measured = fabric.device.type == "cuda" and options.views_per_pass is None
@@ -97,7 +118,8 @@ def ordinary_step(
         model, optimizer: what learns.
         flat_threshold, config, ranks, views_per_pass, recompute: as in `level_losses` and RunOptions.
 
-    Levels whose loss has no weight, nor any level below, are not computed.
+    Levels whose loss has no weight, nor any level below, are not computed; nor is a U-Net without a weight, whose
+    figures are NaN then.
     """
 
     def step(views: list[LevelViews]) -> TrainingFigures[Tensor]:
@@ -106,12 +128,16 @@ def ordinary_step(
             forward.take_weights()
         n_computed = levels_that_count(config, len(views))
         passes = level_losses(forward, views, flat_threshold, config, views_per_pass, recompute, ranks, n_computed)
-        for loss, parts in passes:
-            loss.backward()  # pass by pass: activations of one at a time
-            if isinstance(forward, HalfPrecisionCopy):
-                forward.give_gradients()
+        for parts in _learn(forward, passes):
             for part in parts:
                 add_pass(levels, part.figures)
+        if config.decoder == "unet":
+            by_level = {n: flat_threshold.new_full((), torch.nan) for n in unet_levels(config, len(views))}
+            if config.unet_weight > 0:
+                unet: HasUNet = forward  # type: ignore[assignment]
+                passes_of_unet = unet_losses(unet, views, flat_threshold, config, views_per_pass, ranks)
+                by_level = summed(_learn(forward, passes_of_unet))
+            levels = with_unet(levels, by_level)
         ranks.sum_all([p.grad for p in model.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).detach()
         skipped = (~torch.isfinite(norm)).float()
@@ -121,6 +147,15 @@ def ordinary_step(
         return TrainingFigures(levels=tuple(levels), grad_norm=norm, skipped=skipped)
 
     return step
+
+
+def _learn(forward: Reconstructs, passes: Iterable[tuple[Tensor, T]]) -> Iterator[T]:
+    """Back-propagate pass by pass, so that activations are those of one at a time; yields what comes with each loss."""
+    for loss, found in passes:
+        loss.backward()
+        if isinstance(forward, HalfPrecisionCopy):
+            forward.give_gradients()
+        yield found
 
 
 class SizedStep:

@@ -1,7 +1,7 @@
-"""nnU-Net trainers that finetune a MiM-pretrained encoder, and their control from random weights.
+"""nnU-Net trainers that finetune a MiM-pretrained network, and their control from random weights.
 
-They differ from stock nnU-Net in the network (HybridUNet), the initial weights of its encoder and biases of its heads,
-the optimiser with its schedule, and the mirroring axes. All numbers come from `mim_finetune` in the plans.
+They differ from stock nnU-Net in the network (HybridUNet), its initial weights and the biases of its heads, the
+optimiser with its schedule, and the mirroring axes. All numbers come from `mim_finetune` in the plans.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from nnunet_mim.system.untrusted import read_json
 from nnunet_mim.trainers.finetune_config import default_mirror_axes
 from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
 from nnunet_mim.trainers.resolve_plans import resolve_plans
-from nnunet_mim.trainers.transfer import TransferReport, check_architecture, start_from_prior, transfer_encoder
+from nnunet_mim.trainers.transfer import TransferReport, check_architecture, start_from_prior, transfer_weights
 
 TRANSFER_FILE = "mim_transfer.json"
 
 
 class nnUNetTrainerMiM(nnUNetTrainer):
-    """Finetunes a HybridUNet whose encoder `mim_pretrain` trained.
+    """Finetunes a HybridUNet whose encoder, and with `--decoder unet` all but the heads, `mim_pretrain` trained.
 
     The pretraining checkpoint is read only when a training starts: `--c`, `--val` and prediction work without it.
     """
@@ -80,7 +80,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
             start_from_prior(network.decoder.heads, self.finetune.foreground_prior, self.label_manager.has_regions)
         if self._fresh:
             with one_line_errors():
-                self._load_pretrained_encoder(network)
+                self._load_pretrained_weights(network)
         if not self.enable_deep_supervision:
             network.decoder.heads[1:].requires_grad_(False)  # unused, and DDP wants a gradient for every parameter
         recipe = self.finetune if self.load_pretrained else replace(self.finetune, decoder_first_fraction=0.0)
@@ -120,7 +120,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
             if leaked:
                 self._log(leak_warning(leaked, stored["n_val_cases"], stored["source"]))
 
-    def _load_pretrained_encoder(self, network: HybridUNet) -> None:
+    def _load_pretrained_weights(self, network: HybridUNet) -> None:
         if self._checkpoint is None:  # a fold is trained once more, over an old result
             results = required_folder("nnUNet_results")
             plans, where = self.plans_manager.plans, (self.configuration_name, self.fold, results)
@@ -130,12 +130,12 @@ class nnUNetTrainerMiM(nnUNetTrainer):
             self._checkpoint = PretrainedCheckpoint.load(path)
         channels = network.encoder.in_channels
         check_architecture(self._checkpoint, self.configuration_manager.network_arch_init_kwargs, channels)
-        self._report = transfer_encoder(network, self._checkpoint)
+        self._report = transfer_weights(network, self._checkpoint)
         for line in self._report.lines():
             self._log(line)
 
     def _check_provenance(self) -> None:
-        """Warn about validation cases that the encoder has seen and about other units; record what was transferred."""
+        """Warn about validation cases that pretraining has seen and about other units; record what was transferred."""
         assert self._checkpoint is not None
         assert self._report is not None
         provenance, leaked = self._checkpoint.provenance, LeakedCases()
@@ -161,7 +161,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         if differences:
             self._log(units_warning(differences))
         record = {
-            **{name: getattr(self._report, name) for name in ("source", "loaded", "adapted", "fresh")},
+            **{name: getattr(self._report, name) for name in ("source", "loaded", "adapted", "fresh", "unfit")},
             "leaked_cases": list(leaked.same),
             "probably_leaked_cases": leaked.probably_same,
             "not_compared_cases": list(leaked.not_compared),

@@ -166,7 +166,8 @@ def _new_architecture(
         f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {origin}: embed_dims "
         f"{network.embed_dims}, depths {network.depths}, heads {network.num_heads}, token {network.token_size}"
     )
-    return plans_architecture(network, config["patch_size"]), [note, *notes]
+    widths = checkpoint.unet_widths if checkpoint is not None else None
+    return plans_architecture(network, config["patch_size"], widths), [note, *notes]
 
 
 def _mirror_axes(

@@ -1,12 +1,14 @@
-"""Initial weights of a HybridUNet: its pretrained encoder (no weight is skipped silently), and biases of its heads."""
+"""Initial weights of a HybridUNet: what was pretrained (no weight is skipped silently), and biases of its heads."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_mim.checkpoint.format import ENCODER_PREFIX, PretrainedCheckpoint
@@ -14,6 +16,8 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 
 INPUT_LAYER = f"{HybridUNet.keys_to_in_proj[0]}.weight".removeprefix(ENCODER_PREFIX)
+STEM_INPUTS = ("stem.conv1.0.weight", "stem.shortcut.0.weight")
+HEADS = "decoder.heads."
 
 
 @dataclass
@@ -25,6 +29,10 @@ class TransferReport:
     adapted: dict[str, str] = field(default_factory=dict)
     """what was done to a parameter, by name"""
     fresh: list[str] = field(default_factory=list)
+    unfit: dict[str, str] = field(default_factory=dict)
+    """why a pretrained parameter of the U-Net was not taken, by name; these are fresh too"""
+    has_unet: bool = False
+    """whether the checkpoint holds a pretrained U-Net"""
     n_values: dict[str, int] = field(default_factory=dict)
     """number of values of a parameter, by name"""
 
@@ -33,8 +41,17 @@ class TransferReport:
         lines = [f"Pretrained weights: {self.source}"]
         for title, names in (("loaded", self.loaded), ("adapted", list(self.adapted)), ("fresh", self.fresh)):
             lines.append(f"  {title}: {len(names)} parameters, {sum(self.n_values[n] for n in names):,} values")
-            lines.extend(f"    {n}{' (' + self.adapted[n] + ')' if n in self.adapted else ''}" for n in names)
-        return lines
+            notes = {**self.adapted, **self.unfit}
+            lines.extend(f"    {n}{' (' + notes[n] + ')' if n in notes else ''}" for n in names)
+        return [*lines, f"  {self.summary()}"]
+
+    def summary(self) -> str:
+        """Which parts of the network were pretrained, in one sentence."""
+        if not self.has_unet:
+            return "pretrained: encoder (the checkpoint holds no U-Net: mim_pretrain --decoder unet makes one)"
+        missing = sorted({".".join(name.split(".")[:3]) for name in self.fresh if not name.startswith(HEADS)})
+        without = f"; from random weights, as the checkpoint's do not fit: {', '.join(missing)}" if missing else ""
+        return f"pretrained: encoder, stem, skips, bottleneck and decoder, but the heads{without}"
 
 
 def check_architecture(checkpoint: PretrainedCheckpoint, arch_kwargs: dict[str, Any], in_channels: int) -> None:
@@ -60,11 +77,25 @@ def check_channels(checkpoint: PretrainedCheckpoint, in_channels: int) -> None:
 
 
 @torch.no_grad()
-def transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> TransferReport:
-    """Copy all pretrained encoder weights into `network.encoder`, adapted where channels or strides differ.
+def transfer_weights(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> TransferReport:
+    """Copy all pretrained weights into a network, adapted where channels or strides differ.
 
-    Raises MiMError where a parameter is missing on either side, or its shape differs in a way no rule covers.
+    Of the U-Net around the encoder, where the checkpoint has one, all that fits is taken, and no head.
+
+    Raises MiMError where a parameter of the encoder is missing on either side, or its shape differs in a way no rule
+    covers.
     """
+    report = TransferReport(checkpoint.path, has_unet=bool(checkpoint.unet))
+    _transfer_encoder(network, checkpoint, report)
+    _transfer_unet(network, checkpoint.unet, report)
+    report.n_values = {name: p.numel() for name, p in network.state_dict().items()}
+    taken = {*report.loaded, *report.adapted}
+    report.fresh = [name for name in report.n_values if name not in taken]
+    assert len(report.loaded) + len(report.adapted) + len(report.fresh) == len(report.n_values)
+    return report
+
+
+def _transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint, report: TransferReport) -> None:
     target = network.encoder.state_dict()
     missing, unexpected = sorted(set(target) - set(checkpoint.encoder)), sorted(set(checkpoint.encoder) - set(target))
     if missing or unexpected:
@@ -72,13 +103,11 @@ def transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> T
             f"checkpoint {checkpoint.path} does not fit the encoder: missing {', '.join(missing) or 'nothing'}; "
             f"unexpected {', '.join(unexpected) or 'nothing'}"
         )
-    report = TransferReport(checkpoint.path)
     for name, parameter in target.items():
-        weight, done = checkpoint.encoder[name], []
+        weight = checkpoint.encoder[name]
+        done: list[str] = []
         if name == INPUT_LAYER and weight.shape[1] == 1 and parameter.shape[1] > 1:
-            # divided, so that an image in every channel gives the same response
-            weight = weight.expand(-1, parameter.shape[1], *weight.shape[2:]) / parameter.shape[1]
-            done.append(f"1 → {parameter.shape[1]} input channels, repeated and divided")
+            weight = _repeat_input(weight, parameter.shape[1], done)
         if _is_patch_kernel(name) and weight.shape[2:] != parameter.shape[2:]:
             done.append(f"kernel {tuple(weight.shape[2:])} → {tuple(parameter.shape[2:])}, response kept")
             weight = _resize_kernel(weight, tuple(parameter.shape[2:]))
@@ -92,10 +121,37 @@ def transfer_encoder(network: HybridUNet, checkpoint: PretrainedCheckpoint) -> T
             report.adapted[f"{ENCODER_PREFIX}{name}"] = "; ".join(done)
         else:
             report.loaded.append(f"{ENCODER_PREFIX}{name}")
-    report.n_values = {name: p.numel() for name, p in network.state_dict().items()}
-    report.fresh = [n for n in report.n_values if n not in report.adapted and not n.startswith(ENCODER_PREFIX)]
-    assert len(report.loaded) + len(report.adapted) + len(report.fresh) == len(report.n_values)
-    return report
+
+
+def _transfer_unet(network: HybridUNet, unet: Mapping[str, Tensor], report: TransferReport) -> None:
+    for name, parameter in network.state_dict().items():
+        if name.startswith((ENCODER_PREFIX, HEADS)) or not unet:
+            continue
+        done: list[str] = []
+        weight = unet.get(name)
+        if weight is not None and name in STEM_INPUTS and weight.shape[1] == 1 and parameter.shape[1] > 1:
+            weight = _repeat_input(weight, parameter.shape[1], done)
+        if weight is not None and name.startswith("decoder.up.") and weight.shape[:2] == parameter.shape[:2]:
+            size = tuple(parameter.shape[2:])
+            if weight.dim() == parameter.dim() == 5 and weight.shape[2:] != size:
+                done.append(f"kernel {tuple(weight.shape[2:])} → {size}, averaged or repeated")
+                weight = F.adaptive_avg_pool3d(weight, size)
+        if weight is None or weight.shape != parameter.shape:
+            found = "not in the checkpoint" if weight is None else f"{tuple(weight.shape)} in the checkpoint"
+            report.unfit[name] = f"{found}, {tuple(parameter.shape)} here"
+            continue
+        parameter.copy_(weight)
+        if done:
+            report.adapted[name] = "; ".join(done)
+        else:
+            report.loaded.append(name)
+
+
+def _repeat_input(weight: Tensor, channels: int, done: list[str]) -> Tensor:
+    """A convolution's weight for several input channels, from that for one; what was done is added to `done`."""
+    done.append(f"1 → {channels} input channels, repeated and divided")
+    # divided, so that an image in every channel gives the same response
+    return weight.expand(-1, channels, *weight.shape[2:]) / channels
 
 
 def _is_patch_kernel(name: str) -> bool:

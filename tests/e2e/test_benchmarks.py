@@ -59,6 +59,12 @@ def test_reading_crops():
     assert found["loader_crops_per_s_one_worker"] > 0
 
 
+def test_the_cost_of_the_unet():
+    found = last_line("step_time.py", "--full-crop", "--unet", *TOY, "--children", "1", "1")
+    assert found["ratio"] == pytest.approx(1 + found["unet_s"] / found["unet_every"] / found["seconds"])
+    assert found["unet_s"] > 0
+
+
 def test_a_finetuning_step():
     options = ("--preset", "tiny", "--patch", "32", "32", "32", "--batch", "1", "--repeats", "1", "--json")
     found = last_line("finetune_step.py", *options)
@@ -106,6 +112,26 @@ def test_an_ablation_is_run_once(toys):
         stamps.add(tuple(path.stat().st_mtime_ns for path in sorted(runs)))
     assert len(stamps) == 1
     assert len(next(iter(stamps))) == 2
+
+
+def test_the_decoders_experiment_is_run_once(toys):
+    """A few steps; only where the U-Net learnt is it transferred. A second call trains nothing."""
+    run = ("--preset", "tiny", "--view", "32", "--iterations", "2", "--batch", "1", "--children", "1", "1")
+    run = (*run, "--workers", "0", "--val_every", "1")
+    output = toys.folder / "decoder"
+    command = [sys.executable, BENCHMARKS / "decoder_experiment.py", "-d", "915", "-f", "0", "--labels", "2"]
+    command += ["--seeds", "1", "--finetune_iterations", "2", "--output", output, "--", *run]
+    stamps = set()
+    for _ in range(2):
+        done = subprocess.run(command, env=toys.env, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr[-2000:]
+        transfers = sorted(output.rglob("mim_transfer.json"))
+        stamps.add(tuple(path.stat().st_mtime_ns for path in transfers))
+    assert len(stamps) == 1
+    with (output / "results" / "table.csv").open() as file:
+        assert {row["arm"] for row in csv.DictReader(file)} == {"Encoder", "Together", "Phase", "Scratch"}
+    fresh = [{name.split(".")[1] for name in json.loads(path.read_text())["fresh"]} for path in transfers]
+    assert sorted(parts == {"heads"} for parts in fresh) == [False, True, True]
 
 
 def test_an_interrupted_variant_goes_on_though_it_overrides_an_argument(toys):

@@ -173,3 +173,71 @@ def decoder(latent, ids_keep, grid, state, num_heads):
 def projector(x, state):
     """Linear → GELU → Linear, as the published weights have it."""
     return linear(gelu(linear(x, state, "fc1")), state, "fc2")
+
+
+def conv_norm_act(x, state, name, stride=(1, 1, 1), act=True):
+    """nnU-Net's convolution without bias, instance normalisation and, with `act`, LeakyReLU."""
+    weight = state[f"{name}.0.weight"]
+    x = F.conv3d(x, weight, stride=stride, padding=[k // 2 for k in weight.shape[2:]])
+    mean = x.mean(dim=(2, 3, 4), keepdim=True)
+    variance = ((x - mean) ** 2).mean(dim=(2, 3, 4), keepdim=True)
+    shape = (1, -1, 1, 1, 1)
+    x = (x - mean) / torch.sqrt(variance + 1e-5)
+    x = x * state[f"{name}.1.weight"].reshape(shape) + state[f"{name}.1.bias"].reshape(shape)
+    return torch.where(x > 0, x, 0.01 * x) if act else x
+
+
+def residual_block(x, state, name, stride=(1, 1, 1)):
+    y = conv_norm_act(conv_norm_act(x, state, f"{name}.conv1", stride), state, f"{name}.conv2", act=False)
+    if f"{name}.shortcut.0.weight" in state:
+        x = conv_norm_act(x, state, f"{name}.shortcut", stride, act=False)
+    return torch.where(x + y > 0, x + y, 0.01 * (x + y))
+
+
+def masked_unet(x, mask, state, strides, num_heads):
+    """Image (N, C, X, Y, Z) that the U-Net around the encoder predicts.
+
+    Args:
+        x, mask: as in `encoder`.
+        state: state dict of the whole network of pretraining, with `encoder.` and `unet.`.
+        strides: of full resolution, of the four stages, and of bottlenecks.
+        num_heads: of the encoder's transformer.
+    """
+    of_encoder, unet = (
+        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+        for part in ("encoder.", "unet.")
+    )
+    hidden = x.clone()
+    token_size = [math.prod(s[a] for s in strides[:5]) for a in range(3)]
+    grid = [x.shape[2 + a] // token_size[a] for a in range(3)]
+    latent, maps = encoder(torch.nan_to_num(x), mask, of_encoder, strides[1:5], num_heads)
+    dense = [m.clone() for m in maps]
+    dense.append(x.new_zeros(x.shape[0], latent[0].shape[1], *grid))
+    for n in range(x.shape[0]):
+        kept = 0
+        for token in range(mask.shape[1]):
+            at = (token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2])
+
+            def box(size, at=at):
+                steps = [size[a] // grid[a] for a in range(3)]
+                return tuple(slice(at[a] * steps[a], (at[a] + 1) * steps[a]) for a in range(3))
+
+            if mask[n, token]:
+                hidden[(n, slice(None), *box(x.shape[2:]))] = unet["mask_voxel"].reshape(-1, 1, 1, 1)
+                for s in range(4):
+                    vector = unet[f"mask_vectors.{s}"].reshape(-1, 1, 1, 1)
+                    dense[s][(n, slice(None), *box(dense[s].shape[2:]))] = vector
+            else:
+                dense[3][(n, slice(None), *at)] = latent[n][kept]
+                kept += 1
+    features = [residual_block(hidden, unet, "stem")]
+    features += [conv_norm_act(dense[s], unet, f"skips.{s}") for s in range(4)]
+    for number, stride in enumerate(strides[5:]):
+        features.append(residual_block(features[-1], unet, f"bottleneck.{number}", tuple(stride)))
+    y = features[-1]
+    for level in reversed(range(len(features) - 1)):
+        weight, bias = (unet[f"decoder.up.{level}.{name}"] for name in ("weight", "bias"))
+        y = F.conv_transpose3d(y, weight, bias, stride=tuple(strides[level + 1]))
+        y = torch.cat([y[(..., *map(slice, features[level].shape[2:]))], features[level]], dim=1)
+        y = conv_norm_act(y, unet, f"decoder.blocks.{level}.0")
+    return conv(y, unet, "decoder.heads.0")

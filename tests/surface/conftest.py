@@ -118,9 +118,10 @@ def old():
 @pytest.fixture(scope="session")
 def without_removed():
     """without_removed(value): nested mappings and lists without the settings that are gone on purpose, see
-    docs/adr/0006-what-was-removed.md.
+    docs/adr/0006-what-was-removed.md, or came later.
     """
-    removed = ("flat_fraction", "skip_window")
+    later = ("decoder", "decoder_phase", "unet_every", "unet_views", "unet_weight")
+    removed = ("flat_fraction", "skip_window", *later)
 
     def strip(value):
         if isinstance(value, dict):

@@ -46,7 +46,9 @@ class LevelFigures(Generic[T]):
     """share of views whose own place is the most similar one"""
     alignment: T | None = None
     loss: T | None = None
-    """weighted sum of the losses"""
+    """weighted sum of the losses above"""
+    unet: T | None = None
+    """reconstruction loss of the U-Net around the encoder, where it learns; NaN in steps in which it does not"""
     nonfinite: T | None = field(default=None, metadata=NO_COLUMN)
     """(B,) number of views of each crop of this rank whose features are not finite"""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks.build import PretrainingNetwork
-from nnunet_mim.networks.mask_in_mask import MaskedViews, Reconstruction, Reconstructs
+from nnunet_mim.networks.mask_in_mask import HasUNet, MaskedViews, Reconstruction, Reconstructs
 from nnunet_mim.pretraining.monitoring.baselines import trivial_losses
 from nnunet_mim.pretraining.monitoring.figures import (
     GuessFigures,
@@ -25,7 +25,16 @@ from nnunet_mim.pretraining.monitoring.figures import (
     averaged,
     mapped,
 )
-from nnunet_mim.pretraining.objective.levels import add_pass, level_losses, level_number, target_tokens
+from nnunet_mim.pretraining.objective.levels import (
+    add_pass,
+    level_losses,
+    level_number,
+    summed,
+    target_tokens,
+    unet_losses,
+    unet_views,
+    with_unet,
+)
 from nnunet_mim.pretraining.objective.losses import voxel_error
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 
@@ -83,6 +92,8 @@ class HeldOut:
         """(N, M) bool for each of the views: True = the masked token counts in the loss"""
         self.n_targets = [[float(crop.sum()) for crop in level] for level in zip(*self.is_target, strict=True)]
         """of each crop, by level"""
+        self.unet_targets = self._targets_of_unet()
+        """by number of each level that the U-Net around the encoder sees: target tokens of all crops"""
         self.constants = [self._constants(position) for position in range(len(self.n_targets))]
 
     @property
@@ -98,6 +109,8 @@ class HeldOut:
         crops = _as_numbers(found)  # the only time that the device is waited for
         by_level = zip(*crops, strict=True)
         levels = [self._mean_level(position, *zip(*level, strict=True)) for position, level in enumerate(by_level)]
+        if self.unet_targets:
+            levels = with_unet(levels, self._losses_of_unet(model))
         rank, std = _feature_spread(self._visible_features(model))
         measured = any(level.reconstruction is not None for level in levels)
         loss = sum(level.loss or 0.0 for level in levels) if measured else None
@@ -132,6 +145,26 @@ class HeldOut:
             errors[position:] = [errors[position] + error if n_done else error]
             n_done = rows.stop
         return list(zip(levels, errors, strict=True))
+
+    def _targets_of_unet(self) -> dict[int, Tensor]:
+        crops = [unet_views(views, self.config) for views in self.views] if self.config.decoder == "unet" else []
+        return summed(
+            {n: target_tokens(view, view.masked_tokens(), self.flat_threshold)[0].sum() for n, view in seen}
+            for seen in crops
+        )
+
+    def _losses_of_unet(self, model: PretrainingNetwork) -> dict[int, float]:
+        """Reconstruction loss of the U-Net by level, the mean over all target tokens; none without a target."""
+        unet: HasUNet = model  # type: ignore[assignment]
+        n_targets = list(self.unet_targets.values())
+        of_crops = (
+            shares
+            for views in self.views
+            for _, shares in unet_losses(
+                unet, views, self.flat_threshold, self.config, self.views_per_pass, n_targets=n_targets
+            )
+        )
+        return {number: float(loss) for number, loss in summed(of_crops).items() if self.unet_targets[number] > 0}
 
     def _visible_features(self, model: PretrainingNetwork) -> Tensor:
         """(T, D) features of the visible tokens of the first view of every level of every crop."""

@@ -108,10 +108,11 @@ def _mean_figures(
     def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
         if not used:
             return math.nan
-        weight = torch.tensor(weights or [1.0] * len(values))
+        weight, numbers = torch.tensor(weights or [1.0] * len(values)), torch.tensor(values)
+        weight = weight * ~numbers.isnan()  # NaN: not computed in a step
         if not weight.any():  # no target token in any of these steps
             return math.nan
-        return float((torch.tensor(values) * weight).sum() / weight.sum().clamp(min=1))
+        return float((numbers.nan_to_num() * weight).sum() / weight.sum().clamp(min=1))
 
     numbers = [level.number for level in steps[0].levels]
     levels = tuple(averaged([step.level(number) for step in used or on_host], mean) for number in numbers)

@@ -1,22 +1,26 @@
-"""The objective of one iteration: every level's reconstruction and its agreement with the level above."""
+"""The objective of one iteration: every level's reconstruction, its agreement with the level above, and the U-Net's
+reconstruction.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.geometry import Level
-from nnunet_mim.networks.mask_in_mask import Reconstruction, Reconstructs
+from nnunet_mim.networks.mask_in_mask import HasUNet, Reconstruction, Reconstructs
 from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks
 from nnunet_mim.pretraining.monitoring.figures import LevelFigures, mapped
 from nnunet_mim.pretraining.objective.losses import cosine_loss, flat_tokens, infonce_loss, reconstruction_loss
 from nnunet_mim.pretraining.objective.masks import on_device
 from nnunet_mim.pretraining.objective.views import LevelViews
+
+F = TypeVar("F", bound=LevelFigures[Any])
 
 
 class LevelPart(NamedTuple):
@@ -136,6 +140,76 @@ def _part_of_loss(
         level.number, reconstruction=reconstruction, targets=is_target.float().sum(), alignment_top1=top1,
         alignment=alignment, loss=loss,
     )  # fmt: skip
+
+
+def unet_losses(
+    model: HasUNet,
+    views: list[LevelViews],
+    flat_threshold: Tensor,
+    config: PretrainConfig,
+    views_per_pass: int | None = None,
+    ranks: Ranks = ALONE,
+    n_targets: Sequence[Tensor] | None = None,
+) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    """Compute the reconstruction loss of the U-Net around the encoder, in passes as `level_losses`.
+
+    Args:
+        model, views, flat_threshold, views_per_pass, ranks: as in `level_losses`.
+        n_targets: scalar for each level that the U-Net sees: number of target tokens that its loss is the mean over;
+            None: those of these views, on all ranks.
+
+    Yields:
+        the pass's share of the weighted loss; and, by number of each level in it, its share of the level's loss.
+    """
+    levels = unet_views(views, config)
+    tokens = [view.masked_tokens() for _, view in levels]  # (N, M, P) of each
+    is_target = [target_tokens(view, own, flat_threshold)[0] for (_, view), own in zip(levels, tokens, strict=True)]
+    n_targets = n_targets or [ranks.sum(targets.sum()) for targets in is_target]
+    numbered = list(enumerate(levels))
+    passes = [[(at, number, view, slice(None)) for at, (number, view) in numbered]]
+    if views_per_pass is not None:
+        passes = [
+            [(at, number, view, rows)]
+            for at, (number, view) in numbered
+            for rows in _passes(len(view.images), views_per_pass)
+        ]
+    for one_pass in passes:
+        predictions = model.reconstruct_with_unet([view.masked(rows) for _, _, view, rows in one_pass])
+        losses = {
+            number: reconstruction_loss(prediction, tokens[at][rows], is_target[at][rows], n_targets[at])
+            for prediction, (at, number, _, rows) in zip(predictions, one_pass, strict=True)
+        }
+        total = sum(losses.values(), torch.zeros((), device=flat_threshold.device))
+        yield config.unet_weight * total, {number: loss.detach() for number, loss in losses.items()}
+
+
+def unet_views(views: list[LevelViews], config: PretrainConfig) -> list[tuple[int, LevelViews]]:
+    """The levels that the U-Net sees: number of each, and its first `config.unet_views` views of every crop."""
+    chosen, n_crops = [], len(views[0].images)
+    for number in unet_levels(config, len(views)):
+        view = views[number - level_number(0, len(views))]
+        rows = torch.arange(len(view.images), device=view.images.device).view(n_crops, -1)
+        chosen.append((number, view.of(rows[:, : config.unet_views[number - 1]].flatten())))
+    return chosen
+
+
+def unet_levels(config: PretrainConfig, n_levels: int) -> list[int]:
+    """Numbers of the levels that the U-Net sees, where there are n_levels."""
+    return [number for number in range(level_number(0, n_levels), 4) if config.unet_views[number - 1]]
+
+
+def summed(passes: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
+    """Shares of the U-Net's loss, by level, summed over passes."""
+    total: dict[int, Tensor] = {}
+    for shares in passes:
+        for number, share in shares.items():
+            total[number] = total[number] + share if number in total else share
+    return total
+
+
+def with_unet(levels: Sequence[F], by_level: Mapping[int, Any]) -> list[F]:
+    """Figures of levels with the U-Net's loss, by number of level; a level that is not there is left out."""
+    return [replace(level, unet=by_level.get(level.number)) for level in levels]
 
 
 def levels_that_count(config: PretrainConfig, n_levels: int) -> int:

@@ -39,6 +39,11 @@ class LevelViews:
     outside: Tensor
     """(N,) bool: True = the view is all padding"""
 
+    def of(self, rows: Tensor) -> LevelViews:
+        """Some of the views, by number (n,) int64."""
+        tensors = {name: value[rows] for name, value in vars(self).items() if name != "level"}
+        return LevelViews(self.level, **tensors)
+
     def masked(self, part: slice = slice(None)) -> MaskedViews:
         """What a network gets of all views, or of a part of them."""
         return MaskedViews(self.images[part], self.ids_keep[part], self.ids_masked[part])

@@ -19,7 +19,7 @@ MAX_ROWS = 3000
 """maximum number of rows of a CSV file that are read, evenly spread: a picture has no more pixels"""
 MAX_POINTS = 300
 """maximum number of points of a curve; each is the mean of several rows"""
-TRAIN, HELD_OUT, GREY = "#a9c4d8", "#0072b2", "#555555"
+TRAIN, HELD_OUT, UNET, GREY = "#a9c4d8", "#0072b2", "#d55e00", "#555555"
 LEVEL_COLOURS = {1: "#009e73", 2: "#0072b2", 3: "#d55e00"}
 LABEL_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")
 
@@ -92,6 +92,7 @@ def panels_of(train: TrainingFigures[np.ndarray], val: Measurement[np.ndarray]) 
         lines = [
             *_line(train.iteration, train.level(level.number).reconstruction, "training", TRAIN),
             *_line(val.iteration, level.reconstruction, "held out", HELD_OUT, width=2.0),
+            *_line(val.iteration, level.unet, "U-Net, held out", UNET, width=2.0),
             *_line(val.iteration, level.guesses.token_mean, "guess: the token's mean", GREY, "--", 1.2),
             *_line(val.iteration, level.guesses.infill, "guess: copy the nearest voxels", GREY, ":", 1.4),
         ]

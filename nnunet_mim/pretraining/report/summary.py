@@ -143,15 +143,21 @@ def losses_table(facts: Facts) -> Table:
         table.append([level.title, *(_figure_text(loss) for loss in (*losses, start)), psnr])
     if all(level.psnr is None for level in facts.last.reconstructed):
         table = [row[:-1] for row in table]
+    if any(level.unet is not None for level in facts.last.reconstructed):
+        column = ["U-Net", *(_figure_text(level.unet) for level in facts.last.reconstructed)]
+        table = [[*row, cell] for row, cell in zip(table, column, strict=True)]
     return table
 
 
 def losses_text(last: Measurement[float]) -> str:
     """Held-out reconstruction beside the trivial predictors, one line per level, for a terminal."""
     lines = ["held-out reconstruction loss   token mean   in-filling   network"]
+    if any(level.unet is not None for level in last.reconstructed):
+        lines[0] += "     U-Net"
     for level in last.reconstructed:
         guesses = f"{_figure_text(level.guesses.token_mean):>10}   {_figure_text(level.guesses.infill):>10}"
-        lines.append(f"  {level.name:28} {guesses}   {_figure_text(level.reconstruction):>7}")
+        unet = "" if level.unet is None else f"   {_figure_text(level.unet):>7}"
+        lines.append(f"  {level.name:28} {guesses}   {_figure_text(level.reconstruction):>7}{unet}")
     if not last.reconstructed:
         lines.append("  no level was measured: no held-out crop has a token without padding or air in it")
     return "\n".join(lines)

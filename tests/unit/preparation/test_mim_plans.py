@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -397,3 +398,13 @@ def test_images_stored_otherwise_than_in_axial_slices_are_not_mirrored(dataset, 
         assert main(["-d", "7", "--preset", "tiny", "--overwrite", *more]) == 0
         assert ("exchange left and right" in capsys.readouterr().out) == (axes == [])
         assert json.loads((dataset / "nnUNetMiMPlans.json").read_text())["mim_finetune"]["mirror_axes"] == axes
+
+
+def test_the_unets_widths_are_those_of_a_checkpoint_with_one(base_plans, dataset_json, make_checkpoint):
+    checkpoint = PretrainedCheckpoint.load(make_checkpoint())
+    unet = {f"skips.{stage}.0.weight": torch.zeros(width, 1) for stage, width in enumerate((5, 6, 7, 8))}
+    unet |= {"stem.conv1.0.weight": torch.zeros(9, 1), "decoder.blocks.0.0.0.weight": torch.zeros(9, 1)}
+    for parameters, widths in (({}, (16, [6, 6, 12, 12])), (unet, (9, [5, 6, 7, 8]))):
+        plans, _ = plan(base_plans, dataset_json, checkpoint=replace(checkpoint, unet=parameters))
+        kwargs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        assert (kwargs["stem_features"], kwargs["decoder_features"]) == widths

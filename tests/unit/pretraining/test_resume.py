@@ -50,14 +50,18 @@ def residual_encoder():
     return {"network_class_name": name, "arch_kwargs": kwargs, "_kw_requires_import": imported}
 
 
-@pytest.mark.parametrize("encoder", ["hybrid", "resenc"])
-def test_an_interrupted_run_equals_an_uninterrupted_one(write_dataset, interrupted_run, small_runs, encoder):
+@pytest.mark.parametrize(
+    ("encoder", "options"),
+    [("hybrid", ()), ("resenc", ()), ("hybrid", ("--decoder", "unet", "--decoder_phase", "0.5"))],
+    ids=["hybrid", "resenc", "unet"],
+)
+def test_an_interrupted_run_equals_an_uninterrupted_one(write_dataset, interrupted_run, small_runs, encoder, options):
     plans_file = write_dataset(n=4).with_name("tinyPlans.json")
     if encoder == "resenc":
         plans = json.loads(plans_file.read_text())
         plans["configurations"]["3d_fullres"]["architecture"] = residual_encoder()
         plans_file.write_text(json.dumps(plans))
-    common = ("--encoder", encoder, "--iterations", "6", "--save_every", "2", "--val_every", "3")
+    common = ("--encoder", encoder, *options, "--iterations", "6", "--save_every", "2", "--val_every", "3")
     common += ("--set", "val_crops=1")
     assert small_runs.here("-o", "whole", *common) == 0
     interrupted_run("-o", "broken", *common, after=5)

@@ -11,7 +11,7 @@ from nnunet_mim.config import NetworkConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
-from nnunet_mim.trainers.transfer import _is_patch_kernel, _resize_kernel, check_architecture, transfer_encoder
+from nnunet_mim.trainers.transfer import _is_patch_kernel, _resize_kernel, check_architecture, transfer_weights
 
 
 def unet(network, channels=1, patch=(64, 32, 32)):
@@ -31,7 +31,7 @@ def test_all_encoder_weights_arrive_and_compute_the_same(make_checkpoint, networ
     path, encoder = make_checkpoint()
     network = unet(network_config)
     outside = {k: v.clone() for k, v in network.state_dict().items() if not k.startswith("encoder.")}
-    report = transfer_encoder(network, PretrainedCheckpoint.load(path))
+    report = transfer_weights(network, PretrainedCheckpoint.load(path))
     assert_same_features(network, encoder, torch.randn(2, 1, 32, 48, 64))
     assert report.loaded == [f"encoder.{k}" for k in encoder.state_dict()]
     assert report.adapted == {}
@@ -44,7 +44,7 @@ def test_all_encoder_weights_arrive_and_compute_the_same(make_checkpoint, networ
 def test_one_channel_fits_any_number_of_channels(make_checkpoint, network_config):
     path, encoder = make_checkpoint()
     network = unet(network_config, channels=3)
-    report = transfer_encoder(network, PretrainedCheckpoint.load(path))
+    report = transfer_weights(network, PretrainedCheckpoint.load(path))
     assert list(report.adapted) == ["encoder.stages.0.embed.proj.weight"]
     x = torch.randn(1, 1, 32, 32, 32)
     assert_same_features(network, encoder, x.expand(-1, 3, -1, -1, -1), x)
@@ -54,7 +54,7 @@ def test_other_strides_answer_to_an_enlarged_image_as_before(make_checkpoint, ne
     """Axis 0 is downsampled half as much in stage 1: the image enlarged twofold there must give the same features."""
     path, encoder = make_checkpoint()
     network = unet(replace(network_config, strides=((1, 2, 2), *[(2, 2, 2)] * 3)))
-    report = transfer_encoder(network, PretrainedCheckpoint.load(path))
+    report = transfer_weights(network, PretrainedCheckpoint.load(path))
     assert list(report.adapted) == ["encoder.stages.0.embed.proj.weight"]
     assert "(2, 2, 2) → (1, 2, 2)" in report.adapted["encoder.stages.0.embed.proj.weight"]
     x = torch.randn(1, 1, 16, 32, 32)
@@ -65,7 +65,7 @@ def test_kernels_of_every_strided_layer_are_adapted(make_checkpoint, network_con
     path, _ = make_checkpoint()
     strides = ((2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 3))
     network = unet(replace(network_config, strides=strides))
-    report = transfer_encoder(network, PretrainedCheckpoint.load(path))
+    report = transfer_weights(network, PretrainedCheckpoint.load(path))
     assert set(report.adapted) == {
         "encoder.token_embed.proj.weight", *[f"encoder.stages.{s}.to_token.weight" for s in range(3)],
     }  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_state_dict_that_does_not_fit_is_an_error(make_checkpoint, network_con
     else:
         checkpoint.encoder["norm.weight"] = torch.zeros(7)
     with pytest.raises(MiMError, match=r"norm\.weight|extra\.weight"):
-        transfer_encoder(unet(network_config), checkpoint)
+        transfer_weights(unet(network_config), checkpoint)
 
 
 @pytest.mark.parametrize(
