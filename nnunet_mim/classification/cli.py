@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nnunet_mim.classification.options import ClassifyConfig, DataOptions
+from nnunet_mim.classification.options import ClassifyConfig, DataOptions, MachineOptions
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.system.cli import OneLineParser, add_flags, given_flags
+from nnunet_mim.system.locks import exclusive_lock
+
+if TYPE_CHECKING:
+    from nnunet_mim.classification.job import Job
 
 DESCRIPTION = """\
 Tell diseases from CT: from a table of labels to a validated classifier.
@@ -49,33 +54,70 @@ mean over folds; TARGET=CLASS:fold_X, that of each fold."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, or 2 after a one-line error."""
+    """Entry point. Returns the exit code: 0, 2 after a one-line error, or 75 if a signal has stopped a training."""
     options = _parser().parse_args(argv)
-    return exit_code(lambda: options.run(options))
+    from nnunet_mim.pretraining.stopping import EXIT_CODE, StoppedError
+
+    try:
+        return exit_code(lambda: options.run(options))
+    except StoppedError as stopped:
+        print(stopped)
+        return EXIT_CODE
 
 
 def train(options: argparse.Namespace) -> None:
     """Train the chosen folds, then report if all are there."""
     where = DataOptions(**given_flags(options, DataOptions))
     config = ClassifyConfig(**given_flags(options, ClassifyConfig))
+    machine = MachineOptions(**given_flags(options, MachineOptions))
     import torch
 
     from nnunet_mim.classification.job import chosen_folds, set_up
+    from nnunet_mim.classification.train import train_baselines, train_probe
+    from nnunet_mim.pretraining.distributed.launch import end_process_group, is_first_rank
 
     _check_device(torch, options.device)
     job = set_up(where, config)
     folds = chosen_folds(options.fold, len(job.folds))
-    if config.mode != "probe":
-        raise MiMError(f"--mode {config.mode} is not there yet: take --mode probe")
-    from nnunet_mim.classification.train import train_baselines, train_probe
+    if config.mode == "probe":
+        if machine != MachineOptions():
+            raise MiMError("--c, -num_gpus, --precision and --workers are for trained networks: leave them out")
+        train_probe(job, folds, options.device)
+    else:
+        _train_networks(job, folds, machine, options.device)
+    if is_first_rank():
+        if options.baselines:
+            train_baselines(job, folds)
+        if len(folds) == len(job.folds):
+            from nnunet_mim.classification.report import write_report
 
-    train_probe(job, folds, options.device)
-    if options.baselines:
-        train_baselines(job, folds)
-    if len(folds) == len(job.folds):
-        from nnunet_mim.classification.report import write_report
+            print("\n".join(write_report(job.folder, job.source, seed=config.seed)))
+    end_process_group()
 
-        print("\n".join(write_report(job.folder, job.source, seed=config.seed)))
+
+def _train_networks(job: Job, folds: Sequence[int], machine: MachineOptions, device: str) -> None:
+    from nnunet_mim.classification.finetune import check_batch, check_folders, prepare_fold, train_fold
+    from nnunet_mim.pretraining.distributed.launch import device_count, is_first_rank, launched_fabric, say
+    from nnunet_mim.pretraining.options import RunOptions
+
+    devices, nodes = device_count(machine.num_gpus)
+    check_batch(job.config.batch, devices * nodes)
+    how = RunOptions(device=device, precision=machine.precision, workers=machine.workers).resolved(devices)
+    with ExitStack() as locks:
+        if is_first_rank():
+            for folder in (job.fold_folder(job.config.arm, fold) for fold in folds):
+                busy = f"another mim_classify writes to {folder}: wait until it has ended, or choose a tag with -o"
+                locks.enter_context(exclusive_lock(folder.with_name(f".{folder.name}.lock"), busy))
+        todo = check_folders(job, folds, machine.resume)
+        fabric = launched_fabric(device, devices, nodes, how.precision)
+        for fold in todo:
+            run = prepare_fold(job, fold)
+            job = run.job  # the window is the same for all folds
+            size = " x ".join(map(str, run.job.config.window))
+            cases = f"{len(run.split.train)} training and {len(run.split.held_out)} inner cases"
+            say(f"fold {fold}: {cases}, windows of {size} voxels, {run.total} steps")
+            say("\n".join([f"encoder: {run.encoder.origin}", *run.encoder.notes]))
+            train_fold(run, fabric, how.workers or 0, machine.resume)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -135,6 +177,7 @@ def _parser() -> OneLineParser:
     made = command(train, "train a classifier and its baselines", TRAIN, TRAIN_EPILOG)
     add_flags(made, "data", DataOptions)
     add_flags(made, "what is computed", ClassifyConfig)
+    add_flags(made, "how this machine trains a network", MachineOptions)
     add = made.add_argument
     folds = "folds to train, or all (default: all)"
     add("-f", "--fold", nargs="+", default=["all"], metavar="FOLD", help=folds)

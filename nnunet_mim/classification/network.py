@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from nnunet_mim.config import Size3
-from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 
 
 class Encoder(Protocol):
@@ -61,6 +61,23 @@ class AttentionPool(nn.Module):
         return torch.einsum("nlh,nlhd->nhd", scores.softmax(dim=1), values).reshape(N, D)
 
 
+def by_case(tokens: Tensor, weights: Tensor, n_windows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Join the windows of each case.
+
+    Args:
+        tokens: (M, L, D) of all windows, case by case.
+        weights: (M, L).
+        n_windows: of each of N cases, M in sum.
+
+    Returns:
+        (N, W * L, D) tokens and (N, W * L) weights for the largest number of windows W, 0 where a case has fewer.
+    """
+    parts = zip(tokens.split(list(n_windows)), weights.split(list(n_windows)), strict=True)
+    joined = [(part.flatten(0, 1), weight.flatten()) for part, weight in parts]
+    padded = [pad_sequence([pair[i] for pair in joined], batch_first=True) for i in range(2)]
+    return padded[0], padded[1]
+
+
 class Classifier(nn.Module):
     """An encoder with attention pooling, and a linear layer per target.
 
@@ -84,22 +101,24 @@ class Classifier(nn.Module):
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, images: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Classify windows, one by one.
+    def forward(self, images: Tensor, counts: Tensor, n_windows: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Classify cases.
 
         Args:
-            images: (N, C, X, Y, Z) of whole tokens, as `Region.network_input`.
-            counts: (N, X, Y, Z) bool, `Region.counts`.
+            images: (M, C, X, Y, Z) windows of whole tokens, case by case, as `Region.network_input`.
+            counts: (M, X, Y, Z) bool, `Region.counts`.
+            n_windows: of each of N cases, M in sum; None: one window each.
 
         Returns:
             (N, classes) logits per target.
         """
-        return self.classify(*self.tokens(images, counts))
+        tokens, weights = self.tokens(images, counts)
+        return self.classify(*by_case(tokens, weights, n_windows or [1] * len(images)))
 
     def tokens(self, images: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """(N, L, D) tokens of windows and (N, L) their weights.
 
-        For a case of several windows reshape both to (1, windows * L, …) and give them to `classify`.
+        For cases of several windows join them with `by_case`, and give both to `classify`.
         """
         features: Tensor = self.encoder.forward_features(images)[-1]
         weights = place_weights(counts, features.shape[2:])
@@ -111,14 +130,3 @@ class Classifier(nn.Module):
         for target, pool, head in zip(self.targets, self.pools, self.heads, strict=True):
             logits[target] = head(self.dropout(pool(tokens, weights)))
         return logits
-
-
-@torch.no_grad()
-def with_mask_channel(encoder: HybridEncoder) -> HybridEncoder:
-    """A copy of an encoder that takes one more input channel, the mask, whose weights are 0: it computes the same."""
-    wider = HybridEncoder(encoder.in_channels + 1, encoder.config)
-    state = encoder.state_dict()
-    name = "stages.0.embed.proj.weight"
-    state[name] = torch.cat([state[name], torch.zeros_like(state[name][:, :1])], dim=1)
-    wider.load_state_dict(state)
-    return wider
