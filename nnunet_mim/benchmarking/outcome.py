@@ -11,7 +11,8 @@ import numpy as np
 
 from nnunet_mim.benchmarking.guard import Seen
 from nnunet_mim.benchmarking.matrix import Matrix, Place, case_value
-from nnunet_mim.benchmarking.statistics import Comparison, compare, holm
+from nnunet_mim.benchmarking.statistics import Comparison, compare
+from nnunet_mim.classification.evaluation import holm
 
 MARK = " *"
 """stands behind an arm whose pretraining has seen validation cases"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,18 +72,6 @@ def wilcoxon(by_case: np.ndarray) -> float:
     if len(by_case) < 2 or not by_case.any():
         return math.nan
     return float(stats.wilcoxon(by_case).pvalue)
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """p values corrected for their number (Holm 1979). The probability of even one false finding stays below 5 % if
-    values below 0.05 are called findings. NaN stay NaN and do not count.
-    """
-    finite = sorted((p, index) for index, p in enumerate(ps) if math.isfinite(p))
-    corrected, maximum = [math.nan] * len(ps), 0.0
-    for rank, (p, index) in enumerate(finite):
-        maximum = max(maximum, min(1.0, p * (len(finite) - rank)))
-        corrected[index] = maximum
-    return corrected
 
 
 def mean_sd(values: np.ndarray) -> tuple[float, float]:

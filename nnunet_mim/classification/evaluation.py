@@ -6,6 +6,7 @@ functions give the same numbers one by one (tests/unit/classification/test_evalu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -210,12 +211,15 @@ def differences(
     return [Difference(*pair, *row, p) for pair, row, p in zip(pairs, rows, corrected, strict=True)]
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number by Holm's step-down method."""
-    n, corrected, largest = len(p_values), [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(n), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (n - rank) * p_values[i]))
-        corrected[i] = largest
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979). The probability of even one false finding stays below 5 % if
+    values below 0.05 are called findings. NaN stay NaN and do not count.
+    """
+    finite = sorted((p, index) for index, p in enumerate(ps) if math.isfinite(p))
+    corrected, maximum = [math.nan] * len(ps), 0.0
+    for rank, (p, index) in enumerate(finite):
+        maximum = max(maximum, min(1.0, p * (len(finite) - rank)))
+        corrected[index] = maximum
     return corrected
 
 

@@ -15,7 +15,8 @@ import nnunet_mim
 VERSION = nnunet_mim.__version__
 DIST_INFO = f"nnunet_mim-{VERSION}.dist-info"
 COMMANDS = {
-    "mim_benchmark", "mim_convert", "mim_demo", "mim_export", "mim_inspect", "mim_plan", "mim_prepare", "mim_pretrain"
+    "mim_benchmark", "mim_classify", "mim_convert", "mim_demo", "mim_export", "mim_inspect", "mim_plan", "mim_prepare",
+    "mim_pretrain",
 }  # fmt: skip
 
 # A spawned process looks the trainer up and sends the class back through a pickle: one lookup (8-16 s) shows that

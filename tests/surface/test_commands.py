@@ -5,10 +5,12 @@ import argparse
 import pytest
 
 COMMANDS = (
-    "mim_benchmark", "mim_convert", "mim_demo", "mim_export", "mim_inspect", "mim_plan", "mim_prepare", "mim_pretrain",
+    "mim_benchmark", "mim_classify", "mim_convert", "mim_demo", "mim_export", "mim_inspect", "mim_plan", "mim_prepare",
+    "mim_pretrain",
 )  # fmt: skip
 BAD_INPUT = {
     "mim_benchmark": ["run", "missing.yaml"],
+    "mim_classify": ["report", "-d", "999", "--target", "sick"],
     "mim_convert": ["missing.pth", "-o", "out.pth"],
     "mim_demo": ["--bodies", "1", "-o", "demo"],
     "mim_export": ["missing.pth", "-o", "export"],

@@ -34,6 +34,7 @@ def test_version_is_the_same_everywhere():
     "command",
     [
         "mim_benchmark",
+        "mim_classify",
         "mim_convert",
         "mim_demo",
         "mim_export",

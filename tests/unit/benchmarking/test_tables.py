@@ -17,7 +17,6 @@ from nnunet_mim.benchmarking.guard import Findings
 from nnunet_mim.benchmarking.matrix import Matrix, Place
 from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.published_numbers import published_table
-from nnunet_mim.benchmarking.statistics import holm
 from nnunet_mim.benchmarking.tables import (
     _first_epoch_at,
     _latex_text,
@@ -31,6 +30,7 @@ from nnunet_mim.benchmarking.tables import (
     smooth,
     with_sd,
 )
+from nnunet_mim.classification.evaluation import holm
 
 DATASET = "Dataset001_X"
 SPECS = (ArmSpec("MiM", "nnUNetTrainerMiM", "P", "a.pth"), ArmSpec("Scratch", "nnUNetTrainerMiMScratch", "P"))

@@ -96,7 +96,7 @@ def test_bad_folders_of_masks(folders, source, tmp_path):
     with pytest.raises(MiMError, match="--roi nowhere is no folder"):
         CaseReader(source, "nowhere")
     (tmp_path / "masks").mkdir()
-    with pytest.raises(MiMError, match="case_00.nii.gz is missing: predict this case too"):
+    with pytest.raises(MiMError, match=r"case_00\.nii\.gz is missing: predict this case too"):
         CaseReader(source, str(tmp_path / "masks")).read("case_00")
     wrong = folders.raw / "labelsTr" / "case_01.nii.gz"
     (tmp_path / "masks" / "case_00.nii.gz").write_bytes(wrong.read_bytes())
@@ -107,5 +107,5 @@ def test_bad_folders_of_masks(folders, source, tmp_path):
 def test_a_damaged_case_is_named(folders, source):
     path = source.case_file("case_00")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(MiMError, match="case_00.b2nd"):
+    with pytest.raises(MiMError, match=r"case_00\.b2nd"):
         CaseReader(source).read("case_00")
