@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
 
 from nnunet_mim.classification.encoders import LoadedEncoder
 from nnunet_mim.classification.network import Classifier
 from nnunet_mim.classification.options import ClassifyConfig
 from nnunet_mim.classification.regions import CaseVoxels, Region, cut_regions
 from nnunet_mim.config import Size3
-from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 
 WINDOWS_AT_ONCE = 8
 MAX_HEADS = 4
+STEPS = 8
+"""of the integral in a map of saliency"""
+SMOOTHING = 1.0
+"""deviation (voxels) of the Gaussian that smooths it"""
 
 
 def new_classifier(encoder: LoadedEncoder, classes: Mapping[str, Sequence[str]], seed: int = 0) -> Classifier:
@@ -65,9 +67,9 @@ class CaseNetwork:
     def saliency(self, case: CaseVoxels) -> dict[str, np.ndarray]:
         """By target, a map (X, Y, Z) float32 of what speaks for its last class (above 0) and against it (below).
 
-        It is gradient times activation of the first map after the input's resolution (HiResCAM, arXiv 2011.08891), of
-        the logit minus the mean of the others, as trilinear interpolation; windows that overlap are averaged. Each
-        window is pooled by itself.
+        It is gradient times input, integrated from a window of its median intensity to the window itself (integrated
+        gradients, arXiv 1703.01365), of the logit minus the mean of the others, smoothed. Windows that overlap are
+        averaged; each is pooled by itself.
         """
         self.model.eval()
         total = {target: np.zeros(case.shape, np.float32) for target in self.model.targets}
@@ -83,46 +85,23 @@ class CaseNetwork:
 
     def _window_saliency(self, region: Region) -> dict[str, np.ndarray]:
         images, counts = self._tensors([region])
-        with early_map(self.model.encoder) as found:  # type: ignore[arg-type]
-            logits = self.model(images, counts)
-        activation = found[0]
-        maps = {}
-        for target, values in logits.items():
-            score = values[0, -1] - values[0, :-1].mean()
-            (gradient,) = torch.autograd.grad(score, activation, retain_graph=True)
-            product = gradient * activation
-            if isinstance(self.model.encoder, HybridEncoder):
-                product = product[:, 0].movedim(-1, 1)  # (1, 1, X, Y, Z, C) → (1, C, X, Y, Z)
-            summed = product.sum(dim=1, keepdim=True)
-            whole = F.interpolate(summed, size=images.shape[2:], mode="trilinear")
-            maps[target] = whole[0, 0].detach().float().cpu().numpy()
-        return maps
+        difference = torch.zeros_like(images)
+        for channel in range(len(region.voxels)):  # not that of the mask
+            difference[0, channel] = images[0, channel] - images[0, channel][counts[0]].median()
+        total = {target: torch.zeros_like(images) for target in self.model.targets}
+        for step in range(STEPS):
+            between = (images - (1 - (step + 0.5) / STEPS) * difference).requires_grad_()
+            for target, values in self.model(between, counts).items():
+                score = values[0, -1] - values[0, :-1].mean()
+                total[target] += torch.autograd.grad(score, between, retain_graph=True)[0] / STEPS
+        maps = {target: (value * difference).sum(dim=1)[0].cpu().numpy() for target, value in total.items()}
+        return {target: gaussian_filter(value, SMOOTHING) for target, value in maps.items()}
 
     def _tensors(self, regions: Sequence[Region]) -> tuple[Tensor, Tensor]:
         """(M, C, X, Y, Z) images and (M, X, Y, Z) counts of windows."""
         images = np.stack([region.network_input(self.config.mask_channel) for region in regions])
         counts = np.stack([region.counts for region in regions])
         return torch.from_numpy(images).to(self.device), torch.from_numpy(counts).to(self.device)
-
-
-@contextmanager
-def early_map(encoder: nn.Module) -> Iterator[list[Tensor]]:
-    """While entered, the map of the first stage below the input's resolution is added to the list at every forward.
-
-    Of a HybridEncoder it has the shape (N, 1, X, Y, Z, C), else (N, C, X, Y, Z).
-    """
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, Tensor]) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    hybrid = isinstance(encoder, HybridEncoder)
-    stage = encoder.stages[0] if hybrid else encoder.encoder.stages[1]  # type: ignore[index, union-attr]
-    handle = stage.register_forward_hook(keep)  # type: ignore[union-attr, operator]
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 def _overlap(region: Region, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

@@ -55,9 +55,9 @@ class TrainingState:
         stored = read_safely(path)
         try:
             before = stored["run"]
-            changed = [f"{name} {before.get(name)} -> {run[name]}" for name in run if before.get(name) != run[name]]
+            changed = [_change(name, before.get(name), run[name]) for name in run if before.get(name) != run[name]]
             if changed:
-                what = "; ".join(text if len(text) < 80 else text.split()[0] for text in changed)
+                what = "; ".join(changed)
                 raise MiMError(f"--c: {path} was started with other settings ({what}): use the same, or delete it")
             self.model.load_state_dict(stored["weights"])
             self.optimizer.load_state_dict(stored["optimizer"])
@@ -68,6 +68,11 @@ class TrainingState:
                 raise
             reason = " ".join(str(error).split())[:200]
             raise MiMError(f"{path} is no checkpoint of mim_classify ({reason}): delete it") from error
+
+
+def _change(name: str, before: object, now: object) -> str:
+    """A setting that has changed; long values are left out."""
+    return name if isinstance(now, (list, dict)) else f"{name} {before} -> {now}"
 
 
 def weights_of(model: Classifier) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 import torch
 
-from nnunet_mim.classification.network import AttentionPool, Classifier, place_weights, with_mask_channel
+from nnunet_mim.classification.network import AttentionPool, Classifier, by_case, place_weights
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 
 
@@ -47,21 +47,20 @@ def test_logits_are_0_at_the_start(network_config):
     assert not model(torch.randn(2, 1, 16, 16, 16), torch.ones(2, 16, 16, 16, dtype=torch.bool))["sick"].any()
 
 
-def test_a_mask_channel_changes_nothing_at_first(network_config):
-    torch.manual_seed(0)
-    encoder = HybridEncoder(1, network_config).eval()
-    wider = with_mask_channel(encoder).eval()
-    image = torch.randn(1, 1, 16, 16, 16)
-    for a, b in zip(
-        encoder.forward_features(image),
-        wider.forward_features(torch.cat([image, torch.rand_like(image)], dim=1)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-
-
 def test_weights_of_places():
     counts = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
     counts[0, :1, :2] = True
     weights = place_weights(counts, (2, 2, 2))
     torch.testing.assert_close(weights, torch.tensor([[[[0.5, 0.5], [0, 0]], [[0, 0], [0, 0]]]]))
+
+
+def test_windows_of_a_case_are_joined_and_the_rest_is_padding():
+    tokens, weights = torch.randn(3, 4, 12), torch.rand(3, 4) + 0.1
+    joined, counts = by_case(tokens, weights, [1, 2])
+    assert joined.shape == (2, 8, 12)
+    assert not counts[0, 4:].any()
+    pool = AttentionPool(12, 3)
+    torch.nn.init.normal_(pool.scores.weight)
+    pooled = pool(joined, counts)
+    torch.testing.assert_close(pooled[:1], pool(tokens[:1], weights[:1]))
+    torch.testing.assert_close(pooled[1:], pool(tokens[1:].reshape(1, 8, 12), weights[1:].reshape(1, 8)))
