@@ -67,7 +67,7 @@ class TrainingState:
             if isinstance(error, MiMError):
                 raise
             reason = " ".join(str(error).split())[:200]
-            raise MiMError(f"{path} is no checkpoint of mim_classify ({reason}): delete it") from error
+            raise MiMError(f"{path} is no checkpoint of such a training ({reason}): delete it") from error
 
 
 def _change(name: str, before: object, now: object) -> str:
