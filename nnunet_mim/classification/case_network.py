@@ -32,10 +32,10 @@ def new_classifier(encoder: LoadedEncoder, classes: Mapping[str, Sequence[str]],
         classes: by target.
         seed: of the weights of the pooling.
     """
-    heads = next(n for n in range(MAX_HEADS, 0, -1) if encoder.dim % n == 0)
+    heads = next(n for n in range(MAX_HEADS, 0, -1) if encoder.dims[-1] % n == 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Classifier(encoder.module, encoder.dim, {name: len(each) for name, each in classes.items()}, heads)
+        return Classifier(encoder.module, encoder.dims, {name: len(each) for name, each in classes.items()}, heads)
 
 
 @dataclass(frozen=True)
@@ -84,24 +84,24 @@ class CaseNetwork:
         return {target: value / np.maximum(times, 1) for target, value in total.items()}
 
     def _window_saliency(self, region: Region) -> dict[str, np.ndarray]:
-        images, counts = self._tensors([region])
+        images, places = self._tensors([region])
         difference = torch.zeros_like(images)
         for channel in range(len(region.voxels)):  # not that of the mask
-            difference[0, channel] = images[0, channel] - images[0, channel][counts[0]].median()
+            difference[0, channel] = images[0, channel] - images[0, channel][places[0, 0]].median()
         total = {target: torch.zeros_like(images) for target in self.model.targets}
         for step in range(STEPS):
             between = (images - (1 - (step + 0.5) / STEPS) * difference).requires_grad_()
-            for target, values in self.model(between, counts).items():
+            for target, values in self.model(between, places).items():
                 score = values[0, -1] - values[0, :-1].mean()
                 total[target] += torch.autograd.grad(score, between, retain_graph=True)[0] / STEPS
         maps = {target: (value * difference).sum(dim=1)[0].cpu().numpy() for target, value in total.items()}
         return {target: gaussian_filter(value, SMOOTHING) for target, value in maps.items()}
 
     def _tensors(self, regions: Sequence[Region]) -> tuple[Tensor, Tensor]:
-        """(M, C, X, Y, Z) images and (M, X, Y, Z) counts of windows."""
+        """(M, C, X, Y, Z) images and (M, 2, X, Y, Z) places of windows."""
         images = np.stack([region.network_input(self.config.mask_channel) for region in regions])
-        counts = np.stack([region.counts for region in regions])
-        return torch.from_numpy(images).to(self.device), torch.from_numpy(counts).to(self.device)
+        places = np.stack([region.places for region in regions])
+        return torch.from_numpy(images).to(self.device), torch.from_numpy(places).to(self.device)
 
 
 def _overlap(region: Region, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

@@ -48,12 +48,12 @@ class LoadedEncoder:
     """lines for the log"""
 
     @property
-    def dim(self) -> int:
-        """Channels of the last map."""
+    def dims(self) -> tuple[int, ...]:
+        """Channels of its maps."""
         if isinstance(self.module, HybridEncoder):
-            return self.module.config.embed_dims[-1]
+            return tuple(self.module.config.embed_dims)
         kwargs = self.architecture["config"]["architecture"]["arch_kwargs"]
-        return int(kwargs["features_per_stage"][self.module.feature_stage])
+        return tuple(kwargs["features_per_stage"][1 : self.module.feature_stage + 1])
 
     @property
     def cell(self) -> Size3:

@@ -229,7 +229,7 @@ def _step(state: TrainingState, batch: Batch, run: FoldRun, fabric: Fabric, rank
     weights = run.log_weights if config.balance == "weights" else {}
     state.model.train()
     with fabric.autocast():
-        logits = state.model(batch.images, batch.counts, batch.n_windows)
+        logits = state.model(batch.images, batch.places, batch.n_windows)
     loss = batch_loss(logits, batch.labels, weights, config.batch)
     loss.backward()
     parameters = [p for p in state.model.parameters() if p.grad is not None]

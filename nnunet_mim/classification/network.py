@@ -32,14 +32,14 @@ class AttentionPool(nn.Module):
 
     Args:
         dim: channels of a token.
-        num_heads: parts of the channels with weights of their own.
+        out_dim: channels of the result.
+        num_heads: parts of these channels with weights of their own.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, out_dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.scores = nn.Linear(dim, num_heads)
-        self.values = nn.Linear(dim, dim)
+        self.values = nn.Linear(dim, out_dim)
         nn.init.zeros_(self.scores.weight)  # a mean over all places at the start
         nn.init.zeros_(self.scores.bias)
 
@@ -51,14 +51,13 @@ class AttentionPool(nn.Module):
             weights: (N, L) share of each token that counts; 0: it is ignored. Some token has to count.
 
         Returns:
-            (N, D).
+            (N, out_dim).
         """
-        N, L, D = tokens.shape
-        tokens = self.norm(tokens)
+        N, L, _ = tokens.shape
         scores = self.scores(tokens) + weights.clamp(min=1e-12).log()[..., None]  # (N, L, heads)
         scores = scores.masked_fill(weights[..., None] == 0, -torch.inf)
-        values = self.values(tokens).reshape(N, L, scores.shape[-1], -1)  # (N, L, heads, D / heads)
-        return torch.einsum("nlh,nlhd->nhd", scores.softmax(dim=1), values).reshape(N, D)
+        values = self.values(tokens).reshape(N, L, scores.shape[-1], -1)  # (N, L, heads, out_dim / heads)
+        return torch.einsum("nlh,nlhd->nhd", scores.softmax(dim=1), values).reshape(N, -1)
 
 
 def by_case(tokens: Tensor, weights: Tensor, n_windows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -81,52 +80,63 @@ def by_case(tokens: Tensor, weights: Tensor, n_windows: Sequence[int]) -> tuple[
 class Classifier(nn.Module):
     """An encoder with attention pooling, and a linear layer per target.
 
+    A token holds the encoder's last map, of each earlier map the mean over the token's part of the mask, and the share
+    of it that lies in the mask: a lesion may be much smaller than a token.
+
     Args:
         encoder: with its weights.
-        dim: channels of its last map.
+        dims: channels of its maps.
         n_classes: per target.
         num_heads: of the pooling.
-        dropout: of the pooled features.
     """
 
-    def __init__(
-        self, encoder: Encoder, dim: int, n_classes: Mapping[str, int], num_heads: int = 4, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, encoder: Encoder, dims: Sequence[int], n_classes: Mapping[str, int], num_heads: int = 4) -> None:
         super().__init__()
         self.encoder: Encoder = encoder
         self.targets = tuple(n_classes)
-        self.pools = nn.ModuleList(AttentionPool(dim, num_heads) for _ in n_classes)
-        self.heads = nn.ModuleList(nn.Linear(dim, n) for n in n_classes.values())
-        self.dropout = nn.Dropout(dropout)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
+        dim = sum(dims) + 1
+        self.pools = nn.ModuleList(AttentionPool(dim, dims[-1], num_heads) for _ in n_classes)
+        self.heads = nn.ModuleList(nn.Linear(dims[-1], n) for n in n_classes.values())
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, images: Tensor, counts: Tensor, n_windows: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, places: Tensor, n_windows: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Classify cases.
 
         Args:
             images: (M, C, X, Y, Z) windows of whole tokens, case by case, as `Region.network_input`.
-            counts: (M, X, Y, Z) bool, `Region.counts`.
+            places: (M, 2, X, Y, Z) bool, as `Region.places`.
             n_windows: of each of N cases, M in sum; None: one window each.
 
         Returns:
             (N, classes) logits per target.
         """
-        tokens, weights = self.tokens(images, counts)
+        tokens, weights = self.tokens(images, places)
         return self.classify(*by_case(tokens, weights, n_windows or [1] * len(images)))
 
-    def tokens(self, images: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, L, D) tokens of windows and (N, L) their weights.
+    def tokens(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, L, D) tokens of windows and (M, L) their weights.
 
         For cases of several windows join them with `by_case`, and give both to `classify`.
         """
-        features: Tensor = self.encoder.forward_features(images)[-1]
-        weights = place_weights(counts, features.shape[2:])
-        return features.flatten(2).transpose(1, 2), weights.flatten(1)
+        *maps, last = self.encoder.forward_features(images)
+        counts, mask = places.unbind(dim=1)
+        gx, gy, gz = last.shape[2:]
+        size, parts = (gx, gy, gz), []
+        for features in maps:
+            inside = place_weights(mask, features.shape[2:])[:, None]  # (M, 1, x, y, z)
+            share = F.adaptive_avg_pool3d(inside, size).clamp(min=1e-6)
+            parts.append(F.adaptive_avg_pool3d(features * inside, size) / share)
+        normed = [
+            norm(part.flatten(2).transpose(1, 2)) for norm, part in zip(self.norms, [*parts, last], strict=True)
+        ]
+        shares = place_weights(mask, size).flatten(1)[..., None]  # (M, L, 1)
+        return torch.cat([*normed, shares], dim=-1), place_weights(counts, size).flatten(1)
 
     def classify(self, tokens: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """(N, L, D) tokens and (N, L) weights → (N, classes) logits per target."""
         logits = {}
         for target, pool, head in zip(self.targets, self.pools, self.heads, strict=True):
-            logits[target] = head(self.dropout(pool(tokens, weights)))
+            logits[target] = head(pool(tokens, weights))
         return logits

@@ -121,7 +121,7 @@ class ClassifyConfig:
     margin: float = setting(10.0, "millimetres around the mask that belong to the box", "--margin", metavar="MM")
     mask_channel: bool = setting(
         False,
-        "the mask is a further channel of a trained network; a probe pools its places by themselves in any case",
+        "the mask is a further input channel of a trained network; its places are pooled by themselves in any case",
         "--mask_channel",
     )
     window: tuple[int, ...] = setting(

@@ -35,6 +35,11 @@ class Region:
     start: tuple[int, int, int] = (0, 0, 0)
     """first voxel in the case, maybe negative"""
 
+    @property
+    def places(self) -> np.ndarray:
+        """(2, X, Y, Z) bool: those of the box, and those of the mask in it."""
+        return np.stack([self.counts, self.mask & self.counts])
+
     def network_input(self, mask_channel: bool) -> np.ndarray:
         """(C, X, Y, Z) float32, with the mask as last channel if wished."""
         return np.concatenate([self.voxels, self.mask[None].astype(np.float32)]) if mask_channel else self.voxels

@@ -28,8 +28,8 @@ class Batch:
 
     images: Tensor
     """(M, C, X, Y, Z) float32, case by case"""
-    counts: Tensor
-    """(M, X, Y, Z) bool: places that are pooled"""
+    places: Tensor
+    """(M, 2, X, Y, Z) bool, as `Region.places`"""
     n_windows: list[int]
     """of each case"""
     labels: Tensor
@@ -37,18 +37,18 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        images, counts, labels = (x.to(device, non_blocking=True) for x in (self.images, self.counts, self.labels))
-        return Batch(images, counts, self.n_windows, labels)
+        images, places, labels = (x.to(device, non_blocking=True) for x in (self.images, self.places, self.labels))
+        return Batch(images, places, self.n_windows, labels)
 
     def pin_memory(self) -> Batch:
         """The same in memory that is copied to a GPU faster; PyTorch's DataLoader calls it."""
-        return Batch(self.images.pin_memory(), self.counts.pin_memory(), self.n_windows, self.labels.pin_memory())
+        return Batch(self.images.pin_memory(), self.places.pin_memory(), self.n_windows, self.labels.pin_memory())
 
 
 def joined(items: Sequence[Batch]) -> Batch:
     """One batch of several."""
     return Batch(
-        torch.cat([item.images for item in items]), torch.cat([item.counts for item in items]),
+        torch.cat([item.images for item in items]), torch.cat([item.places for item in items]),
         [n for item in items for n in item.n_windows], torch.cat([item.labels for item in items]),
     )  # fmt: skip
 
@@ -124,8 +124,8 @@ class TrainingCrops(Dataset):
         with _random_numbers(int(rng.integers(2**32))):
             regions = [self.augmentation(region) for region in self._windows(case, rng)]
         images = np.stack([region.network_input(self.config.mask_channel) for region in regions])
-        counts = np.stack([region.counts for region in regions])
-        return Batch(torch.from_numpy(images), torch.from_numpy(counts), [len(regions)], self.labels[i : i + 1])
+        places = np.stack([region.places for region in regions])
+        return Batch(torch.from_numpy(images), torch.from_numpy(places), [len(regions)], self.labels[i : i + 1])
 
     def _windows(self, case: CaseVoxels, rng: np.random.Generator) -> Iterator[Region]:
         """Windows of the size before augmentation."""

@@ -59,9 +59,9 @@ def test_thin_and_small_cases_are_padded(shape):
         assert item.images.shape[1:] == (1, 16, 16, 32)
         assert item.images.dtype == torch.float32
         assert torch.isfinite(item.images).all()
-        assert item.counts.any()
+        assert item.places[:, 0].any()
         inside = np.prod([min(n, w) for n, w in zip(shape, (16, 16, 32), strict=True)])
-        assert item.counts.sum() <= 3.5 * inside + 200  # scaled by at most 1/0.7 per axis, and edges rounded
+        assert item.places[:, 0].sum() <= 3.5 * inside + 200  # scaled by at most 1/0.7 per axis, and edges rounded
 
 
 def test_a_sample_depends_on_seed_and_number_alone(source):
@@ -83,7 +83,7 @@ def test_a_sample_depends_on_seed_and_number_alone(source):
     np.random.seed(5)
     for i in (7, 3, 0):
         assert torch.equal(again[i].images, first[i].images)
-        assert torch.equal(again[i].counts, first[i].counts)
+        assert torch.equal(again[i].places, first[i].places)
     assert not torch.equal(make(seed=1)[0].images, first[0].images)
     torch.set_rng_state(state[0])
     crops[1]
