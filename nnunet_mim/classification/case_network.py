@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from nnunet_mim.classification.encoders import LoadedEncoder
-from nnunet_mim.classification.network import Classifier
+from nnunet_mim.classification.network import Classifier, by_case
 from nnunet_mim.classification.options import ClassifyConfig
 from nnunet_mim.classification.regions import CaseVoxels, Region, cut_regions
 from nnunet_mim.config import Size3
@@ -60,8 +60,8 @@ class CaseNetwork:
         parts = []
         for first in range(0, len(regions), WINDOWS_AT_ONCE):
             parts.append(self.model.tokens(*self._tensors(regions[first : first + WINDOWS_AT_ONCE])))
-        tokens, weights = (torch.cat([part[i] for part in parts]) for i in range(2))  # (W, L, D), (W, L)
-        logits = self.model.classify(tokens.flatten(0, 1)[None], weights.flatten()[None])
+        tokens, weights = (torch.cat([part[i] for part in parts]) for i in range(2))
+        logits = self.model.classify(*by_case(tokens, weights, [len(regions)]))
         return {target: value[0].float().cpu().numpy() for target, value in logits.items()}
 
     def saliency(self, case: CaseVoxels) -> dict[str, np.ndarray]:

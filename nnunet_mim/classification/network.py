@@ -65,23 +65,23 @@ def by_case(tokens: Tensor, weights: Tensor, n_windows: Sequence[int]) -> tuple[
 
     Args:
         tokens: (M, L, D) of all windows, case by case.
-        weights: (M, L).
+        weights: (M, L, 2).
         n_windows: of each of N cases, M in sum.
 
     Returns:
-        (N, W * L, D) tokens and (N, W * L) weights for the largest number of windows W, 0 where a case has fewer.
+        (N, W * L, D) tokens and (N, W * L, 2) weights for the largest number of windows W, 0 where a case has fewer.
     """
     parts = zip(tokens.split(list(n_windows)), weights.split(list(n_windows)), strict=True)
-    joined = [(part.flatten(0, 1), weight.flatten()) for part, weight in parts]
+    joined = [(part.flatten(0, 1), weight.flatten(0, 1)) for part, weight in parts]
     padded = [pad_sequence([pair[i] for pair in joined], batch_first=True) for i in range(2)]
     return padded[0], padded[1]
 
 
 class Classifier(nn.Module):
-    """An encoder with attention pooling, and a linear layer per target.
+    """An encoder, and per target attention over the tokens of the box, over those of the mask, and a linear layer.
 
-    A token holds the encoder's last map, of each earlier map the mean over the token's part of the mask, and the share
-    of it that lies in the mask: a lesion may be much smaller than a token.
+    A token holds the encoder's last map, of each earlier map the mean over the token's part of the mask, and the cube
+    root of the share of it that lies in the mask: a lesion may be much smaller than a token.
 
     Args:
         encoder: with its weights.
@@ -96,8 +96,9 @@ class Classifier(nn.Module):
         self.targets = tuple(n_classes)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
         dim = sum(dims) + 1
-        self.pools = nn.ModuleList(AttentionPool(dim, dims[-1], num_heads) for _ in n_classes)
-        self.heads = nn.ModuleList(nn.Linear(dims[-1], n) for n in n_classes.values())
+        pools = [[AttentionPool(dim, dims[-1], num_heads) for _ in range(2)] for _ in n_classes]
+        self.pools = nn.ModuleList(nn.ModuleList(each) for each in pools)
+        self.heads = nn.ModuleList(nn.Linear(2 * dims[-1], n) for n in n_classes.values())
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
 
@@ -116,7 +117,7 @@ class Classifier(nn.Module):
         return self.classify(*by_case(tokens, weights, n_windows or [1] * len(images)))
 
     def tokens(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, L, D) tokens of windows and (M, L) their weights.
+        """(M, L, D) tokens of windows, and (M, L, 2) their shares in the box and in the mask.
 
         For cases of several windows join them with `by_case`, and give both to `classify`.
         """
@@ -131,12 +132,18 @@ class Classifier(nn.Module):
         normed = [
             norm(part.flatten(2).transpose(1, 2)) for norm, part in zip(self.norms, [*parts, last], strict=True)
         ]
-        shares = place_weights(mask, size).flatten(1)[..., None]  # (M, L, 1)
-        return torch.cat([*normed, shares], dim=-1), place_weights(counts, size).flatten(1)
+        weights = torch.stack([place_weights(each, size).flatten(1) for each in (counts, mask)], dim=-1)  # (M, L, 2)
+        return torch.cat([*normed, weights[..., 1:] ** (1 / 3)], dim=-1), weights
 
     def classify(self, tokens: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """(N, L, D) tokens and (N, L) weights → (N, classes) logits per target."""
+        """(N, L, D) tokens and (N, L, 2) weights → (N, classes) logits per target.
+
+        The box stands for the mask of a case in whose windows there is none.
+        """
+        box, mask = weights.unbind(dim=-1)
+        mask = torch.where(mask.sum(dim=1, keepdim=True) > 0, mask, box)
         logits = {}
-        for target, pool, head in zip(self.targets, self.pools, self.heads, strict=True):
-            logits[target] = head(pool(tokens, weights))
+        for target, pools, head in zip(self.targets, self.pools, self.heads, strict=True):
+            of_box, of_mask = pools[0](tokens, box), pools[1](tokens, mask)  # type: ignore[index]
+            logits[target] = head(torch.cat([of_box, of_mask], dim=-1))
         return logits

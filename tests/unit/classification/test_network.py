@@ -36,7 +36,7 @@ def test_logits_per_target_and_of_several_windows(network_config):
     logits = model(images, places)
     assert {name: tuple(value.shape) for name, value in logits.items()} == {"sick": (3, 2), "stage": (3, 3)}
     tokens, weights = model.tokens(images, places)
-    together = model.classify(tokens.reshape(1, -1, 37), weights.reshape(1, -1))
+    together = model.classify(tokens.reshape(1, -1, 37), weights.reshape(1, -1, 2))
     assert together["sick"].shape == (1, 2)
     alone = model.classify(tokens[:1], weights[:1])
     torch.testing.assert_close(alone["stage"], logits["stage"][:1])
@@ -55,10 +55,11 @@ def test_weights_of_places():
 
 
 def test_windows_of_a_case_are_joined_and_the_rest_is_padding():
-    tokens, weights = torch.randn(3, 4, 12), torch.rand(3, 4) + 0.1
-    joined, counts = by_case(tokens, weights, [1, 2])
+    tokens, weights = torch.randn(3, 4, 12), torch.rand(3, 4, 2) + 0.1
+    joined, both = by_case(tokens, weights, [1, 2])
     assert joined.shape == (2, 8, 12)
-    assert not counts[0, 4:].any()
+    assert not both[0, 4:].any()
+    counts, weights = both[..., 1], weights[..., 1]
     pool = AttentionPool(12, 12, 3)
     torch.nn.init.normal_(pool.scores.weight)
     pooled = pool(joined, counts)
@@ -74,11 +75,20 @@ def test_a_token_holds_the_mean_of_each_map_over_its_part_of_the_mask(network_co
     with torch.no_grad():
         tokens, weights = model.tokens(images, places)
         first, *_, last = model.encoder.forward_features(images)  # half of the resolution
-    torch.testing.assert_close(weights, torch.full((1, 2), 0.5))
+    share = 4 * 4 * 8 / 16**3
+    torch.testing.assert_close(weights, torch.tensor([[[0.5, 0.0], [0.5, share]]]))
     expected = model.norms[0](first[0, :, 2:4, 1:3, 10:14].mean(dim=(1, 2, 3)))
     torch.testing.assert_close(tokens[0, 1, :6], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tokens[0, 1, 24:36], model.norms[-1](last[0, :, 0, 0, 1]))
-    assert tokens[0, :, -1].tolist() == [0.0, 4 * 4 * 8 / 16**3]
+    torch.testing.assert_close(tokens[0, :, -1], torch.tensor([0.0, share ** (1 / 3)]))
     outside = images.clone()
     outside[..., 16:] += 100 * ~places[0, 1, ..., 16:]
     assert not torch.equal(model(outside, places)["sick"], model(images, places)["sick"])  # it sees the surroundings
+
+
+def test_without_any_mask_the_box_stands_for_it(network_config):
+    model = trained_classifier(network_config)
+    tokens = torch.randn(1, 4, 37)
+    box = torch.rand(1, 4) + 0.1
+    none, same = (torch.stack([box, mask], dim=-1) for mask in (torch.zeros(1, 4), box))
+    torch.testing.assert_close(model.classify(tokens, none)["sick"], model.classify(tokens, same)["sick"])
