@@ -17,25 +17,15 @@ from nnunet_mim.classification.regions import CaseVoxels, Region, cut_regions
 from nnunet_mim.config import Size3
 
 WINDOWS_AT_ONCE = 8
-MAX_HEADS = 4
 STEPS = 8
 """of the integral in a map of saliency"""
 SMOOTHING = 1.0
 """deviation (voxels) of the Gaussian that smooths it"""
 
 
-def new_classifier(encoder: LoadedEncoder, classes: Mapping[str, Sequence[str]], seed: int = 0) -> Classifier:
-    """An encoder (the object itself) with fresh pooling and heads.
-
-    Args:
-        encoder: with all input channels.
-        classes: by target.
-        seed: of the weights of the pooling.
-    """
-    heads = next(n for n in range(MAX_HEADS, 0, -1) if encoder.dims[-1] % n == 0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Classifier(encoder.module, encoder.dims, {name: len(each) for name, each in classes.items()}, heads)
+def new_classifier(encoder: LoadedEncoder, classes: Mapping[str, Sequence[str]]) -> Classifier:
+    """An encoder (the object itself) with fresh pooling and heads; classes by target."""
+    return Classifier(encoder.module, encoder.dims, {name: len(each) for name, each in classes.items()})
 
 
 @dataclass(frozen=True)
@@ -55,14 +45,22 @@ class CaseNetwork:
     @torch.no_grad()
     def logits(self, case: CaseVoxels) -> dict[str, np.ndarray]:
         """By target, (K,) logits in float32 over all windows of a case."""
+        return _only_row(self.model.classify(*self._tokens(case)))
+
+    @torch.no_grad()
+    def features(self, case: CaseVoxels) -> dict[str, np.ndarray]:
+        """By target, (F,) features in float32 that its head sees, over all windows of a case."""
+        return _only_row(self.model.pooled(*self._tokens(case)))
+
+    def _tokens(self, case: CaseVoxels) -> tuple[Tensor, Tensor]:
+        """(1, L, D) and (1, L, 2) tokens of all windows and their weights."""
         self.model.eval()
         regions = self.regions(case)
         parts = []
         for first in range(0, len(regions), WINDOWS_AT_ONCE):
             parts.append(self.model.tokens(*self._tensors(regions[first : first + WINDOWS_AT_ONCE])))
         tokens, weights = (torch.cat([part[i] for part in parts]) for i in range(2))
-        logits = self.model.classify(*by_case(tokens, weights, [len(regions)]))
-        return {target: value[0].float().cpu().numpy() for target, value in logits.items()}
+        return by_case(tokens, weights, [len(regions)])
 
     def saliency(self, case: CaseVoxels) -> dict[str, np.ndarray]:
         """By target, a map (X, Y, Z) float32 of what speaks for its last class (above 0) and against it (below).
@@ -102,6 +100,10 @@ class CaseNetwork:
         images = np.stack([region.network_input(self.config.mask_channel) for region in regions])
         places = np.stack([region.places for region in regions])
         return torch.from_numpy(images).to(self.device), torch.from_numpy(places).to(self.device)
+
+
+def _only_row(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value[0].float().cpu().numpy() for name, value in values.items()}
 
 
 def _overlap(region: Region, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

@@ -1,7 +1,8 @@
 """Trains a network per fold: an encoder with attention pooling, from pretrained or from random weights.
 
 The validation cases of a fold are touched once, when training is over. The epoch and the temperature are chosen on an
-inner split: a fifth of the training patients, on which no gradient is computed.
+inner split: a fifth of the training patients, on which no gradient is computed. Heads start as logistic regressions on
+what they see before the first step (linear probing, then finetuning: arXiv 2202.10054).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from nnunet_mim.classification.folds import grouped_split, joint_classes
 from nnunet_mim.classification.job import Job
 from nnunet_mim.classification.labels import Target
 from nnunet_mim.classification.options import LARGEST_WINDOW
-from nnunet_mim.classification.probe import INNER_FOLDS, cross_entropy, fit_temperature
-from nnunet_mim.classification.regions import whole_tokens
+from nnunet_mim.classification.probe import INNER_FOLDS, cross_entropy, fit_probe, fit_temperature
+from nnunet_mim.classification.regions import CaseVoxels, whole_tokens
 from nnunet_mim.classification.results import NETWORK, PREDICTIONS, TRAINING, save_weights, write_json
 from nnunet_mim.classification.train import add_covariates, write_predictions
 from nnunet_mim.classification.training_crops import Augmentation, Batch, TrainingCrops, training_batches
@@ -164,6 +165,9 @@ def train_fold(run: FoldRun, fabric: Fabric, workers: int, resume: bool,
     latest = folder / LATEST
     if resume and latest.is_file():
         state.restore(latest, run.identity())
+    else:
+        start_from_probe(network, run, ranks)
+        _measure(state, network, run, ranks)
     advance(state.iteration)
     per_epoch = run.recipe.iterations_per_epoch
     batches = training_batches(_crops(run), state.iteration, run.total, workers, fabric.device, ranks)
@@ -179,7 +183,7 @@ def train_fold(run: FoldRun, fabric: Fabric, workers: int, resume: bool,
                 on_step(state.iteration)
             epoch_ends = state.iteration % per_epoch == 0
             if epoch_ends:
-                _end_epoch(state, network, run, ranks)
+                _measure(state, network, run, ranks)
             asked = ranks.any(bool(stop.received), fabric.device) and state.iteration < run.total
             if (epoch_ends or asked) and fabric.is_global_zero:
                 state.save(latest, run.identity())
@@ -195,7 +199,7 @@ def train_fold(run: FoldRun, fabric: Fabric, workers: int, resume: bool,
 def _network(run: FoldRun, device: torch.device) -> CaseNetwork:
     job = run.job
     classes = {target.name: target.classes for target in job.table.targets}
-    model = new_classifier(run.encoder.copy(), classes, job.config.seed).to(device)
+    model = new_classifier(run.encoder.copy(), classes).to(device)
     return CaseNetwork(model, job.config, run.encoder.cell, device)
 
 
@@ -265,19 +269,42 @@ def batch_loss(
     return total / (batch_size * len(logits))
 
 
+def start_from_probe(network: CaseNetwork, run: FoldRun, ranks: Ranks) -> None:
+    """Set the heads to logistic regressions on the features of the training cases, without augmentation."""
+    job, rows = run.job, run.split.train
+    features = _of_cases(network.features, run, rows, network.device, ranks)
+    for target, module in zip(job.table.targets, network.model.heads, strict=True):
+        known = target.known[rows]
+        patients = [job.table.patients[row] for row in rows[known]]
+        labels, n_classes = target.labels[rows[known]], len(target.classes)
+        probe = fit_probe(features[target.name][known], labels, patients, n_classes, job.config.seed).probe
+        values = {
+            "mean": probe.mean, "scale": probe.scale, "linear.weight": probe.coefficients.T,
+            "linear.bias": probe.intercept + run.log_weights[target.name],
+        }  # fmt: skip
+        module.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in values.items()})
+
+
 def outputs_of(network: CaseNetwork, run: FoldRun, rows: np.ndarray, ranks: Ranks) -> dict[str, np.ndarray]:
-    """By target, (N, K) logits of rows of the table, for the classes' true shares; ranks share the cases."""
-    job = run.job
-    found = {target.name: np.zeros((len(rows), len(target.classes)), np.float32) for target in job.table.targets}
+    """By target, (N, K) logits of rows of the table, for the classes' true shares."""
+    logits = _of_cases(network.logits, run, rows, network.device, ranks)
+    return {name: values.astype(np.float64) - run.log_weights[name] for name, values in logits.items()}
+
+
+def _of_cases(
+    compute: Callable[[CaseVoxels], dict[str, np.ndarray]], run: FoldRun, rows: np.ndarray, device: torch.device,
+    ranks: Ranks,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """By target, (N, F) float32 of what is computed of each case; ranks share the cases."""
+    found: dict[str, np.ndarray] = {}
     for position in range(ranks.rank, len(rows), ranks.world):
-        case = job.reader.read(job.table.cases[rows[position]])
-        for target, values in network.logits(case).items():
-            found[target][position] = values
-    summed = {name: ranks.sum(torch.from_numpy(v).to(network.device)).cpu().numpy() for name, v in found.items()}
-    return {name: values.astype(np.float64) - run.log_weights[name] for name, values in summed.items()}
+        for target, values in compute(run.job.reader.read(run.job.table.cases[rows[position]])).items():
+            found.setdefault(target, np.zeros((len(rows), len(values)), np.float32))[position] = values
+    return {name: ranks.sum(torch.from_numpy(part).to(device)).cpu().numpy() for name, part in found.items()}
 
 
-def _end_epoch(state: TrainingState, network: CaseNetwork, run: FoldRun, ranks: Ranks) -> None:
+def _measure(state: TrainingState, network: CaseNetwork, run: FoldRun, ranks: Ranks) -> None:
+    """Measure on the inner split, before the first step and after each epoch."""
     outputs = outputs_of(network, run, run.split.held_out, ranks)
     losses = []
     for target in run.job.table.targets:
@@ -285,10 +312,13 @@ def _end_epoch(state: TrainingState, network: CaseNetwork, run: FoldRun, ranks: 
         logits, labels = outputs[target.name][known], target.labels[run.split.held_out][known]
         if len(labels):  # at the best temperature: confidence is corrected afterwards anyway
             losses.append(cross_entropy(logits / fit_temperature(logits, labels), labels))
-    row = {"epoch": len(state.history) + 1, "loss": float(np.mean(state.losses)), "inner_loss": float(np.mean(losses))}
+    row = {"epoch": float(len(state.history)), "inner_loss": float(np.mean(losses))}
+    if state.losses:
+        row["loss"] = float(np.mean(state.losses))
     state.add_epoch(row)
-    epoch = f"fold {run.fold}, epoch {row['epoch']} of {run.recipe.num_epochs}"
-    say(f"{epoch}: loss {row['loss']:.4f}, on the inner split {row['inner_loss']:.4f} (lowest {state.lowest:.4f})")
+    shown = f"loss {row['loss']:.4f}, " if "loss" in row else ""
+    inner = f"on the inner split {row['inner_loss']:.4f} (lowest {state.lowest:.4f})"
+    say(f"fold {run.fold}, epoch {len(state.history) - 1} of {run.recipe.num_epochs}: {shown}{inner}")
 
 
 def _finish(state: TrainingState, network: CaseNetwork, run: FoldRun, ranks: Ranks) -> None:
@@ -326,7 +356,7 @@ def _corrected(
     """The weights with heads whose biases stand for the classes' true shares."""
     corrected = dict(weights)
     for number, target in enumerate(targets):
-        name = f"heads.{number}.bias"
+        name = f"heads.{number}.linear.bias"
         corrected[name] = weights[name] - torch.from_numpy(log_weights[target]).to(weights[name].dtype)
     return corrected
 

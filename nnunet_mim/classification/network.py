@@ -28,18 +28,11 @@ def place_weights(counts: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class AttentionPool(nn.Module):
-    """Weighted mean of tokens, whose weights one learned query per head decides (arXiv 1802.04712, multi-head).
+    """Weighted mean of tokens of `dim` channels, whose weights a learned query decides (arXiv 1802.04712)."""
 
-    Args:
-        dim: channels of a token.
-        out_dim: channels of the result.
-        num_heads: parts of these channels with weights of their own.
-    """
-
-    def __init__(self, dim: int, out_dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.scores = nn.Linear(dim, num_heads)
-        self.values = nn.Linear(dim, out_dim)
+        self.scores = nn.Linear(dim, 1)
         nn.init.zeros_(self.scores.weight)  # a mean over all places at the start
         nn.init.zeros_(self.scores.bias)
 
@@ -51,13 +44,30 @@ class AttentionPool(nn.Module):
             weights: (N, L) share of each token that counts; 0: it is ignored. Some token has to count.
 
         Returns:
-            (N, out_dim).
+            (N, D).
         """
-        N, L, _ = tokens.shape
-        scores = self.scores(tokens) + weights.clamp(min=1e-12).log()[..., None]  # (N, L, heads)
-        scores = scores.masked_fill(weights[..., None] == 0, -torch.inf)
-        values = self.values(tokens).reshape(N, L, scores.shape[-1], -1)  # (N, L, heads, out_dim / heads)
-        return torch.einsum("nlh,nlhd->nhd", scores.softmax(dim=1), values).reshape(N, -1)
+        scores = self.scores(tokens)[..., 0] + weights.clamp(min=1e-12).log()  # (N, L)
+        return torch.einsum("nl,nld->nd", scores.masked_fill(weights == 0, -torch.inf).softmax(dim=1), tokens)
+
+
+class LinearHead(nn.Module):
+    """A linear layer on features that are standardised by fixed numbers; logits are 0 at the start."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+        self.linear = nn.Linear(dim, n_classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, D) → (N, K)."""
+        logits: Tensor = self.linear((features - self.mean) / self.scale)
+        return logits
 
 
 def by_case(tokens: Tensor, weights: Tensor, n_windows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -87,20 +97,16 @@ class Classifier(nn.Module):
         encoder: with its weights.
         dims: channels of its maps.
         n_classes: per target.
-        num_heads: of the pooling.
     """
 
-    def __init__(self, encoder: Encoder, dims: Sequence[int], n_classes: Mapping[str, int], num_heads: int = 4) -> None:
+    def __init__(self, encoder: Encoder, dims: Sequence[int], n_classes: Mapping[str, int]) -> None:
         super().__init__()
         self.encoder: Encoder = encoder
         self.targets = tuple(n_classes)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
         dim = sum(dims) + 1
-        pools = [[AttentionPool(dim, dims[-1], num_heads) for _ in range(2)] for _ in n_classes]
-        self.pools = nn.ModuleList(nn.ModuleList(each) for each in pools)
-        self.heads = nn.ModuleList(nn.Linear(2 * dims[-1], n) for n in n_classes.values())
-        for parameter in self.heads.parameters():
-            nn.init.zeros_(parameter)
+        self.pools = nn.ModuleList(nn.ModuleList([AttentionPool(dim), AttentionPool(dim)]) for _ in n_classes)
+        self.heads = nn.ModuleList(LinearHead(2 * dim, n) for n in n_classes.values())
 
     def forward(self, images: Tensor, places: Tensor, n_windows: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Classify cases.
@@ -136,14 +142,19 @@ class Classifier(nn.Module):
         return torch.cat([*normed, weights[..., 1:] ** (1 / 3)], dim=-1), weights
 
     def classify(self, tokens: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """(N, L, D) tokens and (N, L, 2) weights → (N, classes) logits per target.
+        """(N, L, D) tokens and (N, L, 2) weights → (N, classes) logits per target."""
+        pooled = self.pooled(tokens, weights)
+        return {name: head(pooled[name]) for name, head in zip(self.targets, self.heads, strict=True)}
+
+    def pooled(self, tokens: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """(N, L, D) tokens and (N, L, 2) weights → (N, 2 D) features per target.
 
         The box stands for the mask of a case in whose windows there is none.
         """
         box, mask = weights.unbind(dim=-1)
         mask = torch.where(mask.sum(dim=1, keepdim=True) > 0, mask, box)
-        logits = {}
-        for target, pools, head in zip(self.targets, self.pools, self.heads, strict=True):
-            of_box, of_mask = pools[0](tokens, box), pools[1](tokens, mask)  # type: ignore[index]
-            logits[target] = head(torch.cat([of_box, of_mask], dim=-1))
-        return logits
+        features = {}
+        for name, pools in zip(self.targets, self.pools, strict=True):
+            both = [pools[0](tokens, box), pools[1](tokens, mask)]  # type: ignore[index]
+            features[name] = torch.cat(both, dim=-1)
+        return features

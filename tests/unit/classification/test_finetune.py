@@ -25,11 +25,13 @@ from nnunet_mim.classification.finetune import (
     outputs_of,
     prepare_fold,
     sampling_chances,
+    start_from_probe,
     train_fold,
 )
 from nnunet_mim.classification.job import set_up
 from nnunet_mim.classification.labels import Target
 from nnunet_mim.classification.options import ClassifyConfig, DataOptions
+from nnunet_mim.classification.probe import fit_probe
 from nnunet_mim.classification.results import joined, read_predictions
 from nnunet_mim.classification.training_crops import training_batches
 from nnunet_mim.classification.training_state import TrainingState
@@ -77,7 +79,7 @@ def table(path):
 def test_lesions_are_told_predicted_exported_and_shown(folders, arms, make_checkpoint, tmp_path, capsys, monkeypatch):
     """The whole way from a checkpoint; a prediction of a raw image is the out-of-fold value of the same fold."""
     path, _ = make_checkpoint()
-    assert classify(*TRAIN, "--mode", "finetune", "-pc", path, "--epochs", 12, "--covariate", "voxels") == 0
+    assert classify(*TRAIN, "--mode", "finetune", "-pc", path, "--epochs", 6, "--covariate", "voxels") == 0
     found = out_of_fold(arms / "finetune")
     assert len(found.cases) == 36
     assert roc_auc_score(found.target.labels, found.positive) >= 0.95
@@ -85,6 +87,8 @@ def test_lesions_are_told_predicted_exported_and_shown(folders, arms, make_check
     assert roc_auc_score(joint.target.labels, joint.positive) >= 0.8
     assert "lesion: finetune has an AUROC of" in capsys.readouterr().out
     assert not list(arms.rglob("checkpoint_latest.pth"))
+    history = json.loads((arms / "finetune" / "fold_0" / "training.json").read_text())["history"]
+    assert [row["epoch"] for row in history] == list(range(7))
     path.unlink()  # needed no more
 
     images, masks = tmp_path / "images", folders.raw / "labelsTr"
@@ -196,6 +200,30 @@ def test_folders_that_hold_a_training(folders, arms, capsys):
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == len(messages)
     assert all(message in line for message, line in zip(messages, errors, strict=True))
+
+
+def test_a_network_learns_what_its_start_does_not_know(job_of, arms, fabric, monkeypatch):
+    """Without the logistic regression at the start: steps alone tell lesions of the inner split."""
+    monkeypatch.setattr("nnunet_mim.classification.finetune.start_from_probe", lambda *_: None)
+    train_fold(prepare_fold(job_of(epochs=8, batch=8), 0), fabric, 0, False)
+    history = json.loads((arms / "scratch" / "fold_0" / "training.json").read_text())["history"]
+    assert history[0]["inner_loss"] == pytest.approx(np.log(2), abs=1e-3)
+    assert min(row["inner_loss"] for row in history) < 0.4
+
+
+def test_heads_start_as_logistic_regressions(job_of):
+    """Their logits are those that scikit-learn's model has on the network's features, whatever the classes weigh."""
+    run = prepare_fold(job_of(), 0)
+    run = replace(run, log_weights={"lesion": np.array([0.3, -0.7])})
+    network = _network(run, torch.device("cpu"))
+    start_from_probe(network, run, ALONE)
+    rows, table = run.split.train, run.job.table
+    features = np.stack([network.features(run.job.reader.read(table.cases[row]))["lesion"] for row in rows])
+    labels = table.targets[0].labels[rows]
+    fitted = fit_probe(features, labels, [table.patients[row] for row in rows], 2, 0).probe
+    outputs = outputs_of(network, run, rows, ALONE)["lesion"]
+    np.testing.assert_allclose(outputs, fitted.logits(features), rtol=1e-3, atol=1e-3)
+    assert roc_auc_score(labels, outputs[:, 1] - outputs[:, 0]) >= 0.9
 
 
 def test_the_inner_split_has_patients_of_its_own(job_of):

@@ -6,7 +6,7 @@ from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 
 def trained_classifier(network_config):
     torch.manual_seed(0)
-    model = Classifier(HybridEncoder(1, network_config), (6, 6, 12, 12), {"sick": 2, "stage": 3}, num_heads=2).eval()
+    model = Classifier(HybridEncoder(1, network_config), (6, 6, 12, 12), {"sick": 2, "stage": 3}).eval()
     for parameter in [*model.pools.parameters(), *model.heads.parameters()]:
         torch.nn.init.normal_(parameter)
     return model
@@ -14,7 +14,7 @@ def trained_classifier(network_config):
 
 def test_tokens_that_do_not_count_are_ignored():
     torch.manual_seed(0)
-    pool = AttentionPool(12, 12, 3)
+    pool = AttentionPool(12)
     torch.nn.init.normal_(pool.scores.weight)
     tokens, weights = torch.randn(2, 5, 12), torch.tensor([[1.0, 0.5, 1, 0, 0]] * 2)
     changed = tokens.clone()
@@ -24,10 +24,9 @@ def test_tokens_that_do_not_count_are_ignored():
 
 
 def test_the_pooling_starts_as_a_weighted_mean():
-    pool = AttentionPool(12, 12, 3)
+    pool = AttentionPool(12)
     tokens, weights = torch.randn(1, 4, 12), torch.tensor([[1.0, 0.5, 0.25, 0.25]])
-    values = pool.values(tokens)
-    torch.testing.assert_close(pool(tokens, weights), (weights[..., None] * values).sum(dim=1) / 2)
+    torch.testing.assert_close(pool(tokens, weights), (weights[..., None] * tokens).sum(dim=1) / 2)
 
 
 def test_logits_per_target_and_of_several_windows(network_config):
@@ -60,7 +59,7 @@ def test_windows_of_a_case_are_joined_and_the_rest_is_padding():
     assert joined.shape == (2, 8, 12)
     assert not both[0, 4:].any()
     counts, weights = both[..., 1], weights[..., 1]
-    pool = AttentionPool(12, 12, 3)
+    pool = AttentionPool(12)
     torch.nn.init.normal_(pool.scores.weight)
     pooled = pool(joined, counts)
     torch.testing.assert_close(pooled[:1], pool(tokens[:1], weights[:1]))
