@@ -103,7 +103,7 @@ def train(options: argparse.Namespace) -> None:
     if is_first_rank():
         if options.baselines:
             train_baselines(job, folds)
-        if len(folds) == len(job.folds):
+        if job.is_complete(config.arm):
             from nnunet_mim.classification.report import write_report
 
             print("\n".join(write_report(job.folder, job.source, seed=config.seed)))

@@ -16,7 +16,7 @@ from nnunet_mim.classification.folds import Folds, find_folds
 from nnunet_mim.classification.labels import LabelTable, check_cases, check_classes, labels_file, read_labels
 from nnunet_mim.classification.options import ClassifyConfig, DataOptions
 from nnunet_mim.classification.regions import CaseReader
-from nnunet_mim.classification.results import targets_folder
+from nnunet_mim.classification.results import PREDICTIONS, targets_folder
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import require_environment
 from nnunet_mim.nnunet.source import Source, find_source
@@ -38,6 +38,10 @@ class Job:
     def fold_folder(self, arm: str, fold: int) -> Path:
         """Where a fold of an arm is written."""
         return self.folder / arm / f"fold_{fold}"
+
+    def is_complete(self, arm: str) -> bool:
+        """Whether every fold of an arm is trained."""
+        return all((self.fold_folder(arm, fold) / PREDICTIONS).is_file() for fold in range(len(self.folds)))
 
     def pretraining_fold(self, fold: int) -> int | str:
         """The fold of the pretraining that leaves out the validation cases of this fold; `all` where none does."""

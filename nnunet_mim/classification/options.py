@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -167,6 +168,8 @@ class ClassifyConfig:
             raise MiMError(f"--margin must be 0 mm or more, got {self.margin}")
         if self.seed < 0:
             raise MiMError(f"--seed must be 0 or more, got {self.seed}")
+        if not re.fullmatch(r"[\w.-]*", self.tag):
+            raise MiMError(f"-o {self.tag}: a tag takes letters, digits, '_', '.' and '-'")
         if self.mask_channel and not self.roi:
             raise MiMError("--mask_channel needs a mask: add --roi labels, or --roi FOLDER")
         if self.mask_channel and self.mode == "probe":

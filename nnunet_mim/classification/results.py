@@ -14,6 +14,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ WITH_COVARIATES = "+covariates"
 def targets_folder(source: Source, targets: Sequence[str]) -> Path:
     """The folder of all classifiers of some targets."""
     run = f"mim_classify__{source.plans_name}__{source.configuration}"
-    return Path(required_folder("nnUNet_results"), source.dataset, run, "+".join(targets))
+    name = re.sub(r"[^\w .+-]", "_", "+".join(targets))
+    return Path(required_folder("nnUNet_results"), source.dataset, run, name)
 
 
 @dataclass(frozen=True)

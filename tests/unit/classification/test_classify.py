@@ -150,6 +150,10 @@ def test_a_report_without_all_folds(folders, results, capsys):
     capsys.readouterr()
     assert classify(*few, "-o", "all") == 0
     assert "probe_random is left out:" in capsys.readouterr().out
+    assert classify(*few, "-f", 1) == 0  # the last one
+    printed = capsys.readouterr().out
+    assert "report.html" in printed
+    assert "left out" not in printed
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from nnunet_mim.classification.encoders import load_encoder, rebuilt_encoder, with_mask_channel
+from nnunet_mim.classification.features import FeatureExtractor
 from nnunet_mim.classification.options import ClassifyConfig
+from nnunet_mim.classification.regions import CaseVoxels
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.build import build_network
@@ -99,6 +102,10 @@ def test_the_residual_encoder(resenc_source, tmp_path, make_checkpoint):
     random = load_encoder(resenc_source, ClassifyConfig(encoder="resenc", checkpoint="none"), "all")
     assert random.cell == (16, 16, 32)
     assert_rebuilt(random)
+    tiny = CaseVoxels("tiny", np.ones((1, 3, 9, 5), np.float32), None, (2.0, 2.0, 2.0), {})
+    features = FeatureExtractor(random, ClassifyConfig(encoder="resenc", checkpoint="none")).of_case(tiny)
+    assert features.shape == (2 * (6 + 8 + 10 + 12),)  # down to the stage of a token
+    assert np.isfinite(features).all()
 
     path, _ = make_checkpoint()
     stored = torch.load(path, weights_only=True)
