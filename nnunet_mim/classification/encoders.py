@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint, load_checkpoint
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, find_checkpoint, locate
 from nnunet_mim.checkpoint.units import unit_differences, units_warning
-from nnunet_mim.classification.options import ClassifyConfig
+from nnunet_mim.classification.options import RANDOM, ClassifyConfig
 from nnunet_mim.classification.results import weights_sha256
 from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig, Size3
 from nnunet_mim.errors import MiMError
@@ -26,6 +27,9 @@ from nnunet_mim.nnunet.plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.trainers.resolve_plans import network_for
 from nnunet_mim.trainers.transfer import check_channels, transfer_weights
+
+RANDOM_WEIGHTS = "random weights"
+"""origin of an encoder that was not pretrained"""
 
 
 @dataclass(frozen=True)
@@ -44,18 +48,22 @@ class LoadedEncoder:
     """lines for the log"""
 
     @property
-    def dim(self) -> int:
-        """Channels of the last map."""
+    def dims(self) -> tuple[int, ...]:
+        """Channels of its maps."""
         if isinstance(self.module, HybridEncoder):
-            return self.module.config.embed_dims[-1]
+            return tuple(self.module.config.embed_dims)
         kwargs = self.architecture["config"]["architecture"]["arch_kwargs"]
-        return int(kwargs["features_per_stage"][self.module.feature_stage])
+        return tuple(kwargs["features_per_stage"][1 : self.module.feature_stage + 1])
 
     @property
     def cell(self) -> Size3:
         """Voxels per axis that windows are multiples of: a token, or two where instance norms need several places."""
         X, Y, Z = self.module.token_size
         return (X, Y, Z) if isinstance(self.module, HybridEncoder) else (X, Y, 2 * Z)
+
+    def copy(self) -> LoadedEncoder:
+        """The same with weights of its own, to be trained."""
+        return replace(self, module=deepcopy(self.module))
 
     @property
     def sha256(self) -> str:
@@ -68,19 +76,24 @@ def load_encoder(source: Source, config: ClassifyConfig, fold: int | str) -> Loa
 
     Args:
         source: dataset and plans.
-        config: kind of encoder, checkpoint, seed of random weights.
+        config: kind of encoder, checkpoint, seed of random weights. The control has the network of the checkpoint that
+            its twin starts from, where there is one.
         fold: whose pretraining is looked for where no checkpoint is named, or `all`.
 
     Raises:
         MiMError: there is no checkpoint, or it does not fit.
     """
     resenc = config.encoder == "resenc"
-    if config.from_random:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            return _random_resenc(source) if resenc else _random_hybrid(source, config.preset)
-    path = _find(source, config, fold)
-    return _pretrained_resenc(source, path) if resenc else _pretrained_hybrid(source, path)
+    pretrained = _pretrained_resenc if resenc else _pretrained_hybrid
+    if not config.from_random:
+        return pretrained(source, _find(source, config, fold))
+    twin = _twin(source, config, fold)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if twin is not None:
+            architecture = pretrained(source, twin).architecture
+            return LoadedEncoder(rebuilt_encoder(architecture).eval(), RANDOM_WEIGHTS, architecture)
+        return _random_resenc(source) if resenc else _random_hybrid(source, config.preset)
 
 
 def rebuilt_encoder(architecture: Mapping[str, Any]) -> HybridEncoder | ResEncMaskInMask:
@@ -89,6 +102,31 @@ def rebuilt_encoder(architecture: Mapping[str, Any]) -> HybridEncoder | ResEncMa
         return _features_only(build_network(PretrainConfig.from_dict(architecture["config"])))
     network = NetworkConfig(**{k: _tuples(v) for k, v in architecture["network"].items()})
     return HybridEncoder(int(architecture["in_channels"]), network)
+
+
+def with_mask_channel(encoder: LoadedEncoder) -> LoadedEncoder:
+    """The encoder with one more input channel, the mask, whose weights are 0: it computes the same."""
+    architecture = deepcopy(encoder.architecture)
+    block = architecture["config"] if architecture["kind"] == "resenc" else architecture
+    block["in_channels"] += 1
+    wider, weights = rebuilt_encoder(architecture), {}
+    before = encoder.module.state_dict()
+    for name, value in wider.state_dict().items():
+        weights[name] = before[name]
+        if value.shape != before[name].shape:
+            weights[name] = torch.cat([before[name], torch.zeros_like(before[name][:, :1])], dim=1)
+    wider.load_state_dict(weights)
+    return replace(encoder, module=wider.eval(), architecture=architecture)
+
+
+def _twin(source: Source, config: ClassifyConfig, fold: int | str) -> str | None:
+    """The checkpoint that --mode finetune would start from in place of --mode scratch; None without."""
+    if config.mode != "scratch" or config.checkpoint == RANDOM:
+        return None
+    if config.checkpoint:
+        return str(locate(config.checkpoint))
+    path = find_checkpoint(source.plans, source.configuration, fold, required_folder("nnUNet_results"))
+    return None if path is None else str(path)
 
 
 def _find(source: Source, config: ClassifyConfig, fold: int | str) -> str:
@@ -119,7 +157,7 @@ def _random_hybrid(source: Source, preset: str) -> LoadedEncoder:
     else:
         network = replace(PRESETS[preset], strides=suitable_strides(source.spacing))
     module = HybridEncoder(source.in_channels, network)
-    return LoadedEncoder(module.eval(), "random weights", _hybrid(network, source.in_channels))
+    return LoadedEncoder(module.eval(), RANDOM_WEIGHTS, _hybrid(network, source.in_channels))
 
 
 def _pretrained_hybrid(source: Source, path: str) -> LoadedEncoder:
@@ -142,7 +180,7 @@ def _random_resenc(source: Source) -> LoadedEncoder:
         view_size=tuple(2 * n for n in network.token_size),  # type: ignore[arg-type]
     )  # fmt: skip
     module = _features_only(build_network(config))
-    return LoadedEncoder(module.eval(), "random weights", {"kind": "resenc", "config": config.to_dict()})
+    return LoadedEncoder(module.eval(), RANDOM_WEIGHTS, {"kind": "resenc", "config": config.to_dict()})
 
 
 def _pretrained_resenc(source: Source, path: str) -> LoadedEncoder:

@@ -52,8 +52,13 @@ def stratified_folds(table: LabelTable, n_folds: int, seed: int = SPLIT_SEED) ->
         n_folds: at least 2 and at most the number of patients.
         seed: of the order of patients.
     """
-    joint = np.unique([target.labels for target in table.targets], axis=1, return_inverse=True)[1].reshape(-1)
+    joint = joint_classes([target.labels for target in table.targets])
     return grouped_split(joint, table.patients, n_folds, seed)
+
+
+def joint_classes(labels: Sequence[np.ndarray]) -> np.ndarray:
+    """(N,) number of the combination of classes of several targets, (N,) each; missing is a class of its own."""
+    return np.unique(labels, axis=1, return_inverse=True)[1].reshape(-1)
 
 
 def grouped_split(

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from nnunet_mim.config import Size3
-from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 
 
 class Encoder(Protocol):
@@ -28,18 +28,11 @@ def place_weights(counts: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class AttentionPool(nn.Module):
-    """Weighted mean of tokens, whose weights one learned query per head decides (arXiv 1802.04712, multi-head).
+    """Weighted mean of tokens of `dim` channels, whose weights a learned query decides (arXiv 1802.04712)."""
 
-    Args:
-        dim: channels of a token.
-        num_heads: parts of the channels with weights of their own.
-    """
-
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.scores = nn.Linear(dim, num_heads)
-        self.values = nn.Linear(dim, dim)
+        self.scores = nn.Linear(dim, 1)
         nn.init.zeros_(self.scores.weight)  # a mean over all places at the start
         nn.init.zeros_(self.scores.bias)
 
@@ -53,72 +46,115 @@ class AttentionPool(nn.Module):
         Returns:
             (N, D).
         """
-        N, L, D = tokens.shape
-        tokens = self.norm(tokens)
-        scores = self.scores(tokens) + weights.clamp(min=1e-12).log()[..., None]  # (N, L, heads)
-        scores = scores.masked_fill(weights[..., None] == 0, -torch.inf)
-        values = self.values(tokens).reshape(N, L, scores.shape[-1], -1)  # (N, L, heads, D / heads)
-        return torch.einsum("nlh,nlhd->nhd", scores.softmax(dim=1), values).reshape(N, D)
+        scores = self.scores(tokens)[..., 0] + weights.clamp(min=1e-12).log()  # (N, L)
+        return torch.einsum("nl,nld->nd", scores.masked_fill(weights == 0, -torch.inf).softmax(dim=1), tokens)
+
+
+class LinearHead(nn.Module):
+    """A linear layer on features that are standardised by fixed numbers; logits are 0 at the start."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+        self.linear = nn.Linear(dim, n_classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, D) → (N, K)."""
+        logits: Tensor = self.linear((features - self.mean) / self.scale)
+        return logits
+
+
+def by_case(tokens: Tensor, weights: Tensor, n_windows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Join the windows of each case.
+
+    Args:
+        tokens: (M, L, D) of all windows, case by case.
+        weights: (M, L, 2).
+        n_windows: of each of N cases, M in sum.
+
+    Returns:
+        (N, W * L, D) tokens and (N, W * L, 2) weights for the largest number of windows W, 0 where a case has fewer.
+    """
+    parts = zip(tokens.split(list(n_windows)), weights.split(list(n_windows)), strict=True)
+    joined = [(part.flatten(0, 1), weight.flatten(0, 1)) for part, weight in parts]
+    padded = [pad_sequence([pair[i] for pair in joined], batch_first=True) for i in range(2)]
+    return padded[0], padded[1]
 
 
 class Classifier(nn.Module):
-    """An encoder with attention pooling, and a linear layer per target.
+    """An encoder, and per target attention over the tokens of the box, over those of the mask, and a linear layer.
+
+    A token holds the encoder's last map, of each earlier map the mean over the token's part of the mask, and the cube
+    root of the share of it that lies in the mask: a lesion may be much smaller than a token.
 
     Args:
         encoder: with its weights.
-        dim: channels of its last map.
+        dims: channels of its maps.
         n_classes: per target.
-        num_heads: of the pooling.
-        dropout: of the pooled features.
     """
 
-    def __init__(
-        self, encoder: Encoder, dim: int, n_classes: Mapping[str, int], num_heads: int = 4, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, encoder: Encoder, dims: Sequence[int], n_classes: Mapping[str, int]) -> None:
         super().__init__()
         self.encoder: Encoder = encoder
         self.targets = tuple(n_classes)
-        self.pools = nn.ModuleList(AttentionPool(dim, num_heads) for _ in n_classes)
-        self.heads = nn.ModuleList(nn.Linear(dim, n) for n in n_classes.values())
-        self.dropout = nn.Dropout(dropout)
-        for parameter in self.heads.parameters():
-            nn.init.zeros_(parameter)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
+        dim = sum(dims) + 1
+        self.pools = nn.ModuleList(nn.ModuleList([AttentionPool(dim), AttentionPool(dim)]) for _ in n_classes)
+        self.heads = nn.ModuleList(LinearHead(2 * dim, n) for n in n_classes.values())
 
-    def forward(self, images: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Classify windows, one by one.
+    def forward(self, images: Tensor, places: Tensor, n_windows: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Classify cases.
 
         Args:
-            images: (N, C, X, Y, Z) of whole tokens, as `Region.network_input`.
-            counts: (N, X, Y, Z) bool, `Region.counts`.
+            images: (M, C, X, Y, Z) windows of whole tokens, case by case, as `Region.network_input`.
+            places: (M, 2, X, Y, Z) bool, as `Region.places`.
+            n_windows: of each of N cases, M in sum; None: one window each.
 
         Returns:
             (N, classes) logits per target.
         """
-        return self.classify(*self.tokens(images, counts))
+        tokens, weights = self.tokens(images, places)
+        return self.classify(*by_case(tokens, weights, n_windows or [1] * len(images)))
 
-    def tokens(self, images: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, L, D) tokens of windows and (N, L) their weights.
+    def tokens(self, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, L, D) tokens of windows, and (M, L, 2) their shares in the box and in the mask.
 
-        For a case of several windows reshape both to (1, windows * L, …) and give them to `classify`.
+        For cases of several windows join them with `by_case`, and give both to `classify`.
         """
-        features: Tensor = self.encoder.forward_features(images)[-1]
-        weights = place_weights(counts, features.shape[2:])
-        return features.flatten(2).transpose(1, 2), weights.flatten(1)
+        *maps, last = self.encoder.forward_features(images)
+        counts, mask = places.unbind(dim=1)
+        gx, gy, gz = last.shape[2:]
+        size, parts = (gx, gy, gz), []
+        for features in maps:
+            inside = place_weights(mask, features.shape[2:])[:, None]  # (M, 1, x, y, z)
+            share = F.adaptive_avg_pool3d(inside, size).clamp(min=1e-6)
+            parts.append(F.adaptive_avg_pool3d(features * inside, size) / share)
+        normed = [
+            norm(part.flatten(2).transpose(1, 2)) for norm, part in zip(self.norms, [*parts, last], strict=True)
+        ]
+        weights = torch.stack([place_weights(each, size).flatten(1) for each in (counts, mask)], dim=-1)  # (M, L, 2)
+        return torch.cat([*normed, weights[..., 1:] ** (1 / 3)], dim=-1), weights
 
     def classify(self, tokens: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """(N, L, D) tokens and (N, L) weights → (N, classes) logits per target."""
-        logits = {}
-        for target, pool, head in zip(self.targets, self.pools, self.heads, strict=True):
-            logits[target] = head(self.dropout(pool(tokens, weights)))
-        return logits
+        """(N, L, D) tokens and (N, L, 2) weights → (N, classes) logits per target."""
+        pooled = self.pooled(tokens, weights)
+        return {name: head(pooled[name]) for name, head in zip(self.targets, self.heads, strict=True)}
 
+    def pooled(self, tokens: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """(N, L, D) tokens and (N, L, 2) weights → (N, 2 D) features per target.
 
-@torch.no_grad()
-def with_mask_channel(encoder: HybridEncoder) -> HybridEncoder:
-    """A copy of an encoder that takes one more input channel, the mask, whose weights are 0: it computes the same."""
-    wider = HybridEncoder(encoder.in_channels + 1, encoder.config)
-    state = encoder.state_dict()
-    name = "stages.0.embed.proj.weight"
-    state[name] = torch.cat([state[name], torch.zeros_like(state[name][:, :1])], dim=1)
-    wider.load_state_dict(state)
-    return wider
+        The box stands for the mask of a case in whose windows there is none.
+        """
+        box, mask = weights.unbind(dim=-1)
+        mask = torch.where(mask.sum(dim=1, keepdim=True) > 0, mask, box)
+        features = {}
+        for name, pools in zip(self.targets, self.pools, strict=True):
+            both = [pools[0](tokens, box), pools[1](tokens, mask)]  # type: ignore[index]
+            features[name] = torch.cat(both, dim=-1)
+        return features

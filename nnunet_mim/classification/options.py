@@ -16,6 +16,8 @@ MODES = ("probe", "finetune", "scratch")
 RANDOM = "none"
 """in place of a checkpoint: random weights"""
 LABELS_AS_ROI = "labels"
+BALANCES = ("weights", "sampling", "none")
+LARGEST_WINDOW = (96, 96, 96)
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,47 @@ class DataOptions:
     configuration: str = setting("3d_fullres", "configuration of the plans", "-c", metavar="CONFIG")
     target: tuple[str, ...] = setting(
         (), "columns of labels.csv to tell", "--target", "", nargs="+", required=True, type=str, metavar="COLUMN"
+    )
+
+
+@dataclass(frozen=True)
+class TrainedOptions(DataOptions):
+    """Which trained classifier: in the results of a dataset, or an export."""
+
+    dataset: str = setting("", "dataset number or name", "-d", "", metavar="DATASET")
+    target: tuple[str, ...] = setting(
+        (), "columns of labels.csv that it tells", "--target", "", nargs="+", type=str, metavar="COLUMN"
+    )
+    export: str = setting("", "folder of mim_classify export, in place of -d and --target", "-m", "", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        if bool(self.export) == bool(self.dataset) or bool(self.dataset) != bool(self.target):
+            raise MiMError("which classifier? Give -d DATASET and --target COLUMN, or -m FOLDER of mim_classify export")
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """How a machine trains a network; the result is the same but for rounding."""
+
+    resume: bool = setting(
+        False, "continue from the latest checkpoint of each fold; finished folds stay", ("--c", "--continue")
+    )
+    num_gpus: int | None = setting(
+        None,
+        "devices of this machine that share a batch",
+        "-num_gpus",
+        "1, or what torchrun or SLURM has started",
+        type=int,
+    )
+    precision: str | None = setting(
+        None,
+        "arithmetic of training",
+        "--precision",
+        "bf16-mixed on cuda, else 32-true",
+        choices=["32-true", "bf16-mixed"],
+    )
+    workers: int | None = setting(
+        None, "processes that read crops for each device", "--workers", "as mim_pretrain", type=int
     )
 
 
@@ -47,7 +90,7 @@ class ClassifyConfig:
     checkpoint: str = setting(
         "",
         "pretraining: a checkpoint_final.pth, a folder of mim_export, a repository on Hugging Face, or none for random "
-        "weights",
+        "weights; --mode scratch takes its network and leaves its weights",
         "-pc",
         default_text="as nnUNetTrainerMiM takes it",
         metavar="CHECKPOINT",
@@ -79,24 +122,45 @@ class ClassifyConfig:
     margin: float = setting(10.0, "millimetres around the mask that belong to the box", "--margin", metavar="MM")
     mask_channel: bool = setting(
         False,
-        "the mask is a further channel of a trained network; a probe pools its places by themselves in any case",
+        "the mask is a further input channel of a trained network; its places are pooled by themselves in any case",
         "--mask_channel",
     )
     window: tuple[int, ...] = setting(
-        (96, 96, 96),
+        (),
         "maximum number of voxels that the encoder sees at once, one number or three; larger cases and boxes are cut "
         "into windows",
         "--window",
+        "96; for a trained network what holds nine of ten boxes, at most 96",
         nargs="+",
+        type=int,
         metavar="V",
+    )
+    epochs: int = setting(40, "passes over the training cases of a network", "--epochs")
+    batch: int = setting(16, "cases of a step, over all devices", "--batch")
+    lr: float = setting(3e-4, "peak learning rate of AdamW", "--lr")
+    layer_decay: float = setting(
+        1.0, "learning rate of the encoder's layer at distance d from its end: lr * layer_decay ** d", "--layer_decay"
+    )
+    balance: str = setting(
+        "weights",
+        "how rare classes count in training: weights (in the loss), sampling (drawn more often), or none; "
+        "probabilities are those of the classes' true shares in any case",
+        "--balance",
+        choices=BALANCES,
+    )
+    case_windows: int = setting(
+        4, "maximum number of random windows of a case in a step, where it is larger than one", "--case_windows"
     )
     folds: int = setting(5, "number of folds, where no file names them yet", "--folds")
     seed: int = setting(0, "seed of random weights, inner splits and intervals", "--seed")
     tag: str = setting("", "tag in the results folder's name, to keep several trainings", "-o", "none", metavar="TAG")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window", self.window * 3 if len(self.window) == 1 else self.window)
-        if len(self.window) != 3 or min(self.window) < 1:
+        window = self.window * 3 if len(self.window) == 1 else self.window
+        if not window and self.mode == "probe":
+            window = LARGEST_WINDOW
+        object.__setattr__(self, "window", window)
+        if window and (len(window) != 3 or min(window) < 1):
             raise MiMError(f"--window takes one number above 0 or three, got {self.window}")
         if self.folds < 2:
             raise MiMError(f"--folds must be at least 2, got {self.folds}")
@@ -110,8 +174,11 @@ class ClassifyConfig:
             raise MiMError("--mask_channel needs a mask: add --roi labels, or --roi FOLDER")
         if self.mask_channel and self.mode == "probe":
             raise MiMError("--mask_channel is for trained networks: leave it out, a probe uses the mask anyway")
-        if self.mode == "scratch" and self.checkpoint not in ("", RANDOM):
-            raise MiMError("--mode scratch starts from random weights: leave out -pc, or take --mode finetune")
+        for name in ("epochs", "batch", "case_windows"):
+            if getattr(self, name) < 1:
+                raise MiMError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf or not 0 < self.layer_decay <= 1:
+            raise MiMError(f"--lr must be above 0, --layer_decay too and at most 1, got {self.lr}, {self.layer_decay}")
 
     @property
     def from_random(self) -> bool:
@@ -124,6 +191,7 @@ class ClassifyConfig:
         parts = [self.mode]
         parts += ["random"] if self.from_random and self.mode != "scratch" else []
         parts += [self.encoder] if self.encoder != "hybrid" else []
+        parts += [f"seed{self.seed}"] if self.seed and self.mode != "probe" else []
         parts += [self.tag] if self.tag else []
         return "_".join(parts)
 

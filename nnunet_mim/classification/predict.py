@@ -11,38 +11,81 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_splitted_dataset_folder
 from tqdm import tqdm
 
 from nnunet_mim.classification.baselines import BASELINES
+from nnunet_mim.classification.case_network import CaseNetwork, new_classifier
 from nnunet_mim.classification.encoders import LoadedEncoder, rebuilt_encoder
 from nnunet_mim.classification.features import FeatureExtractor
 from nnunet_mim.classification.options import ClassifyConfig
 from nnunet_mim.classification.probe import Probe, probabilities
 from nnunet_mim.classification.regions import CaseVoxels, resampled_mask
-from nnunet_mim.classification.results import PROBE, SETTINGS, WITH_COVARIATES, read_weights, trained_arms
+from nnunet_mim.classification.results import (
+    NETWORK,
+    PROBE,
+    SETTINGS,
+    TRAINING,
+    WITH_COVARIATES,
+    load_weights,
+    read_weights,
+    trained_arms,
+)
+from nnunet_mim.classification.saliency import write_map
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import write_atomically
 
 
+class SharedFeatures:
+    """Features of an encoder that several folds have in common: those of the last case are kept."""
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        self.extractor = extractor
+        self.last: tuple[CaseVoxels, np.ndarray] | None = None
+
+    def of_case(self, case: CaseVoxels) -> np.ndarray:
+        """(F,) float32."""
+        if self.last is None or self.last[0] is not case:
+            self.last = case, self.extractor.of_case(case)
+        return self.last[1]
+
+
 @dataclass(frozen=True)
-class FoldClassifier:
-    """A trained fold."""
+class ProbeFold:
+    """A fold of a probe."""
 
     fold: int
-    extractor: FeatureExtractor
-    """one object for all folds with the same encoder"""
+    features: SharedFeatures
     probes: Mapping[str, Probe]
     """by target"""
 
-    def probabilities(self, features: np.ndarray) -> dict[str, np.ndarray]:
-        """By target, (K,) calibrated probabilities from features (F,) of one case."""
+    def probabilities(self, case: CaseVoxels) -> dict[str, np.ndarray]:
+        """By target, (K,) calibrated probabilities."""
+        features = self.features.of_case(case)[None]
         return {
-            target: probabilities(probe.logits(features[None]), probe.temperature)[0]
-            for target, probe in self.probes.items()
+            target: probabilities(probe.logits(features), probe.temperature)[0] for target, probe in self.probes.items()
+        }
+
+
+@dataclass(frozen=True)
+class NetworkFold:
+    """A fold of a trained network."""
+
+    fold: int
+    network: CaseNetwork
+    temperatures: Mapping[str, float]
+    """by target"""
+
+    def probabilities(self, case: CaseVoxels) -> dict[str, np.ndarray]:
+        """By target, (K,) calibrated probabilities."""
+        logits = self.network.logits(case)
+        return {
+            target: probabilities(value[None].astype(np.float64), self.temperatures[target])[0]
+            for target, value in logits.items()
         }
 
 
@@ -50,17 +93,26 @@ class FoldClassifier:
 class TrainedClassifier:
     """All trained folds of a classifier."""
 
-    folds: tuple[FoldClassifier, ...]
+    folds: tuple[ProbeFold | NetworkFold, ...]
     config: ClassifyConfig
     classes: dict[str, list[str]]
     """by target"""
 
     def of_case(self, case: CaseVoxels) -> dict[str, np.ndarray]:
         """By target, (folds, K) calibrated probabilities."""
-        features = {id(fold.extractor): fold.extractor for fold in self.folds}
-        computed = {key: extractor.of_case(case) for key, extractor in features.items()}
-        parts = [fold.probabilities(computed[id(fold.extractor)]) for fold in self.folds]
+        parts = [fold.probabilities(case) for fold in self.folds]
         return {target: np.stack([part[target] for part in parts]) for target in self.classes}
+
+    def saliency(self, case: CaseVoxels) -> dict[str, np.ndarray]:
+        """By target, a map (X, Y, Z) float32 as of `CaseNetwork.saliency`, the mean over folds.
+
+        Raises MiMError for a probe.
+        """
+        networks = [fold.network for fold in self.folds if isinstance(fold, NetworkFold)]
+        if not networks:
+            raise MiMError("--saliency is for trained networks: leave it out, a probe has no gradients")
+        maps = [network.saliency(case) for network in networks]
+        return {target: np.mean([each[target] for each in maps], axis=0) for target in self.classes}
 
 
 def find_classifier(folder: Path, name: str = "") -> Path:
@@ -97,32 +149,61 @@ def load_classifier(folder: Path, folds: Sequence[str], device: str) -> TrainedC
     """
     if list(folds) == ["all"]:
         folds = sorted(path.name.removeprefix("fold_") for path in folder.glob("fold_*"))
-    extractors: dict[str, FeatureExtractor] = {}
-    loaded, settings = [], {}
+    shared: dict[str, SharedFeatures] = {}
+    loaded: list[ProbeFold | NetworkFold] = []
+    settings: dict[str, Any] = {}
     for fold in folds:
         path = folder / f"fold_{fold}"
         try:
             settings = json.loads((path / SETTINGS).read_text())
-            stored = json.loads((path / PROBE).read_text())
             config = ClassifyConfig.from_dict(settings["config"])
-            encoder = _encoder(folder, settings["encoder"])
-            extractor = extractors.setdefault(encoder.sha256, FeatureExtractor(encoder, config, device))
-            probes = {target: Probe.from_dict(probe) for target, probe in stored.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MiMError(f"cannot read {path} ({error}): train this fold again, or choose others with -f") from error
-        loaded.append(FoldClassifier(int(fold), extractor, probes))
+            if config.mode == "probe":
+                loaded.append(_probe_fold(path, settings, config, device, shared))
+            else:
+                loaded.append(_network_fold(path, settings, config, device))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, MiMError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise MiMError(f"cannot read {path} ({reason}): train this fold again, or choose others with -f") from error
     return TrainedClassifier(tuple(loaded), config, settings["targets"])
 
 
-def _encoder(folder: Path, stored: Mapping[str, Any]) -> LoadedEncoder:
+def _probe_fold(
+    path: Path, settings: Mapping[str, Any], config: ClassifyConfig, device: str, shared: dict[str, SharedFeatures]
+) -> ProbeFold:
+    stored = json.loads((path / PROBE).read_text())
+    sha256 = settings["encoder"]["sha256"]
+    if sha256 not in shared:
+        encoder = _encoder(settings["encoder"])
+        encoder.module.load_state_dict(read_weights(path.parent, sha256))
+        shared[sha256] = SharedFeatures(FeatureExtractor(encoder, config, device))
+    return ProbeFold(_number(path), shared[sha256], {target: Probe.from_dict(each) for target, each in stored.items()})
+
+
+def _network_fold(path: Path, settings: Mapping[str, Any], config: ClassifyConfig, device: str) -> NetworkFold:
+    training = json.loads((path / TRAINING).read_text())
+    encoder = _encoder(settings["encoder"])
+    model = new_classifier(encoder, settings["targets"])
+    model.load_state_dict(load_weights(path / NETWORK, training["sha256"]))
+    network = CaseNetwork(model.to(device).eval(), config, encoder.cell, torch.device(device))
+    return NetworkFold(_number(path), network, training["temperatures"])
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("fold_"))
+
+
+def _encoder(stored: Mapping[str, Any]) -> LoadedEncoder:
+    """The encoder that settings.json describes, its weights still to be loaded."""
     module = rebuilt_encoder(stored["architecture"])
-    module.load_state_dict(read_weights(folder, stored["sha256"]))
     return LoadedEncoder(module.eval(), stored["origin"], stored["architecture"])
 
 
 def predict_folder(
-    classifier: TrainedClassifier, source: Source, images: Path, masks: Path | None, output: Path
-) -> list[str]:
+    classifier: TrainedClassifier, source: Source, images: Path, masks: Path | None, output: Path,
+    saliency: Path | None = None,
+) -> list[str]:  # fmt: skip
     """Classify all images of a folder and write a table. Returns lines to print.
 
     The table has the columns case, and per target TARGET (the most probable class), TARGET=CLASS (mean over folds) and
@@ -134,9 +215,11 @@ def predict_folder(
         images: folder, files named as in imagesTr.
         masks: folder, a file for each case named as in labelsTr; only for a classifier that looks at a region.
         output: CSV file.
+        saliency: folder for CASE_TARGET.nii.gz, maps of what the network rests on in the geometry of the images; None:
+            none.
 
     Raises:
-        MiMError: a file is missing or cannot be read; nothing is written then.
+        MiMError: a file is missing or cannot be read; no table is written then.
     """
     if classifier.config.roi and masks is None:
         raise MiMError("this classifier looks at a region: add --roi MASKS, such as predictions of nnUNetv2_predict")
@@ -154,6 +237,9 @@ def predict_folder(
             mean = by_fold.mean(axis=0)
             row += [classifier.classes[target][int(mean.argmax())], *[f"{p:.9g}" for p in [*mean, *by_fold.T.ravel()]]]
         writer.writerow(row)
+        if saliency is not None:
+            for target, values in classifier.saliency(case).items():
+                write_map(values, case.properties, source, saliency / f"{case.name}_{target}.nii.gz")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, text.getvalue().encode())
     notes = [f"note: {len(whole)} masks are empty, {whole[0]} first: the whole case was looked at"] if whole else []

@@ -32,6 +32,13 @@ class Region:
     """(X, Y, Z) bool: places of the box, which are pooled"""
     mask: np.ndarray
     """(X, Y, Z) bool: places of the mask; all of the box where there is no mask"""
+    start: tuple[int, int, int] = (0, 0, 0)
+    """first voxel in the case, maybe negative"""
+
+    @property
+    def places(self) -> np.ndarray:
+        """(2, X, Y, Z) bool: those of the box, and those of the mask in it."""
+        return np.stack([self.counts, self.mask & self.counts])
 
     def network_input(self, mask_channel: bool) -> np.ndarray:
         """(C, X, Y, Z) float32, with the mask as last channel if wished."""
@@ -156,7 +163,9 @@ def mask_box(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([p[0] for p in places]), np.array([p[-1] + 1 for p in places])
 
 
-def cut_regions(case: CaseVoxels, margin: float, window: Sequence[int], token_size: Size3) -> list[Region]:
+def cut_regions(
+    case: CaseVoxels, margin: float, window: Sequence[int], token_size: Size3, one_size: bool = False
+) -> list[Region]:
     """The windows that cover what is looked at of a case.
 
     Args:
@@ -164,30 +173,39 @@ def cut_regions(case: CaseVoxels, margin: float, window: Sequence[int], token_si
         margin: mm around the mask.
         window: maximum number of voxels per axis; rounded down to whole tokens, at least one.
         token_size: voxels of a token per axis.
+        one_size: windows are never smaller.
     """
     low, high = case.box(margin)
-    starts, sizes = zip(
-        *(_windows(*axis) for axis in zip(low, high, case.shape, window, token_size, strict=True)), strict=True
-    )
-    return [_cut(case, start, sizes, low, high) for start in product(*starts)]
+    axes = zip(low, high, case.shape, window, token_size, strict=True)
+    starts, sizes = zip(*(window_starts(*axis, one_size) for axis in axes), strict=True)
+    return [cut(case, start, sizes, low, high) for start in product(*starts)]
 
 
-def _windows(low: int, high: int, length: int, window: int, token: int) -> tuple[list[int], int]:
+def whole_tokens(window: Sequence[int], token_size: Size3) -> Size3:
+    """A window rounded down to whole tokens, at least one per axis."""
+    X, Y, Z = (max(n // token, 1) * token for n, token in zip(window, token_size, strict=True))
+    return X, Y, Z
+
+
+def window_starts(
+    low: int, high: int, length: int, window: int, token: int, one_size: bool = False
+) -> tuple[list[int], int]:
     """First voxels (maybe negative) and size of the windows along one axis that cover the voxels low to high - 1."""
     largest = max(window // token, 1) * token
     if high - low > largest:
         n = -(-(high - low) // largest)
         return [round(start) for start in np.linspace(low, high - largest, n)], largest
-    size = -(-(high - low) // token) * token
+    size = largest if one_size else -(-(high - low) // token) * token
     start = int(low) - (size - int(high - low)) // 2
     if length < size:
         return [-((size - length) // 2)], size
     return [min(max(start, 0), length - size)], size
 
 
-def _cut(
+def cut(
     case: CaseVoxels, start: Sequence[int], sizes: Sequence[int], low: np.ndarray, high: np.ndarray
 ) -> Region:
+    """The window of these sizes at a first voxel (maybe outside the case); places from low to below high count."""
     stops = [s + n for s, n in zip(start, sizes, strict=True)]
     inside = tuple(slice(max(s, 0), min(e, n)) for s, e, n in zip(start, stops, case.shape, strict=True))
     padding = [(i.start - s, e - i.stop) for s, e, i in zip(start, stops, inside, strict=True)]
@@ -197,4 +215,4 @@ def _cut(
     in_box = [(axis >= a) & (axis < b) for axis, a, b in zip(axes, low, high, strict=True)]
     counts = in_box[0][:, None, None] & in_box[1][:, None] & in_box[2]
     mask = counts if case.mask is None else np.pad(case.mask[inside], padding)
-    return Region(np.pad(voxels, [(0, 0), *padding], mode="edge"), counts, mask)
+    return Region(np.pad(voxels, [(0, 0), *padding], mode="edge"), counts, mask, (start[0], start[1], start[2]))

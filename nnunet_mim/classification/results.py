@@ -3,7 +3,8 @@
 nnUNet_results/DatasetXXX_Name/mim_classify__PLANS__CONFIGURATION/TARGETS/ARM/fold_K/
   predictions.csv   of the fold's validation cases
   settings.json     everything that was used
-  probe.json        of a probe;  model.safetensors of a network
+  probe.json        of a probe
+  model.safetensors, training.json (temperatures, history, cases of the inner split) of a network
 and beside the folds of a probe encoder_HASH.safetensors, the frozen encoder
 """
 
@@ -34,6 +35,7 @@ PREDICTIONS = "predictions.csv"
 SETTINGS = "settings.json"
 PROBE = "probe.json"
 NETWORK = "model.safetensors"
+TRAINING = "training.json"
 WITH_COVARIATES = "+covariates"
 """ending of the results folder of a classifier to whose output the covariates are added"""
 
@@ -151,19 +153,32 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], sha256: str) -> N
     path = _weights_file(folder, sha256)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        whole = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
-        write_atomically(path, save(whole, metadata={"format": "pt"}))
+        save_weights(path, weights)
 
 
 def read_weights(folder: Path, sha256: str) -> dict[str, Tensor]:
     """The weights of `write_weights`. Raises OSError, or ValueError for a file that is damaged or another one."""
-    content = _weights_file(folder, sha256).read_bytes()
+    return load_weights(_weights_file(folder, sha256), sha256, SETTINGS)
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> str:
+    """Write weights as safetensors. Returns their hash, see `weights_sha256`."""
+    whole = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
+    write_atomically(path, save(whole, metadata={"format": "pt"}))
+    return weights_sha256(whole)
+
+
+def load_weights(path: Path, sha256: str, source: str = TRAINING) -> dict[str, Tensor]:
+    """The weights of `save_weights`, whose hash stands in a file named `source`.
+
+    Raises OSError, or ValueError for a file that is damaged or another one.
+    """
     try:
-        weights = load(content)
+        weights = load(path.read_bytes())
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     if weights_sha256(weights) != sha256:
-        raise ValueError(f"{_weights_file(folder, sha256).name} holds other weights than settings.json says")
+        raise ValueError(f"{path.name} holds other weights than {source} says")
     return weights
 
 

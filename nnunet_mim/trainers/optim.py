@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nnunet_mim.checkpoint.format import ENCODER_PREFIX
-from nnunet_mim.networks.hybrid_unet import HybridUNet
+from nnunet_mim.networks.resenc import ResEncMaskInMask
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
 
@@ -65,36 +65,42 @@ class IterationSchedule:
             group["lr"] = self.config.lr * factor * group.get("lr_scale", 1.0)
 
 
-def _encoder_layer(name: str, n_vit_blocks: int) -> int:
-    """Layer of a parameter of HybridEncoder: 0-2 stages, 3 token embedding, from 4 transformer blocks, last the final
-    norm. A name is `stages.1.blocks.0.conv1.weight`, for example.
+def _depth_from_end(name: str, encoder: nn.Module) -> int:
+    """Number of layers between a parameter of an encoder and its end.
+
+    Layers of HybridEncoder: three stages, token embedding, transformer blocks, final norm. Those of nnU-Net's residual
+    encoder: stem and stages. A name is `stages.1.blocks.0.conv1.weight`, for example.
     """
     parts = name.split(".")
+    if isinstance(encoder, ResEncMaskInMask):
+        stages = len(encoder.encoder.stages)
+        return stages - 1 - int(parts[2]) if parts[1] == "stages" else stages
+    n_vit_blocks = len(encoder.vit_blocks)  # type: ignore[arg-type]
+    layers = {"token_embed": 3, "token_proj": 3, "norm": 4 + n_vit_blocks}
     if parts[0] == "stages":
-        return int(parts[1])
-    if parts[0] in ("token_embed", "token_proj"):
-        return 3
-    if parts[0] == "vit_blocks":
-        return 4 + int(parts[1])
-    if parts[0] == "norm":
-        return 4 + n_vit_blocks
-    raise ValueError(f"encoder parameter {name} belongs to no known layer")
+        layer = int(parts[1])
+    elif parts[0] == "vit_blocks":
+        layer = 4 + int(parts[1])
+    elif parts[0] in layers:
+        layer = layers[parts[0]]
+    else:
+        raise ValueError(f"encoder parameter {name} belongs to no known layer")
+    return 4 + n_vit_blocks - layer
 
 
-def _parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]:
-    """AdamW groups of a HybridUNet, which hold every trainable parameter once.
+def _parameter_groups(network: nn.Module, config: FinetuneConfig) -> list[dict]:
+    """AdamW groups of a network with an `encoder`, which hold every trainable parameter once.
 
     They differ in `encoder`, `lr_scale` (layer_decay ** distance from the encoder's end; 1 outside it) and weight decay
     (0 for 1-d parameters). The first group, whose rate nnU-Net logs, is outside the encoder.
     """
-    n_vit_blocks = len(network.encoder.vit_blocks)
     groups: dict[tuple[bool, float, float], dict] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         scale, encoder = 1.0, name.startswith(ENCODER_PREFIX)
         if encoder:
-            distance = 4 + n_vit_blocks - _encoder_layer(name.removeprefix(ENCODER_PREFIX), n_vit_blocks)
+            distance = _depth_from_end(name.removeprefix(ENCODER_PREFIX), network.encoder)  # type: ignore[arg-type]
             scale = config.layer_decay**distance
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         new = {"params": [], "lr_scale": scale, "weight_decay": decay, "encoder": encoder}
@@ -102,7 +108,7 @@ def _parameter_groups(network: HybridUNet, config: FinetuneConfig) -> list[dict]
     return sorted(groups.values(), key=lambda group: (group["encoder"], -group["lr_scale"], -group["weight_decay"]))
 
 
-def build_optimizer(network: HybridUNet, config: FinetuneConfig) -> tuple[AdamW, IterationSchedule]:
+def build_optimizer(network: nn.Module, config: FinetuneConfig) -> tuple[AdamW, IterationSchedule]:
     """AdamW that clips gradients before each step, and its schedule; on a GPU a step is one kernel."""
     on_gpu = next(network.parameters()).is_cuda
     optimizer = AdamW(_parameter_groups(network, config), lr=config.lr, fused=on_gpu or None)

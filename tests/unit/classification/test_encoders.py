@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_mim.classification.encoders import load_encoder, rebuilt_encoder
+from nnunet_mim.classification.encoders import load_encoder, rebuilt_encoder, with_mask_channel
 from nnunet_mim.classification.features import FeatureExtractor
 from nnunet_mim.classification.options import ClassifyConfig
 from nnunet_mim.classification.regions import CaseVoxels
@@ -26,7 +26,7 @@ def assert_rebuilt(loaded):
     again.load_state_dict(loaded.module.state_dict())
     for a, b in zip(outputs(again), outputs(loaded.module), strict=True):
         torch.testing.assert_close(a, b)
-    assert outputs(loaded.module)[-1].shape[1] == loaded.dim
+    assert tuple(features.shape[1] for features in outputs(loaded.module)) == loaded.dims
 
 
 def test_random_weights_depend_on_the_seed_alone(source):
@@ -121,6 +121,22 @@ def test_the_residual_encoder(resenc_source, tmp_path, make_checkpoint):
     assert_rebuilt(loaded)
     with pytest.raises(MiMError, match="not the encoder of nnUNetTrainerMiM"):
         load_encoder(resenc_source, ClassifyConfig(checkpoint=str(path)), "all")
+
+
+@pytest.mark.parametrize("encoder", ["hybrid", "resenc"])
+def test_a_mask_channel_changes_nothing_at_first(source, encoder):
+    if encoder == "resenc":
+        source.plans["configurations"]["3d_fullres"]["architecture"] = ARCHITECTURE
+    loaded = load_encoder(source, ClassifyConfig(encoder=encoder, checkpoint="none"), "all")
+    wider = with_mask_channel(loaded)
+    image = torch.randn(1, 1, 32, 32, 64)
+    with torch.no_grad():
+        before = loaded.module.forward_features(image)
+        after = wider.module.forward_features(torch.cat([image, torch.rand_like(image)], dim=1))
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b)
+    again = rebuilt_encoder(json.loads(json.dumps(wider.architecture)))
+    again.load_state_dict(wider.module.state_dict())
 
 
 def test_a_hybrid_checkpoint_is_no_residual_encoder(source, make_checkpoint):

@@ -7,7 +7,7 @@ import torch
 
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
-from nnunet_mim.trainers.optim import IterationSchedule, _encoder_layer, _parameter_groups, build_optimizer, lr_factor
+from nnunet_mim.trainers.optim import IterationSchedule, _depth_from_end, _parameter_groups, build_optimizer, lr_factor
 
 
 @pytest.fixture
@@ -96,9 +96,9 @@ def test_the_first_group_has_the_full_rate_because_nnunet_logs_it(network):
     assert (first["lr_scale"], first["encoder"]) == (1.0, False)
 
 
-def test_a_parameter_of_no_known_layer_is_an_error():
+def test_a_parameter_of_no_known_layer_is_an_error(network):
     with pytest.raises(ValueError, match="no known layer"):
-        _encoder_layer("mystery.weight", 2)
+        _depth_from_end("mystery.weight", network.encoder)
 
 
 def rates(optimizer):
