@@ -135,7 +135,7 @@ class ClassifyConfig:
         type=int,
         metavar="V",
     )
-    epochs: int = setting(40, "passes over the training cases of a network", "--epochs")
+    epochs: int = setting(20, "passes over the training cases of a network", "--epochs")
     batch: int = setting(16, "cases of a step, over all devices", "--batch")
     lr: float = setting(3e-4, "peak learning rate of AdamW", "--lr")
     layer_decay: float = setting(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from nnunet_mim.classification.options import ClassifyConfig
 from nnunet_mim.classification.regions import CaseReader, CaseVoxels, Region, cut, window_starts
 from nnunet_mim.config import Size3
+from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining.distributed.ranks import Ranks
 from nnunet_mim.system.processes import leave_stopping_to_parent
 
@@ -155,7 +156,10 @@ def random_start(rng: np.random.Generator, low: int, high: int, length: int, win
 def training_batches(
     crops: TrainingCrops, start: int, end: int, workers: int, device: torch.device, ranks: Ranks
 ) -> Generator[Batch, None, None]:
-    """This rank's part of the batches of iterations `start` to `end` - 1, on the device."""
+    """This rank's part of the batches of iterations `start` to `end` - 1, on the device.
+
+    Raises MiMError for a case that cannot be read.
+    """
     size = crops.config.batch
     n = size // ranks.world
     firsts = (i * size + ranks.rank * n for i in range(start, end))
@@ -167,8 +171,11 @@ def training_batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_stopping_to_parent,
     )
-    for batch in loader:
-        yield batch.to(device)
+    try:
+        for batch in loader:
+            yield batch.to(device)
+    except MiMError as error:  # a worker's comes with its traceback before the one line
+        raise MiMError(str(error).strip().splitlines()[-1].split("MiMError: ")[-1]) from None
 
 
 @contextmanager

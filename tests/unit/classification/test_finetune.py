@@ -135,12 +135,12 @@ def test_shuffled_labels_are_not_told(folders, arms, tmp_path):
     """Nothing leaks from the validation cases, neither by training nor by the choice of the epoch."""
     rows = list(csv.reader((folders.raw / "labels.csv").open()))
     found = []
-    for seed in range(4):
+    for seed in range(3):
         lesion = np.random.default_rng(seed).permutation([row[2] for row in rows[1:]])
         path = tmp_path / f"shuffled_{seed}.csv"
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([rows[0], *([*r[:2], v, *r[3:]] for r, v in zip(rows[1:], lesion, strict=True))])
-        assert classify(*TRAIN, "--mode", "scratch", "--epochs", 10, "--labels", path, "-o", seed) == 0
+        assert classify(*TRAIN, "--mode", "scratch", "--epochs", 5, "--labels", path, "-o", seed) == 0
         predicted = out_of_fold(arms / f"scratch_{seed}")
         found.append(roc_auc_score(predicted.target.labels, predicted.positive))
         (folders.base / "splits_classification.json").unlink()

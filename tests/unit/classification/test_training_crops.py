@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from nnunet_mim.classification.options import ClassifyConfig
 from nnunet_mim.classification.regions import CaseReader, CaseVoxels, window_starts
-from nnunet_mim.classification.training_crops import Augmentation, TrainingCrops, random_start
+from nnunet_mim.classification.training_crops import Augmentation, TrainingCrops, random_start, training_batches
+from nnunet_mim.errors import MiMError
+from nnunet_mim.pretraining.distributed.ranks import ALONE
 
 
 class OneCase:
@@ -93,6 +95,15 @@ def test_a_sample_depends_on_seed_and_number_alone(source):
     channel = first[0].images[:, -1]
     assert set(channel.unique().tolist()) <= {0.0, 1.0}
     assert 0 < channel.mean() < 0.5
+
+
+def test_a_case_that_a_worker_cannot_read_ends_in_one_line(source):
+    path = source.case_file("case_35")
+    path.write_bytes(path.read_bytes()[:100])
+    crops = crops_of(CaseReader(source, "labels"), (16, 16, 16), (8, 8, 8))
+    crops.cases = ["case_35"]
+    with pytest.raises(MiMError, match=r"^cannot read .*case_35\.b2nd [^\n]*$"):
+        next(training_batches(crops, 0, 1, 1, torch.device("cpu"), ALONE))
 
 
 def test_augmentation_is_nnunets_and_always_the_same_way():
