@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from nnunet_mim.classification.regions import CaseVoxels, resampled_mask
 from nnunet_mim.classification.results import (
     NETWORK,
     PROBE,
+    RETRAIN,
     SETTINGS,
     TRAINING,
     WITH_COVARIATES,
@@ -38,6 +38,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.untrusted import read_json
 
 
 class SharedFeatures:
@@ -155,7 +156,7 @@ def load_classifier(folder: Path, folds: Sequence[str], device: str) -> TrainedC
     for fold in folds:
         path = folder / f"fold_{fold}"
         try:
-            settings = json.loads((path / SETTINGS).read_text())
+            settings = read_json(path / SETTINGS, RETRAIN)
             config = ClassifyConfig.from_dict(settings["config"])
             if config.mode == "probe":
                 loaded.append(_probe_fold(path, settings, config, device, shared))
@@ -172,7 +173,7 @@ def load_classifier(folder: Path, folds: Sequence[str], device: str) -> TrainedC
 def _probe_fold(
     path: Path, settings: Mapping[str, Any], config: ClassifyConfig, device: str, shared: dict[str, SharedFeatures]
 ) -> ProbeFold:
-    stored = json.loads((path / PROBE).read_text())
+    stored = read_json(path / PROBE, RETRAIN)
     sha256 = settings["encoder"]["sha256"]
     if sha256 not in shared:
         encoder = _encoder(settings["encoder"])
@@ -182,7 +183,7 @@ def _probe_fold(
 
 
 def _network_fold(path: Path, settings: Mapping[str, Any], config: ClassifyConfig, device: str) -> NetworkFold:
-    training = json.loads((path / TRAINING).read_text())
+    training = read_json(path / TRAINING, RETRAIN)
     encoder = _encoder(settings["encoder"])
     model = new_classifier(encoder, settings["targets"])
     model.load_state_dict(load_weights(path / NETWORK, training["sha256"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,13 @@ from nnunet_mim.classification.baselines import BASELINES, SIZE
 from nnunet_mim.classification.comparison import Evaluation, evaluate_arms, verdict
 from nnunet_mim.classification.evaluation import FIGURE_NAMES, N_DRAWS, Interval
 from nnunet_mim.classification.pictures import pictures_of
-from nnunet_mim.classification.results import SETTINGS, Predictions, trained_arms
+from nnunet_mim.classification.results import RETRAIN, SETTINGS, Predictions, trained_arms
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.reporting.classifiers import calibration_figure, cases_figure, confusion_figure, curves_figure
 from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.untrusted import read_json
 
 N_PICTURES = 4
 CT_GREY = (-1000.0, 400.0)
@@ -158,7 +158,7 @@ def _class_table(evaluation: Evaluation, arm: str) -> list[list[str]]:
 
 def _settings(arm: Path) -> dict[str, Any]:
     for path in sorted(arm.glob(f"fold_*/{SETTINGS}")):
-        return json.loads(path.read_text())
+        return read_json(path, RETRAIN)
     return {}
 
 
@@ -177,7 +177,7 @@ def _seen_notes(folder: Path) -> list[str]:
     """Which arms' encoders were pretrained on cases that they are tried on."""
     notes = []
     for name, folds in trained_arms(folder).items():
-        settings = [json.loads((fold / SETTINGS).read_text()) for fold in folds]
+        settings = [read_json(fold / SETTINGS, RETRAIN) for fold in folds]
         seen = sum(len(each.get("encoder", {}).get("seen_validation_cases", [])) for each in settings)
         total = sum(each["n_validation_cases"] for each in settings)
         if seen:

@@ -33,6 +33,8 @@ from nnunet_mim.system.files import write_atomically
 
 PREDICTIONS = "predictions.csv"
 SETTINGS = "settings.json"
+RETRAIN = "train this fold again"
+"""what to do about a file of a fold that cannot be read"""
 PROBE = "probe.json"
 NETWORK = "model.safetensors"
 TRAINING = "training.json"

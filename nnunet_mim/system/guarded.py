@@ -22,6 +22,8 @@ from typing import Any
 
 from nnunet_mim.errors import MiMError, last_line
 
+STARTS = 3
+"""workers in all that may fail to start"""
 START_SECONDS = 300.0
 """limit for a worker to start: it imports PyTorch, on a cold network disk"""
 _CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -104,7 +106,7 @@ def guarded_map(
     Raises MiMError where the function has raised it, or no worker can be started.
     """
     waiting = deque(enumerate(items))
-    workers = [_Worker(function, limits) for _ in range(min(processes, len(waiting)))]
+    workers, failed_starts = [_Worker(function, limits) for _ in range(min(processes, len(waiting)))], 0
     try:
         while workers:
             pause = max(0.0, min(worker.deadline for worker in workers) - time.monotonic())
@@ -114,7 +116,13 @@ def guarded_map(
                 if isinstance(outcome, MiMError):
                     raise outcome
                 if not worker.ready and outcome is not None:
-                    raise MiMError(f"cannot start a worker process ({outcome.reason}): free memory, and repeat")
+                    failed_starts += 1
+                    if failed_starts == STARTS:
+                        raise MiMError(f"cannot start a worker process ({outcome.reason}): free memory, and repeat")
+                    workers.remove(worker)
+                    worker.end()
+                    workers.append(_Worker(function, limits))
+                    continue
                 if worker.pipe.closed or not waiting:
                     workers.remove(worker)
                     worker.end()

@@ -178,7 +178,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
 
 def _refuse_pretrained_weights(trainer: str) -> None:
     """Raise MiMError where the command has nnU-Net's -pretrained_weights, which would overwrite the whole network."""
-    if any(flag.startswith("-pretr") for flag in sys.argv):  # argparse takes shortened flags
+    if "-pretrained_weights" in sys.argv:
         raise MiMError(
             f"-pretrained_weights is not for {trainer}, which finds its weights itself: leave it out; to name the "
             f"checkpoint of nnUNetTrainerMiM put {ENV_CHECKPOINT}=FILE before the command"

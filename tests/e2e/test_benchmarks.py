@@ -115,7 +115,7 @@ def test_an_ablation_is_run_once(toys):
 
 
 def test_the_decoders_experiment_is_run_once(toys):
-    """A few steps; only where the U-Net learnt is it transferred. A second call trains nothing."""
+    """A U-Net is transferred where it learnt, and nowhere else; the second call trains nothing."""
     run = ("--preset", "tiny", "--view", "32", "--iterations", "2", "--batch", "1", "--children", "1", "1")
     run = (*run, "--workers", "0", "--val_every", "1")
     output = toys.folder / "decoder"

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 import torch
 
 from nnunet_mim.config import NetworkConfig, PretrainConfig
-from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.networks.mask_in_mask import MaskInMask
 
 DATASET = "Dataset907_Finetune"
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), num_heads=2)
@@ -29,11 +29,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 def write_checkpoint(path):
     """As `mim_pretrain` writes it, with every case among those pretrained on."""
-    encoder = HybridEncoder(1, NETWORK)
+    network = MaskInMask(NETWORK)
     config = PretrainConfig(preset="tiny", network=NETWORK, view_size=(32, 32, 32))
     torch.save(
         {
-            "network_weights": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
+            "network_weights": network.state_dict(),
             "mim_config": config.to_dict(),
             "mim_version": "0.0.0",
             "provenance": {
@@ -116,7 +116,7 @@ def test_training(workplace, trained):
     assert "adapted: 0 parameters" in trained
     assert "validation cases of this fold were PRETRAINED ON" in trained
     record = json.loads((fold / "mim_transfer.json").read_text())
-    n_encoder = len(HybridEncoder(1, NETWORK).state_dict())
+    n_encoder = len(MaskInMask(NETWORK).encoder.state_dict())
     assert len(record["loaded"]) == n_encoder
     weights = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert weights["inference_allowed_mirroring_axes"] == (0, 1)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from nnunet_mim.networks.hybrid_unet import plans_architecture
+
 DATASET = "Dataset007_Toy"
 CASES = [f"case_{i}" for i in range(5)]
 
@@ -48,3 +50,13 @@ def folders(tmp_path, monkeypatch, plans, dataset_json, voxels):
     (base / "dataset.json").write_text(json.dumps(dataset_json))
     (base / "dataset_fingerprint.json").write_text("{}")
     return tmp_path
+
+
+@pytest.fixture
+def mim_plans(plans, network_config):
+    """As `mim_plan` leaves them: HybridUNet named, the recipe short."""
+    plans["plans_name"] = "nnUNetMiMPlans"
+    config = plans["configurations"]["3d_fullres"]
+    config["architecture"] = plans_architecture(network_config, config["patch_size"])
+    plans["configurations"] = {"3d_fullres": config}
+    return plans
