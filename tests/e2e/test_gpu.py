@@ -7,10 +7,10 @@ from lightning_fabric import Fabric
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.demo.cli import main as demo
 from nnunet_mim.geometry import levels_of
+from nnunet_mim.networks.build import build_network
 from nnunet_mim.networks.depthwise import DepthwiseConv3d, conv_on_tokens
 from nnunet_mim.networks.depthwise_cpu import depthwise_on_tokens
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
-from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.objective.masks import random_masks
 from nnunet_mim.pretraining.objective.views import nested_views
@@ -58,15 +58,15 @@ def test_triton_on_masks_of_a_real_step(token, channels):
         assert float((a - b).norm() / b.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("views_per_pass", [32, 3])
-def test_recorded_steps_have_the_figures_of_ordinary_ones(views_per_pass):
+@pytest.mark.parametrize(("views_per_pass", "decoder"), [(32, "mim"), (3, "mim"), (None, "unet")])
+def test_recorded_steps_have_the_figures_of_ordinary_ones(views_per_pass, decoder):
     """Eight steps in float32 with a rising rate and new views every time; the last pass may have fewer views."""
-    config = PretrainConfig(preset="tiny", network=PRESETS["tiny"], view_size=(64, 64, 64), n_children=(2, 2))
+    config = PretrainConfig(preset="tiny", view_size=(64, 64, 64), n_children=(2, 2), decoder=decoder)
     levels, fabric = levels_of(config), Fabric(accelerator="cuda", devices=1, precision="32-true")
     found = {}
     for recorded in (True, False):
         torch.manual_seed(0)
-        network = MaskInMask(config.network)
+        network = build_network(config)
         fabric.to_device(network)
         optimizer = build_optimizer(network, config)
         flat, fill = torch.full((1,), 0.04, device="cuda"), torch.zeros(1, device="cuda")

@@ -8,10 +8,11 @@ import torch
 
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of
+from nnunet_mim.networks.build import build_network
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.half_precision import HalfPrecisionCopy
-from nnunet_mim.pretraining.objective.levels import level_losses
+from nnunet_mim.pretraining.objective.levels import level_losses, unet_losses
 from nnunet_mim.pretraining.objective.views import nested_views
 from nnunet_mim.pretraining.state import build_optimizer
 from nnunet_mim.pretraining.step import ordinary_step
@@ -55,6 +56,20 @@ def test_every_activation_is_half_precision_and_every_loss_is_not(network, views
         assert loss.dtype == torch.float32
         assert all(part.prediction.dtype == torch.bfloat16 for part in parts)
     assert seen == {torch.bfloat16}
+
+
+def test_the_unet_computes_in_half_precision_and_learns_in_float32(views):
+    torch.manual_seed(0)
+    network = build_network(replace(CONFIG, decoder="unet"))
+    ((wanted, _),) = unet_losses(network, views, FLAT, CONFIG)
+    copy = HalfPrecisionCopy(network)
+    ((loss, _),) = unet_losses(copy, views, FLAT, CONFIG)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, wanted, rtol=2e-2, atol=0)
+    assert copy.reconstruct_with_unet([views[1].masked()])[0].dtype == torch.bfloat16
+    loss.backward()
+    copy.give_gradients()
+    assert all(p.grad.dtype == torch.float32 for p in network.unet.parameters())
 
 
 @pytest.mark.parametrize("views_per_pass", [None, 3])

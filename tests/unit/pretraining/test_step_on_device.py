@@ -10,8 +10,9 @@ from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import levels_of
 from nnunet_mim.networks import depthwise
+from nnunet_mim.networks.build import build_network
 from nnunet_mim.networks.mask_in_mask import MaskInMask
-from nnunet_mim.pretraining.objective.levels import add_pass, level_losses
+from nnunet_mim.pretraining.objective.levels import add_pass, level_losses, unet_losses
 from nnunet_mim.pretraining.objective.views import nested_views
 from nnunet_mim.pretraining.options import RunOptions
 
@@ -116,7 +117,7 @@ def test_nothing_in_a_step_reads_a_value_from_the_device(views_per_pass):
     levels = levels_of(CONFIG)
     make_views()  # the geometry's tensors exist once, as in any iteration but the first
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = make_model()
+        model = build_network(replace(CONFIG, decoder="unet"))
         crops = torch.randn(2, 1, *levels[0].fov)
         valid = torch.zeros(2, 3, 2, dtype=torch.int64)
         views = nested_views(
@@ -127,6 +128,8 @@ def test_nothing_in_a_step_reads_a_value_from_the_device(views_per_pass):
             loss.backward()
             for part in parts:
                 add_pass(figures, part.figures)
+        for loss, _ in unet_losses(model, views, torch.full((1,), FLAT), CONFIG, views_per_pass):
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=False)
         with pytest.raises(DataDependentOutputException):
             figures[0].loss.item()  # the test itself: this would be noticed
