@@ -69,12 +69,16 @@ def conv_on_tokens(ids_keep: Sequence[Tensor], grid: Size3) -> SpatialConv:
     sizes = [ids.numel() for ids in ids_keep]
 
     def convolve(conv: DepthwiseConv3d, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        if dtype == torch.bfloat16 and x.device.type == "cpu":
+            x = x.float()  # sums are float32, as in the Triton kernels
+        weight, bias = conv.weight.to(x.dtype), None if conv.bias is None else conv.bias.to(x.dtype)
         function = MaskedDepthwise.apply if use_cpu_path(x) else depthwise_on_tokens
         results = []
         for boxes, ids in zip(x.split(sizes), ids_keep, strict=True):
             boxes = boxes.unflatten(0, ids.shape)  # (N, K, X, Y, Z, C)
-            results.append(function(boxes, conv.weight, conv.bias, ids, grid).flatten(0, 1))  # type: ignore[no-untyped-call]
-        return join(results)
+            results.append(function(boxes, weight, bias, ids, grid).flatten(0, 1))  # type: ignore[no-untyped-call]
+        return join(results).to(dtype)
 
     return convolve
 
