@@ -70,7 +70,7 @@ def exported_source(folder: Path) -> Source:
     try:
         settings = read_json(folder / SETTINGS, RETRAIN)
         dataset, plans_name, configuration = (str(settings[n]) for n in ("dataset", "plans", "configuration"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (MiMError, KeyError, TypeError) as error:
         raise MiMError(f"-m {folder} is no folder of mim_classify export ({error}): take another copy") from error
     plans = read_plans(folder / PLANS)
     if configuration not in plans["configurations"]:

@@ -111,5 +111,7 @@ def test_what_torch_compile_is_told_about_the_operations_is_so(kernels, op):
         "bias_gelu_backward": (y, x, bias),
         "add_norm": (x, y, bias, weight, shift, 1e-5),
         "add_norm_backward": (x, y, x, weight, *of_rows),
+        "norm_gelu": (x, bias, weight, shift, 1e-5),
+        "norm_gelu_backward": (y, x, bias, weight, shift, *of_rows),
     }
     torch.library.opcheck(getattr(kernels, op), arguments[op], test_utils=("test_schema", "test_faketensor"))

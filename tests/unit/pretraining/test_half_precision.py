@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.geometry import levels_of
@@ -20,6 +21,15 @@ from nnunet_mim.pretraining.step import ordinary_step
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), 2, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
 CONFIG = PretrainConfig(network=NETWORK, view_size=(32, 32, 32), n_children=(2, 2))
 FLAT = torch.tensor([0.05])
+
+
+@pytest.fixture(autouse=True)
+def plain_operations():
+    """PyTorch's own bfloat16 operations: in a run of all tests its CPU libraries gave an infinite gradient, though never
+    in this file alone.
+    """
+    with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @pytest.fixture
