@@ -25,9 +25,7 @@ FLAT = torch.tensor([0.05])
 
 @pytest.fixture(autouse=True)
 def plain_operations():
-    """PyTorch's own bfloat16 operations: in a run of all tests its CPU libraries gave an infinite gradient, though never
-    in this file alone.
-    """
+    """PyTorch's own bfloat16 operations: in a run of all tests its CPU libraries gave an infinite gradient once."""
     with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
         yield
 
