@@ -15,12 +15,11 @@ interrupted is continued: repeat the command. With other ARGUMENTS take another 
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-import yaml
 
 from nnunet_mim.checkpoint.locate import FINAL, LATEST
 from nnunet_mim.nnunet.datasets import dataset_name
@@ -42,7 +41,7 @@ def main():
             pretrain(arm, fold, run_folder(folder, arm, options) / f"fold_{fold}", options)
     file = options.output / "bench.yaml"
     options.output.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(bench(folder, options), sort_keys=False))
+    file.write_text(json.dumps(bench(folder, options), indent=2))  # YAML too, and without its aliases
     subprocess.run([sys.executable, "-m", "nnunet_mim.benchmarking.cli", "run", str(file)], check=True)
 
 

@@ -190,7 +190,7 @@ def test_killed_and_repeated(preparing, tmp_path, ct):
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for a process at work")
 def test_a_worker_that_is_killed_costs_no_more_than_its_case(preparing, tmp_path, ct, capsys):
-    """The worker at the first case is killed, as the system does where memory is short; the case is tried again, or left out."""
+    """The worker at the first case is killed, as where memory is short: the case is tried again, or left out."""
     (tmp_path / "ct").mkdir()
     sitk.WriteImage(sitk.Expand(ct(0), [6, 6, 6]), str(tmp_path / "ct" / "large.mha"))
     sitk.WriteImage(ct(1), str(tmp_path / "ct" / "small.mha"))
