@@ -114,6 +114,26 @@ def test_an_ablation_is_run_once(toys):
     assert len(next(iter(stamps))) == 2
 
 
+def test_the_decoders_experiment_is_run_once(toys):
+    """A U-Net is transferred where it learnt, and nowhere else; the second call trains nothing."""
+    run = ("--preset", "tiny", "--view", "32", "--iterations", "2", "--batch", "1", "--children", "1", "1")
+    run = (*run, "--workers", "0", "--val_every", "1")
+    output = toys.folder / "decoder"
+    command = [sys.executable, BENCHMARKS / "decoder_experiment.py", "-d", "915", "-f", "0", "--labels", "2"]
+    command += ["--seeds", "1", "--finetune_iterations", "2", "--output", output, "--", *run]
+    stamps = set()
+    for _ in range(2):
+        done = subprocess.run(command, env=toys.env, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr[-2000:]
+        transfers = sorted(output.rglob("mim_transfer.json"))
+        stamps.add(tuple(path.stat().st_mtime_ns for path in transfers))
+    assert len(stamps) == 1
+    with (output / "results" / "table.csv").open() as file:
+        assert {row["arm"] for row in csv.DictReader(file)} == {"Encoder", "Together", "Phase", "Scratch"}
+    fresh = [{name.split(".")[1] for name in json.loads(path.read_text())["fresh"]} for path in transfers]
+    assert sorted(parts == {"heads"} for parts in fresh) == [False, True, True]
+
+
 def test_an_interrupted_variant_goes_on_though_it_overrides_an_argument(toys):
     run = ("--preset", "tiny", "--view", "32", "--scale", "1", "2", "2", "--iterations", "8", "--batch", "1")
     run = (*run, "--children", "1", "1", "-device", "cpu", "--workers", "0", "--val_every", "8", "--save_every", "1")

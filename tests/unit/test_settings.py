@@ -9,7 +9,7 @@ import pytest
 from nnunet_mim.errors import MiMError
 from nnunet_mim.preparation.mim_plans import PlanSettings
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
-from nnunet_mim.settings import check_value, setting, settings_help, settings_table
+from nnunet_mim.settings import check_value, parse_settings, setting, settings_help, settings_table
 from nnunet_mim.system.cli import add_flags, given_flags
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
@@ -68,3 +68,15 @@ def test_every_option_of_a_run_has_a_flag(config):
 def test_the_page_of_the_recipe_is_up_to_date():
     rows = [*settings_table(FinetuneConfig), *settings_table(PlanSettings)]
     assert "\n".join(rows) in (DOCS / "finetuning.md").read_text()
+
+
+def test_values_on_the_command_line():
+    pairs = ["a=1", "b=0.5", "c=64,64,64", "d=cosine", "e=true", "f=[1,2]", "g=null", "h=3,1.5,1"]
+    assert parse_settings(pairs) == {
+        "a": 1, "b": 0.5, "c": [64, 64, 64], "d": "cosine", "e": True, "f": [1, 2], "g": None, "h": [3, 1.5, 1],
+    }  # fmt: skip
+    for bad in ("a", "a=", "=1"):
+        with pytest.raises(MiMError, match="key=value"):
+            parse_settings([bad])
+    with pytest.raises(MiMError, match="twice"):
+        parse_settings(["a=1", "a=2"])

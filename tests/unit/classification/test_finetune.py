@@ -20,16 +20,13 @@ from nnunet_mim.classification.finetune import (
     _crops,
     _network,
     batch_loss,
-    class_weights,
     inner_split,
     outputs_of,
     prepare_fold,
-    sampling_chances,
     start_from_probe,
     train_fold,
 )
 from nnunet_mim.classification.job import set_up
-from nnunet_mim.classification.labels import Target
 from nnunet_mim.classification.options import ClassifyConfig, DataOptions
 from nnunet_mim.classification.probe import fit_probe
 from nnunet_mim.classification.results import joined, read_predictions
@@ -275,16 +272,6 @@ def test_several_targets_with_missing_values(job_of, folders, arms, fabric, tmp_
     assert set(json.loads((folder / "training.json").read_text())["temperatures"]) == {"lesion", "kind"}
 
 
-def test_the_loss_by_hand():
-    logits = {"a": torch.tensor([[0.0, 1.0], [2.0, 0.0], [5.0, 5.0]]), "b": torch.tensor([[0.0, 0, 3]] * 3)}
-    labels = torch.tensor([[1, 2], [0, -1], [-1, -1]])
-    weights = {"a": np.log([3.0, 0.5]), "b": np.zeros(3)}
-    binary = np.array([np.log1p(np.exp(-1)), np.log1p(np.exp(-2))])  # of the differences of the two logits
-    classes = np.log(np.exp([0, 0, 3]).sum()) - 3
-    expected = ((binary * [0.5, 3.0]).sum() + classes) / (4 * 2)
-    assert float(batch_loss(logits, labels, weights, 4)) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("balance", ["weights", "sampling"])
 def test_balanced_classes_and_true_shares(balance, job_of, tmp_path, folders):
     """Of a rare class: it counts as much as the other, and what is learnt without any image is its true share."""
@@ -310,16 +297,6 @@ def test_balanced_classes_and_true_shares(balance, job_of, tmp_path, folders):
     assert bias.detach().softmax(0)[1] == pytest.approx(0.5, abs=0.05)
     corrected = bias.detach() - torch.from_numpy(run.log_weights["lesion"])
     assert corrected.softmax(0)[1] == pytest.approx(share, abs=0.05)
-
-
-def test_weights_and_chances_by_hand():
-    one = Target("one", ("0", "1"), np.array([0, 0, 0, 1, -1]))
-    other = Target("other", ("0", "1", "2"), np.array([0, 1, 1, -1, 1]))
-    rows = np.arange(5)
-    np.testing.assert_allclose(class_weights(one, rows), [4 / 6, 2])
-    np.testing.assert_allclose(class_weights(other, rows)[:2], [2, 4 / 6])
-    first, third = (4 / 6 + 2) / 2, 2 / 3
-    np.testing.assert_allclose(sampling_chances([one, other], rows), [first, third, third, 2, third])
 
 
 def test_ranks_share_a_batch(job_of):

@@ -18,7 +18,6 @@ from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.preparation.cli import main
 from nnunet_mim.preparation.mim_plans import _median_shape, _suitable_patch, make_mim_plans
-from nnunet_mim.settings import parse_settings
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
 DATASET = "Dataset007_Toy"
@@ -252,18 +251,6 @@ def test_settings_of_the_plan_itself(base_plans, dataset_json):
     config = plan(base_plans, dataset_json, settings=settings)[0]["configurations"]["3d_fullres"]
     assert {name: config[name] for name in settings} == settings
     assert config["median_image_size_in_voxels"] == [60.0, 90.0, 90.0]
-
-
-def test_values_on_the_command_line():
-    pairs = ["a=1", "b=0.5", "c=64,64,64", "d=cosine", "e=true", "f=[1,2]", "g=null", "h=3,1.5,1"]
-    assert parse_settings(pairs) == {
-        "a": 1, "b": 0.5, "c": [64, 64, 64], "d": "cosine", "e": True, "f": [1, 2], "g": None, "h": [3, 1.5, 1],
-    }  # fmt: skip
-    for bad in ("a", "a=", "=1"):
-        with pytest.raises(MiMError, match="key=value"):
-            parse_settings([bad])
-    with pytest.raises(MiMError, match="twice"):
-        parse_settings(["a=1", "a=2"])
 
 
 def test_command_writes_the_file_and_says_what_to_run_next(dataset, capsys):
