@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from hypothesis import settings
 from nnunet_mim.system.guarded import prepare_workers
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # worker processes unpickle functions of tests; last, as the installed package is tested
 
 # One thread in every process: threads of a busy machine wait for each other, and the result of a sum depends on them.
 torch.set_num_threads(1)
