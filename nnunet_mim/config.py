@@ -287,6 +287,16 @@ class PretrainConfig:
         since = iteration - self.unet_begins
         return self.decoder == "unet" and self.unet_weight > 0 and since >= 0 and since % self.unet_every == 0
 
+    def unet_levels(self, n_levels: int) -> list[int]:
+        """Numbers of the levels that the U-Net sees, where there are n_levels."""
+        return [number for number in range(4 - n_levels, 4) if self.unet_views[number - 1]]
+
+    def levels_that_count(self, n_levels: int) -> int:
+        """Number of levels that training has to compute: those after the last one with a weight are left out."""
+        aligned = self.alignment != "none" and self.alignment_weight > 0
+        weights = self.level_weights[-n_levels:]
+        return max((n + 1 for n in range(n_levels) if weights[n] > 0 or (aligned and n > 0)), default=n_levels)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, as stored in a checkpoint (safe for `weights_only` loading)."""
         return _plain(asdict(self))

@@ -173,6 +173,17 @@ def build_levels(levels: tuple[LevelConfig, ...], view_size: Size3, token_size: 
     return tuple(built)
 
 
+def level_number(position: int, n_levels: int) -> int:
+    """Number (1 to 3) of the level at a position among n_levels: outer levels are the ones that are skipped."""
+    return position + 4 - n_levels
+
+
+def crop_start(shape: np.ndarray, size: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """First voxel of a box of `size` around `centre` of a volume; in the middle where the volume is smaller."""
+    room = shape - size
+    return np.where(room > 0, np.clip(np.rint(centre - size / 2), 0, np.maximum(room, 0)), room // 2).astype(np.int64)
+
+
 def levels_of(config: PretrainConfig) -> tuple[Level, ...]:
     """Geometry of the levels of a run."""
     token_size = config.network.token_size

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,10 @@ from nnunet_mim.system.guarded import prepare_workers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # worker processes unpickle functions of tests; last, as the installed package is tested
+
+# A shell's background job ignores Ctrl-C, and so would every command that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread in every process: threads of a busy machine wait for each other, and the result of a sum depends on them.
 torch.set_num_threads(1)

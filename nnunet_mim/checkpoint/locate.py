@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,12 @@ def _download(name: str) -> Path:
     return locate(folder)
 
 
-def write_pointer(folder: Path, checkpoint: Path) -> None:
-    """Leave a file in the run folder of another dataset that names the checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    relative = Path(os.path.relpath(checkpoint, folder)).as_posix()
-    write_atomically(folder / POINTER, json.dumps({"checkpoint": relative}).encode())
+def write_pointers(folders: Iterable[Path], checkpoint: Path) -> None:
+    """Leave a file that names the checkpoint in the run folders of other datasets."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        relative = Path(os.path.relpath(checkpoint, folder)).as_posix()
+        write_atomically(folder / POINTER, json.dumps({"checkpoint": relative}).encode())
 
 
 def _read_pointer(folder: Path) -> Path | None:

@@ -13,7 +13,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import Grid, RawImage, order_of_axes, preprocess, read_image
 from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.nnunet.orientation import orientation_of
-from nnunet_mim.pretraining.report.page import REPORT, report_sections, verdict_text
+from nnunet_mim.pretraining.report.page import REPORT, report_sections
 from nnunet_mim.pretraining.report.pictures import LevelPicture, load_network, reconstruct_volume, upright
 from nnunet_mim.pretraining.report.summary import Facts
 from nnunet_mim.reporting.page import write_page
@@ -60,7 +60,7 @@ def show(
         yield f"{name}: wrote {len(written)} NIfTI files, {folder / name}_level…"
     try:
         title = f"The checkpoint {path.name}"
-        write_page(folder / REPORT, title, report_sections(facts, path, shown), verdict_text(facts))
+        write_page(folder / REPORT, title, report_sections(facts, path, shown), facts.verdict_text())
     except OSError as error:
         raise MiMError(f"cannot write {folder / REPORT} ({error.strerror}): choose another folder with -o") from error
     yield f"wrote {folder / REPORT}"

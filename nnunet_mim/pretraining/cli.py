@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, write_pointers
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
@@ -122,10 +122,10 @@ def run(typed: argparse.Namespace) -> None:
     settings = merge_settings(from_file, flags, further)
 
     sources = setup.find_sources(where)
-    folder = setup.output_folder(sources[0], where)
+    folder, *others = [setup.output_folder(source, where) for source in sources]
     if not options.dry_run and setup.is_finished(folder, where.resume):
         say(f"finished already: {folder / FINAL}")
-        setup.point_to(folder, sources, where)
+        write_pointers(others, folder / FINAL)
         return
     job = setup.set_up(settings, sources, folder, where, options, devices * nodes)
     if options.dry_run:
@@ -142,7 +142,7 @@ def run(typed: argparse.Namespace) -> None:
         with full_memory_named(job):
             record = pretrain(job, fabric)
         if fabric.is_global_zero:
-            setup.point_to(folder, sources, where)
+            write_pointers(others, folder / FINAL)
     say(losses_text(record.last))
     say(record.verdict())
     say(_measuring_text(record.measuring_share, job.config))

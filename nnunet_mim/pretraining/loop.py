@@ -19,7 +19,7 @@ from nnunet_mim.pretraining.objective.views import nested_views
 from nnunet_mim.pretraining.record import RunRecord
 from nnunet_mim.pretraining.setup import Run
 from nnunet_mim.pretraining.state import initial_state
-from nnunet_mim.pretraining.step import TrainStep, build_step, learning_rates, learning_rates_of_unet
+from nnunet_mim.pretraining.step import TrainStep, build_step, learning_rates
 from nnunet_mim.pretraining.stopping import StoppedError, StopRequests
 from nnunet_mim.system.processes import killed_readers_named
 
@@ -51,8 +51,8 @@ def pretrain(run: Run, fabric: Fabric, on_step: Callable[[int], None] | None = N
     monitor = Monitor(run.data, config, fabric, run.options.views_per_pass)
     dataset = training_crops(run.data, config)
     batches = training_batches(dataset, config, state.iteration, run.options, device, ranks)
-    rates = learning_rates(config.iterations, config.learning_rate, config.warmup_fraction)
-    rates_of_unet = learning_rates_of_unet(config)
+    schedule = config.iterations, config.learning_rate, config.warmup_fraction
+    rates, rates_of_unet = learning_rates(*schedule), learning_rates(*schedule, config.unet_begins)
     levels = levels_of(config)
     fill, flat_threshold = (torch.tensor(v, device=device) for v in (run.data.fill, run.data.flat_threshold))
     place_threshold = flat_threshold if config.body_children else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from nnunetv2.paths import nnUNet_results
 
 from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.checkpoint.identity import case_key
-from nnunet_mim.checkpoint.locate import FINAL, LATEST, locate, write_pointer
+from nnunet_mim.checkpoint.locate import FINAL, LATEST, locate
 from nnunet_mim.config import PretrainConfig, network_from_dict
 from nnunet_mim.errors import MiMError
-from nnunet_mim.geometry import levels_of, views_per_crop
+from nnunet_mim.geometry import level_number, levels_of, views_per_crop
 from nnunet_mim.nnunet.datasets import dataset_names, require_environment
 from nnunet_mim.nnunet.source import (
     Source,
@@ -28,9 +28,8 @@ from nnunet_mim.nnunet.source import (
 from nnunet_mim.nnunet.splits import fold_validation_cases, left_out_of_fold
 from nnunet_mim.pretraining.configure import config_for_data, merge_settings, with_network_of_plans
 from nnunet_mim.pretraining.data.crops import Cases, dataset_shares
-from nnunet_mim.pretraining.data.run_data import RunData, copies_warning, index_sources, run_data
+from nnunet_mim.pretraining.data.run_data import RunData, index_sources, run_data
 from nnunet_mim.pretraining.distributed.launch import say
-from nnunet_mim.pretraining.objective.levels import level_number, unet_levels
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
 
 
@@ -70,7 +69,7 @@ class Run:
         network = f"preset {config.preset}" if config.encoder == "hybrid" else f"encoder {config.encoder}"
         lines.append(f"{network}, {config.iterations} iterations of {config.batch_size} crops")
         if config.decoder == "unet":
-            views = " + ".join(f"{config.unet_views[n - 1]} of level {n}" for n in unet_levels(config, len(levels)))
+            views = " + ".join(f"{config.unet_views[n - 1]} of level {n}" for n in config.unet_levels(len(levels)))
             lines.append(
                 f"  the U-Net learns every {config.unet_every} iterations from iteration {config.unet_begins + 1} on, "
                 f"from views of each crop: {views}"
@@ -112,12 +111,6 @@ def is_finished(folder: Path, resume: bool) -> bool:
             f"{folder} holds another, {state} run: continue it with --c, keep it and choose a tag with -o, or delete it"
         )
     return final
-
-
-def point_to(folder: Path, sources: Sequence[Source], where: DataOptions) -> None:
-    """Let the results of the other datasets point to the final checkpoint in the first one's."""
-    for other in sources[1:]:
-        write_pointer(output_folder(other, where), folder / FINAL)
 
 
 def set_up(
@@ -165,10 +158,10 @@ def set_up(
     config = config_for_data(settings, first, cases.column("shapes"))
     data = run_data(cases, "all" if where.fold_number is None else where.fold_number, config)
     _check_tokens(config, data.train)
-    if line := copies_warning(data):
+    if line := data.copies_warning():
         say(f"warning: {line}")
     n_levels = len(levels_of(config))
-    if config.decoder == "unet" and not unet_levels(config, n_levels):
+    if config.decoder == "unet" and not config.unet_levels(n_levels):
         raise MiMError(
             f"unet_views {config.unet_views}: these cases are only wide enough for levels {level_number(0, n_levels)} "
             "to 3: add --set unet_views=0,0,1"

@@ -25,11 +25,8 @@ from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigu
 from nnunet_mim.pretraining.objective.levels import (
     add_pass,
     level_losses,
-    levels_that_count,
     summed,
-    unet_levels,
     unet_losses,
-    with_unet,
 )
 from nnunet_mim.pretraining.objective.views import LevelViews
 from nnunet_mim.pretraining.setup import Run
@@ -53,28 +50,25 @@ TrainStep = Callable[[list[LevelViews]], TrainingFigures[Tensor]]
 and `skipped`, 1 where the gradient was not finite and the weights stayed as they were."""
 
 
-def learning_rates(iterations: int, peak: float, warmup_fraction: float) -> np.ndarray:
-    """Linear warm-up to `peak`, then a half cosine to 0.
+def learning_rates(iterations: int, peak: float, warmup_fraction: float, begins: int = 0) -> np.ndarray:
+    """Zero until iteration `begins`, linear warm-up to `peak`, then a half cosine to 0.
 
     Args:
         iterations: optimiser steps of the whole run.
         peak: absolute learning rate at the end of the warm-up.
-        warmup_fraction: share of the steps spent in warm-up (at least one step).
+        warmup_fraction: share of the steps from `begins` on spent in warm-up (at least one step).
+        begins: first step that learns.
 
     Returns:
-        (iterations,) float64; the first step already learns, the last one is above 0.
+        (iterations,) float64; step `begins` already learns, the last one is above 0.
     """
-    warmup = max(1, round(iterations * warmup_fraction))
-    step = np.arange(iterations)
+    learning = iterations - begins
+    warmup = max(1, round(learning * warmup_fraction))
+    step = np.arange(learning)
     rising = peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, iterations - warmup)
-    return np.where(step < warmup, rising, peak * 0.5 * (1 + np.cos(np.pi * progress)))
-
-
-def learning_rates_of_unet(config: PretrainConfig) -> np.ndarray:
-    """Those of the U-Net around the encoder, (iterations,): warm-up and cosine over the part in which it learns."""
-    rates = learning_rates(config.iterations - config.unet_begins, config.learning_rate, config.warmup_fraction)
-    return np.concatenate([np.zeros(config.unet_begins), rates])
+    progress = (step - warmup) / max(1, learning - warmup)
+    rates = np.where(step < warmup, rising, peak * 0.5 * (1 + np.cos(np.pi * progress)))
+    return np.concatenate([np.zeros(begins), rates])
 
 
 def build_step(state: TrainingState, run: Run, fabric: Fabric, unet_learns: bool) -> TrainStep:
@@ -126,18 +120,18 @@ def ordinary_step(
         levels: list[LevelFigures[Tensor]] = []
         if isinstance(forward, HalfPrecisionCopy):
             forward.take_weights()
-        n_computed = levels_that_count(config, len(views))
+        n_computed = config.levels_that_count(len(views))
         passes = level_losses(forward, views, flat_threshold, config, views_per_pass, recompute, ranks, n_computed)
         for parts in _learn(forward, passes):
             for part in parts:
                 add_pass(levels, part.figures)
         if config.decoder == "unet":
-            by_level = {n: flat_threshold.new_full((), torch.nan) for n in unet_levels(config, len(views))}
+            by_level = {n: flat_threshold.new_full((), torch.nan) for n in config.unet_levels(len(views))}
             if config.unet_weight > 0:
                 unet: HasUNet = forward  # type: ignore[assignment]
                 passes_of_unet = unet_losses(unet, views, flat_threshold, config, views_per_pass, ranks)
                 by_level = summed(_learn(forward, passes_of_unet))
-            levels = with_unet(levels, by_level)
+            levels = [replace(level, unet=by_level.get(level.number)) for level in levels]
         ranks.sum_all([p.grad for p in model.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).detach()
         skipped = (~torch.isfinite(norm)).float()

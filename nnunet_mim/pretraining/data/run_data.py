@@ -38,6 +38,25 @@ class RunData:
     width: tuple[float, ...]
     """per channel, the window's largest minus its smallest intensity"""
 
+    def copies_warning(self) -> str:
+        """Which cases look like copies of others, and how many cannot be compared, in one line; empty without any."""
+        names = [f"{case.source.dataset} {case.info.case}" for part in (self.val, self.train) for case in part]
+        fingerprints = np.concatenate([part.column("fingerprints") for part in (self.val, self.train)])
+        if len(names) > MAX_COMPARED:
+            return f"{len(names)} cases are too many to look for copies among them (at most {MAX_COMPARED})"
+        originals = most_similar(fingerprints, fingerprints, only_earlier=True)
+        pairs = [f"{names[copy]} and {names[originals[copy]]}" for copy in np.flatnonzero(originals >= 0)]
+        split = int(((originals >= 0) & (originals < len(self.val)))[len(self.val) :].sum())
+        without = int((~fingerprints.any(axis=(1, 2))).sum())
+        parts = []
+        if pairs:
+            more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+            held_out = f"; of {split} pairs one is held out and the other trained on" if split else ""
+            parts.append(f"probably the same, and used all the same: {', '.join(pairs[:3])}{more}{held_out}")
+        if without:
+            parts.append(f"{without} cases have no fingerprint (too small, or no CT window around soft tissue)")
+        return "; ".join(parts)
+
 
 def index_sources(sources: Sequence[Source], strict: bool = False) -> tuple[Cases, list[str]]:
     """Check and describe every case of every dataset; `.npz` cases are unpacked first so that crops can be read.
@@ -134,23 +153,3 @@ def run_data(cases: Cases, fold: int | str, config: PretrainConfig) -> RunData:
     width = tuple(high - low for low, high in windows)
     fill, flat = tuple(low for low, _ in windows), tuple(FLAT_FRACTION * w for w in width)
     return RunData(list(cases.sources), train, val, fold, fill, flat, width)
-
-
-def copies_warning(data: RunData) -> str:
-    """Which cases look like copies of others, and how many cannot be compared, in one line; empty without any."""
-    names = [f"{case.source.dataset} {case.info.case}" for part in (data.val, data.train) for case in part]
-    fingerprints = np.concatenate([part.column("fingerprints") for part in (data.val, data.train)])
-    if len(names) > MAX_COMPARED:
-        return f"{len(names)} cases are too many to look for copies among them (at most {MAX_COMPARED})"
-    originals = most_similar(fingerprints, fingerprints, only_earlier=True)
-    pairs = [f"{names[copy]} and {names[originals[copy]]}" for copy in np.flatnonzero(originals >= 0)]
-    split = int(((originals >= 0) & (originals < len(data.val)))[len(data.val) :].sum())
-    without = int((~fingerprints.any(axis=(1, 2))).sum())
-    parts = []
-    if pairs:
-        more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
-        held_out = f"; of {split} pairs one is held out and the other trained on" if split else ""
-        parts.append(f"probably the same, and used all the same: {', '.join(pairs[:3])}{more}{held_out}")
-    if without:
-        parts.append(f"{without} cases have no fingerprint (too small, or no CT window around soft tissue)")
-    return "; ".join(parts)

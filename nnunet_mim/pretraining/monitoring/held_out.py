@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
-from nnunet_mim.geometry import levels_of
+from nnunet_mim.geometry import level_number, levels_of
 from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.networks.mask_in_mask import HasUNet, MaskedViews, Reconstruction, Reconstructs
 from nnunet_mim.pretraining.monitoring.baselines import trivial_losses
@@ -28,12 +28,10 @@ from nnunet_mim.pretraining.monitoring.figures import (
 from nnunet_mim.pretraining.objective.levels import (
     add_pass,
     level_losses,
-    level_number,
     summed,
     target_tokens,
     unet_losses,
     unet_views,
-    with_unet,
 )
 from nnunet_mim.pretraining.objective.losses import voxel_error
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
@@ -110,7 +108,8 @@ class HeldOut:
         by_level = zip(*crops, strict=True)
         levels = [self._mean_level(position, *zip(*level, strict=True)) for position, level in enumerate(by_level)]
         if self.unet_targets:
-            levels = with_unet(levels, self._losses_of_unet(model))
+            unet = self._losses_of_unet(model)
+            levels = [replace(level, unet=unet.get(level.number)) for level in levels]
         rank, std = _feature_spread(self._visible_features(model))
         measured = any(level.reconstruction is not None for level in levels)
         loss = sum(level.loss or 0.0 for level in levels) if measured else None

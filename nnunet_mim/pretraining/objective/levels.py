@@ -4,15 +4,15 @@ reconstruction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nnunet_mim.config import PretrainConfig
-from nnunet_mim.geometry import Level
+from nnunet_mim.geometry import Level, level_number
 from nnunet_mim.networks.mask_in_mask import HasUNet, Reconstruction, Reconstructs
 from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks
 from nnunet_mim.pretraining.monitoring.figures import LevelFigures, mapped
@@ -20,10 +20,8 @@ from nnunet_mim.pretraining.objective.losses import cosine_loss, flat_tokens, in
 from nnunet_mim.pretraining.objective.masks import on_device
 from nnunet_mim.pretraining.objective.views import LevelViews
 
-F = TypeVar("F", bound=LevelFigures[Any])
 
-
-class LevelPart(NamedTuple):
+class _Part(NamedTuple):
     """The views of one level in one pass."""
 
     figures: LevelFigures[Tensor]
@@ -41,7 +39,7 @@ def level_losses(
     recompute: tuple[int, ...] = (),
     ranks: Ranks = ALONE,
     n_computed: int | None = None,
-) -> Iterator[tuple[Tensor, list[LevelPart]]]:
+) -> Iterator[tuple[Tensor, list[_Part]]]:
     """Compute the objective in passes, outermost level first: all levels in one pass, or each level in its own.
 
     Features of a parent level are detached, and every view's loss is a share of its level's mean. So the losses sum to
@@ -54,7 +52,7 @@ def level_losses(
         views_per_pass: largest number of views in one pass, all of one level; None: all of all levels.
         recompute: numbers (1 to 3) of the levels that keep no activations inside blocks; every level has its own pass.
         ranks: the views are this rank's part of a batch, as large on every rank.
-        n_computed: number of levels, from the outermost on; None: all. See `levels_that_count`.
+        n_computed: number of levels, from the outermost on; None: all. See `PretrainConfig.levels_that_count`.
 
     Yields:
         the pass's share of the weighted loss, and what it holds of each level.
@@ -73,7 +71,7 @@ def level_losses(
             nonfinite = _nonfinite_views(output.features, level.views.crop[rows], n_crops=len(views[0].images))
             figures = replace(figures, padded_share=padded_share, flat_share=flat_share, nonfinite=nonfinite)
             losses.append(loss)
-            parts.append(LevelPart(mapped(torch.detach, figures), output.prediction))
+            parts.append(_Part(mapped(torch.detach, figures), output.prediction))
             level.features.append(_place_features(output.features.detach(), level.views.level))  # (n * places, D)
         yield sum(losses[1:], losses[0]), parts
 
@@ -186,16 +184,11 @@ def unet_losses(
 def unet_views(views: list[LevelViews], config: PretrainConfig) -> list[tuple[int, LevelViews]]:
     """The levels that the U-Net sees: number of each, and its first `config.unet_views` views of every crop."""
     chosen, n_crops = [], len(views[0].images)
-    for number in unet_levels(config, len(views)):
+    for number in config.unet_levels(len(views)):
         view = views[number - level_number(0, len(views))]
         rows = torch.arange(len(view.images), device=view.images.device).view(n_crops, -1)
         chosen.append((number, view.of(rows[:, : config.unet_views[number - 1]].flatten())))
     return chosen
-
-
-def unet_levels(config: PretrainConfig, n_levels: int) -> list[int]:
-    """Numbers of the levels that the U-Net sees, where there are n_levels."""
-    return [number for number in range(level_number(0, n_levels), 4) if config.unet_views[number - 1]]
 
 
 def summed(passes: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
@@ -205,18 +198,6 @@ def summed(passes: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
         for number, share in shares.items():
             total[number] = total[number] + share if number in total else share
     return total
-
-
-def with_unet(levels: Sequence[F], by_level: Mapping[int, Any]) -> list[F]:
-    """Figures of levels with the U-Net's loss, by number of level; a level that is not there is left out."""
-    return [replace(level, unet=by_level.get(level.number)) for level in levels]
-
-
-def levels_that_count(config: PretrainConfig, n_levels: int) -> int:
-    """Number of levels that have to be computed in training: those after the last one with a weight are left out."""
-    aligned = config.alignment != "none" and config.alignment_weight > 0
-    weights = config.level_weights[-n_levels:]
-    return max((n + 1 for n in range(n_levels) if weights[n] > 0 or (aligned and n > 0)), default=n_levels)
 
 
 def _passes_of_levels(
@@ -275,8 +256,3 @@ def _place_index(parent: LevelViews, rank: int = 0) -> Tensor:
     N, _ = parent.places.shape
     row = torch.arange(rank * N, (rank + 1) * N, device=parent.places.device)  # of each parent among those of all ranks
     return (row[:, None] * parent.level.n_places + parent.places).flatten()
-
-
-def level_number(position: int, n_levels: int) -> int:
-    """Number (1 to 3) of the level at a position among n_levels: outer levels are the ones that are skipped."""
-    return position + 4 - n_levels

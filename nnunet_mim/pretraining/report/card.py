@@ -6,7 +6,7 @@ import json
 import re
 
 from nnunet_mim.checkpoint.format import CITATIONS
-from nnunet_mim.pretraining.report.summary import Facts, network_text, probe_dice
+from nnunet_mim.pretraining.report.summary import Facts
 from nnunet_mim.reporting.page import markdown_text
 
 
@@ -38,7 +38,7 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
         "",
         "Self-supervised pretraining by Mask in Mask on CT, to be finetuned with nnU-Net.",
         "",
-        f"- Network: {markdown_text(network_text(facts))}",
+        f"- Network: {markdown_text(facts.network_text())}",
         f"- Data: {stated}; {cases} cases of {datasets} dataset(s), resampled to {spacing} mm",
         f"- Input: {facts.config.in_channels} channel(s), {schemes}",
         f"- Training: {origin}",
@@ -82,7 +82,7 @@ def _metrics_table(facts: Facts) -> list[str]:
         losses = level.guesses.token_mean, level.guesses.infill, level.reconstruction
         cells = " | ".join("" if loss is None else f"{loss:.3f}" for loss in losses)
         lines.append(f"| reconstruction loss, {level.name} | {cells} |")
-    if dice := probe_dice(facts):
+    if dice := facts.probe_dice():
         probe = "Label probe (ridge regression from frozen features): Dice"
         lines += ["", f"{probe} {dice[0]:.3f} before training, {dice[-1]:.3f} now."]
     return lines

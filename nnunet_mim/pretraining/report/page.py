@@ -10,7 +10,7 @@ import numpy as np
 
 from nnunet_mim.checkpoint.locate import FINAL
 from nnunet_mim.errors import MiMError
-from nnunet_mim.geometry import levels_of
+from nnunet_mim.geometry import crop_start, levels_of
 from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.nnunet.orientation import Orientation, direction_of, orientation_of
 from nnunet_mim.pretraining.data.crops import Case, read_crop
@@ -18,7 +18,7 @@ from nnunet_mim.pretraining.data.run_data import RunData
 from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigures
 from nnunet_mim.pretraining.report import summary
 from nnunet_mim.pretraining.report.curves import columns_of, panels_of, progress_figure, read_columns
-from nnunet_mim.pretraining.report.pictures import LevelPicture, crop_start, load_network, reconstruct_crop, upright
+from nnunet_mim.pretraining.report.pictures import LevelPicture, load_network, reconstruct_crop, upright
 from nnunet_mim.pretraining.report.summary import Facts
 from nnunet_mim.reporting.page import Section, write_page
 from nnunet_mim.reporting.views import ReconstructedView, comparison_figure, views_figure
@@ -46,15 +46,9 @@ def write_run_report(folder: Path, checkpoint: Mapping[str, Any], data: RunData,
         where = ", ".join(provenance["datasets"]) or provenance.get("converted_from", "weights without data")
         title = f"MiM pretraining of {where}: {facts.config.preset}, {'all cases' if fold == 'all' else f'fold {fold}'}"
         sections = report_sections(facts, folder / FINAL, cases, folder, held_out)
-        write_page(path, title, sections, verdict_text(facts))
+        write_page(path, title, sections, facts.verdict_text())
     except (OSError, MiMError) as error:
         print(f"note: {path} could not be written ({error})", flush=True)
-
-
-def verdict_text(facts: Facts) -> str:
-    """The verdict with a capital and a full stop; empty where nothing was measured."""
-    sentence = facts.verdict().sentence
-    return f"{sentence[0].upper()}{sentence[1:]}." if facts.history else ""
 
 
 def report_sections(

@@ -13,12 +13,11 @@ from torch import Tensor
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.config import FLAT_FRACTION, PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.geometry import Level, levels_of
+from nnunet_mim.geometry import Level, crop_start, level_number, levels_of
 from nnunet_mim.networks.build import PretrainingNetwork, build_network
 from nnunet_mim.networks.token_layout import grid_from_tokens, tokens_from_grid
 from nnunet_mim.nnunet.orientation import Orientation
 from nnunet_mim.pretraining.monitoring.baselines import infill_tokens
-from nnunet_mim.pretraining.objective.levels import level_number
 from nnunet_mim.pretraining.objective.losses import VARIANCE_EPS, normalize_tokens
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 from nnunet_mim.reporting.views import ReconstructedView, interest
@@ -176,12 +175,6 @@ def _fill_in(model: PretrainingNetwork, view: LevelViews) -> tuple[Tensor, Tenso
     hidden[:, masked] = True
     mask = grid_from_tokens(hidden, grid)[0, ..., 0]
     return mask, view_with(predicted * std + mean), view_with(mean.expand_as(truth)), view_with(nearest * std + mean)
-
-
-def crop_start(shape: np.ndarray, size: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """First voxel of a box of `size` around `centre` of a volume; in the middle where the volume is smaller."""
-    room = shape - size
-    return np.where(room > 0, np.clip(np.rint(centre - size / 2), 0, np.maximum(room, 0)), room // 2).astype(np.int64)
 
 
 def _tissue_centre(volume: np.ndarray, units: Units) -> np.ndarray:

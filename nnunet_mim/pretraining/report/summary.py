@@ -15,10 +15,9 @@ from nnunet_mim.checkpoint.metadata import require_description
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.config import DEFAULT_LEARNING_RATE, PRESETS, PretrainConfig
 from nnunet_mim.errors import MiMError
-from nnunet_mim.geometry import levels_of, views_per_crop
+from nnunet_mim.geometry import level_number, levels_of, views_per_crop
 from nnunet_mim.pretraining.monitoring.figures import Measurement, measurements_of
 from nnunet_mim.pretraining.monitoring.verdict import Verdict, verdict_on
-from nnunet_mim.pretraining.objective.levels import level_number
 
 Table = list[list[str]]
 """rows of cells, the first row being the heading"""
@@ -57,23 +56,31 @@ class Facts:
     def verdict(self) -> Verdict:
         return verdict_on(self.history, self.config)
 
+    def verdict_text(self) -> str:
+        """The verdict with a capital and a full stop; empty where nothing was measured."""
+        sentence = self.verdict().sentence
+        return f"{sentence[0].upper()}{sentence[1:]}." if self.history else ""
 
-def network_text(facts: Facts) -> str:
-    """`tiny: encoder …, decoder …, 5.0 million parameters (…)`."""
-    network, weights = facts.config.network, facts.checkpoint["network_weights"]
-    if facts.config.encoder == "resenc":  # some weights are there under two names
-        millions = sum({weight.data_ptr(): weight.numel() for weight in weights.values()}.values()) / 1e6
-        stages = facts.config.architecture["arch_kwargs"]["features_per_stage"]
-        stages = join(stages, "-") if isinstance(stages, list | tuple) else stages
-        return f"nnU-Net's residual encoder U-Net, features {stages}; {millions:.2f} million parameters"
-    counts = Counter({"encoder": 0, "decoder": 0, "projectors": 0})
-    for name, weight in weights.items():
-        counts[name.split(".")[0]] += weight.numel()
-    encoder = f"encoder {join(network.embed_dims, '-')} with {join(network.depths, '-')} blocks"
-    decoder = f"decoder of width {network.decoder_embed_dim} with {network.decoder_depth} blocks"
-    parts = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in counts.items() if count)
-    preset = facts.config.preset if PRESETS.get(facts.config.preset) == network else f"{facts.config.preset}, changed"
-    return f"{preset}: {encoder}, {decoder}; {sum(counts.values()) / 1e6:.2f} million parameters ({parts})"
+    def probe_dice(self) -> list[float]:
+        """Mean Dice of every label probe, oldest first."""
+        return [row.probe.dice for row in self.history if row.probe.dice is not None]
+
+    def network_text(self) -> str:
+        """`tiny: encoder …, decoder …, 5.0 million parameters (…)`."""
+        network, weights = self.config.network, self.checkpoint["network_weights"]
+        if self.config.encoder == "resenc":  # some weights are there under two names
+            millions = sum({weight.data_ptr(): weight.numel() for weight in weights.values()}.values()) / 1e6
+            stages = self.config.architecture["arch_kwargs"]["features_per_stage"]
+            stages = join(stages, "-") if isinstance(stages, list | tuple) else stages
+            return f"nnU-Net's residual encoder U-Net, features {stages}; {millions:.2f} million parameters"
+        counts = Counter({"encoder": 0, "decoder": 0, "projectors": 0})
+        for name, weight in weights.items():
+            counts[name.split(".")[0]] += weight.numel()
+        encoder = f"encoder {join(network.embed_dims, '-')} with {join(network.depths, '-')} blocks"
+        decoder = f"decoder of width {network.decoder_embed_dim} with {network.decoder_depth} blocks"
+        parts = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in counts.items() if count)
+        preset = self.config.preset if PRESETS.get(self.config.preset) == network else f"{self.config.preset}, changed"
+        return f"{preset}: {encoder}, {decoder}; {sum(counts.values()) / 1e6:.2f} million parameters ({parts})"
 
 
 def facts_table(facts: Facts, held_out: Mapping[str, int] | None = None) -> Table:
@@ -85,7 +92,7 @@ def facts_table(facts: Facts, held_out: Mapping[str, int] | None = None) -> Tabl
     for dataset in dict.fromkeys([*trained, *(held_out or {})]):
         beside = "" if held_out is None else f", {held_out.get(dataset, 0)} held out"
         cases.append(f"{dataset}: {trained[dataset]} cases trained on{beside}")
-    rows = [["network", network_text(facts)], ["data", "; ".join(cases) or "unknown cases"]]
+    rows = [["network", facts.network_text()], ["data", "; ".join(cases) or "unknown cases"]]
     if provenance["plans_name"]:
         rows.append(["plans", f"{provenance['plans_name']}, {provenance['configuration']}, {fold}"])
     mm = join([f"{s:.3g}" for s in facts.spacing])
@@ -184,15 +191,10 @@ def _features_text(facts: Facts) -> str:
     if facts.last.feature_rank is not None:
         of_width = f" of {facts.config.network.embed_dims[-1]}" if facts.config.encoder == "hybrid" else ""
         parts.append(f"effective rank of the encoder's features {facts.last.feature_rank:.0f}{of_width}")
-    if dice := probe_dice(facts):
+    if dice := facts.probe_dice():
         start = f" ({dice[0]:.2f} at the start)" if len(dice) > 1 else ""
         parts.append(f"label probe Dice {dice[-1]:.2f}{start}")
     return "; ".join(parts)
-
-
-def probe_dice(facts: Facts) -> list[float]:
-    """Mean Dice of every label probe, oldest first."""
-    return [row.probe.dice for row in facts.history if row.probe.dice is not None]
 
 
 def settings_and_defaults(facts: Facts) -> tuple[Table, list[int]]:

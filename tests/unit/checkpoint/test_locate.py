@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from nnunet_mim.checkpoint.locate import find_checkpoint, no_checkpoint_error, write_pointer
+from nnunet_mim.checkpoint.locate import find_checkpoint, no_checkpoint_error, write_pointers
 from nnunet_mim.errors import MiMError
 
 
@@ -54,7 +54,7 @@ def test_of_a_run_of_its_own_and_one_of_several_datasets_the_newer_counts(tmp_pa
     own, joint = run_file(tmp_path, 0), tmp_path / "Dataset008_Other" / "run" / "fold_0" / "checkpoint_final.pth"
     joint.parent.mkdir(parents=True)
     joint.touch()
-    write_pointer(own.parent, joint)
+    write_pointers([own.parent], joint)
     for times, newer in (((1e9, 2e9), joint), ((3e9, 2e9), own)):
         for path, time in zip((own, joint), times, strict=True):
             os.utime(path, (time, time))

@@ -14,7 +14,7 @@ from nnunet_mim.networks.build import build_network
 from nnunet_mim.pretraining.monitoring.held_out import HeldOut
 from nnunet_mim.pretraining.objective.losses import reconstruction_loss
 from nnunet_mim.pretraining.state import load_weights
-from nnunet_mim.pretraining.step import learning_rates, learning_rates_of_unet
+from nnunet_mim.pretraining.step import learning_rates
 
 COMMON = ("--val_every", "1", "--set", "val_crops=1", "probe_every=0")
 NETWORK = NetworkConfig((3, 4, 3, 6), (1, 1, 1, 1), 2, 2.0, ((2, 1, 1), (1, 2, 1), (1, 1, 1), (1, 1, 2)), 12, 1, 2)
@@ -82,7 +82,7 @@ def test_weights_of_a_unet_are_taken_where_they_fit(change, fresh):
 
 def test_the_rate_of_the_unet_rises_and_falls_within_its_phase():
     config = PretrainConfig(iterations=40, decoder="unet", decoder_phase=0.25, unet_every=3)
-    rates = learning_rates_of_unet(config)
+    rates = learning_rates(40, config.learning_rate, config.warmup_fraction, config.unet_begins)
     assert rates[:30].tolist() == [0.0] * 30
     assert rates[30:].tolist() == learning_rates(10, config.learning_rate, config.warmup_fraction).tolist()
     assert [i for i in range(40) if config.unet_learns(i)] == [30, 33, 36, 39]

@@ -15,7 +15,6 @@ from nnunet_mim.pretraining.objective.levels import (
     _place_index,
     add_pass,
     level_losses,
-    levels_that_count,
 )
 from nnunet_mim.pretraining.objective.masks import mask_of
 from nnunet_mim.pretraining.objective.views import nested_views
@@ -329,7 +328,7 @@ def test_level_weights_scale_their_own_level_only():
 def test_levels_that_are_left_out_would_have_changed_no_gradient(base, changes, counted):
     config = replace(base, **changes)
     views = make_views(config)
-    assert levels_that_count(config, len(views)) == counted
+    assert config.levels_that_count(len(views)) == counted
 
     def run(n_computed):
         model = make_model(config)
