@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import nnunet_mim
-from nnunet_mim.checkpoint.locate import FINAL, UNPICKLED, locate
+from nnunet_mim.checkpoint.locate import FINAL, UNPICKLED, lasting_name, locate
 from nnunet_mim.checkpoint.metadata import check_provenance
 from nnunet_mim.checkpoint.share import read_export
 from nnunet_mim.checkpoint.torch_file import check_tensors, read_torch_file
@@ -282,7 +282,7 @@ class PretrainedCheckpoint:
                 f"{path} holds no parameters named {ENCODER_PREFIX}*: give the {FINAL} of a mim_pretrain run"
             )
         return cls(
-            path=str(path),
+            path=lasting_name(path),
             network=network_from_dict(config["network"]),
             preset=str(config.get("preset", "custom")),
             in_channels=int(config["in_channels"]),

@@ -1,7 +1,8 @@
 """Where checkpoints lie, and which one a finetuning starts from.
 
-A checkpoint is a file of `mim_pretrain`, a folder of `mim_export`, or a repository on Hugging Face. A pretraining on
-several datasets lies with the first one's results; the run folders of the others hold a pointer to it.
+A checkpoint is a file of `mim_pretrain`, a folder of `mim_export`, weights that come with the package, or a repository
+on Hugging Face. A pretraining on several datasets lies with the first one's results; the run folders of the others hold
+a pointer to it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 ENV_CHECKPOINT = "nnUNet_mim_checkpoint"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+SHIPPED = Path(__file__).parents[1] / "weights"
+"""exports that come with the package; each folder's name stands for it in all commands"""
 UNPICKLED = "nnU-Net runs what is in such a file; as it is now, this one has passed the checks of mim_inspect"
 """stands with printed commands that hand a checkpoint to nnU-Net"""
 INSTALL = "pip install 'nnunet_mim[share]'"
@@ -39,8 +42,9 @@ def locate(name: str | Path) -> Path:
     """Absolute path of a checkpoint file or of an export's folder on this machine.
 
     Args:
-        name: a `.pth` file, a folder of `mim_export`, or a repository on Hugging Face (`user/name`,
-            `user/name@revision`), which is downloaded into huggingface_hub's cache.
+        name: a `.pth` file, a folder of `mim_export`, weights that come with the package (`tiny-ct`; a file or folder
+            here of that name goes before them), or a repository on Hugging Face (`user/name`, `user/name@revision`),
+            which is downloaded into huggingface_hub's cache.
 
     Raises:
         MiMError: it does not exist, or cannot be downloaded.
@@ -52,9 +56,23 @@ def locate(name: str | Path) -> Path:
         if missing := [file for file in (WEIGHTS, CONFIG) if not (path / file).is_file()]:
             raise MiMError(f"{path} holds no {missing[0]}: give a {FINAL}, or a folder of mim_export")
         return path.absolute()
+    if str(name) in shipped_weights():
+        return SHIPPED / name
     if REPOSITORY.fullmatch(str(name)) and path.suffix not in (".pth", ".pt") and not path.parent.exists():
         return _download(str(name))
-    raise MiMError(f"pretraining checkpoint {path} does not exist")
+    choices = " or ".join(["correct the path", *(f"give {name}" for name in shipped_weights())])
+    raise MiMError(f"pretraining checkpoint {path} does not exist: {choices}")
+
+
+def shipped_weights() -> list[str]:
+    """Names of the weights that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
+
+
+def lasting_name(name: str | Path) -> str:
+    """What plans and settings keep of a checkpoint: the name of weights that come with the package, else the path."""
+    path = locate(name)
+    return path.name if path.parent == SHIPPED else str(path)
 
 
 def _download(name: str) -> Path:

@@ -11,12 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nnunet_mim.checkpoint.locate import CARD, CONFIG, INSTALL, WEIGHTS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.untrusted import read_json
 
+HALF = (torch.float16, torch.bfloat16)
 
-def export(checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: bool) -> None:
+
+def export(
+    checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: bool, half: bool = False, licence: str = ""
+) -> None:
     """Write a folder that every command takes in place of the checkpoint file.
 
     Args:
@@ -25,6 +31,8 @@ def export(checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: b
         folder: to be made; appears whole or not at all.
         with_names: keep the identifiers of the cases. The hashes of their voxels always stay: finetuning recognises
             validation cases that were pretrained on by them.
+        half: write float16, half the size; a value beyond its range is an error.
+        licence: of the weights, kept in config.json too; empty: not stated.
 
     Raises:
         MiMError: the folder exists, cannot be written, or safetensors is missing.
@@ -46,15 +54,18 @@ def export(checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: b
         cases = [{**record, "case": ""} for record in config["provenance"]["cases"]]
         config["provenance"] = {**config["provenance"], "cases": cases, "skipped_steps": []}
     weights = {name: value.contiguous() for name, value in checkpoint["network_weights"].items()}
+    if half:
+        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     content = save(weights, metadata={"format": "pt"})
-    config = {"sha256": hashlib.sha256(content).hexdigest(), **config}
+    config = {"sha256": hashlib.sha256(content).hexdigest(), "licence": licence, **config}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         (temporary / WEIGHTS).write_bytes(content)
         (temporary / CONFIG).write_text(json.dumps(_without_nan(config), indent=1), encoding="utf-8")
         (temporary / CARD).write_text(card, encoding="utf-8")
-        read_export(temporary)
+        if any(not value.isfinite().all() for value in read_export(temporary)["network_weights"].values()):
+            raise MiMError("weights are beyond the range of float16: leave out --half")
         os.replace(temporary, folder)
     except OSError as error:
         raise MiMError(f"cannot write {folder} ({error.strerror}): free space, or choose another -o") from error
@@ -64,6 +75,8 @@ def export(checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: b
 
 def read_export(folder: Path) -> dict[str, Any]:
     """Read a folder of `mim_export` as the dict that a checkpoint file holds; nothing in it is executed.
+
+    Weights in half precision become float32.
 
     Raises:
         MiMError: damaged, incomplete, or safetensors is not installed.
@@ -77,7 +90,8 @@ def read_export(folder: Path) -> dict[str, Any]:
         content = (folder / WEIGHTS).read_bytes()
         if hashlib.sha256(content).hexdigest() != config.pop("sha256"):
             raise ValueError("the weights have another checksum than config.json says")
-        return {"network_weights": load(content), **config}
+        weights = {name: w.float() if w.dtype in HALF else w for name, w in load(content).items()}
+        return {"network_weights": weights, **config}
     except Exception as error:  # safetensors has errors of its own
         raise MiMError(
             f"{folder} is no readable export ({type(error).__name__}: {' '.join(str(error).split())[:200]}): take "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import textwrap
 from pathlib import Path
 
+from nnunet_mim.checkpoint.locate import CONFIG, SHIPPED, WEIGHTS, shipped_weights
 from nnunet_mim.errors import printable
 from nnunet_mim.pretraining.report.summary import Facts, Table, commands, facts_table, join, levels_table, losses_table
+from nnunet_mim.system.untrusted import read_json
 
 WIDTH = 110
 
@@ -27,6 +30,20 @@ def description(facts: Facts, path: Path) -> str:
         parts += ["last reconstruction loss on held-out cases", _aligned(losses)]
     parts += ["to finetune from it", *(f"  {printable(line, None)}" for line in commands(facts, path))]
     return "\n".join(parts)
+
+
+def shipped_text() -> str:
+    """The weights that come with the package: name, network, spacing, size, licence, checksum, and how to use them."""
+    rows = [["name", "preset", "spacing in mm (array order)", "MB", "licence", "SHA-256"]]
+    for name in shipped_weights():
+        config, weights = read_json(SHIPPED / name / CONFIG), SHIPPED / name / WEIGHTS
+        spacing = join(config["provenance"]["spacing"])
+        size, digest = f"{weights.stat().st_size / 1e6:.1f}", hashlib.sha256(weights.read_bytes()).hexdigest()
+        rows.append([name, config["mim_config"]["preset"], spacing, size, config["licence"], digest])
+    if len(rows) == 1:
+        return "no weights come with this copy of the package"
+    name = rows[1][0]
+    return f"{_aligned(rows)}\nto use one: mim_plan -d DATASET -pc {name}; what it is: mim_inspect {name}"
 
 
 def _pairs(rows: Table) -> str:

@@ -30,6 +30,7 @@ def _parser() -> OneLineParser:
     add("-o", required=True, metavar="FOLDER", help="new folder to write")
     add("--licence", metavar="ID", help="of the weights, such as cc-by-4.0 (default: not stated)")
     add("--data", metavar="TEXT", help="for the card: which images, and under which licence (default: not stated)")
+    add("--half", action="store_true", help="weights in float16: half the size, for a finetuning as good")
     add("--with_names", action="store_true", help="keep the identifiers of the cases")
     return parser
 
@@ -48,7 +49,8 @@ def _run(args: argparse.Namespace) -> None:
 
     folder = Path(args.o)
     checkpoint = load_checkpoint(args.checkpoint)
-    export(checkpoint, model_card(Facts(checkpoint, args.checkpoint), args.licence, args.data), folder, args.with_names)
+    card = model_card(Facts(checkpoint, args.checkpoint), args.licence, args.data)
+    export(checkpoint, card, folder, args.with_names, args.half, args.licence or "")
     for name, value in (("--licence", args.licence), ("--data", args.data)):
         if not value:
             print(f"note: {name} is not given; the card says so")

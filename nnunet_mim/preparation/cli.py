@@ -16,10 +16,12 @@ from nnunet_mim.nnunet.datasets import dataset_name, required_folder
 from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
 from nnunet_mim.nnunet.source import plans_in
+from nnunet_mim.preparation.common_plans import write_nnunet_plans
 from nnunet_mim.preparation.mim_plans import PlanSettings, check_can_write, make_mim_plans
 from nnunet_mim.settings import parse_settings, settings_help
 from nnunet_mim.system.cli import OneLineParser
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.machine import usable_cores
 from nnunet_mim.trainers.finetune_config import FinetuneConfig
 
 DESCRIPTION = """\
@@ -30,16 +32,21 @@ They are the dataset's own nnU-Net plans (-p), changed in four places:
   patch size    multiples of the network's token, at most 16 voxels an axis
   CT window     -1000…1000 HU instead of the foreground's percentiles; with -pc that of pretraining
   mim_finetune  a new block with every number of the finetuning recipe
-With -pc the spacing of pretraining is used if it is within a factor of 1.5 of the dataset's own."""
+With -pc the spacing of pretraining is used if it is within a factor of 1.5 of the dataset's own.
+A dataset without any plans is planned by nnU-Net first."""
 
 EXAMPLES = """\
 examples:
   mim_plan -d 501 --preset small                    plans to pretrain and finetune with
   mim_plan -d 501 -pc checkpoint_final.pth          plans to finetune an existing checkpoint with
+  mim_plan -d 501 -pc tiny-ct                       or weights that come with the package (mim_inspect --list_weights)
   mim_plan -d 501 -p nnUNetResEncUNetLPlans --encoder resenc -o nnUNetMiMResEncPlans     for stock nnU-Net
   mim_plan -d 501 --set num_epochs=100 lr=0.0005 patch_size=64,64,64
 
 settings for --set, of the plans and of the finetuning recipe:"""
+
+
+NNUNET_PLANS = "nnUNetPlans"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,6 +114,11 @@ def _read_plans(dataset: Path, plans: str, checkpoint: str | None) -> list[dict[
         remedy = f"{'' if checkpoint else again}run `{command}` first"
         raise MiMError(f"{dataset.name} was prepared by mim_prepare and has no {plans}: {remedy}")
     paths = [dataset / f"{name}.json" for name in (plans, "dataset_fingerprint", "dataset")]
+    raw = Path(os.environ.get("nnUNet_raw", ""), dataset.name, "dataset.json")
+    if plans == NNUNET_PLANS and not plans_in(dataset) and raw.is_file():
+        read_dataset_json(raw)
+        print(f"{dataset.name} has no {plans}: nnU-Net plans it first", flush=True)
+        write_nnunet_plans(dataset.name, min(8, usable_cores()))
     if not paths[0].is_file() and (found := plans_in(dataset)):
         raise MiMError(f"{paths[0]} does not exist: choose base plans with -p ({', '.join(found)}), or run `{command}`")
     for path in paths:
@@ -124,9 +136,9 @@ def _parser() -> OneLineParser:
     add = parser.add_argument
     add("-d", required=True, metavar="DATASET", help="dataset number or name")
     add("-pc", metavar="CHECKPOINT",
-        help="checkpoint_final.pth of a mim_pretrain run, a folder of mim_export, or the name of a repository on "
-        "Hugging Face")  # fmt: skip
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="base plans (default: nnUNetPlans)")
+        help="checkpoint_final.pth of a mim_pretrain run, a folder of mim_export, weights that come with the package "
+        "(tiny-ct), or the name of a repository on Hugging Face")  # fmt: skip
+    add("-p", default=NNUNET_PLANS, metavar="PLANS", help=f"base plans (default: {NNUNET_PLANS})")
     add("-o", "-overwrite_plans_name", dest="o", default="nnUNetMiMPlans", metavar="NAME",
         help="name of the new plans (default: nnUNetMiMPlans)")  # fmt: skip
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="the configuration to keep (default: 3d_fullres)")

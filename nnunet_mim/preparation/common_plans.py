@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, plan_experiment_dataset
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, last_line
 from nnunet_mim.nnunet.intensities import WIDE_CT_WINDOW
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.preparation.mim_plans import make_mim_plans
 from nnunet_mim.preparation.prepare_case import CONFIGURATION
 
 DATASET_JSON, FINGERPRINT = "dataset.json", "dataset_fingerprint.json"
+PLANNING = {"nnUNet_n_proc_DA": "1"}
+"""with 0, which is right for training, nnU-Net's planner fails"""
 
 
 def fingerprint_of(
@@ -116,6 +119,22 @@ def extracted_fingerprint(dataset: str, dataset_json: Mapping[str, Any], process
             ) from error
 
 
+def write_nnunet_plans(dataset: str, processes: int) -> None:
+    """Let nnU-Net check a labelled dataset and write its fingerprint, its dataset.json and `nnUNetPlans`, as
+    `nnUNetv2_plan_and_preprocess --no_pp --verify_dataset_integrity` does.
+    """
+    number = int(dataset[7:10])
+    try:
+        with redirect_stdout(StringIO()), _environment(**PLANNING):
+            extract_fingerprint_dataset(number, num_processes=processes, check_dataset_integrity=True, verbose=False)
+            plan_experiment_dataset(number)
+    except (Exception, SystemExit) as error:
+        command = f"nnUNetv2_plan_and_preprocess -d {number} --no_pp --verify_dataset_integrity"
+        raise MiMError(
+            f"nnU-Net cannot plan {dataset} ({type(error).__name__}: {last_line(error)}): `{command}` says more"
+        ) from error
+
+
 @contextmanager
 def _temporary_folders(dataset: str, dataset_json: Mapping[str, Any]) -> Iterator[Path]:
     """Temporary nnU-Net folders in which a dataset has this dataset.json; yields its preprocessed folder.
@@ -123,16 +142,22 @@ def _temporary_folders(dataset: str, dataset_json: Mapping[str, Any]) -> Iterato
     nnU-Net's planner and extractor write files, and the user's files must not change yet. Where dataset.json lists no
     paths, nnU-Net forks processes to find them, which can hang in a process with threads.
     """
-    before = {name: os.environ.get(name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_n_proc_DA")}
     with tempfile.TemporaryDirectory() as temporary, redirect_stdout(StringIO()):
         raw, preprocessed = (Path(temporary, name, dataset) for name in ("nnUNet_raw", "nnUNet_preprocessed"))
         for folder in (raw, preprocessed):
             folder.mkdir(parents=True)
-            os.environ[folder.parent.name] = str(folder.parent)
-        os.environ["nnUNet_n_proc_DA"] = "1"  # with 0, which is right for training, the planner fails
         (raw / DATASET_JSON).write_text(json.dumps(dataset_json))
-        try:
+        with _environment(nnUNet_raw=str(raw.parent), nnUNet_preprocessed=str(preprocessed.parent), **PLANNING):
             yield preprocessed
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables that hold for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

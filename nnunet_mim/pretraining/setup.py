@@ -12,7 +12,7 @@ from nnunetv2.paths import nnUNet_results
 
 from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.checkpoint.identity import case_key
-from nnunet_mim.checkpoint.locate import FINAL, LATEST, locate
+from nnunet_mim.checkpoint.locate import FINAL, LATEST, lasting_name
 from nnunet_mim.config import PretrainConfig, network_from_dict
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import level_number, levels_of, views_per_crop
@@ -132,7 +132,7 @@ def set_up(
     """
     first = sources[0]
     if given.get("init_checkpoint"):
-        given = {**given, "init_checkpoint": str(locate(given["init_checkpoint"]))}
+        given = _with_decoder_of_init(given)
     given = with_network_of_plans(given, sources, where.resume)
     _check_settings(given, first, n_devices)
     if where.fold_number is not None:
@@ -169,6 +169,14 @@ def set_up(
     if stored is not None:
         _check_same_run(stored, config, data.train)
     return Run(config, data, folder, options, where.strict, stored)
+
+
+def _with_decoder_of_init(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the decoder's sizes of their `init_checkpoint` where they have none; plans do not name them."""
+    path = lasting_name(given["init_checkpoint"])
+    network = load_checkpoint(path)["mim_config"]["network"]
+    decoder = {name: value for name, value in network.items() if name.startswith("decoder_")}
+    return {**given, "init_checkpoint": path, "network": {**decoder, **given.get("network", {})}}
 
 
 def _check_settings(given: Mapping[str, Any], source: Source, n_devices: int) -> None:
