@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
-from tqdm import tqdm
 
 from nnunet_mim.errors import MiMError, last_line
 from nnunet_mim.nnunet.image_files import damaged, file_problem, header_of
 from nnunet_mim.preparation.labels import geometry_differences
 from nnunet_mim.preparation.screening import header_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
+from nnunet_mim.system.progress import ProgressBar
 from nnunet_mim.system.untrusted import read_json
 
 MSD_CASES = {
@@ -162,7 +162,8 @@ def archive_problems(archive: Archive, processes: int, ignore_origin: bool = Fal
     check = partial(_item_problems, set(archive.labels.values()), ignore_origin)
     problems: dict[int, list[str]] = {}
     with closing(guarded_map(check, items, processes, ITEM_LIMITS)) as outcomes:
-        for index, outcome in tqdm(outcomes, total=len(items), desc=f"checking {archive.folder.name}", unit="case"):
+        checked = ProgressBar(outcomes, total=len(items), desc=f"checking {archive.folder.name}", unit="case")
+        for index, outcome in checked:
             item = items[index]
             path = item if isinstance(item, Path) else item.image
             failed = isinstance(outcome, Failure)

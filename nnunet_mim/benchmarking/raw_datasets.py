@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-from tqdm import tqdm
 
 from nnunet_mim.benchmarking.archives import ENDING, Archive
 from nnunet_mim.errors import MiMError, last_line
 from nnunet_mim.preparation.labels import geometry_differences, write_like_image
 from nnunet_mim.preparation.prepare_case import remove_abandoned
+from nnunet_mim.system.progress import ProgressBar
 
 
 def already_there(archive: Archive, raw: Path) -> bool:
@@ -77,7 +77,7 @@ def _link_all(archive: Archive, made: Path) -> None:
     """Link images and labels (hard links), or copy them where that is impossible, and describe the dataset."""
     for folder in {target.parent for _, target in _pairs(archive, made)}:
         folder.mkdir(parents=True)
-    for source, target in tqdm(_pairs(archive, made), desc=f"converting {archive.folder.name}", unit="file"):
+    for source, target in ProgressBar(_pairs(archive, made), desc=f"converting {archive.folder.name}", unit="file"):
         _link_or_copy(source, target)
     counts = {"numTraining": len(archive.cases), "numTest": len(archive.unlabelled), "file_ending": ENDING}
     description = {**archive.about, "labels": archive.labels, "channel_names": {"0": "CT"}, **counts}

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 from scipy.ndimage import binary_erosion
-from tqdm import tqdm
 
 from nnunet_mim.classification.job import Job
 from nnunet_mim.classification.regions import CaseVoxels, mask_box
 from nnunet_mim.nnunet.intensities import Intensities
+from nnunet_mim.system.progress import ProgressBar
 
 PREVALENCE, SIZE, SIZE_HU, COVARIATES = (f"baseline_{name}" for name in ("prevalence", "size", "size_hu", "covariates"))
 BASELINES = (PREVALENCE, SIZE, SIZE_HU, COVARIATES)
@@ -27,7 +27,7 @@ def baseline_features(job: Job) -> dict[str, np.ndarray]:
     voxels: the window of the plans has cut them.
     """
     covariates = job.table.covariates
-    cases = tqdm(job.table.cases, desc="sizes", disable=None)
+    cases = ProgressBar(job.table.cases, desc="sizes", unit="case")
     rows = [_size_and_hu(job.reader.read(case), job.source.intensities) for case in cases]
     sizes, hu = (np.stack(part) for part in zip(*rows, strict=True))
     features = {

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nnunet_mim.classification.encoders import LoadedEncoder
 from nnunet_mim.classification.network import place_weights
@@ -22,6 +21,7 @@ from nnunet_mim.classification.regions import CaseReader, CaseVoxels, Region, cu
 from nnunet_mim.nnunet.plans import voxels_key
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.progress import ProgressBar
 
 FEATURES_VERSION = 1
 CACHE_FOLDER = "mim_classify_features"
@@ -76,7 +76,7 @@ class FeatureExtractor:
         cache = FeatureCache(reader, self._key(reader.source))
         known = cache.load()
         missing = [case for case in cases if case not in known]
-        for case in tqdm(missing, desc="features", disable=None):
+        for case in ProgressBar(missing, desc="features", unit="case"):
             known[case] = self.of_case(reader.read(case))
         if missing:
             cache.save(known)

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nnunet_mim.checkpoint.locate import LATEST
 from nnunet_mim.classification.case_network import CaseNetwork, new_classifier
@@ -37,6 +36,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.pretraining.distributed.launch import say
 from nnunet_mim.pretraining.distributed.ranks import Ranks, ranks_of
 from nnunet_mim.pretraining.stopping import StoppedError, StopRequests
+from nnunet_mim.system.progress import ProgressBar
 from nnunet_mim.trainers.finetune_config import FinetuneConfig, default_mirror_axes
 from nnunet_mim.trainers.optim import build_optimizer
 
@@ -88,7 +88,8 @@ def with_settled_window(job: Job, cell: Sequence[int]) -> Job:
     """The job with a window of whole cells: the given one, or one that holds WINDOW_SHARE of the boxes on each axis."""
     window: Sequence[int] = job.config.window
     if not window:
-        boxes = [job.reader.read(case).box(job.config.margin) for case in tqdm(job.table.cases, "boxes", disable=None)]
+        cases = ProgressBar(job.table.cases, desc="boxes", unit="case")
+        boxes = [job.reader.read(case).box(job.config.margin) for case in cases]
         extents = np.quantile([high - low for low, high in boxes], WINDOW_SHARE, axis=0, method="higher")
         window = [min(-(-int(n) // c) * c, m) for n, c, m in zip(extents, cell, LARGEST_WINDOW, strict=True)]
     X, Y, Z = cell
@@ -172,7 +173,7 @@ def train_fold(run: FoldRun, fabric: Fabric, workers: int, resume: bool,
     per_epoch = run.recipe.iterations_per_epoch
     batches = training_batches(_crops(run), state.iteration, run.total, workers, fabric.device, ranks)
     quiet = None if fabric.is_global_zero else True
-    bar = tqdm(total=run.total, initial=state.iteration, desc=f"fold {run.fold}", disable=quiet)
+    bar = ProgressBar(total=run.total, initial=state.iteration, desc=f"fold {run.fold}", unit="it", disable=quiet)
     with StopRequests() as stop, bar, closing(batches):
         while state.iteration < run.total:
             advance(state.iteration)

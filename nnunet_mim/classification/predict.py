@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_splitted_dataset_folder
-from tqdm import tqdm
 
 from nnunet_mim.classification.baselines import BASELINES
 from nnunet_mim.classification.case_network import CaseNetwork, new_classifier
@@ -38,6 +37,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.progress import ProgressBar
 from nnunet_mim.system.untrusted import read_json
 
 
@@ -270,7 +270,7 @@ def preprocessed_cases(source: Source, images: Path, masks: Path | None) -> Iter
     plans = PlansManager(source.plans)
     configuration = plans.get_configuration(source.configuration)
     preprocessor = configuration.preprocessor_class(verbose=False)
-    for name in tqdm(names, desc="classifying", disable=None):
+    for name in ProgressBar(names, desc="classifying", unit="case"):
         paths = create_paths_fn(str(images), files, ending, str(name))
         if len(paths) != source.in_channels:
             raise MiMError(f"{images}: {name} has {len(paths)} channels, {source.dataset} has {source.in_channels}")

@@ -22,11 +22,11 @@ from typing import Any
 import nibabel
 import numpy as np
 import SimpleITK as sitk
-from tqdm import tqdm
 
 from nnunet_mim.errors import last_line
 from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts, length_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
+from nnunet_mim.system.progress import ProgressBar
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
 DICOM_ENDINGS = (".dcm", ".ima", ".dicom")
@@ -115,7 +115,8 @@ def read_headers(paths: Sequence[str], processes: int, title: str = "") -> list[
     sound = [index for index, problem in enumerate(found) if problem is None]
     reading = guarded_map(_read_header, [paths[index] for index in sound], processes, HEADER_LIMITS)
     with closing(reading):
-        for place, result in tqdm(reading, desc=title, total=len(sound), unit="file", disable=not (title and sound)):
+        results = ProgressBar(reading, desc=title, total=len(sound), unit="file", disable=not (title and sound))
+        for place, result in results:
             failed = isinstance(result, Failure)
             found[sound[place]] = f"cannot be read ({result.reason})" if failed else result
     return found

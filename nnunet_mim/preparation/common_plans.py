@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -111,7 +112,9 @@ def extracted_fingerprint(dataset: str, dataset_json: Mapping[str, Any], process
     """
     with _temporary_folders(dataset, dataset_json) as preprocessed:
         try:
-            DatasetFingerprintExtractor(dataset, processes).run()
+            extractor = DatasetFingerprintExtractor(dataset, processes)
+            extractor.show_progress_bar = sys.stderr.isatty()
+            extractor.run()
             return (preprocessed / FINGERPRINT).read_bytes()
         except Exception as error:
             raise MiMError(
@@ -126,7 +129,10 @@ def write_nnunet_plans(dataset: str, processes: int) -> None:
     number = int(dataset[7:10])
     try:
         with redirect_stdout(StringIO()), _environment(**PLANNING):
-            extract_fingerprint_dataset(number, num_processes=processes, check_dataset_integrity=True, verbose=False)
+            bar = sys.stderr.isatty()
+            extract_fingerprint_dataset(
+                number, num_processes=processes, check_dataset_integrity=True, verbose=False, show_progress_bar=bar
+            )
             plan_experiment_dataset(number)
     except (Exception, SystemExit) as error:
         command = f"nnUNetv2_plan_and_preprocess -d {number} --no_pp --verify_dataset_integrity"

@@ -12,7 +12,6 @@ from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from tqdm import tqdm
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
@@ -35,6 +34,7 @@ from nnunet_mim.preparation.raw_cases import read_raw_dataset, unlabelled_datase
 from nnunet_mim.preparation.screening import Header, read_header
 from nnunet_mim.pretraining.data.case_index import CaseInfo, write_index
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.progress import ProgressBar
 from nnunet_mim.system.untrusted import read_json
 
 SEGMENTATION = "_seg"
@@ -301,7 +301,7 @@ def _prepare_usable(survey: _Survey, source: Source, dataset_json: Mapping[str, 
             )
             for name in todo
         ]  # fmt: skip
-        progress = tqdm(
+        progress = ProgressBar(
             run_jobs(jobs, survey.config.processes), total=len(usable), initial=len(usable) - len(jobs),
             desc=f"preparing {survey.dataset}", unit="case",
         )  # fmt: skip

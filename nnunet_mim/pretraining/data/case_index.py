@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from tqdm import tqdm
 
 from nnunet_mim.checkpoint.fingerprint import FINGERPRINT_SHAPE, fingerprint, from_text, to_text
 from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.nnunet.source import GONE, Source
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.machine import usable_cores
+from nnunet_mim.system.progress import ProgressBar
 
 N_BODY_POINTS = 64
 BODY_HU = -500.0
@@ -133,7 +133,8 @@ def read_index(
     missing = [case for case in source.cases if case not in rows]
     with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         described = pool.map(lambda case: _describe_case(source, case), missing)
-        bar = tqdm(described, total=len(missing), desc=f"checking {source.dataset}", disable=not show_progress)
+        title = f"checking {source.dataset}"
+        bar = ProgressBar(described, total=len(missing), desc=title, unit="case", disable=not show_progress)
         results = dict(zip(missing, bar, strict=True))
     sound = []
     for case, result in results.items():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nnunet_mim.errors import MiMError, printable_lines
 from nnunet_mim.pretraining.data.crops import CropDataset, UnreadCases
@@ -19,9 +17,7 @@ from nnunet_mim.pretraining.monitoring.figures import Measurement, TrainingFigur
 from nnunet_mim.pretraining.record import RunRecord
 from nnunet_mim.pretraining.setup import Run
 from nnunet_mim.pretraining.state import TrainingState
-
-SHOWN_EVERY_S = 10.0
-"""between two states of the progress bar in a log file, where each of them stays"""
+from nnunet_mim.system.progress import ProgressBar
 
 
 class StepLog:
@@ -40,9 +36,9 @@ class StepLog:
         self.means: TrainingFigures[float] = TrainingFigures()
         """of the last row"""
         self.unread = UnreadCases(run.data.train)
-        self.bar = tqdm(
+        self.bar = ProgressBar(
             total=run.config.iterations, initial=state.iteration, desc="pretraining", unit="it", smoothing=0.05,
-            disable=not record.active, mininterval=0.1 if sys.stderr.isatty() else SHOWN_EVERY_S,
+            disable=not record.active,
         )  # fmt: skip
         self.restart_clock()
 
