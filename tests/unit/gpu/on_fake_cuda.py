@@ -1,0 +1,96 @@
+"""A step on fake CUDA tensors: nothing waits for the device or is copied, in any variant; what does is found.
+
+test_kernel_count.py runs these tests in a process of their own.
+"""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nnunet_mim.config import NetworkConfig
+
+NETWORK = NetworkConfig((8, 8, 16, 24), (1, 1, 1, 2), 2, decoder_embed_dim=48, decoder_depth=2, decoder_num_heads=2)
+VARIANTS = {
+    "infonce": {},
+    "cosine": {"alignment": "cosine"},
+    "recompute": {"recompute": (1, 2, 3)},
+}
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = Path(__file__).parents[3] / "benchmarks" / "gpu" / "kernel_count.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        with module.pretended_cuda():
+            return module
+    except module.NotPretendedError as error:
+        pytest.skip(str(error))
+
+
+def count(benchmark, alter=lambda views: views, recompute=(), **changes):
+    config = benchmark.config_of("tiny", 32, 2, (1, 1), **changes)
+    return benchmark.count(replace(config, network=NETWORK), alter, recompute)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_a_step_neither_waits_nor_copies(benchmark, variant):
+    found = count(benchmark, **VARIANTS[variant])
+    assert (found.syncs, found.copies) == (0, 0)
+    n_layers = 3 + 2 + 2  # blocks with an MLP: stages, transformer, decoder
+    one_pass = variant != "recompute"  # else each of three levels has its own, computed twice
+    n_passes, n_attentions = (1, 2) if one_pass else (6, 6)  # level 2 has another number of tokens than 1 and 3
+    assert found.kernels["bias_gelu"] == n_layers * n_passes
+    assert found.kernels["masked_depthwise"] == 2 * 3 * n_passes  # two kernels in each of three stages
+    assert found.kernels["_scaled_dot_product_flash_attention"] == 4 * n_attentions  # transformer and decoder
+    assert found.kernels["_fused_adamw_"] == 2  # with and without weight decay
+
+
+PLANTED = {  # what it does to images → syncs, copies
+    "item": (lambda images: images * images.sum().item(), (1, 0)),
+    "branch on a value": (lambda images: images if images.sum() > 0 else -images, (1, 0)),
+    "copy to the host": (lambda images: images.mean().cpu(), (0, 1)),
+    "copy to the device": (lambda images: images + torch.ones(32).to(images.device), (0, 1)),
+    "index on the host": (lambda images: images[torch.arange(2)], (0, 1)),
+    "number on the host": (lambda images: images * torch.tensor(2.0), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("fault", list(PLANTED))
+def test_a_fault_is_found(benchmark, fault):
+    change, wanted = PLANTED[fault]
+    with benchmark.pretended_cuda(), FakeTensorMode(), benchmark.KernelCount() as found:
+        change(torch.empty(2, 1, 32, 32, 32, device="cuda"))
+    assert (found.syncs, found.copies) == wanted
+
+
+def test_faults_in_a_step_are_found(benchmark):
+    def alter(views):
+        views[0].images.mean().cpu()
+        return [replace(views[0], images=views[0].images * views[0].images.sum().item()), *views[1:]]
+
+    found = count(benchmark, alter)
+    assert (found.syncs, found.copies) == (1, 1)
+
+
+def test_an_array_on_the_host_raises(benchmark):
+    with (
+        benchmark.pretended_cuda(), FakeTensorMode(), benchmark.KernelCount(),
+        pytest.raises(RuntimeError, match="cpu"),
+    ):  # fmt: skip
+        torch.empty(2, 32, device="cuda") + torch.ones(32)
+
+
+def test_kernels_and_bytes_by_hand(benchmark):
+    """A product, a sum along rows of a view of it, in bf16: 4x8 by 8x2, and 2x4 to 2."""
+    with benchmark.pretended_cuda(), FakeTensorMode(), benchmark.KernelCount() as found:
+        a, b = (torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in ((4, 8), (8, 2)))
+        (a @ b).t().sum(dim=1)
+    assert found.kernels == {"mm": 1, "sum": 1}
+    assert found.bytes == {"mm": 2 * (32 + 16 + 8), "sum": 2 * (8 + 2)}
