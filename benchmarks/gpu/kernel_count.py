@@ -163,7 +163,7 @@ def _bytes_moved(name, inputs, outputs):
     return sum(sizes) + written
 
 
-def make_step(config, alter=lambda views: views, recompute=()):
+def make_step(config, alter=lambda views: views, recompute=(), ranks=ALONE):
     """A function that does one optimiser step on fake tensors; `alter` changes its views."""
     device = torch.device("cuda", 0)
     with torch.device(device):
@@ -174,20 +174,20 @@ def make_step(config, alter=lambda views: views, recompute=()):
     fill, flat = torch.empty(1, device=device), torch.empty(1, device=device)
     generator = torch.Generator()
     forward, optimizer = HalfPrecisionCopy(model), build_optimizer(model, config)
-    train_step = ordinary_step(forward, model, optimizer, flat, config, ALONE, None, recompute)
+    train_step = ordinary_step(forward, model, optimizer, flat, config, ranks, None, recompute)
 
     def step():
-        train_step(alter(nested_views(crops, valid, fill, levels, generator, flat)))
+        train_step(alter(nested_views(crops, valid, fill, levels, generator, flat, ranks)))
 
     return step
 
 
-def count(config, alter=lambda views: views, recompute=()):
+def count(config, alter=lambda views: views, recompute=(), ranks=ALONE):
     """KernelCount of one step, the second: the first makes the optimiser's state and the geometry's tensors."""
     on_device.cache_clear()  # fake tensors of another mode
     try:
         with pretended_cuda(), FakeTensorMode(allow_non_fake_inputs=True):
-            step = make_step(config, alter, recompute)
+            step = make_step(config, alter, recompute, ranks)
             for _ in range(2):
                 with KernelCount() as counted:
                     step()

@@ -101,7 +101,7 @@ class RunOptions:
     compile: bool = setting(False, "torch.compile the network; takes minutes at the start", "--compile")
     record: bool = setting(
         True,
-        "on one GPU, record a step as a CUDA graph and replay it: much faster where the network is small for the "
+        "on GPUs, record a step as a CUDA graph and replay it: much faster where the network is small for the "
         "device; not with --compile or --recompute",
         "--record",
     )

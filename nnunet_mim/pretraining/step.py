@@ -72,7 +72,7 @@ def learning_rates(iterations: int, peak: float, warmup_fraction: float, begins:
 
 
 def build_step(state: TrainingState, run: Run, fabric: Fabric, unet_learns: bool) -> TrainStep:
-    """The step of a run: on one GPU recorded as a CUDA graph, unless options are against it.
+    """The step of a run: on GPUs recorded as a CUDA graph, unless options are against it.
 
     Args:
         unet_learns: whether the U-Net around the encoder, if the run has one, learns too.
@@ -95,8 +95,7 @@ def build_step(state: TrainingState, run: Run, fabric: Fabric, unet_learns: bool
 
     measured = fabric.device.type == "cuda" and options.views_per_pass is None
     step = SizedStep(in_passes_of, fabric.device) if measured else in_passes_of(options.views_per_pass)
-    one_gpu = fabric.device.type == "cuda" and ranks.world == 1
-    if options.record and one_gpu and not (options.compile or options.recompute):
+    if options.record and fabric.device.type == "cuda" and not (options.compile or options.recompute):
         return RecordedStep(step, state.optimizer)
     return step
 
@@ -208,7 +207,8 @@ def full_memory_named(run: Run) -> Iterator[None]:
 class RecordedStep:
     """The same step as a CUDA graph: the first WARM_UP calls are ordinary ones, the next records, all others replay.
 
-    Memory of a step stays reserved from then on. The optimiser must be a fused one: its state is on the device.
+    Memory of a step stays reserved from then on. The optimiser must be a fused one: its state is on the device. What
+    ranks tell each other is recorded too (NCCL); each rank records its own graph, and its order of messages is theirs.
     """
 
     def __init__(self, step: TrainStep, optimizer: torch.optim.Optimizer) -> None:
@@ -268,7 +268,7 @@ class RecordedStep:
             group |= {"lr": rate, "capturable": True}
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the thread that pins batches goes on meanwhile
+            # thread_local: the threads that pin batches and that watch messages between ranks go on meanwhile
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.figures = self.step(views)
         except RuntimeError as error:

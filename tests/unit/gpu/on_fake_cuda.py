@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nnunet_mim.config import NetworkConfig
+from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks
 
 NETWORK = NetworkConfig((8, 8, 16, 24), (1, 1, 1, 2), 2, decoder_embed_dim=48, decoder_depth=2, decoder_num_heads=2)
 VARIANTS = {
@@ -34,9 +37,9 @@ def benchmark():
         pytest.skip(str(error))
 
 
-def count(benchmark, alter=lambda views: views, recompute=(), **changes):
+def count(benchmark, alter=lambda views: views, recompute=(), ranks=ALONE, **changes):
     config = benchmark.config_of("tiny", 32, 2, (1, 1), **changes)
-    return benchmark.count(replace(config, network=NETWORK), alter, recompute)
+    return benchmark.count(replace(config, network=NETWORK), alter, recompute, ranks)
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
@@ -50,6 +53,19 @@ def test_a_step_neither_waits_nor_copies(benchmark, variant):
     assert found.kernels["masked_depthwise"] == 2 * 3 * n_passes  # two kernels in each of three stages
     assert found.kernels["_scaled_dot_product_flash_attention"] == 4 * n_attentions  # transformer and decoder
     assert found.kernels["_fused_adamw_"] == 2  # with and without weight decay
+
+
+def test_what_two_ranks_tell_each_other_waits_for_nothing(benchmark):
+    """So it can be recorded with the step."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        alone, both = count(benchmark), count(benchmark, ranks=Ranks(0, 2))
+    finally:
+        dist.destroy_process_group()
+    assert (both.syncs, both.copies) == (0, 0)
+    messages = {name: n for name, n in both.kernels.items() if name not in alone.kernels}
+    # numbers of targets and of views inside, for each of three levels, and the gradients; features of two parents
+    assert messages == {"allreduce_": 3 * 2 + 1, "allgather_": 2}
 
 
 PLANTED = {  # what it does to images → syncs, copies
