@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint, load_checkpoint
-from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, find_checkpoint, locate
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, find_checkpoint, lasting_name
 from nnunet_mim.checkpoint.units import unit_differences, units_warning
 from nnunet_mim.classification.options import RANDOM, ClassifyConfig
 from nnunet_mim.classification.results import weights_sha256
@@ -124,14 +124,14 @@ def _twin(source: Source, config: ClassifyConfig, fold: int | str) -> str | None
     if config.mode != "scratch" or config.checkpoint == RANDOM:
         return None
     if config.checkpoint:
-        return str(locate(config.checkpoint))
+        return lasting_name(config.checkpoint)
     path = find_checkpoint(source.plans, source.configuration, fold, required_folder("nnUNet_results"))
     return None if path is None else str(path)
 
 
 def _find(source: Source, config: ClassifyConfig, fold: int | str) -> str:
     if config.checkpoint:
-        return str(locate(config.checkpoint))
+        return lasting_name(config.checkpoint)
     path = find_checkpoint(source.plans, source.configuration, fold, required_folder("nnUNet_results"))
     if path is None:
         number = source.dataset[7:10]

@@ -13,14 +13,13 @@ FOLDER = Path(__file__).parents[3] / "benchmarks" / "gpu"
 
 @pytest.fixture
 def gpu_benchmark(tmp_path):
-    """gpu_benchmark(script, *flags): the JSON that it prints in its last line."""
+    """gpu_benchmark(script, *flags, **environment): the JSON that it prints in its last line."""
 
-    def run(script, *flags):
+    def run(script, *flags, **variables):
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         command = [sys.executable, FOLDER / script, *flags, "--json"]
-        done = subprocess.run(
-            command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
-        )
+        environment |= {"TRITON_CACHE_DIR": str(tmp_path), **variables}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout.splitlines()[-1])
 

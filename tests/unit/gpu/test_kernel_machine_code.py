@@ -1,8 +1,13 @@
 """The Triton kernels as machine code, which Triton's own assembler makes without a GPU."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from nnunet_mim.config import PRESETS
+from nnunet_mim.networks.depthwise import TRITON
 
 pytest.importorskip("triton")
 
@@ -49,3 +54,25 @@ def test_every_kernel_fits_the_registers(gpu_benchmark, preset, arch):
     check(gpu_benchmark(*flags, "--dtypes", "fp16", "--finetuning"), 3 * 2)
     fused = gpu_benchmark("kernel_machine_code.py", "--fused", "--presets", preset, "--archs", arch)["rows"]
     assert [row for row in fused if row["spilled"] or row["registers"] > 255] == []
+
+
+@pytest.fixture(scope="module")
+def oldest_triton(tmp_path_factory):
+    """Folder with the oldest Triton that the package takes, to go before the installed one."""
+    folder, version = tmp_path_factory.mktemp("triton"), ".".join(map(str, TRITON))
+    command = ["-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={version}.*"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"Triton {version} cannot be installed here: {done.stderr[-300:]}")
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kernels", [(), ("--fused",)])
+def test_the_oldest_triton_compiles_every_kernel(gpu_benchmark, oldest_triton, kernels):
+    path = os.pathsep.join([str(oldest_triton), *filter(None, [os.environ.get("PYTHONPATH")])])
+    flags = "kernel_machine_code.py", *kernels, "--presets", "tiny", "small", "--archs", "80", "90"
+    found = gpu_benchmark(*flags, PYTHONPATH=path)
+    assert tuple(map(int, found["triton"].split(".")[:2])) == TRITON
+    assert found["rows"]
+    assert [row for row in found["rows"] if row["spilled"] > SPILLED or row["registers"] > 255] == []
