@@ -6,6 +6,7 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def printable(text: object, limit: int | None = 200) -> str:
@@ -63,7 +64,7 @@ def last_line(error: BaseException) -> str:
     return " ".join(lines[-1].split())[:200]
 
 
-def exit_code(run: Callable[[], None]) -> int:
+def exit_code(run: Callable[[], Any]) -> int:
     """Run a command; its exit code is 0, 2 after an error that is printed in one line, or 130 after Ctrl-C.
 
     Errors are a MiMError, and an error of the file system that names a file. Everything else is a fault of this package

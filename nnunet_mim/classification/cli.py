@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_CODE
 
 
-def train(options: argparse.Namespace) -> None:
-    """Train the chosen folds, then report if all are there."""
+def train(options: argparse.Namespace) -> Path:
+    """Train the chosen folds, then report if all are there. Returns the folder of the results."""
     where = DataOptions(**given_flags(options, DataOptions))
     config = ClassifyConfig(**given_flags(options, ClassifyConfig))
     machine = MachineOptions(**given_flags(options, MachineOptions))
@@ -108,6 +108,7 @@ def train(options: argparse.Namespace) -> None:
 
             print("\n".join(write_report(job.folder, job.source, seed=config.seed)))
     end_process_group()
+    return job.folder
 
 
 def _train_networks(job: Job, folds: Sequence[int], machine: MachineOptions, device: str) -> None:
@@ -135,8 +136,8 @@ def _train_networks(job: Job, folds: Sequence[int], machine: MachineOptions, dev
             train_fold(run, fabric, how.workers or 0, machine.resume)
 
 
-def report(options: argparse.Namespace) -> None:
-    """Compare what is trained."""
+def report(options: argparse.Namespace) -> Path:
+    """Compare what is trained. Returns the folder of the results."""
     where = DataOptions(**given_flags(options, DataOptions))
     from nnunet_mim.classification.labels import cases_where, labels_file
     from nnunet_mim.classification.report import write_report
@@ -153,6 +154,7 @@ def report(options: argparse.Namespace) -> None:
         which = f"{column} from {low} to below {high}"
     folder = targets_folder(source, where.target)
     print("\n".join(write_report(folder, source, kept, which, options.seed)))
+    return folder
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -204,7 +206,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser("mim_classify", description=DESCRIPTION)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(function: Callable[..., None], summary: str, description: str, epilog: str = "") -> Any:
+    def command(function: Callable[..., Any], summary: str, description: str, epilog: str = "") -> Any:
         texts: dict[str, Any] = {"help": summary, "description": description, "epilog": epilog}
         made = commands.add_parser(function.__name__, **texts)
         made.set_defaults(run=function)

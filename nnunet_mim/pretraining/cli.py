@@ -92,8 +92,12 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_CODE
 
 
-def run(typed: argparse.Namespace) -> None:
-    """Check everything, then train. Heavy imports come after the command line is read, so that --help is quick."""
+def run(typed: argparse.Namespace) -> Path:
+    """Check everything, then train. Heavy imports come after the command line is read, so that --help is quick.
+
+    Returns:
+        path of the final checkpoint; with --dry-run it is not written.
+    """
     where = DataOptions(**given_flags(typed, DataOptions))
     options = RunOptions(**given_flags(typed, RunOptions))
     import torch
@@ -126,12 +130,12 @@ def run(typed: argparse.Namespace) -> None:
     if not options.dry_run and setup.is_finished(folder, where.resume):
         say(f"finished already: {folder / FINAL}")
         write_pointers(others, folder / FINAL)
-        return
+        return folder / FINAL
     job = setup.set_up(settings, sources, folder, where, options, devices * nodes)
     if options.dry_run:
         fabric = launched_fabric(options.device, devices, nodes, options.precision)
         say(f"{job.summary()}\n{dry_run(job, fabric)}")
-        return
+        return folder / FINAL
     busy = f"another mim_pretrain writes to {folder}: wait until it has ended, or choose a tag with -o"
     with exclusive_lock(folder.with_name(f".{folder.name}.lock"), busy) if is_first_rank() else nullcontext():
         fabric = launched_fabric(options.device, devices, nodes, options.precision)
@@ -149,6 +153,7 @@ def run(typed: argparse.Namespace) -> None:
     say(f"wrote {folder / FINAL}")
     say(f"next: {next_command(folder / FINAL, where, sources[0].dataset, job.config.encoder)}")
     end_process_group()
+    return folder / FINAL
 
 
 def next_command(checkpoint: Path, where: DataOptions, dataset: str, encoder: str) -> str:

@@ -58,6 +58,11 @@ def given_flags(options: argparse.Namespace, config: type) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
+def as_typed(**values: Any) -> argparse.Namespace:
+    """What a parser returns for flags with these values."""
+    return argparse.Namespace(**values)
+
+
 def _argument(entry: Field) -> dict[str, Any]:
     """Arguments of `add_argument`, from the default and what `setting` was given."""
     default, given = entry.default, dict(entry.metadata["argument"])

@@ -27,6 +27,7 @@ LAYERS = {
     "preparation": 5,
     "inspection": 5,
     "benchmarking": 6,
+    "api": 6,
     "demo": 7,
 }
 COMMAND_LINE_LIBRARIES = {"argparse", "click", "fire", "jsonargparse", "optparse", "typer", "tyro"}
