@@ -27,6 +27,7 @@ def test_a_missing_channel_is_named_before_anything_else(preparing, ct, here, re
         ({"file_ending": "nii.gz"}, "file_ending"),
         ({"labels": ["a"]}, "labels"),
         ({"channel_names": "CT"}, "channel_names"),
+        ({"file_ending": "./../../case"}, "file_ending"),
     ],
 )
 def test_a_wrong_entry_of_dataset_json_is_named(preparing, ct, refused, change, words):
@@ -34,6 +35,17 @@ def test_a_wrong_entry_of_dataset_json_is_named(preparing, ct, refused, change, 
     content = json.loads((raw / "dataset.json").read_text())
     (raw / "dataset.json").write_text(json.dumps(content | change))
     assert f"{raw}/dataset.json: {words}: " in refused("-d", "501")
+
+
+@pytest.mark.parametrize("name", ["../../../evil", "a/b", "a\\b", "a\0b", "", "a\nb"])
+def test_a_case_whose_name_leads_to_another_folder_is_refused(preparing, ct, refused, name):
+    raw = preparing.write_raw(NAME, [[ct(0)]], [preparing.organ_of(ct(0))])
+    content = json.loads((raw / "dataset.json").read_text())
+    files = {"images": ["imagesTr/case_0_0000.nii.gz"], "label": "labelsTr/case_0.nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps({**content, "dataset": {name: files}}))
+    before = set(preparing.root.rglob("*"))
+    assert f"{raw}/dataset.json: dataset." in refused("-d", "501")
+    assert {path for path in preparing.root.rglob("*") if path.suffix != ".lock"} == before
 
 
 def test_a_dataset_of_the_first_version_names_the_command_that_converts_it(preparing, ct, refused):
