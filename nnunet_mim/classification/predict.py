@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,8 +42,11 @@ from nnunet_mim.classification.results import (
 from nnunet_mim.classification.saliency import write_map
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import checked, document, read_dataset_json
+from nnunet_mim.nnunet.image_files import damaged, file_problem
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
+from nnunet_mim.system.machine import physical_memory
 from nnunet_mim.system.untrusted import read_json
 
 
@@ -56,6 +60,10 @@ class FoldSettings(TypedDict):
 
 
 FOLD_SETTINGS = TypeAdapter(FoldSettings)
+
+
+READ_SECONDS = 600.0
+"""limit for one case, as in mim_inspect"""
 
 
 class SharedFeatures:
@@ -315,20 +323,35 @@ def preprocessed_cases(source: Source, images: Path, masks: Path | None) -> Iter
     if masks is not None and (missing := [name for name in names if not (masks / f"{name}{ending}").is_file()]):
         raise MiMError(f"{masks} has no mask {missing[0]}{ending}: give one for every image in {images}")
     files = sorted(path.name for path in images.iterdir() if path.name.endswith(ending))
+    items = []
+    for name in map(str, names):
+        paths = create_paths_fn(str(images), files, ending, name)
+        if len(paths) != source.in_channels:
+            raise MiMError(f"{images}: {name} has {len(paths)} channels, {source.dataset} has {source.in_channels}")
+        mask = None if masks is None else masks / f"{name}{ending}"
+        items.append((name, paths, mask, source, dataset_json))
+    limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
+    with closing(guarded_map(_preprocessed_case, items, 1, limits)) as outcomes:
+        for index, outcome in tqdm(outcomes, desc="classifying", total=len(items), disable=None):
+            if isinstance(outcome, Failure):
+                paths = items[index][1]
+                raise MiMError(f"cannot read {paths[0]} ({outcome.reason}): correct the file, or remove it")
+            yield outcome
+
+
+def _preprocessed_case(
+    item: tuple[str, Sequence[str], Path | None, Source, dict[str, Any]]
+) -> CaseVoxels | Failure:
+    """A case, prepared from its files, its mask, the dataset and dataset.json. May crash, hang or need much memory."""
+    name, paths, mask_file, source, dataset_json = item
+    for file in (*paths, *(() if mask_file is None else (str(mask_file),))):
+        if problem := file_problem(file) or damaged(Path(file)):
+            return Failure(f"{file}: {problem}")
     plans = PlansManager(source.plans)
     configuration = plans.get_configuration(source.configuration)
     preprocessor = configuration.preprocessor_class(verbose=False)
-    for name in tqdm(names, desc="classifying", disable=None):
-        paths = create_paths_fn(str(images), files, ending, str(name))
-        if len(paths) != source.in_channels:
-            raise MiMError(f"{images}: {name} has {len(paths)} channels, {source.dataset} has {source.in_channels}")
-        try:
-            voxels, _, properties = preprocessor.run_case(paths, None, plans, configuration, dataset_json)
-        except Exception as error:  # readers have many
-            reason = " ".join(str(error).split())[:200]
-            what = f"{type(error).__name__}: {reason}"
-            raise MiMError(f"cannot read {paths[0]} ({what}): correct the file, or remove it") from error
-        mask = None
-        if masks is not None:
-            mask = resampled_mask(masks / f"{name}{ending}", source, voxels.shape[1:], properties)
-        yield CaseVoxels(str(name), voxels, mask, source.spacing, properties)
+    voxels, _, properties = preprocessor.run_case(list(paths), None, plans, configuration, dataset_json)
+    mask = None
+    if mask_file is not None:
+        mask = resampled_mask(mask_file, source, voxels.shape[1:], properties)
+    return CaseVoxels(name, voxels, mask, source.spacing, properties)
