@@ -71,6 +71,11 @@ def test_mim_plan_on_a_prepared_dataset_says_how(preparing, images, here, capsys
     said = capsys.readouterr().err
     assert "run `nnUNetv2_plan_and_preprocess -d 800 --no_pp` first" in said
     assert "change its plans" not in said, "mim_prepare takes no checkpoint"
+    assert mim_plan(["-d", "800", "-p", "TYPO"]) == 2
+    assert "TYPO.json does not exist: choose base plans with -p (nnUNetMiMPlans), or run" in capsys.readouterr().err
+    assert mim_plan(["-d", "800", "-p", "nnUNetMiMPlans", "-o", "Other"]) == 2
+    assert "has no labels, without which nnU-Net cannot preprocess it" in capsys.readouterr().err
+    assert not (preparing.folder().parent / "Other.json").exists()
 
 
 def test_files_are_those_that_nnunet_finds(preparing, ct):
