@@ -28,6 +28,19 @@ def test_files_of_all_kinds_nested_and_hidden_ones(tmp_path, ct, dicom):
     assert names_in(tmp_path) == ["a", "b_c", "hidden", "patient_scan", "x_f", "x_g", "x_y_d", "x_y_e"]
 
 
+@pytest.mark.parametrize("name", [".trash/deep/a.nii.gz", "x/.old/IM0001"])
+def test_a_hidden_folder_with_images_is_named(tmp_path, ct, name):
+    sitk.WriteImage(ct(), str(tmp_path / "b.nii"))
+    for path, content in ((name, bytes(128) + b"DICM"), (".git/HEAD", b"ref"), (".cache/._a.nii", b"x")):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(content)
+    sound, hidden = find_volumes([tmp_path])
+    assert sound.name == "b"
+    assert hidden.files == (str(tmp_path / name.split("/deep")[0].removesuffix("/IM0001")),)
+    assert hidden.header == "a hidden folder with images: rename it, or name it with -i"
+    assert hidden.name == {".": "trash", "x": "x_old"}[name[0]]
+
+
 def test_a_dicom_folder_itself_and_several_series_in_one(tmp_path, ct, dicom):
     dicom(ct(0), tmp_path / "scan", uid="1.5")
     assert names_in(tmp_path / "scan") == ["scan"]
