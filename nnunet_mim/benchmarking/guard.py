@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,28 @@ from typing import Any
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+from pydantic import TypeAdapter, ValidationError
 
 from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.matrix import Matrix
 from nnunet_mim.checkpoint.fingerprint import fingerprint
 from nnunet_mim.checkpoint.format import read_safely
 from nnunet_mim.checkpoint.identity import comparison_note, leaked_cases, probably_same, voxel_sha256
+from nnunet_mim.checkpoint.metadata import check_provenance
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.errors import MiMError, printable
-from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
+from nnunet_mim.inspection.ct import READ_SECONDS, Grid, RawImage, preprocess
 from nnunet_mim.nnunet.datasets import raw_images
+from nnunet_mim.nnunet.image_files import damaged, file_problem
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
+from nnunet_mim.system.machine import physical_memory
 from nnunet_mim.system.untrusted import read_json
 
 VERSION = 3
 """version of the comparison; what other versions have found does not count"""
+IMAGE_KEYS = {"configuration", "spacing", "normalization", "intensity_properties"}
+"""what a checkpoint says of the images that it was trained on, where they can be prepared anew"""
 READER = "SimpleITKIOWithReorient"
 """nnU-Net's reader where a checkpoint does not name one; `mim_prepare` uses it too"""
 
@@ -55,6 +63,7 @@ class Findings:
         return "; ".join(pairs[:5]) + (" …" if len(pairs) > 5 else "")
 
 
+FINDINGS = TypeAdapter(dict[str, Findings])
 Seen = dict[tuple[str, int, str], Findings]
 """by (dataset, fold, arm)"""
 
@@ -69,8 +78,8 @@ def look_for_seen_cases(matrix: Matrix) -> Seen:
     """
     file = matrix.bench.output / "seen.json"
     try:
-        kept = read_json(file)
-    except MiMError:
+        kept = FINDINGS.validate_python(read_json(file))
+    except (MiMError, ValidationError):  # it is made anew
         kept = {}
     found: Seen = {}
     before = dict(kept)
@@ -81,14 +90,14 @@ def look_for_seen_cases(matrix: Matrix) -> Seen:
         content = json.dumps([VERSION, here, cell.val_cases, cell.arm.identity], sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()
         if key in kept:
-            found[here] = Findings(**{**kept[key], "same": tuple(kept[key]["same"])})
+            found[here] = kept[key]
             continue
         found[here] = seen_cases(provenance_of(Path(cell.arm.checkpoint)), cell.arm, cell.val_cases)
         if not found[here].unknown:  # otherwise more may be known the next time
-            kept[key] = asdict(found[here])
+            kept[key] = found[here]
     if kept != before:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(kept).encode())
+        write_atomically(file, json.dumps({key: asdict(findings) for key, findings in kept.items()}).encode())
     return found
 
 
@@ -106,14 +115,20 @@ def refuse_seen_cases(seen: Seen) -> None:
 
 
 def provenance_of(checkpoint: Path) -> dict[str, Any] | None:
-    """Where a checkpoint says that its weights come from; None where it is not one of `mim_pretrain`."""
+    """Where a checkpoint says that its weights come from; None where it is not one of `mim_pretrain`.
+
+    Raises MiMError where it says what cannot be.
+    """
     try:
         stored = read_safely(checkpoint)
     except MiMError:
         if checkpoint.is_dir():
             raise
         return None  # a format of somebody else's: what it was trained on is not known then
-    return stored.get("provenance") if isinstance(stored, dict) else None
+    provenance = stored.get("provenance") if isinstance(stored, dict) else None
+    if provenance:
+        check_provenance(provenance, str(checkpoint))
+    return provenance
 
 
 def seen_cases(provenance: Mapping[str, Any] | None, arm: Arm, val_cases: tuple[str, ...]) -> Findings:
@@ -133,23 +148,60 @@ def seen_cases(provenance: Mapping[str, Any] | None, arm: Arm, val_cases: tuple[
     files = raw_images(source.dataset)
     undecided = [case for case in val_cases if case not in seen]
     missing = [case for case in undecided if case not in files]
-    reader = _reader(provenance.get("image_reader_writer") or READER)
-    for case in sorted(set(undecided) - set(missing)):
-        voxels, properties = reader.read_images(files[case])
-        image = RawImage(case, voxels, Grid(np.zeros(3), np.diag([float(s) for s in properties["spacing"]])))
-        prepared = preprocess(image, provenance)[0]
-        if voxel_sha256(voxels) in image_hashes or voxel_sha256(prepared) in hashes:
-            seen.add(case)
-        elif case in leaked.not_compared:
-            fingerprints[case] = fingerprint(prepared, Units.of(provenance), provenance["spacing"])
-    unknown = ""
+    named = provenance.get("image_reader_writer") or READER
+    _reader(named)
+    units = {key: value for key, value in provenance.items() if key not in ("cases", "loss_history")}
+    unread = {}
+    todo = sorted(set(undecided) - set(missing)) if units.keys() >= IMAGE_KEYS else []
+    items = [(case, files[case], named, units, case in leaked.not_compared) for case in todo]
+    limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
+    with closing(guarded_map(_identity_of, items, 1, limits)) as outcomes:
+        for index, outcome in outcomes:
+            case = todo[index]
+            if isinstance(outcome, Failure):
+                unread[case] = outcome.reason
+            elif outcome[0] in image_hashes or outcome[1] in hashes:
+                seen.add(case)
+            elif outcome[2] is not None:
+                fingerprints[case] = outcome[2]
+    unknown = []
     if missing:
-        unknown = f"{len(missing)} images are not in nnUNet_raw ({missing[0]} first), their preprocessed voxels are new"
+        what = f"{len(missing)} images are not in nnUNet_raw ({missing[0]} first)"
+        unknown = [f"{what}, their preprocessed voxels are new"]
+    if unread:
+        first = min(unread)
+        reason = f"{first} first, {unread[first]}"
+        unknown += [f"{len(unread)} images cannot be read ({reason}), their preprocessed voxels are new"]
+    if not units.keys() >= IMAGE_KEYS:
+        unknown += ["the checkpoint does not say how to prepare images for it"]
     likely = {**leaked.probably_same, **probably_same(records, fingerprints)}
     likely = {case: other for case, other in sorted(likely.items()) if case not in seen}
     compared = {case for case, rows in fingerprints.items() if rows.any()}
     note = comparison_note(records, [case for case in leaked.not_compared if case not in seen | compared])
-    return Findings(tuple(sorted(seen)), unknown, likely, note)
+    return Findings(tuple(sorted(seen)), "; ".join(unknown), likely, note)
+
+
+def _identity_of(
+    item: tuple[str, Sequence[str], str, Mapping[str, Any], bool]
+) -> tuple[str, str, np.ndarray | None] | Failure:
+    """Hash of an image, and hash and fingerprint of it as a pretraining would have prepared it; for guarded workers.
+
+    Args:
+        item: name of the case, its files, nnU-Net's reader, provenance of the checkpoint without its cases, and whether
+            the fingerprint is wanted.
+    """
+    case, files, reader, provenance, with_fingerprint = item
+    for file in files:
+        if problem := file_problem(file) or damaged(Path(file)):
+            return Failure(problem)
+    voxels, properties = _reader(reader).read_images(files)
+    image = RawImage(case, voxels, Grid(np.zeros(3), np.diag([float(s) for s in properties["spacing"]])))
+    try:
+        prepared = preprocess(image, provenance)[0]
+    except MiMError as error:
+        return Failure(str(error))
+    rows = fingerprint(prepared, Units.of(provenance), provenance["spacing"]) if with_fingerprint else None
+    return voxel_sha256(voxels), voxel_sha256(prepared), rows
 
 
 def _reader(name: str) -> BaseReaderWriter:

@@ -170,7 +170,7 @@ def load_checkpoint(path: str | Path, provenance_required: bool = True) -> dict[
             f"{path}: mim_config cannot be used ({type(error).__name__}: {printable(error)}): give the {FINAL} of a "
             "mim_pretrain run of this version of nnunet_mim"
         ) from error
-    _check_weights(path, weights, declared)
+    check_weights(path, weights, declared)
     check_provenance(stored["provenance"], str(path))
     return stored
 
@@ -214,17 +214,22 @@ def _declared_weights(config: Mapping[str, Any], n_weights: int) -> dict[str, Te
         return MaskInMask(network, in_channels, alignment=alignment, unet=unet).state_dict()
 
 
-def _check_weights(path: Path, weights: Mapping[str, Tensor], declared: Mapping[str, Tensor]) -> None:
-    """Raise MiMError, naming the first, unless there is every declared weight and no other, with its shape and kind."""
-    remedy = f"give the {FINAL} of a mim_pretrain run"
+def check_weights(
+    path: Path, weights: Mapping[str, Tensor], declared: Mapping[str, Tensor], settings: str = "mim_config",
+    remedy: str = f"give the {FINAL} of a mim_pretrain run",
+) -> None:  # fmt: skip
+    """Raise MiMError, naming the first, unless there is every declared weight and no other, with its shape and kind.
+
+    `settings` is what declares them.
+    """
     if missing := [name for name in declared if name not in weights]:
         raise MiMError(f"{path} lacks the tensor {missing[0]} ({len(missing)} in all) of its network: {remedy}")
     for name, weight in weights.items():
         if (wanted := declared.get(name)) is None:
-            raise MiMError(f"{path}: tensor {printable(name)} is not of the network in mim_config: {remedy}")
+            raise MiMError(f"{path}: tensor {printable(name)} is not of the network in {settings}: {remedy}")
         if weight.shape != wanted.shape or weight.is_floating_point() != wanted.is_floating_point():
             found, right = (f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in (weight, wanted))
-            raise MiMError(f"{path}: tensor {name} is {found}, and mim_config declares {right}: {remedy}")
+            raise MiMError(f"{path}: tensor {name} is {found}, and {settings} declares {right}: {remedy}")
 
 
 def is_state_dict(value: Any) -> TypeGuard[dict[str, Tensor]]:

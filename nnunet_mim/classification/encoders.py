@@ -15,13 +15,13 @@ from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, find_checkpoint, lastin
 from nnunet_mim.checkpoint.units import unit_differences, units_warning
 from nnunet_mim.classification.options import RANDOM, ClassifyConfig
 from nnunet_mim.classification.results import weights_sha256
-from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig, Size3
+from nnunet_mim.config import PRESETS, NetworkConfig, PretrainConfig, Size3, network_from_dict
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_strides
 from nnunet_mim.networks.build import build_network
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
-from nnunet_mim.networks.resenc import ResEncMaskInMask
+from nnunet_mim.networks.resenc import ResEncMaskInMask, check_resenc, number_of_blocks
 from nnunet_mim.nnunet.datasets import required_folder
 from nnunet_mim.nnunet.plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.nnunet.source import Source
@@ -97,11 +97,22 @@ def load_encoder(source: Source, config: ClassifyConfig, fold: int | str) -> Loa
 
 
 def rebuilt_encoder(architecture: Mapping[str, Any]) -> HybridEncoder | ResEncMaskInMask:
-    """An encoder of the architecture that `LoadedEncoder` states, whose weights are to be loaded."""
+    """An encoder of the architecture that `LoadedEncoder` states, whose weights are to be loaded.
+
+    Raises MiMError, and KeyError, TypeError or ValueError, for what is no such architecture.
+    """
     if architecture["kind"] == "resenc":
         return _features_only(build_network(PretrainConfig.from_dict(architecture["config"])))
-    network = NetworkConfig(**{k: _tuples(v) for k, v in architecture["network"].items()})
-    return HybridEncoder(int(architecture["in_channels"]), network)
+    return HybridEncoder(int(architecture["in_channels"]), network_from_dict(architecture["network"]))
+
+
+def blocks_of(architecture: Mapping[str, Any]) -> int:
+    """Number of blocks that an architecture asks for. Raises as `rebuilt_encoder`."""
+    if architecture["kind"] == "resenc":
+        block = architecture["config"]["architecture"]
+        check_resenc(block)
+        return number_of_blocks(block)
+    return sum(network_from_dict(architecture["network"]).depths)
 
 
 def with_mask_channel(encoder: LoadedEncoder) -> LoadedEncoder:

@@ -23,6 +23,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_plans
 from nnunet_mim.nnunet.plans import configuration_of
 from nnunet_mim.nnunet.source import Source
+from nnunet_mim.reporting.page import markdown_text, yaml_text
 from nnunet_mim.system.untrusted import read_json
 
 PLANS, DATASET = "plans.json", "dataset.json"
@@ -107,24 +108,25 @@ def card(classifier: Path, settings: Mapping[str, Any], licence: str | None, dat
     targets, config = settings["targets"], settings["config"]
     looked_at = f"a box of {config['margin']:g} mm around a mask" if config["roi"] else "whole cases"
     spacing = " x ".join(f"{s:g}" for s in settings["spacing"])
+    encoder = f"{config['encoder']}, started from {Path(settings['encoder']['origin']).name}"
+    terms = licence or "not stated: ask those who made them before you use them"
     roi = "--roi MASKS " if config["roi"] else ""
     lines = [
         "---",
         "library_name: nnunet_mim",
-        *([f"license: {licence}"] if licence else []),
+        *([f"license: {yaml_text(licence)}"] if licence else []),
         "tags: [medical, ct, nnu-net, classification]",
         "---",
         "",
-        f"# Classifier of {', '.join(targets)} ({settings['dataset']})",
+        f"# Classifier of {markdown_text(', '.join(targets))} ({markdown_text(settings['dataset'])})",
         "",
         "Not a medical device: for research.",
         "",
-        *[f"- {target}: {', '.join(classes)}" for target, classes in targets.items()],
+        *[f"- {markdown_text(target)}: {markdown_text(', '.join(classes))}" for target, classes in targets.items()],
         f"- Looks at {looked_at}, resampled to {spacing} mm",
-        f"- Mode {config['mode']}, encoder {config['encoder']}, started from "
-        f"{Path(settings['encoder']['origin']).name}",
-        f"- Data: {data or 'not stated'}",
-        f"- Licence of the weights: {licence or 'not stated: ask those who made them before you use them'}",
+        f"- Mode {config['mode']}, encoder {markdown_text(encoder)}",
+        f"- Data: {markdown_text(data or 'not stated')}",
+        f"- Licence of the weights: {markdown_text(terms)}",
         "",
         "## Measured out of fold",
         "",
@@ -154,5 +156,5 @@ def _figures(classifier: Path) -> Sequence[str]:
         if classifier.name not in evaluation.figures:
             return ["not all folds are trained"]
         arm, figures = evaluation.arms[classifier.name], evaluation.figures[classifier.name]
-        lines.append(f"- {evaluation.target}: AUROC {figures['auroc']}, {len(arm.cases)} cases")
+        lines.append(f"- {markdown_text(evaluation.target)}: AUROC {figures['auroc']}, {len(arm.cases)} cases")
     return lines

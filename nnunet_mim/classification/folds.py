@@ -12,9 +12,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from nnunet_mim.classification.labels import LabelTable
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.datasets import read_json
 from nnunet_mim.nnunet.splits import is_split
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.untrusted import read_json
 
 SPLITS_FILE = "splits_classification.json"
 NNUNET_SPLITS = "splits_final.json"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nnunet_mim.config import ENCODERS, PRESETS
 from nnunet_mim.errors import MiMError
-from nnunet_mim.settings import setting
+from nnunet_mim.settings import check_value, setting
 
 MODES = ("probe", "finetune", "scratch")
 RANDOM = "none"
@@ -197,8 +197,11 @@ class ClassifyConfig:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ClassifyConfig:
-        """Inverse of `to_dict`. Raises TypeError for an unknown setting."""
+        """Inverse of `to_dict`. Raises TypeError for an unknown setting, MiMError for one of another kind."""
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        for entry in fields(cls):
+            like = ("a column",) if entry.name == "covariate" else entry.default
+            check_value(entry.name, values.get(entry.name, entry.default), like)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_splitted_dataset_folder
+from pydantic import Field, TypeAdapter
+from torch import Tensor
+from typing_extensions import TypedDict
 
+from nnunet_mim.checkpoint.format import check_weights
 from nnunet_mim.classification.baselines import BASELINES
 from nnunet_mim.classification.case_network import CaseNetwork, new_classifier
-from nnunet_mim.classification.encoders import LoadedEncoder, rebuilt_encoder
+from nnunet_mim.classification.encoders import LoadedEncoder, blocks_of, rebuilt_encoder
 from nnunet_mim.classification.features import FeatureExtractor
 from nnunet_mim.classification.options import ClassifyConfig
 from nnunet_mim.classification.probe import Probe, probabilities
@@ -34,11 +40,30 @@ from nnunet_mim.classification.results import (
 )
 from nnunet_mim.classification.saliency import write_map
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.documents import read_dataset_json
+from nnunet_mim.nnunet.documents import checked, document, read_dataset_json
+from nnunet_mim.nnunet.image_files import damaged, file_problem
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
+from nnunet_mim.system.machine import physical_memory
 from nnunet_mim.system.progress import ProgressBar
 from nnunet_mim.system.untrusted import read_json
+
+
+@document
+class FoldSettings(TypedDict):
+    """What is needed of a fold's settings.json."""
+
+    config: dict[str, Any]
+    targets: Annotated[dict[str, Annotated[list[str], Field(min_length=2)]], Field(min_length=1)]
+    encoder: dict[str, Any]
+
+
+FOLD_SETTINGS = TypeAdapter(FoldSettings)
+
+
+READ_SECONDS = 600.0
+"""limit for one case, as in mim_inspect"""
 
 
 class SharedFeatures:
@@ -150,20 +175,22 @@ def load_classifier(folder: Path, folds: Sequence[str], device: str) -> TrainedC
     """
     if list(folds) == ["all"]:
         folds = sorted(path.name.removeprefix("fold_") for path in folder.glob("fold_*"))
+    if not folds:
+        raise MiMError(f"{folder} holds no fold of a classifier: give another folder, or {RETRAIN}")
     shared: dict[str, SharedFeatures] = {}
     loaded: list[ProbeFold | NetworkFold] = []
     settings: dict[str, Any] = {}
     for fold in folds:
         path = folder / f"fold_{fold}"
         try:
-            settings = read_json(path / SETTINGS, RETRAIN)
+            settings = checked(str(path / SETTINGS), read_json(path / SETTINGS, RETRAIN), FOLD_SETTINGS, RETRAIN)
             config = ClassifyConfig.from_dict(settings["config"])
             if config.mode == "probe":
                 loaded.append(_probe_fold(path, settings, config, device, shared))
             else:
                 loaded.append(_network_fold(path, settings, config, device))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, MiMError):
+            if isinstance(error, MiMError) and str(folder) in str(error):
                 raise
             reason = " ".join(str(error).split())[:200]
             raise MiMError(f"cannot read {path} ({reason}): train this fold again, or choose others with -f") from error
@@ -176,29 +203,58 @@ def _probe_fold(
     stored = read_json(path / PROBE, RETRAIN)
     sha256 = settings["encoder"]["sha256"]
     if sha256 not in shared:
-        encoder = _encoder(settings["encoder"])
-        encoder.module.load_state_dict(read_weights(path.parent, sha256))
+        weights = read_weights(path.parent, sha256)
+        encoder = _encoder(path, settings["encoder"], weights)
+        encoder.module.load_state_dict(weights)
         shared[sha256] = SharedFeatures(FeatureExtractor(encoder, config, device))
-    return ProbeFold(_number(path), shared[sha256], {target: Probe.from_dict(each) for target, each in stored.items()})
+    probes = {target: Probe.from_dict(stored[target]) for target in settings["targets"]}
+    n_features = 2 * sum(shared[sha256].extractor.encoder.dims) * (2 if config.roi else 1)
+    for target, classes in settings["targets"].items():
+        if probes[target].coefficients.shape != (n_features, len(classes)):
+            raise ValueError(f"{PROBE} is not of this encoder and the classes of {target}")
+    return ProbeFold(_number(path), shared[sha256], probes)
 
 
 def _network_fold(path: Path, settings: Mapping[str, Any], config: ClassifyConfig, device: str) -> NetworkFold:
     training = read_json(path / TRAINING, RETRAIN)
-    encoder = _encoder(settings["encoder"])
+    weights = load_weights(path / NETWORK, training["sha256"])
+    encoder = _encoder(path, settings["encoder"], weights, settings["targets"])
     model = new_classifier(encoder, settings["targets"])
-    model.load_state_dict(load_weights(path / NETWORK, training["sha256"]))
+    model.load_state_dict(weights)
     network = CaseNetwork(model.to(device).eval(), config, encoder.cell, torch.device(device))
-    return NetworkFold(_number(path), network, training["temperatures"])
+    temperatures = {target: float(training["temperatures"][target]) for target in settings["targets"]}
+    if not all(0 < value < math.inf for value in temperatures.values()):
+        raise ValueError(f"a temperature in {TRAINING} is not above 0")
+    return NetworkFold(_number(path), network, temperatures)
 
 
 def _number(path: Path) -> int:
     return int(path.name.removeprefix("fold_"))
 
 
-def _encoder(stored: Mapping[str, Any]) -> LoadedEncoder:
-    """The encoder that settings.json describes, its weights still to be loaded."""
-    module = rebuilt_encoder(stored["architecture"])
-    return LoadedEncoder(module.eval(), stored["origin"], stored["architecture"])
+def _encoder(
+    path: Path, stored: Mapping[str, Any], weights: Mapping[str, Tensor], targets: Mapping[str, list[str]] | None = None
+) -> LoadedEncoder:
+    """The encoder that settings.json in the folder of a fold describes, its weights still to be loaded.
+
+    Args:
+        path: of the folder.
+        stored: `encoder` of the settings.
+        weights: of the encoder, or of the whole classifier for these targets: no larger network is made.
+        targets: classes by target; None: the weights are those of the encoder alone.
+    """
+    architecture = stored["architecture"]
+    if blocks_of(architecture) > len(weights):
+        raise MiMError(f"{path / SETTINGS} asks for more blocks than there are tensors: {RETRAIN}")
+
+    def made() -> LoadedEncoder:
+        return LoadedEncoder(rebuilt_encoder(architecture).eval(), str(stored["origin"]), architecture)
+
+    with torch.device("meta"):
+        declared = made()
+        network = declared.module if targets is None else new_classifier(declared, targets)
+    check_weights(path, weights, network.state_dict(), SETTINGS, RETRAIN)
+    return made()
 
 
 def predict_folder(
@@ -267,20 +323,35 @@ def preprocessed_cases(source: Source, images: Path, masks: Path | None) -> Iter
     if masks is not None and (missing := [name for name in names if not (masks / f"{name}{ending}").is_file()]):
         raise MiMError(f"{masks} has no mask {missing[0]}{ending}: give one for every image in {images}")
     files = sorted(path.name for path in images.iterdir() if path.name.endswith(ending))
+    items = []
+    for name in map(str, names):
+        paths = create_paths_fn(str(images), files, ending, name)
+        if len(paths) != source.in_channels:
+            raise MiMError(f"{images}: {name} has {len(paths)} channels, {source.dataset} has {source.in_channels}")
+        mask = None if masks is None else masks / f"{name}{ending}"
+        items.append((name, paths, mask, source, dataset_json))
+    limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
+    with closing(guarded_map(_preprocessed_case, items, 1, limits)) as outcomes:
+        for index, outcome in ProgressBar(outcomes, desc="classifying", total=len(items), unit="case"):
+            if isinstance(outcome, Failure):
+                paths = items[index][1]
+                raise MiMError(f"cannot read {paths[0]} ({outcome.reason}): correct the file, or remove it")
+            yield outcome
+
+
+def _preprocessed_case(
+    item: tuple[str, Sequence[str], Path | None, Source, dict[str, Any]]
+) -> CaseVoxels | Failure:
+    """A case, prepared from its files, its mask, the dataset and dataset.json. May crash, hang or need much memory."""
+    name, paths, mask_file, source, dataset_json = item
+    for file in (*paths, *(() if mask_file is None else (str(mask_file),))):
+        if problem := file_problem(file) or damaged(Path(file)):
+            return Failure(f"{file}: {problem}")
     plans = PlansManager(source.plans)
     configuration = plans.get_configuration(source.configuration)
     preprocessor = configuration.preprocessor_class(verbose=False)
-    for name in ProgressBar(names, desc="classifying", unit="case"):
-        paths = create_paths_fn(str(images), files, ending, str(name))
-        if len(paths) != source.in_channels:
-            raise MiMError(f"{images}: {name} has {len(paths)} channels, {source.dataset} has {source.in_channels}")
-        try:
-            voxels, _, properties = preprocessor.run_case(paths, None, plans, configuration, dataset_json)
-        except Exception as error:  # readers have many
-            reason = " ".join(str(error).split())[:200]
-            what = f"{type(error).__name__}: {reason}"
-            raise MiMError(f"cannot read {paths[0]} ({what}): correct the file, or remove it") from error
-        mask = None
-        if masks is not None:
-            mask = resampled_mask(masks / f"{name}{ending}", source, voxels.shape[1:], properties)
-        yield CaseVoxels(str(name), voxels, mask, source.spacing, properties)
+    voxels, _, properties = preprocessor.run_case(list(paths), None, plans, configuration, dataset_json)
+    mask = None
+    if mask_file is not None:
+        mask = resampled_mask(mask_file, source, voxels.shape[1:], properties)
+    return CaseVoxels(name, voxels, mask, source.spacing, properties)

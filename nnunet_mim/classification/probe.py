@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,9 +48,16 @@ class Probe:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Probe:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`. Raises ValueError for values that are not those of a logistic regression."""
         arrays = {name: np.array(stored[name], np.float64) for name in ("mean", "scale", "coefficients", "intercept")}
-        return cls(**arrays, strength=float(stored["strength"]), temperature=float(stored["temperature"]))
+        found = cls(**arrays, strength=float(stored["strength"]), temperature=float(stored["temperature"]))
+        mean, scale, coefficients, intercept = arrays.values()
+        if mean.shape != scale.shape or coefficients.shape != (*mean.shape, *intercept.shape) or mean.ndim != 1:
+            raise ValueError("its arrays do not fit each other")
+        finite = math.isfinite(found.temperature) and all(np.isfinite(values).all() for values in arrays.values())
+        if not finite or (scale <= 0).any() or found.temperature <= 0:
+            raise ValueError("it holds NaN, infinite values, or a scale or temperature that is not above 0")
+        return found
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from nnunet_mim.classification.results import RETRAIN, SETTINGS, Predictions, tr
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.reporting.classifiers import calibration_figure, cases_figure, confusion_figure, curves_figure
-from nnunet_mim.reporting.page import Section, write_page
+from nnunet_mim.reporting.page import Section, markdown_text, write_page
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.untrusted import read_json
 
@@ -204,12 +204,12 @@ def _write_figures(writer: Any, start: list[str], found: Mapping[str, Interval])
 
 
 def _markdown(title: str, summary: str, evaluations: Sequence[Evaluation], notes: Sequence[str]) -> str:
-    parts = [f"# {title}", summary]
+    parts = [f"# {markdown_text(title)}", markdown_text(summary)]
     for evaluation in evaluations:
         parts += [_markdown_table(_figures_table(evaluation)), _markdown_table(_differences_table(evaluation))]
-    return "\n\n".join([*parts, *notes]) + "\n"
+    return "\n\n".join([*parts, *map(markdown_text, notes)]) + "\n"
 
 
 def _markdown_table(table: Sequence[Sequence[str]]) -> str:
     lines = [table[0], ["---"] * len(table[0]), *table[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(markdown_text, line))} |" for line in lines)

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from nnunet_mim.checkpoint.torch_file import check_tensors
 from nnunet_mim.classification.labels import Target
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import required_folder
@@ -173,12 +174,13 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> str:
 def load_weights(path: Path, sha256: str, source: str = TRAINING) -> dict[str, Tensor]:
     """The weights of `save_weights`, whose hash stands in a file named `source`.
 
-    Raises OSError, or ValueError for a file that is damaged or another one.
+    Raises OSError, ValueError for a file that is damaged or another one, MiMError for what cannot be weights.
     """
     try:
         weights = load(path.read_bytes())
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+    check_tensors(path, weights)
     if weights_sha256(weights) != sha256:
         raise ValueError(f"{path.name} holds other weights than {source} says")
     return weights

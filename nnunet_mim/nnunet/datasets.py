@@ -19,7 +19,7 @@ from nnunetv2.utilities.utils import (
 )
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.system.untrusted import read_json
+from nnunet_mim.nnunet.documents import read_dataset_json
 
 
 def require_environment() -> None:
@@ -84,11 +84,14 @@ def raw_files(raw: Path, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def raw_images(dataset: str) -> dict[str, list[str]]:
-    """Image files of every training case in nnUNet_raw; empty where the dataset or its images are missing."""
+    """Image files of every training case in nnUNet_raw; empty where the dataset or its images are missing.
+
+    Raises MiMError as `read_dataset_json`.
+    """
     folder = Path(str(nnUNet_raw), dataset) if nnUNet_raw.is_set() else None
     if folder is None or not (folder / "dataset.json").is_file():
         return {}
-    dataset_json = read_json(folder / "dataset.json")
+    dataset_json = read_dataset_json(folder / "dataset.json")
     if "dataset" not in dataset_json and not (folder / "imagesTr").is_dir():
         return {}
     return {case: entry["images"] for case, entry in raw_files(folder, dataset_json).items()}

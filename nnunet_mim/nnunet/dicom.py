@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ TURNED = 0.01
 """difference of direction cosines from which on two slices lie otherwise: half a degree"""
 SAME_PLACE = 1e-3
 """mm"""
+PROJECTIONS = {"MIP", "MINIP", "MAXIP", "VRT", "SSD", "RAYSUM", "PROJECTION"}
+"""words in the image type of what is computed along rays through a CT"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ def series_of(headers: Mapping[str, FileHeader]) -> list[list[Series]]:
     return [[_as_series(uid, part) for part in _parts(slices)] for uid, slices in sorted(by_uid.items())]
 
 
+def _kinds(header: FileHeader) -> set[str]:
+    """The words of a DICOM header's image type."""
+    return set(re.split(r"[^A-Z0-9]+", header.tags.get(IMAGE_TYPE, "").upper()))
+
+
 def is_localiser(header: FileHeader) -> bool:
     """Whether a DICOM header says so."""
     return "LOCALIZER" in header.tags.get(IMAGE_TYPE, "").upper()
@@ -94,7 +102,15 @@ def dicom_problem(header: FileHeader) -> str | None:
         return f"not a CT (modality {modality or 'unknown'})"
     if is_localiser(header):
         return "a localiser"
+    if kinds := PROJECTIONS & _kinds(header):
+        return f"a projection of a CT ({min(kinds)} in its image type)"
     return None if header.tags.get(INTERCEPT) else "no HU (no rescale intercept in the DICOM header)"
+
+
+def dicom_warnings(header: FileHeader) -> tuple[str, ...]:
+    """What is doubtful about a DICOM header without a `dicom_problem`, a sentence each."""
+    derived = "DERIVED" in _kinds(header)
+    return (f"made of other images ({header.tags[IMAGE_TYPE]} in its DICOM header)",) if derived else ()
 
 
 def read_series(files: Sequence[str]) -> sitk.Image:
@@ -128,6 +144,10 @@ def _parts(slices: Sequence[_Slice]) -> Iterator[list[_Slice]]:
         else:
             group.append(piece)
     for group in sorted(alike, key=lambda group: (is_localiser(group[0].header), -len(group))):
+        others = [p for other in alike if other is not group for p in other if not is_localiser(p.header)]
+        if others and not group[0].header.frames:
+            warning = f"slices of another size or direction are in its series ({len(others)}), taken for other images"
+            group[0] = replace(group[0], header=replace(group[0].header, warnings=(warning,)))
         if not group[0].rows:
             yield group
             continue
@@ -145,7 +165,11 @@ def _told_apart(group: list[_Slice]) -> list[list[_Slice]]:
             copies.append(piece)
     if copies:
         warning = f"{len(copies)} slices are there twice (the same file): taken once"
-        group = [replace(p, header=replace(p.header, warnings=(warning,))) for p in group if p not in copies]
+        group = [
+            replace(p, header=replace(p.header, warnings=(*p.header.warnings, warning)))
+            for p in group
+            if p not in copies
+        ]
     for tag in (ACQUISITION, PHASE, TRIGGER, TIME) if _repeats(group) else ():
         parts = defaultdict(list)
         for piece in group:

@@ -22,6 +22,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Axes = Annotated[list[Annotated[int, Field(ge=0, le=2)]], Field(min_length=3, max_length=3)]
 Name = Annotated[str, Field(pattern=r"^\w[\w .+-]*$")]
 """a part of a path, without separators"""
+CaseName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]+$")]
+"""what files are named after: without separators, which would lead to other folders"""
 Labels = int | list[int]
 """of one label: its number, or the numbers of a region"""
 
@@ -104,9 +106,9 @@ class DatasetDescription(TypedDict):
     channel_names: NotRequired[Annotated[dict[str, str], Field(min_length=1)]]
     modality: NotRequired[dict[str, str]]
     labels: dict[str, Labels]
-    file_ending: Annotated[str, Field(pattern=r"^\.")]
+    file_ending: Annotated[str, Field(pattern=r"^\.\w[\w.]*$")]
     numTraining: NotRequired[int]
-    dataset: NotRequired[dict[str, Case]]
+    dataset: NotRequired[dict[CaseName, Case]]
     regions_class_order: NotRequired[list[int]]
     overwrite_image_reader_writer: NotRequired[str]
 

@@ -10,8 +10,8 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import complete_configuration, read_plans
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS
 
-HYBRID_UNET = "HybridUNet"
-"""class name of this package's network in plans"""
+HYBRID_UNET = "nnunet_mim.networks.hybrid_unet.HybridUNet"
+"""this package's network in plans; nnU-Net imports what plans name, so that no other module will do"""
 MAX_SPACING_RATIO = 1.5
 """two spacings count as alike up to this ratio on every axis"""
 
@@ -51,7 +51,7 @@ def n_channels(dataset_json: dict[str, Any]) -> int:
 
 def uses_hybrid_unet(config: dict[str, Any]) -> bool:
     """Whether a configuration names this package's network."""
-    return config.get("architecture", {}).get("network_class_name", "").rsplit(".", 1)[-1] == HYBRID_UNET
+    return config.get("architecture", {}).get("network_class_name") == HYBRID_UNET
 
 
 def saved_plans(run_folder: Path) -> dict[str, Any] | None:

@@ -10,12 +10,13 @@ from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed
 
+from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.cases import dataset_class_of
 from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.nnunet.documents import read_plans
 from nnunet_mim.nnunet.intensities import Intensities
-from nnunet_mim.nnunet.plans import configuration_of, require_preprocessed
+from nnunet_mim.nnunet.plans import configuration_of, require_preprocessed, uses_hybrid_unet
 from nnunet_mim.system.untrusted import read_json
 
 GONE = (-1, -1)
@@ -126,7 +127,16 @@ def prepare_command(sources: Sequence[Source], share: float = 1.0) -> str:
     """The command that prepares datasets anew with the first one's spacing, or with a share of it on every axis."""
     numbers = " ".join(source.dataset[7:10] for source in sources)
     spacing = " ".join(f"{round(share * mm, 4):g}" for mm in sources[0].spacing_zyx)
-    return f"mim_prepare -d {numbers} -s {spacing} -p NAME"
+    return f"mim_prepare -d {numbers} -s {spacing} -p NAME{_preset_option(sources[0])}"
+
+
+def _preset_option(source: Source) -> str:
+    """The option that gives new plans the network of a dataset's plans; empty where these name no preset's."""
+    config = source.plans["configurations"][source.configuration]
+    kwargs = config["architecture"]["arch_kwargs"] if uses_hybrid_unet(config) else {}
+    wanted = [kwargs.get("embed_dims"), kwargs.get("depths"), kwargs.get("num_heads")]
+    sizes = {name: [list(of.embed_dims), list(of.depths), of.num_heads] for name, of in PRESETS.items()}
+    return next((f" --preset {name}" for name, found in sizes.items() if found == wanted), "")
 
 
 def require_same_units(sources: Sequence[Source]) -> None:

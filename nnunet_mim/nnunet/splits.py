@@ -42,7 +42,7 @@ def left_out_cases(source: Source) -> set[str]:
     """Cases that mim_prepare has left out of a dataset, by its log; empty where there is no such log."""
     reasons: dict[str, Any] = {}
     for log in (source.folder.parent / "mim_prepare").glob(f"{source.folder.name}.jsonl"):
-        for line in log.read_text(encoding="utf-8").splitlines():
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = parse_json(line)
             except ValueError:  # cut short

@@ -6,18 +6,72 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.documents import CaseName, Count, Positive, document
+from nnunet_mim.pretraining.data.case_index import CaseInfo
 from nnunet_mim.system.untrusted import parse_json
 
 Entry = dict[str, Any]
 """case, key, files, images, and either reason (left out) or what `prepare_case` returns"""
 
 
+@document
+class LeftOut(TypedDict):
+    """The entry of a case that was left out."""
+
+    case: CaseName
+    key: str
+    files: Annotated[list[str], Field(min_length=1)]
+    images: Annotated[list[str], Field(min_length=1)]
+    reason: str
+    same_as: NotRequired[str]
+    image_sha256: NotRequired[str]
+
+
+@document
+class PreparedCase(TypedDict):
+    """The entry of a preprocessed case."""
+
+    case: CaseName
+    key: str
+    files: Annotated[list[str], Field(min_length=1)]
+    images: Annotated[list[str], Field(min_length=1)]
+    image_sha256: str
+    spacing: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+    shape: Annotated[list[Count], Field(min_length=3, max_length=3)]
+    sample: list[list[float]]
+    histogram: list[int]
+    info: dict[str, Any]
+    stamps: list[list[int]] | None
+    warnings: NotRequired[list[str]]
+
+
+LEFT_OUT, PREPARED, INFO = TypeAdapter(LeftOut), TypeAdapter(PreparedCase), TypeAdapter(CaseInfo)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a line of the log holds what `CaseLog.add` has written."""
+    try:
+        if "reason" in entry:
+            LEFT_OUT.validate_python(entry)
+        else:
+            PREPARED.validate_python(entry)
+            INFO.validate_python(entry["info"] | {"image_sha256": ""})
+            return entry["info"].keys() <= {one.name for one in fields(CaseInfo)}
+    except (ValidationError, TypeError):
+        return False
+    return True
+
+
 class CaseLog:
-    """The last entry of every case. Only one process appends; a line that was cut short does not count."""
+    """The last entry of every case. Only one process appends; a line that was cut short or changed does not count."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +85,7 @@ class CaseLog:
                 entry = parse_json(line)
             except ValueError:
                 continue
-            if isinstance(entry, dict) and isinstance(entry.get("case"), str):
+            if _is_entry(entry):
                 self.entries[entry["case"]] = entry
         if text and not text.endswith("\n"):
             with path.open("a", encoding="utf-8") as file:

@@ -61,6 +61,11 @@ def _run(options: argparse.Namespace) -> None:
     if "__" in options.o or not options.o.replace("_", "").isalnum() or options.o == options.p:
         raise MiMError(f"-o {options.o}: choose a name of letters, digits and single underscores, other than -p")
     base_plans, fingerprint, dataset_json = _read_plans(dataset, options.p, options.pc)
+    if dataset_json.get("made_by") == "mim_prepare":
+        raise MiMError(
+            f"{dataset.name} has no labels, without which nnU-Net cannot preprocess it: write other plans with "
+            f"mim_prepare -d {dataset.name[7:10]} -s SPACING -p NAME --preset PRESET --set KEY=VALUE"
+        )
     hybrid = options.encoder == "hybrid"
     if not hybrid and (options.pc or options.preset):
         raise MiMError("--encoder resenc keeps the network of the base plans: leave out -pc and --preset")
@@ -109,7 +114,8 @@ def _read_plans(dataset: Path, plans: str, checkpoint: str | None) -> list[dict[
     """Base plans, fingerprint and dataset.json of a preprocessed folder. `checkpoint` is the value of -pc."""
     number = dataset.name[7:10]
     command = f"nnUNetv2_plan_and_preprocess -d {number} --no_pp"
-    if not (dataset / f"{plans}.json").is_file() and (dataset / "mim_prepare").is_dir():
+    planned_by_nnunet = plans == _parser().get_default("p")
+    if planned_by_nnunet and not (dataset / f"{plans}.json").is_file() and (dataset / "mim_prepare").is_dir():
         again = f"change its plans with mim_prepare -d {number} -s SPACING --set KEY=VALUE, or "
         remedy = f"{'' if checkpoint else again}run `{command}` first"
         raise MiMError(f"{dataset.name} was prepared by mim_prepare and has no {plans}: {remedy}")

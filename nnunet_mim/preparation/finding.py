@@ -7,6 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,8 @@ from nnunet_mim.nnunet.image_files import (
     printable,
     read_headers,
 )
+
+HIDDEN = "a hidden folder with images: rename it, or name it with -i"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ def find_volumes(
 ) -> list[Volume]:
     """All image files and DICOM series in folders, sorted by name.
 
-    Folders are searched to any depth, links included, but for hidden ones; some archives hide files (`.IM0001`).
+    Folders are searched to any depth, links included; some archives hide files (`.IM0001`). Hidden folders are named
+    where they hold images, and not searched: what has been deleted or is a copy may lie there.
     Every header is read in one of some worker processes. A name is the path below the folder in letters, digits, - and
     _; a second one of the same name gets a number. Names from earlier calls, given by the first file of the volume, are
     kept.
@@ -79,6 +83,9 @@ def _found(root: Path, processes: int) -> Iterator[tuple[str, Volume]]:
             elif header is not None:
                 dicom[path] = header
         yield from _series(printable(relative.as_posix() if relative.parts else root.name), dicom)
+    for folder in _hidden_folders(root):
+        stem = printable(Path(folder).relative_to(root).as_posix())
+        yield stem, Volume("", (printable(folder),), header=HIDDEN)
 
 
 def _files(root: Path) -> Iterator[list[str]]:
@@ -96,6 +103,27 @@ def _files(root: Path) -> Iterator[list[str]]:
         visited.add(real)
         paths = [os.path.join(folder, name) for name in sorted(files) if not name.startswith("._")]  # macOS's own
         yield [path for path in paths if path.lower().endswith((*ENDINGS, *DICOM_ENDINGS)) or not file_problem(path)]
+
+
+def _hidden_folders(root: Path) -> Iterator[str]:
+    """Hidden folders, themselves in none, with a file that is an image by its name or its preamble."""
+    for folder, below, _ in os.walk(root):
+        for name in sorted(name for name in below if name.startswith(".")):
+            path = os.path.join(folder, name)
+            files = (os.path.join(inside, file) for inside, _, files in os.walk(path) for file in sorted(files))
+            if any(_may_be_image(file) for file in files):
+                yield path
+        below[:] = sorted(name for name in below if not name.startswith("."))
+
+
+def _may_be_image(path: str) -> bool:
+    if os.path.basename(path).startswith("._") or file_problem(path):
+        return False
+    if path.lower().endswith((*ENDINGS, *DICOM_ENDINGS)):
+        return True
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+    return False
 
 
 def _series(stem: str, dicom: Mapping[str, FileHeader | str]) -> Iterator[tuple[str, Volume]]:

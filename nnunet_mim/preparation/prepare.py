@@ -15,6 +15,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.image_files import file_problem, read_headers
 from nnunet_mim.nnunet.plans import voxels_key
 from nnunet_mim.nnunet.source import Source
@@ -189,8 +190,8 @@ def _earlier_dataset(raw: Path) -> dict[str, Any]:
     """Cases that `mim_prepare -i` has listed in dataset.json before. Raises MiMError for any other dataset."""
     if not raw.is_dir() or not any(path.name != "imagesTr" or any(path.iterdir()) for path in raw.iterdir()):
         return {}
-    content = read_json(raw / DATASET_JSON) if (raw / DATASET_JSON).is_file() else {}
-    if content.get("made_by") != "mim_prepare":
+    content = read_dataset_json(raw / DATASET_JSON) if (raw / DATASET_JSON).is_file() else {}
+    if content.get("made_by") != "mim_prepare" or "dataset" not in content:
         raise MiMError(f"{raw} holds a dataset that -i has not made: prepare it without -i, or take another -d")
     return content["dataset"]
 

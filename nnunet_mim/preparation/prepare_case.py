@@ -22,7 +22,7 @@ from nnunet_mim.nnunet.dicom import read_series
 from nnunet_mim.nnunet.image_files import NOT_FINITE, damaged, voxel_files, write_image
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.finding import Volume
-from nnunet_mim.preparation.labels import read_label
+from nnunet_mim.preparation.labels import geometry_differences, read_label
 from nnunet_mim.preparation.resampling import LeanConfiguration
 from nnunet_mim.preparation.screening import voxel_problem, voxel_warnings
 from nnunet_mim.pretraining.data.case_index import BODY_HU, describe_voxels
@@ -166,11 +166,14 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
     for file in images if label is None else (*images, label):
         if problem := damaged(Path(file)):
             return {"problem": problem if file != label else f"{problem}: {file}"}
+    problem, doubts = _channels_problem(images)
+    if problem:
+        return {"problem": problem}
     manager = PlansManager(job.source.plans)
     configuration = LeanConfiguration(manager.get_configuration(CONFIGURATION).configuration)
     reader = manager.image_reader_writer_class()
     data, properties = reader.read_images(images)
-    seg, doubts = None, list(job.warnings)
+    seg, doubts = None, [*job.warnings, *doubts]
     if label is not None:
         found = read_label(reader, label, images[0], job.label_values, str(partial))
         if isinstance(found, str):
@@ -207,6 +210,18 @@ def _prepare(job: Job, partial: Path) -> dict[str, Any]:
             f"cannot write {job.source.folder} ({last_line(error)}): free space, then repeat the command"
         ) from error
     return {**image_facts, "info": asdict(info), "stamps": stamps}
+
+
+def _channels_problem(images: Sequence[str]) -> tuple[str, list[str]]:
+    """Why the channels of a case do not fit each other, or nothing; and what is doubtful about them."""
+    doubts = []
+    for image in images[1:]:
+        for kind, difference in geometry_differences(image, images[0]).items():
+            text = f"{Path(image).name} {difference.replace('its image', 'the first channel')}"
+            if kind in ("size", "spacing"):
+                return f"channels do not fit each other ({text})", []
+            doubts.append(f"channels lie differently ({text}): each is turned by its own header")
+    return "", doubts
 
 
 def _size_problem(shape: Sequence[int], job: Job) -> str | None:

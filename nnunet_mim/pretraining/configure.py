@@ -113,10 +113,11 @@ def _with_hybrid_encoder(settings: Mapping[str, Any], source: Source) -> dict[st
     for name in ENCODER_SIZES:
         wanted, given = getattr(planned, name), getattr(found, name)
         if given != wanted:
+            change = f", or change the plans first with {_plan_command(source, settings['preset'])}"
             raise MiMError(
                 f"plans {source.plans_name} of {source.dataset} name an encoder with {name} {wanted} ({known_as}), and "
-                f"cannot finetune one with {given}: leave out --preset and network settings, or change the plans first "
-                f"with {_plan_command(source, settings['preset'])}"
+                f"cannot finetune one with {given}: leave out --preset and network settings"
+                + (change if settings["preset"] == _preset_of(found) else "")
             )
     return dict(settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from nnunet_mim.errors import MiMError
@@ -50,6 +51,8 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.fold != "all" and not self.fold.isdigit():
             raise MiMError(f"-f takes 'all' or a fold number, got '{self.fold}'")
+        if not re.fullmatch(r"[\w.+-]*", self.tag):
+            raise MiMError(f"-o {self.tag}: a tag takes letters, digits, '_', '.', '+' and '-'")
 
     @property
     def fold_number(self) -> int | None:

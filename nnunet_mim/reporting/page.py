@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,11 @@ def markdown_text(text: object) -> str:
     """A text from a file for one line of Markdown, a table's cell too: no HTML, link, line or column begins in it."""
     shown = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", printable(text, None)).replace("|", "/")
     return shown.replace("](", "]\\(")
+
+
+def yaml_text(text: str) -> str:
+    """A text as a value in YAML, in quotes unless it is like cc-by-4.0."""
+    return text if re.fullmatch(r"[A-Za-z]+-[A-Za-z0-9.-]*[A-Za-z0-9]", text) else json.dumps(text)
 
 
 def figure_png(figure: Figure, dpi: float = 110) -> bytes:

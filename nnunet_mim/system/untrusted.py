@@ -80,6 +80,12 @@ class _LoaderWithoutAliases(yaml.SafeLoader):
             raise yaml.YAMLError("aliases, such as *name, are not allowed")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.YAMLError(f"{twice} is there twice")
+        return super().construct_mapping(node, deep)
+
 
 def _limited(path: Path, limit: int) -> bytes:
     """The bytes of a file. Raises OSError, or ValueError where there are more than the limit."""

@@ -101,6 +101,7 @@ def resolve_plans(
         finetune = replace(finetune, mirror_axes=axes)
         notes.extend(mirroring_notes)
 
+    architecture["_kw_requires_import"] = []  # nnU-Net would import what plans name here
     architecture["arch_kwargs"]["drop_path"] = finetune.drop_path
     if checkpoint is not None and pretrained:
         check_architecture(checkpoint, architecture["arch_kwargs"], n_channels(dataset_json))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
-
 from nnunet_mim.checkpoint.format import CITATIONS
 from nnunet_mim.pretraining.report.summary import Facts
-from nnunet_mim.reporting.page import markdown_text
+from nnunet_mim.reporting.page import markdown_text, yaml_text
 
 
 def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
@@ -30,7 +27,7 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
     lines = [
         "---",
         "library_name: nnunet_mim",
-        *([f"license: {_yaml_word(licence)}"] if licence else []),
+        *([f"license: {yaml_text(licence)}"] if licence else []),
         "tags: [medical, ct, nnu-net, self-supervised-learning, mask-in-mask]",
         "---",
         "",
@@ -65,11 +62,6 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
         *[f"- {citation}" for citation in CITATIONS],
     ]
     return "\n".join(lines) + "\n"
-
-
-def _yaml_word(text: str) -> str:
-    """A text as a value in YAML, in quotes unless it is like cc-by-4.0."""
-    return text if re.fullmatch(r"[A-Za-z]+-[A-Za-z0-9.-]*[A-Za-z0-9]", text) else json.dumps(text)
 
 
 def _metrics_table(facts: Facts) -> list[str]:

@@ -1,6 +1,8 @@
 """Validation cases that a pretraining has seen, under another name, in another file and in other units."""
 
 import json
+import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +23,7 @@ from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.demo.phantoms import make_phantom
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.intensities import Intensities
+from nnunet_mim.system import guarded
 
 WIDE, NARROW = (
     {"0": {"percentile_00_5": low, "percentile_99_5": high, "mean": 0.0, "std": 100.0, "min": low, "max": high,
@@ -47,6 +50,16 @@ def plans_of(spacing, intensity):
         "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "image_reader_writer": READER,
         "foreground_intensity_properties_per_channel": intensity, "configurations": {"3d_fullres": configuration},
     }  # fmt: skip
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Images are read in this process, which is faster."""
+
+    def guarded_map(function, items, *_):
+        yield from ((index, guarded._outcome(function, item)) for index, item in enumerate(items))
+
+    monkeypatch.setattr(guard, "guarded_map", guarded_map)
 
 
 @pytest.fixture
@@ -82,7 +95,7 @@ def prepared(path, plans):
 
 
 @pytest.fixture
-def arm(raw, tmp_path):
+def arm(raw, tmp_path, here):
     """arm(plans): the dataset preprocessed with these plans."""
 
     def make(plans):
@@ -231,12 +244,62 @@ def test_a_checkpoint_that_does_not_say_what_it_has_seen(arm, content):
 
 
 def test_what_a_checkpoint_says(tmp_path):
-    torch.save({"provenance": {"cases": [1]}}, tmp_path / "a.pth")
+    torch.save({"provenance": {"cases": []}}, tmp_path / "a.pth")
     torch.save({"network_weights": {}}, tmp_path / "b.pth")
     (tmp_path / "c.pth").write_bytes(b"something else")
-    assert provenance_of(tmp_path / "a.pth") == {"cases": [1]}
+    assert provenance_of(tmp_path / "a.pth") == {"cases": []}
     assert provenance_of(tmp_path / "b.pth") is None
     assert provenance_of(tmp_path / "c.pth") is None
+
+
+@pytest.mark.parametrize("cases", [[1], [{"dataset": "D", "case": "c"}], "abc"])
+def test_a_checkpoint_that_says_what_cannot_be(tmp_path, cases):
+    torch.save({"provenance": {"cases": cases}}, tmp_path / "a.pth")
+    with pytest.raises(MiMError, match=r"a\.pth, provenance"):
+        provenance_of(tmp_path / "a.pth")
+
+
+def test_a_checkpoint_that_does_not_say_its_units(arm):
+    plans = plans_of([3.0, 2.0, 2.0], WIDE)
+    before = provenance(plans, {"sha256": "1" * 64})
+    del before["normalization"]
+    found = seen_cases(before, arm(plans), ("a",))
+    assert found.unknown == "the checkpoint does not say how to prepare images for it"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes, and limits on memory")
+def test_images_that_cannot_be_read_are_named_and_the_others_compared(raw, arm, resaved, monkeypatch):
+    """In a worker process."""
+    plans = plans_of([3.0, 2.0, 2.0], WIDE)
+    made = arm(plans)
+    monkeypatch.setattr(guard, "guarded_map", guarded.guarded_map)
+    path = raw / "imagesTr" / "a_0000.nii.gz"
+    path.unlink()
+    os.mkfifo(path)
+    (raw / "imagesTr" / "c_0000.nii.gz").write_bytes(b"nothing")
+    other = plans_of([1.5, 1.5, 1.5], WIDE)
+    sha256 = voxel_sha256(prepared(resaved, other))
+    found = seen_cases(provenance(other, {"sha256": sha256}), made, tuple("abc"))
+    assert found.same == ("b",)
+    pipe, damaged = found.unknown.split("; ")
+    assert pipe == "1 images are not in nnUNet_raw (a first), their preprocessed voxels are new"
+    assert damaged.startswith("1 images cannot be read (c first, damaged (")
+
+
+def test_a_file_of_findings_that_is_damaged_is_made_anew(arm, tmp_path):
+    plans = plans_of([3.0, 2.0, 2.0], WIDE)
+    torch.save({"provenance": provenance(plans, {"sha256": "1" * 64})}, tmp_path / "a.pth")
+    place = Place("Dataset002_Test", 0, "all", 0, "MiM")
+    matrix = SimpleNamespace(
+        bench=SimpleNamespace(output=tmp_path / "out"),
+        cells={place: SimpleNamespace(arm=arm(plans), val_cases=tuple("abc"))},
+    )
+    expected = look_for_seen_cases(matrix)
+    file = tmp_path / "out" / "seen.json"
+    (key,) = json.loads(file.read_text())
+    for content in ({key: {"same": 3}}, {key: None}, [key], {key: {"same": [3]}}):
+        file.write_text(json.dumps(content))
+        assert look_for_seen_cases(matrix) == expected
 
 
 def test_seen_cases_are_refused_by_name():

@@ -31,8 +31,9 @@ def plans_with(**configurations):
 
 
 def test_our_network_is_recognised_by_its_class_name():
-    assert HybridUNet.__name__ == HYBRID_UNET
-    assert uses_hybrid_unet({"architecture": {"network_class_name": f"a.b.{HYBRID_UNET}"}})
+    assert f"{HybridUNet.__module__}.{HybridUNet.__name__}" == HYBRID_UNET
+    assert uses_hybrid_unet({"architecture": {"network_class_name": HYBRID_UNET}})
+    assert not uses_hybrid_unet({"architecture": {"network_class_name": "a.b.HybridUNet"}})
     assert not uses_hybrid_unet({"architecture": {"network_class_name": "x.PlainConvUNet"}})
     assert not uses_hybrid_unet({})
 
@@ -63,7 +64,7 @@ def test_spacings_alike_up_to_the_ratio_on_every_axis():
 
 
 def test_saved_architecture_counts_only_where_a_fold_has_a_checkpoint(tmp_path):
-    architecture = {"network_class_name": f"x.{HYBRID_UNET}", "arch_kwargs": {}, "_kw_requires_import": []}
+    architecture = {"network_class_name": HYBRID_UNET, "arch_kwargs": {}, "_kw_requires_import": []}
     (tmp_path / "plans.json").write_text(json.dumps(plans_with(c={"architecture": architecture})))
     assert saved_architecture(tmp_path, "c") is None
     (tmp_path / "fold_0").mkdir()

@@ -28,6 +28,19 @@ def test_files_of_all_kinds_nested_and_hidden_ones(tmp_path, ct, dicom):
     assert names_in(tmp_path) == ["a", "b_c", "hidden", "patient_scan", "x_f", "x_g", "x_y_d", "x_y_e"]
 
 
+@pytest.mark.parametrize("name", [".trash/deep/a.nii.gz", "x/.old/IM0001"])
+def test_a_hidden_folder_with_images_is_named(tmp_path, ct, name):
+    sitk.WriteImage(ct(), str(tmp_path / "b.nii"))
+    for path, content in ((name, bytes(128) + b"DICM"), (".git/HEAD", b"ref"), (".cache/._a.nii", b"x")):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(content)
+    sound, hidden = find_volumes([tmp_path])
+    assert sound.name == "b"
+    assert hidden.files == (str(tmp_path / name.split("/deep")[0].removesuffix("/IM0001")),)
+    assert hidden.header == "a hidden folder with images: rename it, or name it with -i"
+    assert hidden.name == {".": "trash", "x": "x_old"}[name[0]]
+
+
 def test_a_dicom_folder_itself_and_several_series_in_one(tmp_path, ct, dicom):
     dicom(ct(0), tmp_path / "scan", uid="1.5")
     assert names_in(tmp_path / "scan") == ["scan"]
@@ -97,6 +110,8 @@ def test_images_that_are_no_volume(tmp_path, image, says):
 
 def test_implausible_spacing():
     assert header_problem([20, 20, 20], [1.0, 1.0, 30.0], 1, 16) == "implausible spacing (1, 1, 30 mm)"
+    assert header_problem([20, 20, 20], [1e-3, 1e-3, 3e-3], 1, 16) == "implausible spacing (0.001, 0.001, 0.003 mm)"
+    assert header_problem([20, 20, 20], [0.1, 0.1, 0.1], 1, 16) is None
     assert header_problem([20, 20, 20], [1.0, 0.0, 3.0], 1, 16) == "implausible spacing (1, 0, 3 mm)"
     assert header_problem([20, 20, 20], [1.0, float("nan"), 3.0], 1, 16) == "implausible spacing (1, nan, 3 mm)"
 
@@ -111,6 +126,9 @@ def test_a_file_that_is_no_image(tmp_path):
     [
         ({"modality": "MR"}, "not a CT (modality MR)"),
         ({"0008|0008": "ORIGINAL\\PRIMARY\\LOCALIZER"}, "a localiser"),
+        ({"0008|0008": "DERIVED\\PRIMARY\\MIP"}, "a projection of a CT (MIP in its image type)"),
+        ({"0008|0008": "DERIVED\\SECONDARY\\CT_SOM5 MIP"}, "a projection of a CT"),
+        ({"0008|0008": "DERIVED\\SECONDARY\\PROJECTION IMAGE"}, "a projection of a CT"),
         ({"leave_out": (7, 8)}, "slices are missing: 12 mm instead of 4 between"),
         ({"leave_out": range(4, 24)}, "fewer than 16 slices (32 x 28 x 4)"),
         ({"leave_out": range(1, 24)}, "2-D (32 x 28 x 1)"),
@@ -120,6 +138,20 @@ def test_dicom_series_that_are_no_ct_volume(tmp_path, ct, dicom, changes, says):
     dicom(ct(), tmp_path / "scan", **changes)
     (volume,) = find_volumes([tmp_path / "scan"])
     assert read_header(volume, 16).startswith(says)
+
+
+@pytest.mark.parametrize("spacing", [(0.5, 0.07, 0.07), (20.0, 20.0, 20.0)])
+def test_a_size_that_is_hardly_a_bodys_is_doubtful(tmp_path, ct, spacing):
+    sitk.WriteImage(ct(shape=(150, 40, 40), spacing=spacing), str(tmp_path / "a.nrrd"))
+    (warning,) = header_of(tmp_path / "a.nrrd").warnings
+    assert warning.startswith("hardly the size of a body (")
+
+
+def test_a_series_that_is_made_of_other_images_is_doubtful(tmp_path, ct, dicom):
+    dicom(ct(), tmp_path / "scan", **{"0008|0008": "DERIVED\\SECONDARY\\AXIAL"})
+    (volume,) = find_volumes([tmp_path / "scan"])
+    warning = "made of other images (DERIVED\\SECONDARY\\AXIAL in its DICOM header)"
+    assert read_header(volume, 16).warnings == (warning,)
 
 
 def test_a_dicom_series_without_a_rescale_intercept_has_no_hu():
@@ -203,6 +235,12 @@ def test_voxels_of_a_body_in_hu(ct):
     assert voxel_problem(hu / 1000).startswith("no HU (values ")
     assert voxel_problem(np.zeros((4, 4, 4), np.float32)).startswith("no HU (values 0 to 0")
     assert voxel_problem(np.full((4, 4, 4), -1000, np.float32)).startswith("no body in it")
+    swapped = hu.astype(np.int16).byteswap().astype(np.float32)
+    assert voxel_problem(swapped).endswith(" above 2,000: wrong byte order or scale)")
+    assert "wrong byte order or scale" in voxel_problem(hu * np.float32(1e30))
+    metal = hu.copy()
+    metal[:2, :2] = 30_000
+    assert voxel_problem(metal) is None
     hu[3, 3, 3] = np.nan
     assert voxel_problem(hu) == "holds NaN or infinite voxels"
     hu[3, 3, 3] = np.inf

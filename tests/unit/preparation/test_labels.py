@@ -129,6 +129,16 @@ def test_spacing_and_origin_that_differ_are_doubtful(preparing, ct, without_fing
     ]
 
 
+def test_an_image_with_a_label_that_is_no_ct_in_hu_is_doubtful(preparing, ct, without_fingerprint):
+    swapped = sitk.GetImageFromArray(sitk.GetArrayFromImage(ct(0)).byteswap())
+    swapped.CopyInformation(ct(0))
+    preparing.write_raw(NAME, [[swapped], [ct(1)]], [preparing.organ_of(ct(i)) for i in range(2)])
+    assert preparing(501) == 0
+    warnings = {name: entry["warnings"] for name, entry in preparing.log(NAME).prepared.items()}
+    assert warnings["case_1"] == []
+    assert "wrong byte order or scale" in warnings["case_0"][0]
+
+
 def test_real_labels_have_the_grid_of_their_images(shared_data):
     """Contours of a clinic, on CT whose headers have gone through several programs."""
     raw = shared_data / "nnUNet_raw" / "Dataset501_HeadNeckOAR"

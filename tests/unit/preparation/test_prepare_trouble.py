@@ -71,6 +71,11 @@ def test_mim_plan_on_a_prepared_dataset_says_how(preparing, images, here, capsys
     said = capsys.readouterr().err
     assert "run `nnUNetv2_plan_and_preprocess -d 800 --no_pp` first" in said
     assert "change its plans" not in said, "mim_prepare takes no checkpoint"
+    assert mim_plan(["-d", "800", "-p", "TYPO"]) == 2
+    assert "TYPO.json does not exist: choose base plans with -p (nnUNetMiMPlans), or run" in capsys.readouterr().err
+    assert mim_plan(["-d", "800", "-p", "nnUNetMiMPlans", "-o", "Other"]) == 2
+    assert "has no labels, without which nnU-Net cannot preprocess it" in capsys.readouterr().err
+    assert not (preparing.folder().parent / "Other.json").exists()
 
 
 def test_files_are_those_that_nnunet_finds(preparing, ct):
@@ -150,14 +155,15 @@ def test_two_commands_at_once(preparing, images, here, refused):
 
 def test_half_a_line_in_the_log_does_not_count(tmp_path):
     log = CaseLog(tmp_path / "new" / "log.jsonl")
-    log.add({"case": "a", "key": "1"})
-    log.add({"case": "b", "key": "1", "reason": "x"})
+    entry = {"key": "1", "files": ["f"], "images": ["f"], "reason": "x"}
+    log.add({"case": "a", **entry})
+    log.add({"case": "b", **entry})
     with log.path.open("a") as file:
         file.write('{"case": "c", "ke')  # the power went
     again = CaseLog(log.path)
-    assert (list(again.prepared), list(again.skipped)) == (["a"], ["b"])
-    again.add({"case": "d", "key": "2"})
-    assert list(CaseLog(log.path).prepared) == ["a", "d"]
+    assert list(again.skipped) == ["a", "b"]
+    again.add({"case": "d", **entry})
+    assert list(CaseLog(log.path).skipped) == ["a", "b", "d"]
 
 
 @pytest.mark.slow

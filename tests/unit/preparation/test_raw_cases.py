@@ -27,6 +27,7 @@ def test_a_missing_channel_is_named_before_anything_else(preparing, ct, here, re
         ({"file_ending": "nii.gz"}, "file_ending"),
         ({"labels": ["a"]}, "labels"),
         ({"channel_names": "CT"}, "channel_names"),
+        ({"file_ending": "./../../case"}, "file_ending"),
     ],
 )
 def test_a_wrong_entry_of_dataset_json_is_named(preparing, ct, refused, change, words):
@@ -34,6 +35,17 @@ def test_a_wrong_entry_of_dataset_json_is_named(preparing, ct, refused, change, 
     content = json.loads((raw / "dataset.json").read_text())
     (raw / "dataset.json").write_text(json.dumps(content | change))
     assert f"{raw}/dataset.json: {words}: " in refused("-d", "501")
+
+
+@pytest.mark.parametrize("name", ["../../../evil", "a/b", "a\\b", "a\0b", "", "a\nb"])
+def test_a_case_whose_name_leads_to_another_folder_is_refused(preparing, ct, refused, name):
+    raw = preparing.write_raw(NAME, [[ct(0)]], [preparing.organ_of(ct(0))])
+    content = json.loads((raw / "dataset.json").read_text())
+    files = {"images": ["imagesTr/case_0_0000.nii.gz"], "label": "labelsTr/case_0.nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps({**content, "dataset": {name: files}}))
+    before = set(preparing.root.rglob("*"))
+    assert f"{raw}/dataset.json: dataset." in refused("-d", "501")
+    assert {path for path in preparing.root.rglob("*") if path.suffix != ".lock"} == before
 
 
 def test_a_dataset_of_the_first_version_names_the_command_that_converts_it(preparing, ct, refused):
@@ -167,3 +179,34 @@ def test_slices_are_counted_once_more_when_they_have_been_resampled(preparing, i
     assert preparing(801, *command, "--min_slices", "14", spacing="6") == 0
     assert len(preparing.log("Dataset801_Coarse").prepared) == 3
     assert preparing(801, *command, spacing="6") == 2, "the limit counts for what is prepared, too"
+
+
+def test_channels_that_do_not_fit_each_other_are_named(preparing, ct, here):
+    turned = sitk.Image(ct(5))
+    turned.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    images = [[ct(0), ct(1)], [ct(2), ct(3, shape=(24, 28, 30))], [ct(4), turned]]
+    preparing.write_raw(NAME, images)
+    assert preparing(501) == 0
+    log = preparing.log(NAME)
+    assert log.skipped["case_1"]["reason"] == (
+        "channels do not fit each other (case_1_0001.nii.gz has 30 x 28 x 24 voxels, the first channel 32 x 28 x 24 "
+        "(x, y, z))"
+    )
+    assert log.prepared["case_0"]["warnings"] == []
+    (warning,) = log.prepared["case_2"]["warnings"]
+    assert warning.startswith("channels lie differently (case_2_0001.nii.gz has another direction than the first ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"case": "case_0"}', '{"case": "case_0", "reason": 3}', '{"case": "case_0", "key": "", "files": []}',
+     '{"case": "../../x", "reason": "no", "key": "", "files": ["a"], "images": ["a"]}', "[1]", "3", "null"],
+)  # fmt: skip
+def test_a_line_of_the_log_that_was_changed_does_not_count(preparing, ct, here, line):
+    preparing.write_raw(NAME, [[ct(0)], [ct(1)]])
+    assert preparing(501) == 0
+    log = preparing.log(NAME)
+    with log.path.open("a") as file:
+        file.write(f"{line}\n")
+    assert preparing.log(NAME).entries == log.entries
+    assert preparing(501) == 0

@@ -225,6 +225,8 @@ def test_nnunet_variables_not_set(write_dataset, monkeypatch, capsys, variable):
         (("-d", "900", *SMALL, "--iterations", "0"), "iterations must be at least 1"),
         (("-d", "900", *SMALL, "--lr", "0"), "learning_rate"),
         (("-d", "900", *SMALL, "-f", "x"), "-f takes 'all' or a fold number"),
+        (("-d", "900", *SMALL, "-o", "../../x"), "-o ../../x: a tag takes letters"),
+        (("-d", "900", *SMALL, "-o", "a\0b"), "a tag takes letters"),
         (("-d", "900", *SMALL, "-f", "7"), "fold 7 does not exist"),
     ],
 )

@@ -73,7 +73,7 @@ def test_yaml_numbers_with_an_exponent(tmp_path, text, value):
     assert read_yaml(tmp_path / "run.yaml") == {"weight_decay": value, "network": {"mlp_ratio": value}}
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just words", "", "1: 2"])
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just words", "", "1: 2", "a: 1\na: 2", "b: {a: 1, a: 2}"])
 def test_files_that_are_no_settings(tmp_path, text):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(MiMError, match=r"run\.yaml"):

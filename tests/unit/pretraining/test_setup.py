@@ -302,3 +302,16 @@ def test_spacing_in_a_command_is_in_the_order_that_it_takes(write_dataset, with_
     assert source.spacing_zyx == (4.6875, 3.0, 1.0)
     (given,) = parsed_commands(prepare_command([source, source]))
     assert (given.d, given.s) == (["900", "900"], [4.6875, 3.0, 1.0])
+
+
+def test_a_command_that_prepares_anew_keeps_the_network_of_the_plans(write_dataset, with_plans, parsed_commands):
+    def tiny(_, plans):
+        block = plans_architecture(PRESETS["tiny"], (32, 32, 32))
+        plans["configurations"]["3d_fullres"]["architecture"] = block
+
+    folder = write_dataset(n=1)
+    (given,) = parsed_commands(prepare_command([find_source("900", "tinyPlans", "3d_fullres")]))
+    assert given.preset is None
+    with_plans(folder, tiny)
+    (given,) = parsed_commands(prepare_command([find_source("900", "tinyPlans", "3d_fullres")]))
+    assert given.preset == "tiny"

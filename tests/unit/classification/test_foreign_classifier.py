@@ -1,0 +1,79 @@
+"""A classifier's folder that somebody else has made or changed: it predicts, or ends in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from nnunet_mim.classification import cli
+from nnunet_mim.classification.results import weights_sha256
+
+GIGANTIC = 2**33
+
+
+def classify(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def export(folders, tmp_path, capsys):
+    """An export of one fold of a probe."""
+    assert classify("train", "-d", 7, "--target", "lesion", "-device", "cpu", "-pc", "none", "-f", 0) == 0
+    assert classify("export", "-d", 7, "--target", "lesion", "--classifier", "probe_random", "-o", tmp_path / "e") == 0
+    (tmp_path / "images").mkdir()
+    shutil.copy(folders.raw / "imagesTr" / "case_00_0000.nii.gz", tmp_path / "images")
+    capsys.readouterr()
+    return tmp_path / "e"
+
+
+def change(file, *path, value):
+    """Set a value in a JSON file."""
+    content = json.loads(file.read_text())
+    parent = content
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    file.write_text(json.dumps(content))
+
+
+def change_weights(export, function):
+    """Change the weights, and every hash of them."""
+    (old,) = export.glob("encoder_*.safetensors")
+    weights = {name: function(value) for name, value in load(old.read_bytes()).items()}
+    old.unlink()
+    sha256 = weights_sha256(weights)
+    (export / f"encoder_{sha256[:12]}.safetensors").write_bytes(save(weights))
+    change(export / "fold_0" / "settings.json", "encoder", "sha256", value=sha256)
+
+
+def test_what_is_wrong_is_named_in_one_line(export, tmp_path, capsys):
+    """One training serves all changes, which are made to a copy each."""
+    settings, probe = ("fold_0", "settings.json"), ("fold_0", "probe.json")
+    changes = {
+        "NaN": lambda e: change_weights(e, lambda w: torch.full_like(w, torch.nan)),
+        "int8": lambda e: change_weights(e, lambda w: w.to(torch.int8)),
+        "a network of terabytes": lambda e: change(
+            e.joinpath(*settings), "encoder", "architecture", "network", "embed_dims", value=[6, 6, 6, 6 * GIGANTIC]
+        ),
+        "billions of blocks": lambda e: change(
+            e.joinpath(*settings), "encoder", "architecture", "network", "depths", value=[1, 1, 1, GIGANTIC]
+        ),
+        "targets": lambda e: change(e.joinpath(*settings), "targets", value=["lesion"]),
+        "another target": lambda e: change(e.joinpath(*settings), "targets", value={"x": ["0", "1"]}),
+        "margin": lambda e: change(e.joinpath(*settings), "config", "margin", value="wide"),
+        "no encoder": lambda e: change(e.joinpath(*settings), "encoder", value={}),
+        "probe NaN": lambda e: change(e.joinpath(*probe), "lesion", "temperature", value=float("nan")),
+        "probe of other features": lambda e: change(e.joinpath(*probe), "lesion", "mean", value=[0.0]),
+        "no fold": lambda e: shutil.rmtree(e / "fold_0"),
+    }
+    given = ("-i", tmp_path / "images", "-device", "cpu", "-o", tmp_path / "out.csv")
+    for name, make in {"nothing": lambda _: None, **changes}.items():
+        copy = tmp_path / name
+        shutil.copytree(export, copy)
+        make(copy)
+        code = classify("predict", "-m", copy, *given)
+        line = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert code == (0 if name == "nothing" else 2), (name, line)
+        assert name == "nothing" or (line[0].startswith("error: ") and str(copy) in line[0]), (name, line)
