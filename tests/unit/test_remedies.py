@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
 SCRIPTS = dict(re.findall(r'^(mim_\w+) = "([\w.:]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
 COMMAND = re.compile(r"\b(mim_[a-z]+|nnUNetv2_\w+)(?![\w/.-])")
 VALUE = re.compile(r"⟨|[A-Z0-9…'\"]|.*[_=/.\d]")
@@ -138,7 +139,7 @@ def test_every_command_in_a_message_parses(parser_of):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))])
+@pytest.mark.parametrize("path", ["README.md", *DOCS])
 def test_every_command_in_a_code_block_parses(parser_of, path):
     wrong = []
     for block in re.findall(r"```(?:bash|sh|console)?\n(.*?)```", (ROOT / path).read_text(), re.DOTALL):
