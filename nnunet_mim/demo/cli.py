@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from nnunet_mim.checkpoint.locate import shipped_weights
 from nnunet_mim.demo.runner import find_command, open_folder, run_stages
 from nnunet_mim.demo.stages import MIN_BODIES, QUICK, DemoSettings, Folders, make_stages
 from nnunet_mim.errors import MiMError, exit_code
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     """Check everything, then run the stages and write the page."""
+    if options.ct is not None:
+        _show_ct(Path(options.ct), Path(options.o))
+        return
     settings = QUICK if options.quick else DemoSettings()
     if options.bodies is not None:
         settings = replace(settings, bodies=options.bodies)
@@ -68,6 +72,23 @@ def _run(options: argparse.Namespace) -> None:
     say(f"look at {folders.page}")
 
 
+def _show_ct(image: Path, folder: Path) -> None:
+    """A page of what the first weights of the package make of a CT."""
+    from nnunet_mim.checkpoint.format import load_checkpoint
+    from nnunet_mim.inspection.show import show
+    from nnunet_mim.pretraining.report.summary import Facts
+
+    names = shipped_weights()
+    if not names:
+        raise MiMError("no weights come with this copy of the package: leave out --ct")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MiMError(f"{folder} exists and is not empty: choose another folder with -o")
+    facts = Facts(load_checkpoint(names[0]), names[0])
+    for line in show(facts, Path(names[0]), [image], folder, "cpu", 0, None):
+        say(line)
+    say(f"look at {folder / 'report.html'}; next: mim_plan -d DATASET -pc {names[0]}")
+
+
 def _build_parser() -> OneLineParser:
     parser = OneLineParser("mim_demo", description=DESCRIPTION)
     add = parser.add_argument
@@ -76,6 +97,9 @@ def _build_parser() -> OneLineParser:
     add("--bodies", type=int, metavar="N",
         help=f"number of made-up bodies to train on, at least {MIN_BODIES} "
         f"(default: {DemoSettings().bodies}, {QUICK.bodies} with --quick)")  # fmt: skip
+    add("--ct", metavar="FILE",
+        help="instead: what the weights that come with the package make of your CT (NIfTI, NRRD, MHA, or a folder with "
+        "the DICOM files of one CT)")  # fmt: skip
     add("--quick", action="store_true", help="smaller and shorter: shows that all runs, not what it can do")
     add("--c", "--continue", action="store_true", dest="resume",
         help="skip the stages that are done; give the same options")  # fmt: skip

@@ -99,11 +99,13 @@ Body {name}, held out of the pretraining. {section.text} All views have {join(fa
 def _loss_section(folders: Folders, facts: Facts, settings: DemoSettings) -> Section:
     section = losses_section(facts, folders.pretraining)
     text = f"""\
+{facts.verdict_text()}
+
 {section.text}
 
 The widest views are learnt first. These are {settings.iterations} iterations; a real pretraining takes hundreds of
 times as many."""
-    return replace(section, title="Pretraining: the loss falls", text=text)
+    return replace(section, title="What the pretraining has learnt", text=text)
 
 
 def _organs_section(folders: Folders, settings: DemoSettings, bodies: list[str], dices: np.ndarray) -> Section:

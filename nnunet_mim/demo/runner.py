@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_mim.demo.stages import DemoSettings, Folders, Stage
+from nnunet_mim.demo.watching import watched
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.processes import run_command
@@ -72,7 +73,10 @@ def run_stages(stages: Sequence[Stage], folders: Folders, state: dict[str, Any],
             command = shlex.join(stage.run)
             say(f"      {command}")
             log.unlink(missing_ok=True)
-            if code := run_command([find_command(stage.run[0]), *stage.run[1:]], log, _child_environment(folders)):
+            typed = [find_command(stage.run[0]), *stage.run[1:]]
+            with watched(log, state["settings"]["epochs"]):
+                code = run_command(typed, log, _child_environment(folders))
+            if code:
                 for line in _last_lines(log):
                     say(f"      | {line}")
                 raise MiMError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunet_mim.demo.cli import main
+from nnunet_mim.demo.phantoms import make_phantom
 
 
 def refused(capsys, *argv: str) -> str:
@@ -44,3 +47,23 @@ def test_help(capsys) -> None:
     text = capsys.readouterr().out
     assert "--quick" in text
     assert "index.html" in text
+
+
+def test_a_ct_of_the_users(tmp_path, capsys) -> None:
+    image = sitk.GetImageFromArray(np.round(make_phantom(0, (48, 48, 48))[0]).astype(np.int16))
+    image.SetSpacing((6.0, 6.0, 6.0))
+    sitk.WriteImage(image, str(tmp_path / "ct.nii.gz"))
+    assert main(["--ct", str(tmp_path / "ct.nii.gz"), "-o", str(tmp_path / "looks")]) == 0
+    said = capsys.readouterr().out
+    assert "next: mim_plan -d DATASET -pc tiny-ct" in said
+    page = (tmp_path / "looks" / "report.html").read_text()
+    assert "Case ct" in page
+    assert (tmp_path / "looks" / "ct_level3_reconstruction.nii.gz").is_file()
+    assert main(["--ct", str(tmp_path / "ct.nii.gz"), "-o", str(tmp_path / "looks")]) == 2
+    assert "is not empty: choose another folder" in capsys.readouterr().err
+
+
+def test_no_weights_for_a_ct(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("nnunet_mim.demo.cli.shipped_weights", list)
+    assert main(["--ct", "ct.nii.gz", "-o", str(tmp_path / "looks")]) == 2
+    assert "leave out --ct" in capsys.readouterr().err
