@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.system.cli import OneLineParser
@@ -26,12 +27,22 @@ A network for several channels takes as many files per case, in their order.
 Bad input ends with exit code 2 and one line that says what to do."""
 
 
+class _ListWeights(argparse.Action):
+    """Prints the weights that come with the package, then ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from nnunet_mim.inspection.describe import shipped_text
+
+        print(shipped_text())
+        parser.exit()
+
+
 def _parser() -> OneLineParser:
     parser = OneLineParser("mim_inspect", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", nargs="?",
+    add("checkpoint", metavar="CHECKPOINT",
         help="file of mim_pretrain or mim_convert, folder of mim_export, or name of shipped weights")  # fmt: skip
-    add("--list_weights", action="store_true", help="list the weights that come with the package, then exit")
+    add("--list_weights", action=_ListWeights, nargs=0, help="list the weights that come with the package, then exit")
     add("-i", nargs="+", default=[], metavar="CT",
         help="raw CT: NIfTI, NRRD or MHA, or a folder with the DICOM files of one CT")  # fmt: skip
     add("-o", metavar="FOLDER", help="folder for the page and the images (default: ./mim_inspect)")
@@ -52,14 +63,9 @@ def _run(args: argparse.Namespace) -> None:
     import torch
 
     from nnunet_mim.checkpoint.format import load_checkpoint
-    from nnunet_mim.inspection.describe import description, shipped_text
+    from nnunet_mim.inspection.describe import description
     from nnunet_mim.pretraining.report.summary import Facts
 
-    if args.list_weights:
-        print(shipped_text())
-        return
-    if args.checkpoint is None:
-        raise MiMError("name a checkpoint, or --list_weights")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         raise MiMError(f"no {args.device} device found: leave out -device")
     if args.spacing is not None and min(args.spacing) <= 0:

@@ -23,7 +23,13 @@ BAD_INPUT = {
 
 REMOVED = {"mim_pretrain": {"--shard", "--no-compile"}}
 """option strings that are gone on purpose, see CHANGELOG.md"""
-ADDED = {"mim_benchmark": {"few_shot"}, "mim_pretrain": {"--decoder", "--decoder_phase"}}
+ADDED = {
+    "mim_benchmark": {"few_shot"},
+    "mim_demo": {"--ct"},
+    "mim_export": {"--half"},
+    "mim_inspect": {"--list_weights"},
+    "mim_pretrain": {"--decoder", "--decoder_phase"},
+}
 """flags and subcommands that came later; a second spelling of a flag is no new one"""
 
 

@@ -17,7 +17,7 @@ VALUE = re.compile(r"⟨|[A-Z0-9…'\"]|.*[_=/.\d]")
 """beginning of what can only be a value: a placeholder, capitals, a number; or a word with signs in it"""
 
 
-EXITING = {"-h", "--help", "--list_settings"}
+EXITING = {"-h", "--help", "--list_settings", "--list_weights"}
 
 
 class ParserFoundError(Exception):
