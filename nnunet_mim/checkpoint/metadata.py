@@ -61,6 +61,8 @@ def check_provenance(provenance: Any, path: str) -> None:
         0, 1, 2,
     ]:  # fmt: skip
         raise MiMError(f"{path}: spacing or transpose_forward in provenance are not of three axes: {REMEDY}")
+    if any(row.get("iteration", 0) is None for row in provenance.get("loss_history", ())):
+        raise MiMError(f"{path}: a row of loss_history in provenance has no number of an iteration: {REMEDY}")
     windows = provenance.get("intensity_properties", {})
     for channel, scheme in enumerate(provenance.get("normalization", ())):
         window = windows.get(str(channel))

@@ -44,6 +44,7 @@ class Facts:
         self.provenance: Mapping[str, Any] = checkpoint["provenance"]
         try:
             self.config = PretrainConfig.from_dict(checkpoint["mim_config"])
+            levels_of(self.config)
         except MiMError as error:
             raise MiMError(f"{path}, mim_config: {error}") from error
         require_description(self.provenance, self.config.in_channels, str(path))

@@ -103,6 +103,13 @@ def test_a_few_mutations(valid, tmp_path, capsys, first):
         inspected(mutate(valid, random.Random(seed)), tmp_path, capsys)
 
 
+def test_a_measurement_without_its_iteration(valid, tmp_path, capsys):
+    """Found by the test below."""
+    stored = copy.deepcopy(valid)
+    stored["provenance"]["loss_history"][3]["iteration"] = None
+    assert inspected(stored, tmp_path, capsys) == 2
+
+
 @pytest.mark.long
 def test_a_thousand_mutations(valid, tmp_path, capsys):
     codes = [inspected(mutate(valid, random.Random(seed)), tmp_path, capsys) for seed in range(1000)]
