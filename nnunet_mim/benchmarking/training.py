@@ -22,6 +22,7 @@ from nnunet_mim.benchmarking.cell import Cell
 from nnunet_mim.benchmarking.metrics import case_metrics
 from nnunet_mim.benchmarking.seeded_training import attempts_of
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, LATEST
+from nnunet_mim.checkpoint.torch_file import ALLOWING
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.locks import exclusive_lock
@@ -199,7 +200,7 @@ def learning_curve(checkpoint: Path) -> list[float]:
     allowed: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     allowed += [np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8"))]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with ALLOWING, torch.serialization.safe_globals(allowed):
             stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
         return [float(value) for value in stored["logging"]["mean_fg_dice"]]
     except Exception as error:  # PyTorch has many

@@ -6,6 +6,7 @@ import contextlib
 import io
 import pickletools
 import re
+import threading
 import zipfile
 from collections.abc import Iterator
 from copy import deepcopy
@@ -26,6 +27,8 @@ ALLOWED = re.compile(
 NAMESPACE = "argparse.Namespace"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 """of weights, and of counters beside them"""
+ALLOWING = threading.Lock()
+"""held while PyTorch's list of what a file may refer to is longer than usual: all threads have the same list"""
 MAX_PICKLE = 64 * 2**20
 """bytes of the part of a file that is not tensors"""
 
@@ -52,7 +55,7 @@ def read_torch_file(path: Path, namespaces: bool = False) -> Any:
     _check_names(path, pickled, namespaces)
     allowed: list[Any] = [(SimpleNamespace, NAMESPACE)] if namespaces else []
     try:
-        with torch.serialization.safe_globals(allowed):
+        with ALLOWING, torch.serialization.safe_globals(allowed):
             # mapped, so that sizes which a tensor only claims to have take no memory
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:

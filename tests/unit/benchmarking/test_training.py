@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -321,3 +322,11 @@ def test_a_learning_curve_is_read_without_running_what_is_in_the_file(tmp_path):
     with pytest.raises(MiMError, match=r"checkpoint_final\.pth holds no learning curve"):
         learning_curve(path)
     assert not (tmp_path / "trap").exists()
+
+
+def test_learning_curves_are_read_by_several_threads_at_once(tmp_path):
+    """Trainings that run side by side end side by side, and PyTorch has one list of what may be read."""
+    path = tmp_path / "checkpoint_final.pth"
+    torch.save({"logging": {"mean_fg_dice": [np.float32(0.5)] * 3}}, path)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(learning_curve, [path] * 400)) == [[0.5] * 3] * 400
