@@ -26,7 +26,7 @@ from nnunet_mim.classification.encoders import LoadedEncoder, blocks_of, rebuilt
 from nnunet_mim.classification.features import FeatureExtractor
 from nnunet_mim.classification.options import ClassifyConfig
 from nnunet_mim.classification.probe import Probe, probabilities
-from nnunet_mim.classification.regions import CaseVoxels, resampled_mask
+from nnunet_mim.classification.regions import READ_SECONDS, CaseVoxels, resampled_mask
 from nnunet_mim.classification.results import (
     NETWORK,
     PROBE,
@@ -62,7 +62,6 @@ class FoldSettings(TypedDict):
 FOLD_SETTINGS = TypeAdapter(FoldSettings)
 
 
-READ_SECONDS = 600.0
 """limit for one case, as in mim_inspect"""
 
 
