@@ -39,7 +39,8 @@ def read_json(path: Path, remedy: str = "restore the file, or delete it and plan
 
 def parse_json(text: str | bytes) -> Any:
     """The value that a text in JSON stands for. Raises ValueError where there is none, or it is too large or deep."""
-    if text.count(b"," if isinstance(text, bytes) else ",") > MAX_VALUES:  # type: ignore[arg-type]
+    content = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    if sum(map(content.count, (b",", b"{", b"["))) > MAX_VALUES:  # about the number of values
         raise ValueError(f"it holds more than {MAX_VALUES:,} values")
     try:
         value = json.loads(text)
