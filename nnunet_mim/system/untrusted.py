@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,27 @@ def read_json(path: Path, remedy: str = "restore the file, or delete it and plan
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that a text in JSON stands for. Raises ValueError where there is none, or it is too large or deep."""
+    """The value that a text in JSON stands for.
+
+    Raises ValueError where there is none, a name is there twice, or it is too large or deep.
+    """
     content = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
     if sum(map(content.count, (b",", b"{", b"["))) > MAX_VALUES:  # about the number of values
         raise ValueError(f"it holds more than {MAX_VALUES:,} values")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_with_names_once)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     check_extent(value)
     return value
+
+
+def _with_names_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice} is there twice")
+    return content
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

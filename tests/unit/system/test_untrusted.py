@@ -87,6 +87,15 @@ def test_json_that_explodes(tmp_path, refused, kind, read):
     refused(read, path)
 
 
+def test_a_name_that_is_there_twice(tmp_path, refused):
+    path = tmp_path / "plans.json"
+    path.write_text('{"a": {"spacing": [1], "b": 2, "spacing": [3]}}')
+    assert "spacing is there twice" in refused(read_json, path)
+    names = ", ".join(f'"{number}": 0' for number in range(100_000))
+    path.write_text(f'{{{names}, "99999": 1}}')
+    assert "99999 is there twice" in refused(read_json, path)
+
+
 def test_json_larger_than_any(tmp_path, refused):
     path = tmp_path / "plans.json"
     with path.open("wb") as file:
