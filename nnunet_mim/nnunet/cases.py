@@ -18,6 +18,7 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
 from nnunet_mim.errors import MiMError, printable
+from nnunet_mim.system.untrusted import require_regular
 
 Case = tuple[Any, Any, None, dict[str, Any]]
 """voxels (C, X, Y, Z), segmentation (1, X, Y, Z), no segmentation of a previous stage, properties"""
@@ -62,6 +63,7 @@ def read_properties(path: Path) -> dict[str, Any]:
         MiMError: it cannot be read, or holds more than numbers, texts, plain containers and arrays of numbers.
     """
     try:
+        require_regular(path)
         properties = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
     except MiMError as error:
         raise MiMError(f"{path} is refused: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,9 +34,16 @@ def read_json(path: Path, remedy: str = "restore the file, or delete it and plan
         MiMError: it cannot be read, or is too large or nested too deep to be what it should be.
     """
     try:
+        require_regular(path)
         return parse_json(_limited(path, MAX_JSON))
     except (OSError, ValueError) as error:
         raise MiMError(f"cannot read {path} ({printable(error)}): {remedy}") from error
+
+
+def require_regular(path: Path) -> None:
+    """Raise ValueError for what is no regular file, such as a pipe, and OSError where nothing is there."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no regular file, but a folder, pipe, socket or device")
 
 
 def parse_json(text: str | bytes) -> Any:
