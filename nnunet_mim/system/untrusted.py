@@ -35,7 +35,7 @@ def read_json(path: Path, remedy: str = "restore the file, or delete it and plan
     """
     try:
         require_regular(path)
-        return parse_json(_limited(path, MAX_JSON))
+        return parse_json(limited(path, MAX_JSON))
     except (OSError, ValueError) as error:
         raise MiMError(f"cannot read {path} ({printable(error)}): {remedy}") from error
 
@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         MiMError: missing, too large, not YAML, with aliases, nested too deep, or no mapping of names to values.
     """
     try:
-        content = _limited(path, MAX_YAML)
+        content = limited(path, MAX_YAML)
         if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:
             raise ValueError("it is nested too deep or too large")
         settings = yaml.load(content, _LoaderWithoutAliases)
@@ -108,7 +108,7 @@ class _LoaderWithoutAliases(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _limited(path: Path, limit: int) -> bytes:
+def limited(path: Path, limit: int) -> bytes:
     """The bytes of a file. Raises OSError, or ValueError where there are more than the limit."""
     with path.open("rb") as file:
         content = file.read(limit + 1)
