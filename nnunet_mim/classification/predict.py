@@ -62,9 +62,6 @@ class FoldSettings(TypedDict):
 FOLD_SETTINGS = TypeAdapter(FoldSettings)
 
 
-"""limit for one case, as in mim_inspect"""
-
-
 class SharedFeatures:
     """Features of an encoder that several folds have in common: those of the last case are kept."""
 
