@@ -107,7 +107,7 @@ class DatasetDescription(TypedDict):
     modality: NotRequired[dict[str, str]]
     labels: dict[str, Labels]
     file_ending: Annotated[str, Field(pattern=r"^\.\w[\w.]*$")]
-    numTraining: NotRequired[int]
+    numTraining: NotRequired[Count]
     dataset: NotRequired[dict[CaseName, Case]]
     regions_class_order: NotRequired[list[int]]
     overwrite_image_reader_writer: NotRequired[str]

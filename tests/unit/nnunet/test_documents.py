@@ -60,6 +60,9 @@ def refused(read, path, content, *words):
         ({"channel_names": ["CT"]}, ("channel_names",)),
         ({"dataset": {"a": {"label": "a.nii.gz"}}}, ("dataset.a.images",)),
         ({"numTraining": "two"}, ("numTraining", "'two'")),
+        ({"numTraining": 0}, ("numTraining", "0")),
+        ({"numTraining": -3}, ("numTraining", "-3")),
+        ({"numTraining": 10**12}, ("numTraining", "1000000000000")),
     ],
 )
 def test_a_wrong_dataset_json_is_refused(tmp_path, change, words):
