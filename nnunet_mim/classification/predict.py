@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.image_files import damaged, file_problem
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.files import csv_text, write_atomically
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory
 from nnunet_mim.system.progress import ProgressBar
@@ -261,10 +259,7 @@ def predict_folder(
         raise MiMError("this classifier looks at a region: add --roi MASKS, such as predictions of nnUNetv2_predict")
     if masks is not None and not classifier.config.roi:
         raise MiMError("this classifier looks at whole cases: leave out --roi")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_heading(classifier))
-    whole = []
+    rows, whole = [_heading(classifier)], []
     for case in preprocessed_cases(source, images, masks):
         if masks is not None and case.mask is None:
             whole.append(case.name)
@@ -272,12 +267,12 @@ def predict_folder(
         for target, by_fold in classifier.of_case(case).items():
             mean = by_fold.mean(axis=0)
             row += [classifier.classes[target][int(mean.argmax())], *[f"{p:.9g}" for p in [*mean, *by_fold.T.ravel()]]]
-        writer.writerow(row)
+        rows.append(row)
         if saliency is not None:
             for target, values in classifier.saliency(case).items():
                 write_map(values, case.properties, source, saliency / f"{case.name}_{target}.nii.gz")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, text.getvalue().encode())
+    write_atomically(output, csv_text(rows).encode())
     notes = [f"note: {len(whole)} masks are empty, {whole[0]} first: the whole case was looked at"] if whole else []
     return [*notes, f"wrote {output}"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.reporting.classifiers import calibration_figure, cases_figure, confusion_figure, curves_figure
 from nnunet_mim.reporting.page import Section, markdown_text, write_page
-from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.files import csv_text, write_atomically
 
 N_PICTURES = 4
 CT_GREY = (-1000.0, 400.0)
@@ -187,20 +185,20 @@ def _seen_notes(folder: Path) -> list[str]:
 
 
 def _csv(evaluations: Sequence[Evaluation]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["target", "classifier", "class", "figure", "value", "low", "high"])
+    rows = [["target", "classifier", "class", "figure", "value", "low", "high"]]
     for evaluation in evaluations:
         for name, found in evaluation.figures.items():
-            _write_figures(writer, [evaluation.target, name, ""], found)
+            rows += _figure_rows([evaluation.target, name, ""], found)
             for label, of_class in evaluation.per_class[name].items():
-                _write_figures(writer, [evaluation.target, name, label], of_class)
-    return text.getvalue().encode()
+                rows += _figure_rows([evaluation.target, name, label], of_class)
+    return csv_text(rows).encode()
 
 
-def _write_figures(writer: Any, start: list[str], found: Mapping[str, Interval]) -> None:
-    for figure, each in found.items():
-        writer.writerow([*start, figure, *[f"{value:.6g}" for value in (each.value, each.low, each.high)]])
+def _figure_rows(start: list[str], found: Mapping[str, Interval]) -> list[list[str]]:
+    return [
+        [*start, figure, *[f"{value:.6g}" for value in (each.value, each.low, each.high)]]
+        for figure, each in found.items()
+    ]
 
 
 def _markdown(title: str, summary: str, evaluations: Sequence[Evaluation], notes: Sequence[str]) -> str:
