@@ -154,12 +154,12 @@ def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> li
         items.append(((title, case), Path(images[case][0]), reference, predictions, of_case, tuple(labels)))
     pictures = []
     limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
-    with closing(guarded_map(_picture, items, 1, limits)) as outcomes:
-        for index, outcome in outcomes:
-            if isinstance(outcome, Failure):  # a file that is gone or damaged, or grids that do not fit
-                print(f"note: no picture of {printable(items[index][0][1])} ({printable(outcome.reason)})")
+    with closing(guarded_map(_picture, items, 1, limits)) as finished:
+        for index, made in finished:
+            if isinstance(made, Failure):  # a file that is gone or damaged, or grids that do not fit
+                print(f"note: no picture of {printable(items[index][0][1])} ({printable(made.reason)})")
             else:
-                pictures.append(outcome)
+                pictures.append(made)
     return pictures
 
 
