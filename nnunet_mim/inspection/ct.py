@@ -15,6 +15,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.errors import MiMError, last_line
+from nnunet_mim.nnunet.components import check_name
 from nnunet_mim.nnunet.dicom import dicom_problem, read_series, series_of
 from nnunet_mim.nnunet.image_files import (
     DIRECTION_COSINE,
@@ -190,6 +191,8 @@ def order_of_axes(provenance: Mapping[str, Any]) -> list[int]:
 def _plans(provenance: Mapping[str, Any], forward: list[int], spacing: list[float]) -> dict[str, Any]:
     """The part of nnU-Net's plans that its preprocessing reads, with nnU-Net's default resampling."""
     channels, resample = provenance["normalization"], "resample_data_or_seg_to_shape"
+    for scheme in channels:
+        check_name("the checkpoint's normalization", "normalization", scheme, "take another copy of it")
     options = {"order_z": 0, "force_separate_z": None}
     configuration = {
         "spacing": spacing,
