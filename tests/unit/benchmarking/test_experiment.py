@@ -127,6 +127,7 @@ def test_a_dataset_json_that_was_changed_is_named(tmp_path, change):
 
 def test_a_missing_reference_is_noticed_before_any_training(tmp_path):
     source = SimpleNamespace(dataset="Dataset501_X", plans_name="P", configuration="3d_fullres", folder=tmp_path / "P")
+    source.preprocess_command = "nnUNetv2_preprocess -d 501 -plans_name P -c 3d_fullres"
     (tmp_path / "dataset.json").write_text(json.dumps({**DESCRIPTION, "file_ending": ".nrrd"}))
     bench = Bench((DatasetSpec("D"),), (ArmSpec("A", "nnUNetTrainer", "P"),), ("1",), output=tmp_path)
     place = Place("D", 0, "1", 0, "A")
