@@ -86,12 +86,18 @@ def zyx_of(values: Sequence[float], plans: dict[str, Any]) -> tuple[float, ...]:
     return tuple(values[order.index(axis)] for axis in range(3))
 
 
-def preset_option(config: dict[str, Any]) -> str:
-    """The option that gives new plans the network of a configuration; empty where it names no preset's."""
+def preset_of(config: dict[str, Any]) -> str:
+    """The preset whose network a configuration names; empty where there is none."""
     kwargs = config["architecture"]["arch_kwargs"] if uses_hybrid_unet(config) else {}
     wanted = [kwargs.get("embed_dims"), kwargs.get("depths"), kwargs.get("num_heads")]
     sizes = {name: [list(of.embed_dims), list(of.depths), of.num_heads] for name, of in PRESETS.items()}
-    return next((f" --preset {name}" for name, found in sizes.items() if found == wanted), "")
+    return next((name for name, found in sizes.items() if found == wanted), "")
+
+
+def preset_option(config: dict[str, Any]) -> str:
+    """The option that gives new plans the network of a configuration; empty where it names no preset's."""
+    preset = preset_of(config)
+    return f" --preset {preset}" if preset else ""
 
 
 def _window_option(plans: dict[str, Any], config: dict[str, Any]) -> str:

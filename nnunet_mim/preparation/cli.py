@@ -21,7 +21,9 @@ from nnunet_mim.nnunet.plans import (
     configuration_of,
     has_no_labels,
     mim_prepare_command,
+    preset_of,
     preset_option,
+    uses_hybrid_unet,
     zyx_of,
 )
 from nnunet_mim.nnunet.source import plans_in
@@ -81,7 +83,9 @@ def _run(options: argparse.Namespace) -> None:
     checkpoint = PretrainedCheckpoint.load(options.pc) if options.pc else None
     if checkpoint is not None and options.preset and PRESETS[options.preset] != checkpoint.network:
         raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
-    preset = (options.preset or "base") if hybrid else None
+    preset = None
+    if hybrid:
+        preset = options.preset or ("base" if checkpoint else _preset_of_base(base_plans, options))
 
     reader = base_plans.get("image_reader_writer", "")
     provenance = checkpoint.provenance if checkpoint is not None else {}
@@ -117,6 +121,17 @@ def _run(options: argparse.Namespace) -> None:
     if not hybrid:
         print("  mim_inspect CHECKPOINT  # of others: nnU-Net runs what is in such a file")
     print(f"  nnUNetv2_train {number} {options.c} 0 {weights} -p {options.o}")
+
+
+def _preset_of_base(base_plans: dict[str, Any], options: argparse.Namespace) -> str:
+    """The preset of base plans that name this package's network, else base. MiMError where it is that of no preset."""
+    config = base_plans["configurations"].get(options.c, {})
+    preset = preset_of(config)
+    if not preset and uses_hybrid_unet(config):
+        raise MiMError(
+            f"the network of plans {options.p} is that of no preset: choose one with --preset ({', '.join(PRESETS)})"
+        )
+    return preset or "base"
 
 
 def _with_mim_prepare(dataset: Path, options: argparse.Namespace, settings: Mapping[str, Any]) -> str:
@@ -172,7 +187,8 @@ def _parser() -> OneLineParser:
     add("-o", "-overwrite_plans_name", dest="o", default="nnUNetMiMPlans", metavar="NAME",
         help="name of the new plans (default: nnUNetMiMPlans)")  # fmt: skip
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="the configuration to keep (default: 3d_fullres)")
-    add("--preset", choices=list(PRESETS), help="network size (default: base, or that of the checkpoint)")
+    add("--preset", choices=list(PRESETS),
+        help="network size (default: that of the checkpoint, or of base plans for MiM, else base)")  # fmt: skip
     add("--encoder", choices=ENCODERS, default="hybrid",
         help="hybrid, for nnUNetTrainerMiM; or resenc: keep the residual encoder U-Net of -p, for "
         "--encoder resenc of mim_pretrain and stock nnU-Net (default: hybrid)")  # fmt: skip
