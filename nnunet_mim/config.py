@@ -95,6 +95,8 @@ ALIGNMENTS = ("infonce", "cosine", "none")
 
 FLAT_FRACTION = 0.005
 """a token whose standard deviation is below this share of the intensity window is no target: 10 HU of 2000, air"""
+LARGEST_VIEW = 512
+"""voxels per axis; a view of 512 has 150 times the voxels of one of 96"""
 SKIP_WINDOW = 200
 """steps that `max_skipped` is counted over"""
 RETIRED = {"flat_fraction": FLAT_FRACTION, "skip_window": SKIP_WINDOW}
@@ -142,7 +144,7 @@ class PretrainConfig:
     """image channels; follows from the data"""
     view_size: Size3 = setting(
         (96, 96, 96),
-        "voxels per axis that the encoder sees, one number or three; a multiple of twice the token size",
+        "voxels per axis that the encoder sees, one number or three; a multiple of twice the token size, at most 512",
         "--view",
         default_text="by the size of the cases, at most 96",
         nargs="+",
@@ -249,6 +251,7 @@ class PretrainConfig:
         token = self.network.token_size
         if any(v < 2 * p or v % (2 * p) for v, p in zip(self.view_size, token, strict=True)):
             raise MiMError(f"--view {self.view_size} must be a multiple of twice the token size {token} on every axis")
+        check_view_size(self.view_size)
         if any(s not in (1, 2) for s in self.scale):
             raise MiMError(f"--scale must be 1 or 2 per axis, got {self.scale}")
         if not set(self.mirror_axes) <= {0, 1, 2}:
@@ -316,6 +319,13 @@ class PretrainConfig:
             return cls(**values)
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
             raise MiMError(f"the settings cannot be used ({type(error).__name__}: {printable(error)})") from error
+
+
+def check_view_size(view_size: Any) -> None:
+    """Raise MiMError unless there are three whole numbers, none above LARGEST_VIEW."""
+    if len(view_size) != 3 or not all(type(n) is int and n <= LARGEST_VIEW for n in view_size):
+        shown = printable(repr(view_size), 60)
+        raise MiMError(f"view_size must be three whole numbers of at most {LARGEST_VIEW} voxels, got {shown}")
 
 
 def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:

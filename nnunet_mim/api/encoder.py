@@ -21,6 +21,7 @@ from nnunet_mim.classification.regions import CaseVoxels, cut_regions
 from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import GIVE, READ_SECONDS, Grid, RawImage, preprocess
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
+from nnunet_mim.nnunet.components import check_name
 from nnunet_mim.nnunet.image_files import damaged, file_problem
 from nnunet_mim.pretraining.report.card import model_card
 from nnunet_mim.pretraining.report.summary import Facts
@@ -112,6 +113,7 @@ class Encoder(nn.Module, _Hub):
 
     def _read(self, path: Path) -> RawImage:
         reader = self.provenance.get("image_reader_writer") or READER
+        check_name(f"{self.checkpoint}: image_reader_writer", "image reader", reader, "take another copy of it")
         limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
         with closing(guarded_map(_read, [(str(path), reader)], 1, limits)) as outcomes:
             ((_, outcome),) = outcomes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from nnunet_mim.benchmarking.matrix import Place, case_value
 from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.tables import smooth
 from nnunet_mim.errors import printable
+from nnunet_mim.inspection.ct import READ_SECONDS
 from nnunet_mim.nnunet.datasets import raw_images
+from nnunet_mim.nnunet.image_files import damaged, file_problem
 from nnunet_mim.reporting.figures import COLOURS, CT_WINDOW, bare, mark_sides
+from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
+from nnunet_mim.system.machine import physical_memory
 
 ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 MARGIN_MM = 30.0
@@ -140,17 +145,31 @@ def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> li
     cases = sorted((case for case in first if np.isfinite(first[case]) and case in images), key=first.__getitem__)
     if not cases:
         return []
-    pictures = []
+    items = []
     for title, case in (("worst", cases[0]), ("median", cases[len(cases) // 2]), ("best", cases[-1])):
         reference = matrix.cells[by_arm[matrix.arms[0]]].reference(case)
         outputs = {arm: matrix.training(place).output for arm, place in by_arm.items()}
         predictions = {arm: output / "validation" / reference.name for arm, output in outputs.items()}
-        try:
-            of_case = {arm: values[case] for arm, values in dice.items()}
-            pictures.append(read_case((title, case), Path(images[case][0]), reference, predictions, of_case, labels))
-        except (RuntimeError, ValueError, IndexError) as error:  # a file that is gone, or grids that do not fit
-            print(f"note: no picture of {printable(case)} ({printable(' '.join(str(error).split())[-200:])})")
+        of_case = {arm: values[case] for arm, values in dice.items()}
+        items.append(((title, case), Path(images[case][0]), reference, predictions, of_case, tuple(labels)))
+    pictures = []
+    limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
+    with closing(guarded_map(_picture, items, 1, limits)) as finished:
+        for index, made in finished:
+            if isinstance(made, Failure):  # a file that is gone or damaged, or grids that do not fit
+                print(f"note: no picture of {printable(items[index][0][1])} ({printable(made.reason)})")
+            else:
+                pictures.append(made)
     return pictures
+
+
+def _picture(item: tuple[Any, ...]) -> CasePicture | Failure:
+    """What `read_case` returns for these arguments, once its files are sound. May crash, hang or need much memory."""
+    _, image, reference, predictions, *_ = item
+    for file in (image, reference, *predictions.values()):
+        if problem := file_problem(str(file)) or damaged(file):
+            return Failure(f"{file} {problem}")
+    return read_case(*item)
 
 
 def read_case(

@@ -21,9 +21,9 @@ from nnunet_mim.benchmarking.seeded_training import Length, installed_command
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.checkpoint.locate import WEIGHTS, find_checkpoint, locate, no_checkpoint_error
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.plans import configuration_of, uses_hybrid_unet
 from nnunet_mim.nnunet.source import Source, find_source
-from nnunet_mim.system.untrusted import read_json
 from nnunet_mim.trainers.finetune_config import PLANS_KEY, FinetuneConfig
 from nnunet_mim.trainers.transfer import check_architecture
 
@@ -64,7 +64,7 @@ class Cell:
     @cached_property
     def dataset_json(self) -> dict[str, Any]:
         """nnU-Net's dataset.json of the preprocessed dataset."""
-        return read_json(self.arm.source.folder.parent / "dataset.json")
+        return read_dataset_json(self.arm.source.folder.parent / "dataset.json")
 
     def reference(self, case: str) -> Path:
         """nnU-Net's copy of a case's label image."""

@@ -113,8 +113,7 @@ def _check_references(matrix: Matrix, results: Collection[Place]) -> None:
     todo = [cell for place, cell in matrix.cells.items() if place not in results]
     for path, source in {cell.reference(case): cell.arm.source for cell in todo for case in cell.val_cases}.items():
         if not path.is_file():
-            command = f"nnUNetv2_preprocess -d {source.dataset[7:10]} -plans_name {source.plans_name}"
-            remedy = f"run {command} -c {source.configuration}, or copy it from labelsTr"
+            remedy = f"run {source.preprocess_command}, or copy it from labelsTr"
             raise MiMError(f"{path}, a validation case's reference, is missing: {remedy}")
 
 

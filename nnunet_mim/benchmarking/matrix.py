@@ -120,7 +120,10 @@ def _cases(arms: list[Arm], dataset: str, fold: int) -> tuple[tuple[str, ...], t
         raise MiMError(f"{dataset} has no labels, or fold {fold} of its split has no cases on one side")
     for arm in arms:
         if missing := set(train + val) - set(arm.source.cases):
-            raise MiMError(f"{min(missing)} is not preprocessed for {arm.source.plans_name}: run nnUNetv2_preprocess")
+            raise MiMError(
+                f"{min(missing)} is not preprocessed for {arm.source.plans_name}: run "
+                f"{arm.source.preprocess_command}"
+            )
     return tuple(sorted(train)), val
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, region_or_label_to_mask
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from scipy import ndimage
+
+from nnunet_mim.errors import MiMError
+from nnunet_mim.inspection.ct import READ_SECONDS
+from nnunet_mim.nnunet.image_files import damaged, file_problem
+from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
+from nnunet_mim.system.machine import physical_memory
 
 Label = int | tuple[int, ...]
 
@@ -78,3 +86,31 @@ def case_metrics(
         overlap = {"dice": dice(a, b), "hd95": hd95, "nsd": nsd}
         metrics[label_or_region_to_key(label)] = {**overlap, "n_ref": int(b.sum()), "n_pred": int(a.sum())}
     return metrics
+
+
+def compared(items: Sequence[tuple[Any, ...]]) -> list[dict[str, dict[str, float]]]:
+    """What `case_metrics` returns for each of these arguments; a guarded worker process reads the images.
+
+    Raises:
+        MiMError: an image is missing or damaged, or two do not fit.
+    """
+    limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
+    metrics: dict[int, Any] = {}
+    with closing(guarded_map(_checked_metrics, items, 1, limits)) as outcomes:
+        for index, outcome in outcomes:
+            if isinstance(outcome, Failure):
+                prediction, reference = items[index][:2]
+                raise MiMError(
+                    f"cannot compare {prediction} with {reference} ({outcome.reason}): correct the reference, or "
+                    "delete the folder of the training, and repeat the command"
+                )
+            metrics[index] = outcome
+    return [metrics[index] for index in range(len(items))]
+
+
+def _checked_metrics(item: tuple[Any, ...]) -> dict[str, dict[str, float]] | Failure:
+    """What `case_metrics` returns, once both files are sound. May crash, hang or need much memory."""
+    for file in item[:2]:
+        if problem := file_problem(str(file)) or damaged(file):
+            return Failure(f"{file} is {problem}" if problem.startswith("damaged") else f"{file} {problem}")
+    return case_metrics(*item)

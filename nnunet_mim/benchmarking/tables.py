@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +11,7 @@ from nnunet_mim.benchmarking.outcome import MARK, Outcome
 from nnunet_mim.benchmarking.statistics import mean_sd
 from nnunet_mim.errors import printable
 from nnunet_mim.reporting.page import markdown_text
+from nnunet_mim.system.files import csv_text
 
 METRICS = ("dice", "hd95", "nsd", "n_ref", "n_pred")
 SHOWN = {"dice": ("Dice %", 100), "hd95": ("HD95 mm", 1), "nsd": ("NSD %", 100)}
@@ -148,9 +147,7 @@ def notes(outcome: Outcome, dataset: str) -> list[str]:
 
 def every_value(outcome: Outcome) -> str:
     """CSV with one row per training, case and label. `seen`: whether the pretraining has seen the case, or probably."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*Place._fields, "case", "seen", "label", "name", *METRICS])
+    rows: list[list[object]] = [[*Place._fields, "case", "seen", "label", "name", *METRICS]]
     for place, result in sorted(outcome.results.items()):
         findings = outcome.seen[place.dataset, place.fold, place.arm]
         seen = dict.fromkeys(findings.same, "yes") | dict.fromkeys(findings.probably_same, "probably")
@@ -158,8 +155,8 @@ def every_value(outcome: Outcome) -> str:
             for label, found in labels.items():
                 name = result["names"].get(label, label)
                 numbers = [f"{value:.6g}" if isinstance(value, float) else value for value in map(found.get, METRICS)]
-                writer.writerow([*place, case, seen.get(case, ""), label, name, *numbers])
-    return text.getvalue()
+                rows.append([*place, case, seen.get(case, ""), label, name, *numbers])
+    return csv_text(rows)
 
 
 def markdown_table(table: Table) -> str:

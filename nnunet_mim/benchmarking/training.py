@@ -19,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.bench_file import TRAIN
 from nnunet_mim.benchmarking.cell import Cell
-from nnunet_mim.benchmarking.metrics import case_metrics
+from nnunet_mim.benchmarking.metrics import compared
 from nnunet_mim.benchmarking.seeded_training import attempts_of
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, LATEST
 from nnunet_mim.checkpoint.torch_file import ALLOWING
@@ -174,18 +174,20 @@ class Training:
         summary = load_summary_json(str(output / "validation" / "summary.json"))
         manager = PlansManager(dict(self.cell.arm.source.plans))
         ignore, reader = manager.get_label_manager(dataset_json).ignore_label, manager.image_reader_writer_class()
-        cases = {}
+        cases, items = [], []
         for entry in summary["metric_per_case"]:
             prediction = output / "validation" / Path(entry["prediction_file"]).name  # the folders may have moved since
             case = prediction.name.removesuffix(dataset_json["file_ending"])
             reference = self.cell.reference(case)
-            cases[case] = case_metrics(prediction, reference, list(summary["mean"]), reader, ignore, self.tolerance)
+            cases.append(case)
+            items.append((prediction, reference, list(summary["mean"]), reader, ignore, self.tolerance))
+        metrics = dict(zip(cases, compared(items), strict=True))
         curve = learning_curve(output / FINAL)
         if len(curve) != (epochs := self.cell.length.epochs):
             raise MiMError(f"{output} was trained for {len(curve)} epochs, not {epochs}: another trainer's length?")
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in dataset_json["labels"].items()}
         names = {label_or_region_to_key(value): name for name, value in values.items()}
-        return {"cases": cases, "curve": curve, "names": names, "tolerance": self.tolerance}
+        return {"cases": metrics, "curve": curve, "names": names, "tolerance": self.tolerance}
 
 
 def learning_curve(checkpoint: Path) -> list[float]:

@@ -17,7 +17,7 @@ from nnunet_mim.checkpoint.locate import FINAL, UNPICKLED, lasting_name, locate
 from nnunet_mim.checkpoint.metadata import check_provenance
 from nnunet_mim.checkpoint.share import read_export
 from nnunet_mim.checkpoint.torch_file import check_tensors, read_torch_file
-from nnunet_mim.config import ALIGNMENTS, NetworkConfig, PretrainConfig, network_from_dict
+from nnunet_mim.config import ALIGNMENTS, NetworkConfig, PretrainConfig, check_view_size, network_from_dict
 from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.networks.mask_in_mask import MaskInMask
@@ -163,7 +163,8 @@ def load_checkpoint(path: str | Path, provenance_required: bool = True) -> dict[
     if not is_state_dict(weights):
         raise MiMError(f"{path}: network_weights are not tensors by name: give the {FINAL} of a mim_pretrain run")
     try:
-        int(config["in_channels"]), tuple(config["view_size"])
+        int(config["in_channels"])
+        check_view_size(config["view_size"])
         declared = _declared_weights(config, len(weights))
     except Exception as error:  # the settings are anybody's, and so are nnU-Net's errors about its network
         raise MiMError(

@@ -17,14 +17,14 @@ from typing import Any
 from nnunet_mim.checkpoint.format import CITATIONS
 from nnunet_mim.checkpoint.locate import CARD
 from nnunet_mim.classification.comparison import evaluate_arms
+from nnunet_mim.classification.documents import read_export_settings, read_settings, read_training
 from nnunet_mim.classification.predict import load_classifier
-from nnunet_mim.classification.results import NETWORK, PREDICTIONS, PROBE, RETRAIN, SETTINGS, TRAINING, write_json
+from nnunet_mim.classification.results import NETWORK, PREDICTIONS, PROBE, SETTINGS, TRAINING, write_json
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_plans
 from nnunet_mim.nnunet.plans import configuration_of
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.reporting.page import markdown_text, yaml_text
-from nnunet_mim.system.untrusted import read_json
 
 PLANS, DATASET = "plans.json", "dataset.json"
 
@@ -44,7 +44,7 @@ def export_classifier(classifier: Path, source: Source, folder: Path, licence: s
     """
     if folder.exists():
         raise MiMError(f"{folder} exists already: choose another one with -o")
-    settings = read_json(next(iter(sorted(classifier.glob(f"fold_*/{SETTINGS}")))), RETRAIN)
+    settings = read_settings(min(classifier.glob(f"fold_*/{SETTINGS}")).parent)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -69,9 +69,9 @@ def export_classifier(classifier: Path, source: Source, folder: Path, licence: s
 def exported_source(folder: Path) -> Source:
     """Plans and units of an export, in place of a preprocessed dataset. Raises MiMError for a folder that is none."""
     try:
-        settings = read_json(folder / SETTINGS, RETRAIN)
-        dataset, plans_name, configuration = (str(settings[n]) for n in ("dataset", "plans", "configuration"))
-    except (MiMError, KeyError, TypeError) as error:
+        settings = read_export_settings(folder)
+        dataset, plans_name, configuration = (settings[n] for n in ("dataset", "plans", "configuration"))
+    except MiMError as error:
         raise MiMError(f"-m {folder} is no folder of mim_classify export ({error}): take another copy") from error
     plans = read_plans(folder / PLANS)
     if configuration not in plans["configurations"]:
@@ -86,14 +86,14 @@ def exported_source(folder: Path) -> Source:
 def _copy_fold(path: Path, to: Path) -> None:
     """Copy a fold without names of cases and paths of its maker."""
     to.mkdir()
-    settings = read_json(path / SETTINGS, RETRAIN)
+    settings = read_settings(path)
     encoder = {**settings["encoder"], "seen_validation_cases": [], "origin": Path(settings["encoder"]["origin"]).name}
     write_json(to / SETTINGS, {**settings, "config": _shared(settings["config"]), "encoder": encoder})
     for name in (NETWORK, PROBE):
         if (path / name).is_file():
             shutil.copyfile(path / name, to / name)
     if (path / TRAINING).is_file():
-        training = read_json(path / TRAINING, RETRAIN)
+        training = read_training(path)
         write_json(to / TRAINING, {**training, "inner_cases": len(training["inner_cases"])})
 
 

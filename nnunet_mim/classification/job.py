@@ -99,6 +99,7 @@ def set_up(where: DataOptions, config: ClassifyConfig) -> Job:
     table = check_cases(table, source.cases, left_out_cases(source), path)
     check_classes(table, config.folds, path)
     reader = CaseReader(source, config.roi)
+    reader.check_masks(table.cases)
     folds = find_folds(source.folder.parent, table, config.folds)
     return Job(source, config, table, folds, reader, targets_folder(source, where.target))
 

@@ -18,6 +18,7 @@ def pictures_of(source: Source, roi: str, titles: Mapping[str, str]) -> list[Cas
     Raises MiMError for a case that cannot be read.
     """
     reader = CaseReader(source, roi)
+    reader.check_masks(list(titles))
     std, mean = source.intensities.scale()
     pictures = []
     for case, title in titles.items():

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_splitted_dataset_folder
-from pydantic import Field, TypeAdapter
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from nnunet_mim.checkpoint.format import check_weights
 from nnunet_mim.classification.baselines import BASELINES
 from nnunet_mim.classification.case_network import CaseNetwork, new_classifier
+from nnunet_mim.classification.documents import read_settings, read_training
 from nnunet_mim.classification.encoders import LoadedEncoder, blocks_of, rebuilt_encoder
 from nnunet_mim.classification.features import FeatureExtractor
 from nnunet_mim.classification.options import ClassifyConfig
 from nnunet_mim.classification.probe import Probe, probabilities
-from nnunet_mim.classification.regions import CaseVoxels, resampled_mask
+from nnunet_mim.classification.regions import READ_SECONDS, CaseVoxels, resampled_mask
 from nnunet_mim.classification.results import (
     NETWORK,
     PROBE,
     RETRAIN,
     SETTINGS,
-    TRAINING,
     WITH_COVARIATES,
     load_weights,
     read_weights,
@@ -40,30 +35,14 @@ from nnunet_mim.classification.results import (
 )
 from nnunet_mim.classification.saliency import write_map
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.documents import checked, document, read_dataset_json
+from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.image_files import damaged, file_problem
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.files import csv_text, write_atomically
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory
 from nnunet_mim.system.progress import ProgressBar
 from nnunet_mim.system.untrusted import read_json
-
-
-@document
-class FoldSettings(TypedDict):
-    """What is needed of a fold's settings.json."""
-
-    config: dict[str, Any]
-    targets: Annotated[dict[str, Annotated[list[str], Field(min_length=2)]], Field(min_length=1)]
-    encoder: dict[str, Any]
-
-
-FOLD_SETTINGS = TypeAdapter(FoldSettings)
-
-
-READ_SECONDS = 600.0
-"""limit for one case, as in mim_inspect"""
 
 
 class SharedFeatures:
@@ -183,7 +162,7 @@ def load_classifier(folder: Path, folds: Sequence[str], device: str) -> TrainedC
     for fold in folds:
         path = folder / f"fold_{fold}"
         try:
-            settings = checked(str(path / SETTINGS), read_json(path / SETTINGS, RETRAIN), FOLD_SETTINGS, RETRAIN)
+            settings = read_settings(path)
             config = ClassifyConfig.from_dict(settings["config"])
             if config.mode == "probe":
                 loaded.append(_probe_fold(path, settings, config, device, shared))
@@ -216,15 +195,13 @@ def _probe_fold(
 
 
 def _network_fold(path: Path, settings: Mapping[str, Any], config: ClassifyConfig, device: str) -> NetworkFold:
-    training = read_json(path / TRAINING, RETRAIN)
+    training = read_training(path)
     weights = load_weights(path / NETWORK, training["sha256"])
     encoder = _encoder(path, settings["encoder"], weights, settings["targets"])
     model = new_classifier(encoder, settings["targets"])
     model.load_state_dict(weights)
     network = CaseNetwork(model.to(device).eval(), config, encoder.cell, torch.device(device))
     temperatures = {target: float(training["temperatures"][target]) for target in settings["targets"]}
-    if not all(0 < value < math.inf for value in temperatures.values()):
-        raise ValueError(f"a temperature in {TRAINING} is not above 0")
     return NetworkFold(_number(path), network, temperatures)
 
 
@@ -282,10 +259,7 @@ def predict_folder(
         raise MiMError("this classifier looks at a region: add --roi MASKS, such as predictions of nnUNetv2_predict")
     if masks is not None and not classifier.config.roi:
         raise MiMError("this classifier looks at whole cases: leave out --roi")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_heading(classifier))
-    whole = []
+    rows, whole = [_heading(classifier)], []
     for case in preprocessed_cases(source, images, masks):
         if masks is not None and case.mask is None:
             whole.append(case.name)
@@ -293,12 +267,12 @@ def predict_folder(
         for target, by_fold in classifier.of_case(case).items():
             mean = by_fold.mean(axis=0)
             row += [classifier.classes[target][int(mean.argmax())], *[f"{p:.9g}" for p in [*mean, *by_fold.T.ravel()]]]
-        writer.writerow(row)
+        rows.append(row)
         if saliency is not None:
             for target, values in classifier.saliency(case).items():
                 write_map(values, case.properties, source, saliency / f"{case.name}_{target}.nii.gz")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, text.getvalue().encode())
+    write_atomically(output, csv_text(rows).encode())
     notes = [f"note: {len(whole)} masks are empty, {whole[0]} first: the whole case was looked at"] if whole else []
     return [*notes, f"wrote {output}"]
 

@@ -7,6 +7,7 @@ The network sees both, but only places in the box count when features are pooled
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,7 +20,14 @@ from nnunet_mim.classification.options import LABELS_AS_ROI
 from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_dataset_json
+from nnunet_mim.nnunet.image_files import damaged, file_problem
 from nnunet_mim.nnunet.source import Source
+from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
+from nnunet_mim.system.machine import physical_memory
+from nnunet_mim.system.progress import ProgressBar
+
+READ_SECONDS = 600.0
+"""limit for one case"""
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,29 @@ class CaseReader:
             if not Path(roi).is_dir():
                 raise MiMError(f"--roi {roi} is no folder: give labels, or a folder of masks")
             self.ending = read_dataset_json(source.folder.parent / "dataset.json")["file_ending"]
+        self._sound: set[str] = set()
+        """cases whose mask a guarded worker has read"""
+
+    def check_masks(self, cases: Sequence[str]) -> None:
+        """Let a guarded worker read the masks of a folder once, before this process or a loader of crops reads them.
+
+        Raises:
+            MiMError: a mask is missing or cannot be read.
+        """
+        if not self.roi or self.roi == LABELS_AS_ROI:
+            return
+        todo = [case for case in cases if case not in self._sound]
+        paths = [self._mask_file(case) for case in todo]
+        limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
+        with closing(guarded_map(_mask_problem, [(path, self.source) for path in paths], 1, limits)) as outcomes:
+            bar = ProgressBar(outcomes, desc="masks", total=len(todo), unit="case", disable=len(todo) < 2)
+            for index, outcome in bar:
+                if outcome is not None:
+                    reason = outcome.reason if isinstance(outcome, Failure) else outcome
+                    raise MiMError(
+                        f"cannot read {paths[index]} ({reason}): predict this case again, or remove it from the table"
+                    )
+                self._sound.add(todo[index])
 
     def read(self, case: str) -> CaseVoxels:
         """Read a case. Raises MiMError where it or its mask cannot be read."""
@@ -122,13 +153,26 @@ class CaseReader:
             return [image]
         if self.roi == LABELS_AS_ROI:
             return [image, image.with_name(f"{case}_seg{image.suffix}")]
-        return [image, Path(self.roi, case + self.ending)]
+        return [image, self._mask_file(case)]
 
     def _mask_of_file(self, case: str, shape: Sequence[int], properties: Mapping[str, Any]) -> np.ndarray:
+        self.check_masks([case])
+        return resampled_mask(self._mask_file(case), self.source, shape, properties)
+
+    def _mask_file(self, case: str) -> Path:
         path = Path(self.roi, case + self.ending)
-        if not path.is_file():
+        if not path.exists():
             raise MiMError(f"{path} is missing: predict this case too, or remove it from the table")
-        return resampled_mask(path, self.source, shape, properties)
+        return path
+
+
+def _mask_problem(item: tuple[Path, Source]) -> str | None:
+    """Why a mask cannot be read, or None. May crash, hang or need much memory."""
+    path, source = item
+    if problem := file_problem(str(path)) or damaged(path):
+        return problem
+    PlansManager(source.plans).image_reader_writer_class().read_seg(str(path))
+    return None
 
 
 def resampled_mask(path: Path, source: Source, shape: Sequence[int], properties: Mapping[str, Any]) -> np.ndarray:

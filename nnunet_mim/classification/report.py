@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +11,15 @@ import numpy as np
 
 from nnunet_mim.classification.baselines import BASELINES, SIZE
 from nnunet_mim.classification.comparison import Evaluation, evaluate_arms, verdict
+from nnunet_mim.classification.documents import read_settings
 from nnunet_mim.classification.evaluation import FIGURE_NAMES, N_DRAWS, Interval
 from nnunet_mim.classification.pictures import pictures_of
-from nnunet_mim.classification.results import RETRAIN, SETTINGS, Predictions, trained_arms
+from nnunet_mim.classification.results import SETTINGS, Predictions, trained_arms
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.reporting.classifiers import calibration_figure, cases_figure, confusion_figure, curves_figure
 from nnunet_mim.reporting.page import Section, markdown_text, write_page
-from nnunet_mim.system.files import write_atomically
-from nnunet_mim.system.untrusted import read_json
+from nnunet_mim.system.files import csv_text, write_atomically
 
 N_PICTURES = 4
 CT_GREY = (-1000.0, 400.0)
@@ -158,7 +156,7 @@ def _class_table(evaluation: Evaluation, arm: str) -> list[list[str]]:
 
 def _settings(arm: Path) -> dict[str, Any]:
     for path in sorted(arm.glob(f"fold_*/{SETTINGS}")):
-        return read_json(path, RETRAIN)
+        return read_settings(path.parent)
     return {}
 
 
@@ -177,9 +175,9 @@ def _seen_notes(folder: Path) -> list[str]:
     """Which arms' encoders were pretrained on cases that they are tried on."""
     notes = []
     for name, folds in trained_arms(folder).items():
-        settings = [read_json(fold / SETTINGS, RETRAIN) for fold in folds]
+        settings = [read_settings(fold) for fold in folds]
         seen = sum(len(each.get("encoder", {}).get("seen_validation_cases", [])) for each in settings)
-        total = sum(each["n_validation_cases"] for each in settings)
+        total = sum(each.get("n_validation_cases", 0) for each in settings)
         if seen:
             which = f"the images of {seen} of {total} validation cases, without labels"
             notes.append(f"{name}: the encoder was pretrained on {which}.")
@@ -187,20 +185,20 @@ def _seen_notes(folder: Path) -> list[str]:
 
 
 def _csv(evaluations: Sequence[Evaluation]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["target", "classifier", "class", "figure", "value", "low", "high"])
+    rows = [["target", "classifier", "class", "figure", "value", "low", "high"]]
     for evaluation in evaluations:
         for name, found in evaluation.figures.items():
-            _write_figures(writer, [evaluation.target, name, ""], found)
+            rows += _figure_rows([evaluation.target, name, ""], found)
             for label, of_class in evaluation.per_class[name].items():
-                _write_figures(writer, [evaluation.target, name, label], of_class)
-    return text.getvalue().encode()
+                rows += _figure_rows([evaluation.target, name, label], of_class)
+    return csv_text(rows).encode()
 
 
-def _write_figures(writer: Any, start: list[str], found: Mapping[str, Interval]) -> None:
-    for figure, each in found.items():
-        writer.writerow([*start, figure, *[f"{value:.6g}" for value in (each.value, each.low, each.high)]])
+def _figure_rows(start: list[str], found: Mapping[str, Interval]) -> list[list[str]]:
+    return [
+        [*start, figure, *[f"{value:.6g}" for value in (each.value, each.low, each.high)]]
+        for figure, each in found.items()
+    ]
 
 
 def _markdown(title: str, summary: str, evaluations: Sequence[Evaluation], notes: Sequence[str]) -> str:

@@ -15,8 +15,18 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.errors import MiMError, last_line
+from nnunet_mim.nnunet.components import check_name
 from nnunet_mim.nnunet.dicom import dicom_problem, read_series, series_of
-from nnunet_mim.nnunet.image_files import NOT_FINITE, FileHeader, case_name, damaged, file_problem, read_headers
+from nnunet_mim.nnunet.image_files import (
+    DIRECTION_COSINE,
+    NOT_FINITE,
+    ORIGIN_MM,
+    FileHeader,
+    case_name,
+    damaged,
+    file_problem,
+    read_headers,
+)
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory
 
@@ -111,9 +121,10 @@ def _read_case(case: tuple[Sequence[Path], Sequence[tuple[str, ...]]]) -> RawIma
     first = images[0]
     for path, image in zip(paths, images, strict=True):
         same_spacing = np.allclose(image.GetSpacing(), first.GetSpacing(), rtol=1e-3)
-        same_origin = np.allclose(image.GetOrigin(), first.GetOrigin(), atol=0.1)
-        if image.GetSize() != first.GetSize() or not (same_spacing and same_origin):
-            raise MiMError(f"{path} has another size, spacing or origin than {paths[0]}: channels must fit")
+        same_origin = np.allclose(image.GetOrigin(), first.GetOrigin(), rtol=0, atol=ORIGIN_MM)
+        same_direction = np.allclose(image.GetDirection(), first.GetDirection(), rtol=0, atol=DIRECTION_COSINE)
+        if image.GetSize() != first.GetSize() or not (same_spacing and same_origin and same_direction):
+            raise MiMError(f"{path} has another size, spacing, origin or direction than {paths[0]}: channels must fit")
     voxels = np.stack([sitk.GetArrayFromImage(image) for image in images]).astype(np.float32)
     if not np.isfinite(voxels).all():
         raise MiMError(f"{paths[0]} {NOT_FINITE}: correct the image")
@@ -180,6 +191,8 @@ def order_of_axes(provenance: Mapping[str, Any]) -> list[int]:
 def _plans(provenance: Mapping[str, Any], forward: list[int], spacing: list[float]) -> dict[str, Any]:
     """The part of nnU-Net's plans that its preprocessing reads, with nnU-Net's default resampling."""
     channels, resample = provenance["normalization"], "resample_data_or_seg_to_shape"
+    for scheme in channels:
+        check_name("the checkpoint's normalization", "normalization", scheme, "take another copy of it")
     options = {"order_z": 0, "force_separate_z": None}
     configuration = {
         "spacing": spacing,

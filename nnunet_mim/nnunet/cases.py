@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import re
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,9 +20,14 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
 from nnunet_mim.errors import MiMError, printable
+from nnunet_mim.system.untrusted import limited, require_regular
 
 Case = tuple[Any, Any, None, dict[str, Any]]
 """voxels (C, X, Y, Z), segmentation (1, X, Y, Z), no segmentation of a previous stage, properties"""
+MAX_BYTES = 256 * 2**20
+"""of a case's properties; the places of 100 classes take 32 MB"""
+MAX_OPCODES = 200_000
+"""steps of a pickle, a few for every value and every array; 100 classes take 3,000"""
 
 
 class Blosc2Cases(nnUNetDatasetBlosc2):
@@ -59,10 +66,14 @@ def read_properties(path: Path) -> dict[str, Any]:
     """The properties of a preprocessed case, the `.pkl` beside its voxels; nothing in it is run.
 
     Raises:
-        MiMError: it cannot be read, or holds more than numbers, texts, plain containers and arrays of numbers.
+        MiMError: it cannot be read, is too large, or holds more than numbers, texts, containers and arrays of them.
     """
     try:
-        properties = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        require_regular(path)
+        content = limited(path, MAX_BYTES)
+        if next(islice(pickletools.genops(content), MAX_OPCODES, None), None):
+            raise ValueError("it holds more values than properties of a case have")
+        properties = _PlainUnpickler(io.BytesIO(content)).load()
     except MiMError as error:
         raise MiMError(f"{path} is refused: {error}") from error
     except Exception as error:  # a damaged pickle may raise anything

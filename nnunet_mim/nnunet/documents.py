@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 from typing_extensions import NotRequired, TypedDict
 
 from nnunet_mim.errors import MiMError, printable
+from nnunet_mim.nnunet.components import check_name, check_names
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS
 from nnunet_mim.system.untrusted import read_json
 
@@ -54,6 +55,10 @@ class Configuration(TypedDict):
     spacing: NotRequired[Annotated[list[Positive], Field(min_length=2, max_length=3)]]
     normalization_schemes: NotRequired[Annotated[list[str], Field(min_length=1)]]
     use_mask_for_norm: NotRequired[list[bool]]
+    preprocessor_name: NotRequired[str]
+    resampling_fn_data: NotRequired[str]
+    resampling_fn_seg: NotRequired[str]
+    resampling_fn_probabilities: NotRequired[str]
     architecture: NotRequired[Architecture]
 
 
@@ -78,6 +83,7 @@ class Plans(TypedDict):
     transpose_forward: Axes
     transpose_backward: Axes
     image_reader_writer: NotRequired[str]
+    label_manager: NotRequired[str]
     configurations: Annotated[dict[str, Configuration], Field(min_length=1)]
     foreground_intensity_properties_per_channel: dict[str, dict[str, float]]
     pretrain_info: NotRequired[dict[str, Any] | None]
@@ -107,7 +113,7 @@ class DatasetDescription(TypedDict):
     modality: NotRequired[dict[str, str]]
     labels: dict[str, Labels]
     file_ending: Annotated[str, Field(pattern=r"^\.\w[\w.]*$")]
-    numTraining: NotRequired[int]
+    numTraining: NotRequired[Count]
     dataset: NotRequired[dict[CaseName, Case]]
     regions_class_order: NotRequired[list[int]]
     overwrite_image_reader_writer: NotRequired[str]
@@ -123,8 +129,8 @@ def read_plans(path: Path) -> dict[str, Any]:
     """The content of a plans file.
 
     Raises:
-        MiMError: it cannot be read, a field is missing or of another kind, axes are not a permutation, or a channel
-            that is normalised as CT has no window.
+        MiMError: it cannot be read, a field is missing or of another kind, axes are not a permutation, a channel
+            that is normalised as CT has no window, or a name is none of nnU-Net's readers, preprocessors and so on.
     """
     return check_plans(read_json(path), str(path))
 
@@ -134,6 +140,7 @@ def check_plans(content: Any, path: str) -> dict[str, Any]:
     plans = checked(path, content, PLANS, "restore the file, or plan the dataset again")
     if sorted(plans["transpose_forward"]) != [0, 1, 2] or sorted(plans["transpose_backward"]) != [0, 1, 2]:
         raise MiMError(f"{path}: transpose_forward and transpose_backward must hold 0, 1 and 2: plan the dataset again")
+    check_names(path, plans, "plan the dataset again")
     windows = plans["foreground_intensity_properties_per_channel"]
     for name, configuration in plans["configurations"].items():
         sizes = {key: len(configuration[key]) for key in PER_AXIS if key in configuration}  # type: ignore[literal-required]
@@ -184,6 +191,9 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     checked(str(path), content, DATASET_DESCRIPTION, remedy)
     if "channel_names" not in content and "modality" not in content:
         raise MiMError(f"{path} has no channel_names: {remedy}")
+    reader = content.get("overwrite_image_reader_writer", "None")
+    if reader != "None":  # nnU-Net's word for none
+        check_name(f"{path}: overwrite_image_reader_writer", "image reader", reader, "name one, or leave it out")
     return content
 
 

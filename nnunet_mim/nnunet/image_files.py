@@ -34,6 +34,8 @@ HEADER_LIMITS = Limits(seconds=5, memory=1 << 30)
 """a header is kilobytes, read in milliseconds, from a busy network disk in a second"""
 LARGEST_COMPRESSION = 1032
 """how many bytes deflate makes of one at most"""
+ORIGIN_MM, DIRECTION_COSINE = 0.1, 1e-3
+"""differences of origins and of direction cosines that come from rounding"""
 NOT_FINITE = "holds NaN or infinite voxels"
 MODALITY, IMAGE_TYPE, INTERCEPT, POSITION, ORIENTATION = "0008|0060", "0008|0008", "0028|1052", "0020|0032", "0020|0037"
 SERIES, INSTANCE = "0020|000e", "0008|0018"

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import complete_configuration, read_plans
-from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS
+from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW, WINDOW_FIELDS
 
 HYBRID_UNET = "nnunet_mim.networks.hybrid_unet.HybridUNet"
 """this package's network in plans; nnU-Net imports what plans name, so that no other module will do"""
@@ -34,14 +35,79 @@ def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any
     return config
 
 
-def require_preprocessed(folder: Path, plans_name: str, configuration: str) -> None:
-    """Raise MiMError unless there are files in the folder of a configuration's preprocessed cases."""
-    dataset = folder.parent.name
+def require_preprocessed(folder: Path, plans: dict[str, Any], plans_name: str, configuration: str) -> None:
+    """Raise MiMError unless there are files in the folder of a configuration's preprocessed cases.
+
+    Args:
+        folder: of these cases, in that of the dataset.
+        plans: as of `read_plans`.
+        plans_name: that of their file.
+        configuration: of the plans.
+    """
     if not folder.is_dir() or not any(folder.iterdir()):
         raise MiMError(
-            f"{dataset} is not preprocessed for {plans_name} {configuration} ({folder} is missing or empty): run "
-            f"nnUNetv2_preprocess -d {dataset[7:10]} -plans_name {plans_name} -c {configuration}"
+            f"{folder.parent.name} is not preprocessed for {plans_name} {configuration} ({folder} is missing or "
+            f"empty): run {preprocess_command(folder, plans, plans_name, configuration)}"
         )
+
+
+def preprocess_command(folder: Path, plans: dict[str, Any], plans_name: str, configuration: str) -> str:
+    """The command that preprocesses the cases of `folder` once more; arguments as of `require_preprocessed`."""
+    if is_mim_prepared(folder):
+        config = configuration_of(plans, configuration)
+        return mim_prepare_command(
+            folder.parent.name[7:10], zyx_of(config["spacing"], plans), plans_name, _window_option(plans, config)
+        )
+    return f"nnUNetv2_preprocess -d {folder.parent.name[7:10]} -plans_name {plans_name} -c {configuration}"
+
+
+def has_no_labels(dataset: Path) -> bool:
+    """Whether mim_prepare has prepared a dataset (its folder in nnUNet_preprocessed) without labels.
+
+    nnU-Net cannot preprocess such a dataset.
+    """
+    return (dataset / "mim_prepare").is_dir() and not (dataset / "gt_segmentations").is_dir()
+
+
+def is_mim_prepared(folder: Path) -> bool:
+    """Whether it is mim_prepare that makes the preprocessed cases of a folder."""
+    return has_no_labels(folder.parent) or (folder.parent / "mim_prepare" / f"{folder.name}.jsonl").is_file()
+
+
+def mim_prepare_command(numbers: str, spacing_zyx: Sequence[float], plans_name: str, options: str = "") -> str:
+    """The command that prepares datasets with a spacing (mm along z, y, x) and a name of plans."""
+    spacing = " ".join(f"{mm:g}" if float(f"{mm:g}") == mm else repr(mm) for mm in map(float, spacing_zyx))
+    return f"mim_prepare -d {numbers} -s {spacing} -p {plans_name}{options}"
+
+
+def zyx_of(values: Sequence[float], plans: dict[str, Any]) -> tuple[float, ...]:
+    """Values along the axes of plans, in the order (z, y, x) of the images."""
+    order = plans.get("transpose_forward", [0, 1, 2])
+    return tuple(values[order.index(axis)] for axis in range(3))
+
+
+def preset_of(config: dict[str, Any]) -> str:
+    """The preset whose network a configuration names; empty where there is none."""
+    kwargs = config["architecture"]["arch_kwargs"] if uses_hybrid_unet(config) else {}
+    wanted = [kwargs.get("embed_dims"), kwargs.get("depths"), kwargs.get("num_heads")]
+    sizes = {name: [list(of.embed_dims), list(of.depths), of.num_heads] for name, of in PRESETS.items()}
+    return next((name for name, found in sizes.items() if found == wanted), "")
+
+
+def preset_option(config: dict[str, Any]) -> str:
+    """The option that gives new plans the network of a configuration; empty where it names no preset's."""
+    preset = preset_of(config)
+    return f" --preset {preset}" if preset else ""
+
+
+def _window_option(plans: dict[str, Any], config: dict[str, Any]) -> str:
+    """What mim_prepare has to be told where the CT window is not its own; it writes the plans anew then."""
+    windows = plans["foreground_intensity_properties_per_channel"]
+    for channel, scheme in enumerate(config["normalization_schemes"]):
+        bounds = [windows.get(str(channel), WIDE_CT_WINDOW)[name] for name in WINDOW_FIELDS[:2]]
+        if scheme == CT_NORMALIZATION and bounds != [WIDE_CT_WINDOW[name] for name in WINDOW_FIELDS[:2]]:
+            return f"{preset_option(config)} --set ct_window={','.join(f'{hu:g}' for hu in bounds)}"
+    return ""
 
 
 def n_channels(dataset_json: dict[str, Any]) -> int:

@@ -10,13 +10,19 @@ from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed
 
-from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.cases import dataset_class_of
 from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.nnunet.documents import read_plans
 from nnunet_mim.nnunet.intensities import Intensities
-from nnunet_mim.nnunet.plans import configuration_of, require_preprocessed, uses_hybrid_unet
+from nnunet_mim.nnunet.plans import (
+    configuration_of,
+    mim_prepare_command,
+    preprocess_command,
+    preset_option,
+    require_preprocessed,
+    zyx_of,
+)
 from nnunet_mim.system.untrusted import read_json
 
 GONE = (-1, -1)
@@ -52,8 +58,12 @@ class Source:
     @property
     def spacing_zyx(self) -> tuple[float, ...]:
         """mm per voxel in the order (z, y, x) of the images, which the plans may have changed."""
-        order = self.plans.get("transpose_forward", [0, 1, 2])
-        return tuple(self.spacing[order.index(axis)] for axis in range(3))
+        return zyx_of(self.spacing, self.plans)
+
+    @property
+    def preprocess_command(self) -> str:
+        """The command that preprocesses its cases once more."""
+        return preprocess_command(self.folder, self.plans, self.plans_name, self.configuration)
 
     @property
     def index_file(self) -> Path:
@@ -107,8 +117,8 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
         raise MiMError(f"{plans_file} has no configuration '{configuration}': choose one with -c ({available})")
     content = configuration_of(plans, configuration)
     folder = base / content["data_identifier"]
-    require_preprocessed(folder, plans_name, configuration)
-    command = f"nnUNetv2_preprocess -d {name[7:10]} -plans_name {plans_name} -c {configuration}"
+    require_preprocessed(folder, plans, plans_name, configuration)
+    command = preprocess_command(folder, plans, plans_name, configuration)
     try:
         dataset_class = dataset_class_of(folder)
     except (AssertionError, RuntimeError) as error:
@@ -126,17 +136,10 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
 def prepare_command(sources: Sequence[Source], share: float = 1.0) -> str:
     """The command that prepares datasets anew with the first one's spacing, or with a share of it on every axis."""
     numbers = " ".join(source.dataset[7:10] for source in sources)
-    spacing = " ".join(f"{round(share * mm, 4):g}" for mm in sources[0].spacing_zyx)
-    return f"mim_prepare -d {numbers} -s {spacing} -p NAME{_preset_option(sources[0])}"
-
-
-def _preset_option(source: Source) -> str:
-    """The option that gives new plans the network of a dataset's plans; empty where these name no preset's."""
-    config = source.plans["configurations"][source.configuration]
-    kwargs = config["architecture"]["arch_kwargs"] if uses_hybrid_unet(config) else {}
-    wanted = [kwargs.get("embed_dims"), kwargs.get("depths"), kwargs.get("num_heads")]
-    sizes = {name: [list(of.embed_dims), list(of.depths), of.num_heads] for name, of in PRESETS.items()}
-    return next((f" --preset {name}" for name, found in sizes.items() if found == wanted), "")
+    first = sources[0]
+    spacing = [round(share * mm, 4) for mm in first.spacing_zyx]
+    preset = preset_option(first.plans["configurations"][first.configuration])
+    return mim_prepare_command(numbers, spacing, "NAME", preset)
 
 
 def require_same_units(sources: Sequence[Source]) -> None:

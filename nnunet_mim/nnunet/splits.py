@@ -41,14 +41,15 @@ def left_out_of_fold(source: Source, fold: int) -> list[str]:
 def left_out_cases(source: Source) -> set[str]:
     """Cases that mim_prepare has left out of a dataset, by its log; empty where there is no such log."""
     reasons: dict[str, Any] = {}
-    for log in (source.folder.parent / "mim_prepare").glob(f"{source.folder.name}.jsonl"):
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = parse_json(line)
-            except ValueError:  # cut short
-                continue
-            if isinstance(entry, dict) and isinstance(entry.get("case"), str):
-                reasons[entry["case"]] = entry.get("reason")
+    log = source.folder.parent / "mim_prepare" / f"{source.folder.name}.jsonl"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    for line in text.splitlines():
+        try:
+            entry = parse_json(line)
+        except ValueError:  # cut short
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("case"), str):
+            reasons[entry["case"]] = entry.get("reason")
     return {case for case, reason in reasons.items() if reason}
 
 

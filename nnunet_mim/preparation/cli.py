@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
@@ -15,6 +17,15 @@ from nnunet_mim.errors import MiMError, exit_code, printable_lines
 from nnunet_mim.nnunet.datasets import dataset_name, required_folder
 from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
+from nnunet_mim.nnunet.plans import (
+    configuration_of,
+    has_no_labels,
+    mim_prepare_command,
+    preset_of,
+    preset_option,
+    uses_hybrid_unet,
+    zyx_of,
+)
 from nnunet_mim.nnunet.source import plans_in
 from nnunet_mim.preparation.common_plans import write_nnunet_plans
 from nnunet_mim.preparation.mim_plans import PlanSettings, check_can_write, make_mim_plans
@@ -60,19 +71,21 @@ def _run(options: argparse.Namespace) -> None:
     dataset = Path(required_folder("nnUNet_preprocessed"), dataset_name(options.d))
     if "__" in options.o or not options.o.replace("_", "").isalnum() or options.o == options.p:
         raise MiMError(f"-o {options.o}: choose a name of letters, digits and single underscores, other than -p")
-    base_plans, fingerprint, dataset_json = _read_plans(dataset, options.p, options.pc)
-    if dataset_json.get("made_by") == "mim_prepare":
+    if has_no_labels(dataset):
         raise MiMError(
-            f"{dataset.name} has no labels, without which nnU-Net cannot preprocess it: write other plans with "
-            f"mim_prepare -d {dataset.name[7:10]} -s SPACING -p NAME --preset PRESET --set KEY=VALUE"
+            f"{dataset.name} has no labels, without which nnU-Net cannot preprocess it: write plans with "
+            f"{_with_mim_prepare(dataset, options, settings)}"
         )
+    base_plans, fingerprint, dataset_json = _read_plans(dataset, options.p, options.pc)
     hybrid = options.encoder == "hybrid"
     if not hybrid and (options.pc or options.preset):
         raise MiMError("--encoder resenc keeps the network of the base plans: leave out -pc and --preset")
     checkpoint = PretrainedCheckpoint.load(options.pc) if options.pc else None
     if checkpoint is not None and options.preset and PRESETS[options.preset] != checkpoint.network:
         raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
-    preset = (options.preset or "base") if hybrid else None
+    preset = None
+    if hybrid:
+        preset = options.preset or ("base" if checkpoint else _preset_of_base(base_plans, options))
 
     reader = base_plans.get("image_reader_writer", "")
     provenance = checkpoint.provenance if checkpoint is not None else {}
@@ -108,6 +121,32 @@ def _run(options: argparse.Namespace) -> None:
     if not hybrid:
         print("  mim_inspect CHECKPOINT  # of others: nnU-Net runs what is in such a file")
     print(f"  nnUNetv2_train {number} {options.c} 0 {weights} -p {options.o}")
+
+
+def _preset_of_base(base_plans: dict[str, Any], options: argparse.Namespace) -> str:
+    """The preset of base plans that name this package's network, else base. MiMError where it is that of no preset."""
+    config = base_plans["configurations"].get(options.c, {})
+    preset = preset_of(config)
+    if not preset and uses_hybrid_unet(config):
+        raise MiMError(
+            f"the network of plans {options.p} is that of no preset: choose one with --preset ({', '.join(PRESETS)})"
+        )
+    return preset or "base"
+
+
+def _with_mim_prepare(dataset: Path, options: argparse.Namespace, settings: Mapping[str, Any]) -> str:
+    """The command of mim_prepare that writes the plans asked for, with the spacing and network of those that exist."""
+    found = plans_in(dataset)
+    number, values = dataset.name[7:10], [value for value in options.set if not value.startswith("spacing=")]
+    preset = f" --preset {options.preset}" if options.preset else ""
+    spacing: Sequence[float] = (1.5, 1.5, 1.5)
+    name = next((name for name in (options.p, options.o, *found) if name in found), None)
+    if name is not None:
+        plans = read_plans(dataset / f"{name}.json")
+        config = configuration_of(plans, min(plans["configurations"]))
+        preset, spacing = preset or preset_option(config), zyx_of(settings.get("spacing", config["spacing"]), plans)
+    changes = f" --set {' '.join(map(quote, values))}" if values else ""
+    return mim_prepare_command(number, spacing, options.o, f"{preset}{changes}")
 
 
 def _read_plans(dataset: Path, plans: str, checkpoint: str | None) -> list[dict[str, Any]]:
@@ -148,7 +187,8 @@ def _parser() -> OneLineParser:
     add("-o", "-overwrite_plans_name", dest="o", default="nnUNetMiMPlans", metavar="NAME",
         help="name of the new plans (default: nnUNetMiMPlans)")  # fmt: skip
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="the configuration to keep (default: 3d_fullres)")
-    add("--preset", choices=list(PRESETS), help="network size (default: base, or that of the checkpoint)")
+    add("--preset", choices=list(PRESETS),
+        help="network size (default: that of the checkpoint, or of base plans for MiM, else base)")  # fmt: skip
     add("--encoder", choices=ENCODERS, default="hybrid",
         help="hybrid, for nnUNetTrainerMiM; or resenc: keep the residual encoder U-Net of -p, for "
         "--encoder resenc of mim_pretrain and stock nnU-Net (default: hybrid)")  # fmt: skip

@@ -17,13 +17,11 @@ import SimpleITK as sitk
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.image_files import header_of, write_image
+from nnunet_mim.nnunet.image_files import DIRECTION_COSINE, ORIGIN_MM, header_of, write_image
 from nnunet_mim.system.files import write_atomically
 
 ROUNDING = 1e-3
 """maximum distance of a label's voxels from a whole number, where a tool has stored them as decimals"""
-ORIGIN_MM, DIRECTION_COSINE = 0.1, 1e-3
-"""differences of origins and of direction cosines that come from rounding"""
 
 
 def declared_values(dataset_json: Mapping[str, Any], file: Path) -> list[int]:

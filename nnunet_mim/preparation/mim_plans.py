@@ -250,16 +250,22 @@ def check_can_write(plans: dict[str, Any], plans_file: Path, overwrite: bool, na
     folder = plans_file.parent / plans["configurations"][configuration]["data_identifier"]
     if not folder.is_dir():
         return False
-    try:
-        same = voxels_key(read_plans(plans_file), configuration) == voxels_key(plans, configuration)
-    except (MiMError, KeyError):
-        same = False
+    same = same_voxels(plans, plans_file)
     if not same and not overwrite:
         raise MiMError(
             f"{folder} was preprocessed with another spacing or normalisation than the new {plans['plans_name']}: "
             f"choose another name with {name_flag}, or --overwrite and preprocess again"
         )
     return same
+
+
+def same_voxels(plans: dict[str, Any], plans_file: Path) -> bool:
+    """Whether plans make the same voxels as those in a file; False where there is none that can be read."""
+    (configuration,) = plans["configurations"]
+    try:
+        return voxels_key(read_plans(plans_file), configuration) == voxels_key(plans, configuration)
+    except (MiMError, KeyError):
+        return False
 
 
 def _choose_spacing(

@@ -29,7 +29,7 @@ from nnunet_mim.preparation.common_plans import (
 )
 from nnunet_mim.preparation.finding import Volume, find_volumes
 from nnunet_mim.preparation.labels import write_reference
-from nnunet_mim.preparation.mim_plans import check_can_write
+from nnunet_mim.preparation.mim_plans import check_can_write, same_voxels
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps, run_jobs
 from nnunet_mim.preparation.raw_cases import read_raw_dataset, unlabelled_dataset
 from nnunet_mim.preparation.screening import Header, read_header
@@ -252,8 +252,8 @@ def _plan(survey: _Survey, dataset_json: Mapping[str, Any]) -> tuple[dict[str, A
             f"--overwrite would delete {len(lost)} prepared cases that cannot be prepared anew, such as {lost[0]} "
             f"({survey.problems[lost[0]]}): bring their images back, or choose another name with -p"
         )
-    if same and not config.settings and config.preset is None:
-        return read_json(survey.plans_file), ["the plans that are there already"], True
+    if not config.settings and config.preset is None and same_voxels(plans, survey.plans_file):
+        return read_json(survey.plans_file), ["the plans that are there already"], same
     return plans, notes, same
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from nnunet_mim.preparation.prepare import Prepared
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, HISTOGRAM_HU
 from nnunet_mim.reporting.figures import Slices, gallery_figure, histogram_figure
 from nnunet_mim.reporting.page import Section, write_page
-from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.files import csv_text, write_atomically
 
 
 def summary_lines(prepared: Prepared) -> list[str]:
@@ -57,9 +55,7 @@ def write_report(prepared: Prepared) -> Path:
         "skipped": [["case", "file", "reason"], *_reasons(log)],
     }
     for name, table in tables.items():
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(table)
-        write_atomically(folder / f"{stem}_{name}.csv", text.getvalue().encode())
+        write_atomically(folder / f"{stem}_{name}.csv", csv_text(table).encode())
     shown = np.unique(np.linspace(0, len(entries) - 1, 6).round()).astype(int)  # up to six, evenly spread
     gallery = gallery_figure([_slices_of(source, list(entries)[i]) for i in shown])
     views = "From the front and from below, all in the same scale. The patient's right is on the left."

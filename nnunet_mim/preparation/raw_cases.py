@@ -33,7 +33,8 @@ class RawDataset:
 def read_raw_dataset(raw: Path, base: Path) -> RawDataset:
     """Read and check the dataset in the folder `raw` of nnUNet_raw; `base` is its folder in nnUNet_preprocessed.
 
-    Raises MiMError for no raw data, a dataset.json that nnU-Net would not take, or files of a case that are missing.
+    Raises MiMError for no raw data, a dataset.json that nnU-Net would not take or that states
+    another number of cases, or files of a case that are missing.
     """
     file = raw / "dataset.json"
     if not file.is_file():
@@ -44,6 +45,9 @@ def read_raw_dataset(raw: Path, base: Path) -> RawDataset:
     files = raw_files(raw, description)
     if not files:
         raise MiMError(f"no image in {raw}: see nnU-Net's page on its dataset format")
+    n, stated = len(files), description["numTraining"]
+    if stated != n:  # nnU-Net plans with it, and its own check of a dataset refuses this too
+        raise MiMError(f"{file} states {stated} cases, {n} are there: write numTraining {n}, or bring back the rest")
     _check_channels(file, n_channels(description), files)
     labelled = _has_labels(files, base)
     cases = [
@@ -54,11 +58,14 @@ def read_raw_dataset(raw: Path, base: Path) -> RawDataset:
 
 
 def unlabelled_dataset(images: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """nnU-Net's dataset.json of CT without labels; its label files are named, but need not exist."""
+    """nnU-Net's dataset.json of CT without labels; its label files are named, but need not exist.
+
+    Without any image it has no `numTraining`: it is a file of mim_prepare that holds a place.
+    """
     return {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0},
-        "numTraining": len(images),
+        **({"numTraining": len(images)} if images else {}),
         "file_ending": ".nii.gz",
         "overwrite_image_reader_writer": "SimpleITKIOWithReorient",
         "made_by": "mim_prepare",

@@ -23,7 +23,7 @@ from nnunet_mim.config import (
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_scale, suitable_strides, suitable_view
 from nnunet_mim.networks.resenc import check_resenc, check_view, fitting_view
-from nnunet_mim.nnunet.plans import configuration_of, uses_hybrid_unet
+from nnunet_mim.nnunet.plans import configuration_of, is_mim_prepared, mim_prepare_command, uses_hybrid_unet
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.settings import check_value, settings_table
 from nnunet_mim.system.files import write_atomically
@@ -132,9 +132,8 @@ def _preset_of(network: NetworkConfig) -> str | None:
 def _plan_command(source: Source, preset: str) -> str:
     """The command that gives the plans of a dataset the network of a preset, and leaves its voxels as they are."""
     number, plans = source.dataset[7:10], source.plans_name
-    if (source.folder.parent / "mim_prepare").is_dir():
-        spacing = " ".join(f"{mm:g}" for mm in source.spacing_zyx)
-        return f"mim_prepare -d {number} -s {spacing} -p {plans} --preset {preset}"
+    if is_mim_prepared(source.folder):
+        return mim_prepare_command(number, source.spacing_zyx, plans, f" --preset {preset}")
     return f"mim_plan -d {number} -c {source.configuration} -o {plans} --preset {preset}"
 
 

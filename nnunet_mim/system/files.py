@@ -1,12 +1,17 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and tables for them."""
 
 from __future__ import annotations
 
+import csv
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+FORMULA = ("=", "+", "-", "@", "\t")
+"""beginnings of a cell that a spreadsheet takes for a formula"""
 
 
 @contextmanager
@@ -44,3 +49,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that `path` holds either the former content or all of the new one. Raises OSError."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV that a spreadsheet computes nothing of: a text that it would take for a formula begins with '."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([_without_formula(cell) for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def _without_formula(cell: Any) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\r", "\\r")  # Python's csv would write it as it is, and a reader begin a row there
+    if not cell.startswith(FORMULA):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,21 +34,40 @@ def read_json(path: Path, remedy: str = "restore the file, or delete it and plan
         MiMError: it cannot be read, or is too large or nested too deep to be what it should be.
     """
     try:
-        return parse_json(_limited(path, MAX_JSON))
+        require_regular(path)
+        return parse_json(limited(path, MAX_JSON))
     except (OSError, ValueError) as error:
         raise MiMError(f"cannot read {path} ({printable(error)}): {remedy}") from error
 
 
+def require_regular(path: Path) -> None:
+    """Raise ValueError for what is no regular file, such as a pipe, and OSError where nothing is there."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no regular file, but a folder, pipe, socket or device")
+
+
 def parse_json(text: str | bytes) -> Any:
-    """The value that a text in JSON stands for. Raises ValueError where there is none, or it is too large or deep."""
-    if text.count(b"," if isinstance(text, bytes) else ",") > MAX_VALUES:  # type: ignore[arg-type]
+    """The value that a text in JSON stands for.
+
+    Raises ValueError where there is none, a name is there twice, or it is too large or deep.
+    """
+    content = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    if sum(map(content.count, (b",", b"{", b"["))) > MAX_VALUES:  # about the number of values
         raise ValueError(f"it holds more than {MAX_VALUES:,} values")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_with_names_once)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     check_extent(value)
     return value
+
+
+def _with_names_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice} is there twice")
+    return content
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -56,7 +77,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         MiMError: missing, too large, not YAML, with aliases, nested too deep, or no mapping of names to values.
     """
     try:
-        content = _limited(path, MAX_YAML)
+        content = limited(path, MAX_YAML)
         if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:
             raise ValueError("it is nested too deep or too large")
         settings = yaml.load(content, _LoaderWithoutAliases)
@@ -87,7 +108,7 @@ class _LoaderWithoutAliases(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _limited(path: Path, limit: int) -> bytes:
+def limited(path: Path, limit: int) -> bytes:
     """The bytes of a file. Raises OSError, or ValueError where there are more than the limit."""
     with path.open("rb") as file:
         content = file.read(limit + 1)

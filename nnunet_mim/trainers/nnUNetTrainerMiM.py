@@ -23,11 +23,16 @@ from nnunet_mim.errors import MiMError, one_line_errors, printable_lines
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.nnunet.datasets import required_folder
 from nnunet_mim.nnunet.intensities import Intensities
-from nnunet_mim.system.untrusted import read_json
 from nnunet_mim.trainers.finetune_config import default_mirror_axes
 from nnunet_mim.trainers.optim import IterationSchedule, build_optimizer
 from nnunet_mim.trainers.resolve_plans import resolve_plans
-from nnunet_mim.trainers.transfer import TransferReport, check_architecture, start_from_prior, transfer_weights
+from nnunet_mim.trainers.transfer import (
+    TransferReport,
+    check_architecture,
+    read_record,
+    start_from_prior,
+    transfer_weights,
+)
 
 TRANSFER_FILE = "mim_transfer.json"
 
@@ -115,7 +120,7 @@ class nnUNetTrainerMiM(nnUNetTrainer):
         super().perform_actual_validation(save_probabilities)
         record = Path(self.output_folder, TRANSFER_FILE)
         if self.local_rank == 0 and self.load_pretrained and record.is_file():
-            stored = read_json(record, "delete it")
+            stored = read_record(record)
             leaked = LeakedCases(tuple(stored["leaked_cases"]), stored.get("probably_leaked_cases", {}))
             if leaked:
                 self._log(leak_warning(leaked, stored["n_val_cases"], stored["source"]))

@@ -75,7 +75,7 @@ def resolve_plans(
     finetune = FinetuneConfig.from_plans(plans)
     config = configuration_of(plans, configuration)
     dataset = Path(required_folder("nnUNet_preprocessed"), plans["dataset_name"])
-    require_preprocessed(dataset / config["data_identifier"], plans["plans_name"], configuration)
+    require_preprocessed(dataset / config["data_identifier"], plans, plans["plans_name"], configuration)
     results = required_folder("nnUNet_results")
     trainers = dict.fromkeys([trainer] if pretrained else [trainer, "nnUNetTrainerMiM"])
     folders = [Path(results, plans["dataset_name"], f"{t}__{plans['plans_name']}__{configuration}") for t in trainers]

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
+from typing_extensions import NotRequired, TypedDict
 
 from nnunet_mim.checkpoint.format import ENCODER_PREFIX, PretrainedCheckpoint
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import HybridUNet
+from nnunet_mim.nnunet.documents import checked, document
+from nnunet_mim.system.untrusted import read_json
 
 INPUT_LAYER = f"{HybridUNet.keys_to_in_proj[0]}.weight".removeprefix(ENCODER_PREFIX)
 STEM_INPUTS = ("stem.conv1.0.weight", "stem.shortcut.0.weight")
@@ -198,3 +203,21 @@ def start_from_prior(heads: nn.ModuleList, foreground: float, regions: bool) -> 
             nn.init.constant_(head.bias, math.log(odds))
         elif classes:
             nn.init.constant_(head.bias[:1], math.log(classes / odds))
+
+
+@document
+class TransferRecord(TypedDict):
+    """What is needed of mim_transfer.json."""
+
+    source: str
+    leaked_cases: list[str]
+    probably_leaked_cases: NotRequired[dict[str, str]]
+    n_val_cases: Annotated[int, Field(ge=0, le=1_000_000_000)]
+
+
+TRANSFER_RECORD = TypeAdapter(TransferRecord)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of mim_transfer.json. Raises MiMError for one that cannot be used."""
+    return checked(str(path), read_json(path, "delete it"), TRANSFER_RECORD, "delete it")

@@ -14,6 +14,8 @@ import pytest
 import SimpleITK as sitk
 import yaml
 
+from nnunet_mim.demo.phantoms import make_phantom
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOY = ("--preset", "tiny", "--view", "32", "--device", "cpu", "--repeats", "1", "--json")
 
@@ -48,6 +50,24 @@ def test_a_whole_crop(dense):
 def test_depthwise_convolution():
     found = last_line("depthwise.py", "--repeats", "1", "--json", "--shapes", "2x4x8")
     assert found["rows"][0]["difference"] < 1e-4
+
+
+def test_search_for_copies(tmp_path):
+    """The two windows have keys of their own: in the narrow one not all copies can be found."""
+    folder = tmp_path / "nnUNet_raw" / "Dataset504_HeadNeckOARTest" / "imagesTr"
+    folder.mkdir(parents=True)
+    for number in range(2):
+        image = sitk.GetImageFromArray(make_phantom(number, (40, 44, 48))[0].astype(np.int16))
+        image.SetSpacing((4.0, 4.0, 4.0))
+        sitk.WriteImage(image, str(folder / f"case{number}_0000.nii.gz"))
+    found = last_line("leak_guard.py", "--data", str(tmp_path), "--cases", "2", "--json")
+    assert found["copies_of"] == 2
+    assert len(found["variants"]) == 17
+    assert found["variants"].keys() == found["narrow_window"].keys()
+    assert {"24 HU more", "24 HU less", "header spacing"} <= found["variants"].keys()
+    assert found["variants"]["one voxel changed by 1 HU"] == 1
+    for rates in (found["variants"], found["narrow_window"]):
+        assert all(0 <= rate <= 1 for rate in rates.values())
 
 
 def test_reading_crops():

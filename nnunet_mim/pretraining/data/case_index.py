@@ -122,7 +122,7 @@ def read_index(
     row_of = {name: row for row, name in enumerate(cached.names.tolist())}
     vanished = sorted(row_of.keys() - set(source.cases))
     bad = {
-        name: f"{source.case_file(name)} has vanished since the last run: preprocess {source.dataset} again, or repeat "
+        name: f"{source.case_file(name)} has vanished since the last run: run {source.preprocess_command}, or repeat "
         "the command to go on without it"
         for name in vanished
     }
@@ -188,7 +188,7 @@ def describe_voxels(source: Source, case: str, data: np.ndarray) -> CaseInfo:
 
 def remedy(source: Source, case: str) -> str:
     """What to do about a case that cannot be used."""
-    return f"preprocess {source.dataset} again, or move the files of '{case}' out of the folder"
+    return f"run {source.preprocess_command}, or move the files of '{case}' out of the folder"
 
 
 def _body_threshold(source: Source) -> float:

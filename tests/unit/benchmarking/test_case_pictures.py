@@ -1,12 +1,15 @@
 """Slices with contours: which cases, which slice, which way up."""
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_mim.benchmarking import bench_figures
 from nnunet_mim.benchmarking.bench_figures import _around, case_pictures, cases_figure
 from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell
@@ -109,3 +112,16 @@ def test_labels_that_are_not_shown_do_not_choose_the_slice(outcome):
 
 def test_a_window_around_nothing_is_everything():
     assert _around(np.zeros((5, 6), bool), (1.0, 1.0)) == (slice(None), slice(None))
+
+
+def test_an_image_that_takes_too_long_costs_its_picture_only(outcome, capsys, monkeypatch):
+    monkeypatch.setattr(bench_figures, "READ_SECONDS", 0.0)
+    assert case_pictures(outcome, DATASET, {1}) == []
+    assert "note: no picture of c1 (it takes more than 0 s)" in capsys.readouterr().out
+
+
+def test_a_damaged_image_is_named(outcome, capsys):
+    image = next(Path(os.environ["nnUNet_raw"], DATASET, "imagesTr").glob("c1_0000.*"))
+    image.write_bytes(image.read_bytes()[:-20])
+    assert [p.name for p in case_pictures(outcome, DATASET, {1})] == ["c4", "c0"]
+    assert f"{image} damaged" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Planning an experiment: estimates, states and devices."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -113,9 +114,21 @@ def test_hours_come_from_finished_trainings_before_measuring(monkeypatch, tmp_pa
     assert "no estimate for A (RuntimeError: no such network)" in capsys.readouterr().out
 
 
+DESCRIPTION = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
+
+
+@pytest.mark.parametrize("change", [{"labels": ["x"]}, {"file_ending": "../.nii.gz"}, {"channel_names": []}], ids=str)
+def test_a_dataset_json_that_was_changed_is_named(tmp_path, change):
+    source = SimpleNamespace(dataset="Dataset501_X", plans_name="P", configuration="3d_fullres", folder=tmp_path / "P")
+    (tmp_path / "dataset.json").write_text(json.dumps({**DESCRIPTION, **change}))
+    with pytest.raises(MiMError, match=rf"dataset\.json: {next(iter(change))}"):
+        cell_of(source=source).reference("a")
+
+
 def test_a_missing_reference_is_noticed_before_any_training(tmp_path):
     source = SimpleNamespace(dataset="Dataset501_X", plans_name="P", configuration="3d_fullres", folder=tmp_path / "P")
-    (tmp_path / "dataset.json").write_text('{"file_ending": ".nrrd"}')
+    source.preprocess_command = "nnUNetv2_preprocess -d 501 -plans_name P -c 3d_fullres"
+    (tmp_path / "dataset.json").write_text(json.dumps({**DESCRIPTION, "file_ending": ".nrrd"}))
     bench = Bench((DatasetSpec("D"),), (ArmSpec("A", "nnUNetTrainer", "P"),), ("1",), output=tmp_path)
     place = Place("D", 0, "1", 0, "A")
     matrix = Matrix(bench, {place: cell_of(source=source)}, "A")

@@ -61,6 +61,7 @@ class Preprocessed:
     cases: tuple[str, ...]
     plans: dict
     folder: Path
+    preprocess_command: str = "nnUNetv2_preprocess -d 501"
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_mim.benchmarking.metrics import _surface_distances, _surface_metrics, case_metrics, dice
+from nnunet_mim.benchmarking import metrics
+from nnunet_mim.benchmarking.metrics import _surface_distances, _surface_metrics, case_metrics, compared, dice
+from nnunet_mim.errors import MiMError
 
 SPACING = (3.0, 1.0, 1.5)
 READER = SimpleITKIO()
@@ -167,3 +169,23 @@ def test_swapping_the_masks_changes_nothing(seed):
     random = np.random.default_rng(seed)
     a, b = (random.random((5, 5, 5)) > 0.6 for _ in range(2))
     assert hausdorff95(a, b, SPACING) == hausdorff95(b, a, SPACING)
+
+
+def test_images_are_compared_in_a_worker_with_limits(tmp_path, monkeypatch):
+    paths = [tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz"]
+    for path in paths:
+        sitk.WriteImage(sitk.GetImageFromArray(np.eye(5, dtype=np.uint8)[None].repeat(5, 0)), str(path))
+    item = (*paths, [1], READER)
+    assert [found["1"]["dice"] for found in compared([item, item])] == [1.0, 1.0]
+    monkeypatch.setattr(metrics, "READ_SECONDS", 0.0)
+    with pytest.raises(MiMError, match=r"cannot compare .*prediction\.nii\.gz with .* \(it takes more than 0 s\)"):
+        compared([item])
+
+
+def test_a_damaged_reference_is_named(tmp_path):
+    paths = [tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz"]
+    for path in paths:
+        sitk.WriteImage(sitk.Image([5, 5, 5], sitk.sitkUInt8), str(path))
+    paths[1].write_bytes(paths[1].read_bytes()[:-10])
+    with pytest.raises(MiMError, match=r"reference\.nii\.gz is damaged.*correct the reference"):
+        compared([(*paths, [1], READER)])

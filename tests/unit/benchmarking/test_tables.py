@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -218,7 +219,9 @@ def write_dataset_json(outcome):
     cell = next(iter(outcome.matrix.cells.values()))
     base = cell.arm.source.folder.parent
     base.mkdir(parents=True, exist_ok=True)
-    (base / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}')
+    labels = {"background": 0, "liver": 1}
+    content = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"}
+    (base / "dataset.json").write_text(json.dumps(content))
 
 
 def test_all_files_are_written_and_the_page_needs_no_other(outcome):

@@ -112,6 +112,15 @@ def test_a_network_that_cannot_be(make_checkpoint, refused, sizes):
     assert "mim_config cannot be used" in refused(load_checkpoint, path)
 
 
+@pytest.mark.parametrize("voxels", [513, 16 * 10**6, 32.5, "a"])
+def test_a_view_that_fills_the_memory(make_checkpoint, refused, voxels):
+    path, _ = make_checkpoint()
+    stored = torch.load(path, weights_only=True)
+    stored["mim_config"]["view_size"] = [voxels] * 3
+    torch.save(stored, path)
+    assert "view_size must be three whole numbers of at most 512 voxels" in refused(load_checkpoint, path)
+
+
 @pytest.mark.parametrize("record", ["weights", "pickle"])
 def test_a_flipped_bit(make_checkpoint, refused, record):
     path, _ = make_checkpoint()

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load, save
 
 from nnunet_mim.classification import cli
+from nnunet_mim.classification.documents import read_training
 from nnunet_mim.classification.results import weights_sha256
+from nnunet_mim.errors import MiMError
 
 GIGANTIC = 2**33
 
@@ -77,3 +79,50 @@ def test_what_is_wrong_is_named_in_one_line(export, tmp_path, capsys):
         line = capsys.readouterr().err.strip().splitlines()[-1:]
         assert code == (0 if name == "nothing" else 2), (name, line)
         assert name == "nothing" or (line[0].startswith("error: ") and str(copy) in line[0]), (name, line)
+
+
+TRAINED = {
+    "temperatures": {"lesion": 1.5}, "sha256": "0" * 64, "skipped_steps": 0, "history": [{"epoch": 0.0}],
+    "inner_cases": ["case_00"],
+}  # fmt: skip
+
+
+def test_training_json_is_checked_whole(tmp_path):
+    file = tmp_path / "training.json"
+    for good in (TRAINED, {**TRAINED, "inner_cases": 1}):
+        file.write_text(json.dumps(good))
+        assert read_training(tmp_path) == good
+    changes = [
+        {"temperatures": {"lesion": 0}}, {"temperatures": {"lesion": float("nan")}}, {"temperatures": [1.0]},
+        {"sha256": 5}, {"sha256": "../../x"}, {"skipped_steps": -1}, {"history": {"epoch": 1}}, {"history": [["a"]]},
+        {"inner_cases": None}, {"inner_cases": [5]},
+    ]  # fmt: skip
+    for change in changes:
+        file.write_text(json.dumps({**TRAINED, **change}))
+        with pytest.raises(MiMError, match=rf"training\.json: {next(iter(change))}.*train this fold again"):
+            read_training(tmp_path)
+
+
+def test_a_report_of_settings_that_were_changed_ends_in_one_line(export, folders, capsys):
+    (settings,) = folders.results.rglob("probe_random/fold_0/settings.json")
+    whole = settings.read_text()
+    changes = (
+        (("config",), []), (("config", "roi"), 5), (("encoder",), "none"), (("encoder", "origin"), ["a"]),
+        (("encoder", "seen_validation_cases"), 3), (("n_validation_cases",), "many"), (("folds",), {}),
+    )  # fmt: skip
+    for path, value in changes:
+        change(settings, *path, value=value)
+        assert classify("report", "-d", 7, "--target", "lesion") == 2, path
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"error: {settings}: {path[0]}"), line
+        settings.write_text(whole)
+
+
+def test_settings_of_an_export_that_were_changed_end_in_one_line(export, tmp_path, capsys):
+    for field, value in (("dataset", "../../etc"), ("plans", 5), ("configuration", None)):
+        content = (export / "settings.json").read_text()
+        change(export / "settings.json", field, value=value)
+        given = ("-i", tmp_path / "images", "-o", tmp_path / "out.csv", "-device", "cpu")
+        assert classify("predict", "-m", export, *given) == 2
+        assert f"settings.json: {field}: " in capsys.readouterr().err
+        (export / "settings.json").write_text(content)

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nnunet_mim.classification import regions
 from nnunet_mim.classification.regions import CaseReader, CaseVoxels, cut_regions
 from nnunet_mim.errors import MiMError
 
@@ -109,3 +110,21 @@ def test_a_damaged_case_is_named(folders, source):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(MiMError, match=r"case_00\.b2nd"):
         CaseReader(source).read("case_00")
+
+
+def test_a_damaged_mask_ends_the_training_before_it_is_read(folders, source, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for case in ("case_00", "case_01"):
+        content = (folders.raw / "labelsTr" / f"{case}.nii.gz").read_bytes()
+        (masks / f"{case}.nii.gz").write_bytes(content if case == "case_00" else content[:-20])
+    reader = CaseReader(source, str(masks))
+    reader.check_masks(["case_00"])
+    with pytest.raises(MiMError, match=r"case_01\.nii\.gz \(damaged .*predict this case again"):
+        reader.check_masks(["case_00", "case_01"])
+
+
+def test_a_mask_is_read_under_limits_first(folders, source, monkeypatch):
+    monkeypatch.setattr(regions, "READ_SECONDS", 0.0)
+    with pytest.raises(MiMError, match=r"case_00\.nii\.gz \(it takes more than 0 s\)"):
+        CaseReader(source, str(folders.raw / "labelsTr")).read("case_00")

@@ -119,6 +119,11 @@ def test_channels_must_fit(tmp_path, write_ct) -> None:
     np.testing.assert_allclose(image.voxels[1] - image.voxels[0], 50, atol=1e-3)
     with pytest.raises(MiMError, match="channels must fit"):
         read_image([paths[0], write_ct(size=(30, 30, 30), name="b.nrrd")])
+    turned = sitk.ReadImage(str(paths[1]))
+    turned.SetDirection([-1, 0, 0, 0, -1, 0, 0, 0, 1])
+    sitk.WriteImage(turned, str(tmp_path / "turned.mha"))
+    with pytest.raises(MiMError, match=r"turned\.mha has another .* or direction than .*a_0000\.nii\.gz"):
+        read_image([paths[0], tmp_path / "turned.mha"])
 
 
 @pytest.mark.parametrize(

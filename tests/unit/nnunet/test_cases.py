@@ -130,6 +130,9 @@ BOMBS = {
     "an array": b"\x80\x04cnumpy\nndarray\n(J\xff\xff\xff\x7fJ\xff\xff\xff\x7ftR.",
     "a number": b"\x80\x04I" + b"9" * 10**6 + b"\n.",
     "nothing": b"",
+    "many marks": b"\x80\x04" + b"(" * 5_000_000 + b".",
+    "many lists": b"\x80\x04" + b"]" * 5_000_000 + b".",
+    "many arrays": pickle.dumps([np.zeros(n % 3) for n in range(40_000)]),
 }
 
 
@@ -143,6 +146,21 @@ def test_no_memory_is_taken_for_what_is_only_claimed(tmp_path, kind):
         assert read_properties(path) == {}
     assert time.process_time() - began < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
+
+
+def test_properties_of_a_thousand_classes_are_read(tmp_path):
+    path = tmp_path / "a.pkl"
+    wanted = {"class_locations": {number: np.full((50, 4), number) for number in range(1000)}}
+    path.write_bytes(pickle.dumps(wanted))
+    assert same(read_properties(path), wanted)
+
+
+def test_properties_larger_than_any(tmp_path):
+    path = tmp_path / "a.pkl"
+    with path.open("wb") as file:
+        file.truncate(10**10)  # a hole: nothing is on the disk
+    with pytest.raises(MiMError, match=r"a\.pkl .*larger than"):
+        read_properties(path)
 
 
 def test_code_in_an_array_of_blosc2_is_not_run(tmp_path):

@@ -8,8 +8,10 @@ from copy import deepcopy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nnunetv2.preprocessing import normalization
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.components import known
 from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
 from nnunet_mim.nnunet.source import find_source
 from nnunet_mim.preparation.cli import main
@@ -60,6 +62,9 @@ def refused(read, path, content, *words):
         ({"channel_names": ["CT"]}, ("channel_names",)),
         ({"dataset": {"a": {"label": "a.nii.gz"}}}, ("dataset.a.images",)),
         ({"numTraining": "two"}, ("numTraining", "'two'")),
+        ({"numTraining": 0}, ("numTraining", "0")),
+        ({"numTraining": -3}, ("numTraining", "-3")),
+        ({"numTraining": 10**12}, ("numTraining", "1000000000000")),
     ],
 )
 def test_a_wrong_dataset_json_is_refused(tmp_path, change, words):
@@ -92,6 +97,57 @@ def test_axes_windows_and_spacings_of_plans(tmp_path, plans):
     fullres = plans["configurations"]["3d_fullres"]
     for spacing in ([2.0, 0.0, 2.0], [2.0, float("nan"), 2.0], [2.0], "2"):
         wrong("configurations.c.spacing", configurations={"c": fullres | {"spacing": spacing}})
+
+
+FOREIGN = [
+    ("image_reader_writer", "deepcopy"), ("image_reader_writer", "BaseReaderWriter"), ("label_manager", "np"),
+    ("preprocessor_name", "os"), ("preprocessor_name", "PlansManager"), ("resampling_fn_data", "resize_segmentation"),
+    ("resampling_fn_seg", "map_coordinates"), ("resampling_fn_probabilities", "partial"),
+    ("normalization_schemes", ["np"]), ("normalization_schemes", ["ImageNormalization"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "name"), FOREIGN)
+def test_names_of_anything_else_in_nnunet_are_refused(tmp_path, plans, field, name):
+    """nnU-Net takes any attribute of its modules, such as a function that they import."""
+    changed = deepcopy(plans)
+    (changed if field in changed else changed["configurations"]["3d_fullres"])[field] = name
+    word = name if isinstance(name, str) else name[0]
+    refused(read_plans, tmp_path / "plans.json", changed, f"{field}: nnU-Net has no ", f" {word} (")
+
+
+def test_a_reader_in_dataset_json_is_one_of_nnunets(tmp_path):
+    content = DESCRIPTION | {"overwrite_image_reader_writer": "deepcopy"}
+    refused(read_dataset_json, tmp_path / "dataset.json", content, "no image reader deepcopy (", "SimpleITKIO")
+    for name in ("None", "NibabelIOWithReorient", "Tiff3DIO"):
+        (tmp_path / "dataset.json").write_text(json.dumps(DESCRIPTION | {"overwrite_image_reader_writer": name}))
+        assert read_dataset_json(tmp_path / "dataset.json")["overwrite_image_reader_writer"] == name
+
+
+NNUNETS_OWN = {
+    "image reader": {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"},
+    "preprocessor": {"DefaultPreprocessor"},
+    "normalization": {"CTNormalization", "ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization"},
+    "label manager": {"LabelManager"},
+    "resampling": {"resample_data_or_seg_to_shape", "resample_torch_fornnunet", "no_resampling_hack"},
+}
+
+
+@pytest.mark.parametrize("kind", NNUNETS_OWN)
+def test_all_that_nnunet_has_is_known(kind):
+    assert known(kind) >= NNUNETS_OWN[kind]
+
+
+def test_what_users_have_added_to_nnunet_is_known(tmp_path, monkeypatch):
+    """A module in its package of normalisations, as its documentation says."""
+    (tmp_path / "own_schemes.py").write_text(
+        "from nnunetv2.preprocessing.normalization.default_normalization_schemes import ZScoreNormalization\n"
+        "class OwnNormalization(ZScoreNormalization):\n    pass\n"
+    )
+    monkeypatch.setattr(normalization, "__path__", [*normalization.__path__, str(tmp_path)])
+    known.cache_clear()
+    assert "OwnNormalization" in known("normalization")
+    known.cache_clear()
 
 
 def test_a_fingerprint_with_a_spacing_of_0_is_refused(tmp_path):

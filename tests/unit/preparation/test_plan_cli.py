@@ -66,3 +66,31 @@ def test_what_is_printed_next_can_be_typed(dataset, capsys, parsed_commands):
 def test_a_misspelt_name_of_plans_is_answered_with_those_that_exist(dataset, capsys):
     assert main(["-d", "7", "-p", "TYPO"]) == 2
     assert "TYPO.json does not exist: choose base plans with -p (nnUNetPlans), or run" in capsys.readouterr().err
+
+
+def width_in(folder, plans):
+    config = json.loads((folder / f"{plans}.json").read_text())["configurations"]["3d_fullres"]
+    return config["architecture"]["arch_kwargs"]["embed_dims"][0]
+
+
+def test_the_network_is_that_of_base_plans_for_mim(dataset, capsys):
+    assert main(["-d", "7", "-o", "First"]) == 0
+    assert width_in(dataset, "First") == 48, "nnU-Net's own plans name none: base"
+    assert main(["-d", "7", "-o", "Tiny", "--preset", "tiny"]) == 0
+    assert main(["-d", "7", "-p", "Tiny", "-o", "Second", "--set", "num_epochs=5"]) == 0
+    assert width_in(dataset, "Second") == width_in(dataset, "Tiny") == 12
+    assert "network: HybridUNet tiny" in capsys.readouterr().out
+    assert main(["-d", "7", "-p", "Tiny", "-o", "Third", "--preset", "small"]) == 0
+    assert width_in(dataset, "Third") == 24
+
+
+def test_base_plans_with_the_network_of_no_preset(dataset, capsys):
+    assert main(["-d", "7", "-o", "Tiny", "--preset", "tiny"]) == 0
+    plans = json.loads((dataset / "Tiny.json").read_text())
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["depths"] = [1, 1, 1, 1]
+    (dataset / "Tiny.json").write_text(json.dumps(plans))
+    capsys.readouterr()
+    assert main(["-d", "7", "-p", "Tiny", "-o", "Second"]) == 2
+    assert "the network of plans Tiny is that of no preset: choose one with --preset (tiny, " in capsys.readouterr().err
+    assert not (dataset / "Second.json").exists()
+    assert main(["-d", "7", "-p", "Tiny", "-o", "Second", "--preset", "tiny"]) == 0

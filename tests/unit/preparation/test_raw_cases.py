@@ -64,6 +64,16 @@ def test_an_entry_of_dataset_json_that_is_missing(preparing, ct, refused, entry)
     assert f"{raw}/dataset.json has no {entry}: see nnU-Net's page" in refused("-d", "501")
 
 
+def test_another_number_of_cases_than_there_are_is_refused_and_the_remedy_helps(preparing, ct, refused):
+    raw = preparing.write_raw(NAME, [[ct(i)] for i in range(3)])
+    content = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": 7}))
+    line = refused("-d", "501")
+    assert f"{raw}/dataset.json states 7 cases, 3 are there: write numTraining 3, or bring back the rest" in line
+    (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": 3}))
+    assert preparing(501) == 0
+
+
 @pytest.fixture
 def disk(preparing, ct, without_fingerprint):
     """Dataset 501, prepared, whose images and labels lie on a disk of their own; returns the disk's folder."""

@@ -162,6 +162,7 @@ def test_another_preset_than_that_of_the_plans_is_refused_with_a_command(
     (given,) = parsed_commands(line)
     assert (given.d, given.o, given.c, given.preset) == ("900", "tinyPlans", "3d_fullres", "small")
     (folder.parent / "mim_prepare").mkdir()
+    (folder.parent / "mim_prepare" / f"{folder.name}.jsonl").touch()  # it is mim_prepare that makes these cases
     (given,) = parsed_commands(refused(*ARGS, "--preset", "small"))
     assert (given.d, given.p, given.s, given.preset) == (["900"], "tinyPlans", [3.0, 3.0, 3.0], "small")
     assert "name an encoder with depths" in refused(*ARGS, "--set", "network.depths=1,1,1,1")

@@ -1,6 +1,9 @@
 """JSON and YAML of others: what is usable is read as it is, and what would fill memory or time is refused at once."""
 
 import json
+import os
+import signal
+import threading
 import time
 from itertools import pairwise
 
@@ -11,7 +14,9 @@ from hypothesis import strategies as st
 
 from nnunet_mim.benchmarking.cli import main as mim_benchmark
 from nnunet_mim.errors import MiMError, printable, printable_lines
+from nnunet_mim.nnunet.cases import read_properties
 from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
+from nnunet_mim.nnunet.source import plans_in
 from nnunet_mim.pretraining.cli import main as mim_pretrain
 from nnunet_mim.system.untrusted import check_extent, leaves, parse_json, read_json, read_yaml
 
@@ -28,6 +33,8 @@ BOMBS = {
     "deeper than any file": "[" * 100 + "]" * 100,
     "many values": "[" + "0," * 20_000_000 + "0]",
     "many lists": "[" + "[]," * 10_000_000 + "[]]",
+    "900,000 empty objects": "[" + "{}," * 899_999 + "{}]",
+    "900,000 empty lists": "[" + "[]," * 899_999 + "[]]",
     "a long number": "1" * 10_000_000,
     "a number of 4000 digits": '{"a": ' + "1" * 4000 + "}",
 }
@@ -83,6 +90,15 @@ def test_json_that_explodes(tmp_path, refused, kind, read):
     path = tmp_path / "plans.json"
     path.write_text(BOMBS[kind])
     refused(read, path)
+
+
+def test_a_name_that_is_there_twice(tmp_path, refused):
+    path = tmp_path / "plans.json"
+    path.write_text('{"a": {"spacing": [1], "b": 2, "spacing": [3]}}')
+    assert "spacing is there twice" in refused(read_json, path)
+    names = ", ".join(f'"{number}": 0' for number in range(100_000))
+    path.write_text(f'{{{names}, "99999": 1}}')
+    assert "99999 is there twice" in refused(read_json, path)
 
 
 def test_json_larger_than_any(tmp_path, refused):
@@ -149,3 +165,38 @@ def test_text_for_a_terminal_is_one_line_without_control(text):
 def test_escape_sequences_are_shown():
     assert printable("\x1b[2J\u202eevil\r\n") == r"\x1b[2J\u202eevil\r\n"
     assert printable_lines("a\x1b\nb\r") == "a\\x1b\nb\\r"
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """A pipe that nobody writes to. What reads it is ended after some seconds, in place of waiting for ever."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes in the file system")
+
+    def late(*_):
+        raise TimeoutError("it waits")
+
+    os.mkfifo(tmp_path / "nnUNetPlans.json")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    yield tmp_path / "nnUNetPlans.json"
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("read", [read_json, read_plans, read_fingerprint, read_dataset_json, read_properties])
+def test_a_pipe_is_not_waited_for(pipe, refused, read):
+    assert "no regular file" in refused(read, pipe)
+
+
+def test_a_pipe_among_the_files_of_a_dataset(pipe):
+    with pytest.raises(MiMError, match=r"nnUNetPlans\.json .*no regular file"):
+        plans_in(pipe.parent)
+
+
+def test_a_config_may_come_out_of_a_pipe(pipe):
+    """A shell's <(…) is one."""
+    writer = threading.Thread(target=pipe.write_text, args=("iterations: 5",))
+    writer.start()
+    assert read_yaml(pipe) == {"iterations": 5}
+    writer.join()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from scipy.ndimage import zoom
 
 from nnunet_mim.checkpoint.fingerprint import fingerprint, to_text
@@ -16,6 +17,7 @@ from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.demo.phantoms import make_phantom
+from nnunet_mim.errors import MiMError
 from nnunet_mim.trainers import nnUNetTrainerMiM
 
 CPU = torch.device("cpu")
@@ -123,3 +125,24 @@ def test_no_warning_when_the_fold_was_left_out(folders, mim_plans, dataset_json,
     trainer = start(mim_plans, dataset_json)
     trainer.on_train_start()
     assert "WARNING" not in log_text(trainer)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"leaked_cases": 5}, "leaked_cases"), ({"n_val_cases": "a"}, "n_val_cases"), ({"source": None}, "source"),
+     ({"probably_leaked_cases": ["a"]}, "probably_leaked_cases"), ([], "the content")],
+)  # fmt: skip
+def test_a_record_of_a_transfer_that_was_changed_is_named(
+    folders, mim_plans, dataset_json, make_checkpoint, monkeypatch, change, field
+):
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: None)
+    monkeypatch.setenv("nnUNet_mim_checkpoint", str(make_checkpoint()[0]))
+    trainer = start(mim_plans, dataset_json)
+    record = Path(trainer.output_folder, "mim_transfer.json")
+    whole = {"source": "a.pth", "leaked_cases": ["x"], "probably_leaked_cases": {}, "n_val_cases": 2}
+    record.write_text(json.dumps(whole))
+    trainer.perform_actual_validation()
+    assert "1 of 2 validation cases" in log_text(trainer)
+    record.write_text(json.dumps({**whole, **change} if change else change))
+    with pytest.raises(MiMError, match=rf"mim_transfer\.json: {field}: .*delete it"):
+        trainer.perform_actual_validation()
