@@ -141,7 +141,7 @@ def find_checkpoint(plans: dict[str, Any], configuration: str, fold: int | str, 
             try:
                 return locate(path)
             except MiMError as error:
-                raise MiMError(f"{error} ({place}): correct or remove the path") from error
+                raise MiMError(f"{place}: {error}") from error
     for name in dict.fromkeys((f"fold_{fold}", "fold_all")):
         runs = _pretraining_runs(plans, configuration, results)
         found = {run: path for run in runs if (path := _final_checkpoint(run / name)) is not None}

@@ -21,7 +21,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def export(
-    checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: bool, half: bool = False, licence: str = ""
+    checkpoint: Mapping[str, Any], card: str, folder: Path, with_names: bool, half: bool = False
 ) -> None:
     """Write a folder that every command takes in place of the checkpoint file.
 
@@ -32,7 +32,6 @@ def export(
         with_names: keep the identifiers of the cases. The hashes of their voxels always stay: finetuning recognises
             validation cases that were pretrained on by them.
         half: write float16, half the size; a value beyond its range is an error.
-        licence: of the weights, kept in config.json too; empty: not stated.
 
     Raises:
         MiMError: the folder exists, cannot be written, or safetensors is missing.
@@ -57,7 +56,7 @@ def export(
     if half:
         weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     content = save(weights, metadata={"format": "pt"})
-    config = {"sha256": hashlib.sha256(content).hexdigest(), "licence": licence, **config}
+    config = {"sha256": hashlib.sha256(content).hexdigest(), **config}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)

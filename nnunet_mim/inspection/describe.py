@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import textwrap
 from pathlib import Path
 
-from nnunet_mim.checkpoint.locate import CONFIG, SHIPPED, WEIGHTS, shipped_weights
+from nnunet_mim.checkpoint.locate import CARD, CONFIG, SHIPPED, WEIGHTS, shipped_weights
 from nnunet_mim.errors import printable
 from nnunet_mim.pretraining.report.summary import Facts, Table, commands, facts_table, join, levels_table, losses_table
 from nnunet_mim.system.untrusted import read_json
@@ -37,9 +38,10 @@ def shipped_text() -> str:
     rows = [["name", "preset", "spacing in mm (array order)", "MB", "licence", "SHA-256"]]
     for name in shipped_weights():
         config, weights = read_json(SHIPPED / name / CONFIG), SHIPPED / name / WEIGHTS
+        licence = re.search("^license: (.+)$", (SHIPPED / name / CARD).read_text(encoding="utf-8"), re.MULTILINE)
         spacing = join(config["provenance"]["spacing"])
         size, digest = f"{weights.stat().st_size / 1e6:.1f}", hashlib.sha256(weights.read_bytes()).hexdigest()
-        rows.append([name, config["mim_config"]["preset"], spacing, size, config["licence"], digest])
+        rows.append([name, config["mim_config"]["preset"], spacing, size, licence[1] if licence else "?", digest])
     if len(rows) == 1:
         return "no weights come with this copy of the package"
     name = rows[1][0]

@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
     folder = Path(args.o)
     checkpoint = load_checkpoint(args.checkpoint)
     card = model_card(Facts(checkpoint, args.checkpoint), args.licence, args.data)
-    export(checkpoint, card, folder, args.with_names, args.half, args.licence or "")
+    export(checkpoint, card, folder, args.with_names, args.half)
     for name, value in (("--licence", args.licence), ("--data", args.data)):
         if not value:
             print(f"note: {name} is not given; the card says so")

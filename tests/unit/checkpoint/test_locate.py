@@ -76,10 +76,10 @@ def test_tagged_runs(tmp_path, plans):
 def test_a_named_file_that_is_missing_is_an_error_not_the_next_source(tmp_path, plans, monkeypatch):
     run_file(tmp_path, 0)
     plans["pretrain_info"] = {"checkpoint_path": "/nowhere/a.pth"}
-    with pytest.raises(MiMError, match=r"/nowhere/a\.pth does not exist \(pretrain_info"):
+    with pytest.raises(MiMError, match=r"^pretrain_info in the plans file: .*/nowhere/a\.pth does not exist"):
         find_checkpoint(plans, "3d_fullres", 0, tmp_path)
     monkeypatch.setenv("nnUNet_mim_checkpoint", "/nowhere/b.pth")
-    with pytest.raises(MiMError, match=r"/nowhere/b\.pth does not exist \(environment variable nnUNet_mim_checkpoint"):
+    with pytest.raises(MiMError, match=r"^environment variable nnUNet_mim_checkpoint: .*b\.pth does not exist"):
         find_checkpoint(plans, "3d_fullres", 0, tmp_path)
 
 
