@@ -42,13 +42,11 @@ class TransferReport:
     """number of values of a parameter, by name"""
 
     def lines(self) -> list[str]:
-        """Lines for the training log: counts and names."""
-        lines = [f"Pretrained weights: {self.source}"]
-        for title, names in (("loaded", self.loaded), ("adapted", list(self.adapted)), ("fresh", self.fresh)):
-            lines.append(f"  {title}: {len(names)} parameters, {sum(self.n_values[n] for n in names):,} values")
-            notes = {**self.adapted, **self.unfit}
-            lines.extend(f"    {n}{' (' + notes[n] + ')' if n in notes else ''}" for n in names)
-        return [*lines, f"  {self.summary()}"]
+        """Three lines for the training log; names are in mim_transfer.json."""
+        kinds = (("loaded", self.loaded), ("adapted", list(self.adapted)), ("fresh", self.fresh))
+        values = {title: sum(self.n_values[name] for name in names) for title, names in kinds}
+        counts = ", ".join(f"{title}: {len(names)} ({values[title]:,} values)" for title, names in kinds)
+        return [f"Pretrained weights: {self.source}", f"  parameters {counts}", f"  {self.summary()}"]
 
     def summary(self) -> str:
         """Which parts of the network were pretrained, in one sentence."""
