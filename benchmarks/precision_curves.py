@@ -16,12 +16,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nnunet_mim.pretraining.monitoring.figures import Measurement
+
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
-LEVELS = (1, 2, 3)
 
 
 def run(options, precision, seed):
-    """Train unless it is done; rows of val.csv, by iteration."""
+    """Train unless it is done; reconstruction loss on held-out crops, by iteration and level."""
     tag = f"precision_{precision}_{seed}"
     command = [
         sys.executable, "-m", "nnunet_mim.pretraining.cli", "-d", *options.d, "-p", options.p, "-o", tag,
@@ -36,11 +37,9 @@ def run(options, precision, seed):
     else:
         folder = Path(done.stdout.split("wrote ")[-1].split("\n")[0]).parent
     with (folder / "val.csv").open() as file:
-        return {int(row["iteration"]): row for row in csv.DictReader(file)}
-
-
-def loss(row, level):
-    return float(row[f"val/level{level}/reconstruction"])
+        rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+    measured = [Measurement.from_row(row) for row in rows]
+    return {int(one.iteration): {level.number: level.reconstruction for level in one.levels} for one in measured}
 
 
 def main():
@@ -60,8 +59,8 @@ def main():
     }
     rows = []
     for iteration in sorted(curves["32"][0]):
-        for level in LEVELS:
-            full, half = ([loss(c[iteration], level) for c in curves[p]] for p in ("32", "bf16"))
+        for level in sorted(curves["32"][0][iteration]):
+            full, half = ([c[iteration][level] for c in curves[p]] for p in ("32", "bf16"))
             differences = [b - a for a, b in zip(full, half, strict=True)]
             rows.append(
                 {
