@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from nnunet_mim.benchmarking.seeded_training import Length
-from nnunet_mim.checkpoint.locate import REPOSITORY
+from nnunet_mim.checkpoint.locate import REPOSITORY, shipped_weights
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.untrusted import read_yaml
 
@@ -144,7 +144,8 @@ def bench_of(content: Mapping[str, Any], folder: Path) -> Bench:
 def _complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
     """An arm with the trainer and plans that its name stands for. MiMError names the arm where it is not complete.
 
-    The path of its checkpoint is relative to `folder`; ORGANISATION/NAME is one on Hugging Face unless it exists there.
+    The path of its checkpoint is relative to `folder`; ORGANISATION/NAME is one on Hugging Face, and a name of shipped
+    weights is theirs, unless it exists there.
     """
     where = f"arms: {arm.name}"
     if arm.nnssl_plans:
@@ -163,8 +164,9 @@ def _complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
     if not arm.checkpoint:
         return replace(arm, checkpoint=None)
     path = folder / arm.checkpoint
-    on_hub = REPOSITORY.fullmatch(arm.checkpoint) and path.suffix != ".pth" and not path.exists()
-    return arm if on_hub else replace(arm, checkpoint=str(path))
+    on_hub = REPOSITORY.fullmatch(arm.checkpoint) and path.suffix != ".pth"
+    named = (on_hub or arm.checkpoint in shipped_weights()) and not path.exists()
+    return arm if named else replace(arm, checkpoint=str(path))
 
 
 def default_arms(dataset: str, configuration: str) -> list[str]:

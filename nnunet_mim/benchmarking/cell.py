@@ -146,7 +146,7 @@ def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
         given = str(found)
     stored = PretrainedCheckpoint.load(given)
     check_architecture(stored, config["architecture"]["arch_kwargs"], source.in_channels)
-    return Arm(spec, source, stored.path)
+    return Arm(spec, source, str(locate(given)))
 
 
 def _stock_checkpoint(spec: ArmSpec, source: Source, given: str | None) -> str | None:

@@ -50,6 +50,13 @@ allow_seen: true
     )  # fmt: skip
 
 
+def test_shipped_weights_go_by_their_name(tmp_path):
+    arms = {"MiM": {"plans": "P", "checkpoint": "tiny-ct"}}
+    assert bench_of({"datasets": [1], "arms": arms}, tmp_path).arms[0].checkpoint == "tiny-ct"
+    (tmp_path / "tiny-ct").touch()
+    assert bench_of({"datasets": [1], "arms": arms}, tmp_path).arms[0].checkpoint == str(tmp_path / "tiny-ct")
+
+
 def test_where_checkpoints_are_looked_for(tmp_path):
     (tmp_path / "export").mkdir()
     given = {"a": "x.pth", "b": "/y.pth", "c": "export", "d": "someone/head-neck@main"}
