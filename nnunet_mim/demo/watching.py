@@ -62,7 +62,7 @@ def _show(log: Path, epochs: int, done: threading.Event) -> None:
         if bar is None or bar.total != n_all or n_done < bar.n:  # another bar
             if bar is not None:
                 bar.close()
-            bar = ProgressBar(total=n_all, initial=n_done, desc="     ", leave=False)
+            bar = ProgressBar(total=n_all, initial=n_done, desc="      so far", leave=False)
         bar.update(n_done - bar.n)
     if bar is not None:
         bar.close()
