@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -56,7 +56,8 @@ class _Worker:
         self.limits = limits
         self.pipe, other = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=_serve, args=(other, function, limits.memory), daemon=True)
-        self.process.start()
+        with _without_main() if function.__module__ != "__main__" else nullcontext():
+            self.process.start()
         other.close()
         self.item: int | None = None
         """index of the item it is at"""
@@ -87,6 +88,18 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Workers that are started do not run the user's script again, as Python has them do, to find functions in it."""
+    main = sys.modules["__main__"]
+    kept: dict[str, Any] = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(kept)
 
 
 def prepare_workers(*modules: str) -> None:

@@ -119,3 +119,15 @@ def _runs(process):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_script_without_a_guard_is_not_run_by_workers(tmp_path):
+    """`if __name__ == "__main__"` is no habit of those who write a few lines around a function of ours."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('run', flush=True)\n"
+        "from nnunet_mim.nnunet.image_files import read_headers\n"
+        "print(read_headers([__file__], 1))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.stdout.split() == ["run", "[None]"], done.stderr
