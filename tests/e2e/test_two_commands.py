@@ -28,7 +28,7 @@ def test_pretrain_train_predict_on_stock_plans(workplace_of):
     printed = work("nnUNetv2_train", "908", "3d_fullres", "0", "-tr", "nnUNetTrainerMiM", "-device", "cpu")
     assert "MiMPretrain__nnUNetPlans__3d_fullres/fold_0/checkpoint_final.pth" in printed
     assert "loaded: " in printed
-    assert "adapted: 0 parameters" in printed
+    assert "adapted: 0 (0 values)" in printed
     assert "PRETRAINED ON" not in printed, "fold 0 was left out of pretraining"
     run = work.folder / "nnUNet_results" / DATASET / "nnUNetTrainerMiM__nnUNetPlans__3d_fullres"
     summary = json.loads((run / "fold_0" / "validation" / "summary.json").read_text())
@@ -46,3 +46,24 @@ def test_pretrain_train_predict_on_stock_plans(workplace_of):
     assert segmentation.GetSize() == image.GetSize()
     assert segmentation.GetSpacing() == pytest.approx(image.GetSpacing())
     assert set(np.unique(sitk.GetArrayFromImage(segmentation))) <= {0, 1}
+
+
+@pytest.mark.long
+def test_the_shortest_way_needs_no_pretraining_and_no_network(workplace_of):
+    """README's three commands with the weights of the package, on a dataset that nnU-Net has not planned yet."""
+    work = workplace_of("shipped")
+    work.write_dataset("Dataset909_Shortest", 5, 40)
+    offline = {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    small = ("num_epochs=1", "iterations_per_epoch=2", "val_iterations_per_epoch=1", "patch_size=32,32,32")
+    planned = work("mim_plan", "-d", "909", "-pc", "tiny-ct", "--set", *small, **offline)
+    assert "nnU-Net plans it first" in planned
+    next_commands = planned.split("next:\n")[1].splitlines()
+    for command in next_commands:
+        device = ("-device", "cpu") if "train" in command else ("-np", "1")
+        printed = work(*command.split(), *device, **offline)
+    assert "Pretrained weights: tiny-ct" in printed
+    assert "PRETRAINED ON" not in printed
+    record = work.folder / "nnUNet_results" / "Dataset909_Shortest" / "nnUNetTrainerMiM__nnUNetMiMPlans__3d_fullres"
+    transfer = json.loads((record / "fold_0" / "mim_transfer.json").read_text())
+    assert transfer["source"] == "tiny-ct"
+    assert len(transfer["loaded"]) + len(transfer["adapted"]) > 100
