@@ -22,27 +22,28 @@ Entry = dict[str, Any]
 """case, key, files, images, and either reason (left out) or what `prepare_case` returns"""
 
 
-@document
-class LeftOut(TypedDict):
-    """The entry of a case that was left out."""
+class _Found(TypedDict):
+    """What the entry of every case holds."""
 
     case: CaseName
     key: str
     files: Annotated[list[str], Field(min_length=1)]
     images: Annotated[list[str], Field(min_length=1)]
+
+
+@document
+class LeftOut(_Found):
+    """The entry of a case that was left out."""
+
     reason: str
     same_as: NotRequired[str]
     image_sha256: NotRequired[str]
 
 
 @document
-class PreparedCase(TypedDict):
+class PreparedCase(_Found):
     """The entry of a preprocessed case."""
 
-    case: CaseName
-    key: str
-    files: Annotated[list[str], Field(min_length=1)]
-    images: Annotated[list[str], Field(min_length=1)]
     image_sha256: str
     spacing: Annotated[list[Positive], Field(min_length=3, max_length=3)]
     shape: Annotated[list[Count], Field(min_length=3, max_length=3)]
