@@ -19,17 +19,14 @@ from nnunet_mim.classification.features import pooled_maps
 from nnunet_mim.classification.options import LARGEST_WINDOW
 from nnunet_mim.classification.regions import CaseVoxels, cut_regions
 from nnunet_mim.errors import MiMError
-from nnunet_mim.inspection.ct import GIVE, READ_SECONDS, Grid, RawImage, preprocess
+from nnunet_mim.inspection.ct import GIVE, Grid, RawImage, preprocess
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.nnunet.components import check_name
-from nnunet_mim.nnunet.image_files import damaged, file_problem
+from nnunet_mim.nnunet.image_files import READ_SECONDS, READER, damaged, file_problem
 from nnunet_mim.pretraining.report.card import model_card
 from nnunet_mim.pretraining.report.summary import Facts
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory
-
-READER = "SimpleITKIOWithReorient"
-"""nnU-Net's reader where a checkpoint does not name one; `mim_prepare` uses it too"""
 
 try:
     from huggingface_hub import ModelHubMixin as _Hub

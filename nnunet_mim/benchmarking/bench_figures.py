@@ -17,9 +17,8 @@ from nnunet_mim.benchmarking.matrix import Place, case_value
 from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.tables import smooth
 from nnunet_mim.errors import printable
-from nnunet_mim.inspection.ct import READ_SECONDS
 from nnunet_mim.nnunet.datasets import raw_images
-from nnunet_mim.nnunet.image_files import damaged, file_problem
+from nnunet_mim.nnunet.image_files import READ_SECONDS, damaged, file_problem
 from nnunet_mim.reporting.figures import COLOURS, CT_WINDOW, bare, mark_sides
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory

@@ -23,9 +23,9 @@ from nnunet_mim.checkpoint.identity import comparison_note, leaked_cases, probab
 from nnunet_mim.checkpoint.metadata import check_provenance
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.errors import MiMError, printable
-from nnunet_mim.inspection.ct import READ_SECONDS, Grid, RawImage, preprocess
+from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
 from nnunet_mim.nnunet.datasets import raw_images
-from nnunet_mim.nnunet.image_files import damaged, file_problem
+from nnunet_mim.nnunet.image_files import READ_SECONDS, READER, damaged, file_problem
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory
@@ -35,8 +35,6 @@ VERSION = 3
 """version of the comparison; what other versions have found does not count"""
 IMAGE_KEYS = {"configuration", "spacing", "normalization", "intensity_properties"}
 """what a checkpoint says of the images that it was trained on, where they can be prepared anew"""
-READER = "SimpleITKIOWithReorient"
-"""nnU-Net's reader where a checkpoint does not name one; `mim_prepare` uses it too"""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from scipy import ndimage
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.inspection.ct import READ_SECONDS
-from nnunet_mim.nnunet.image_files import damaged, file_problem
+from nnunet_mim.nnunet.image_files import READ_SECONDS, damaged, file_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory
 

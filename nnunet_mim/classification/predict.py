@@ -22,7 +22,7 @@ from nnunet_mim.classification.encoders import LoadedEncoder, blocks_of, rebuilt
 from nnunet_mim.classification.features import FeatureExtractor
 from nnunet_mim.classification.options import ClassifyConfig
 from nnunet_mim.classification.probe import Probe, probabilities
-from nnunet_mim.classification.regions import READ_SECONDS, CaseVoxels, resampled_mask
+from nnunet_mim.classification.regions import CaseVoxels, resampled_mask
 from nnunet_mim.classification.results import (
     NETWORK,
     PROBE,
@@ -36,7 +36,7 @@ from nnunet_mim.classification.results import (
 from nnunet_mim.classification.saliency import write_map
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_dataset_json
-from nnunet_mim.nnunet.image_files import damaged, file_problem
+from nnunet_mim.nnunet.image_files import READ_SECONDS, damaged, file_problem
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import csv_text, write_atomically
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory

@@ -20,14 +20,11 @@ from nnunet_mim.classification.options import LABELS_AS_ROI
 from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_dataset_json
-from nnunet_mim.nnunet.image_files import damaged, file_problem
+from nnunet_mim.nnunet.image_files import READ_SECONDS, damaged, file_problem
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory
 from nnunet_mim.system.progress import ProgressBar
-
-READ_SECONDS = 600.0
-"""limit for one case"""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from nnunet_mim.nnunet.image_files import (
     DIRECTION_COSINE,
     NOT_FINITE,
     ORIGIN_MM,
+    READ_SECONDS,
     FileHeader,
     case_name,
     damaged,
@@ -31,8 +32,6 @@ from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_mem
 from nnunet_mim.system.machine import physical_memory
 
 GIVE = "give NIfTI, NRRD or MHA files, or a folder with the DICOM files of one CT"
-READ_SECONDS = 600.0
-"""limit for one case: a hundred times what reading a CT of 512 x 512 x 1000 takes"""
 
 
 @dataclass(frozen=True)

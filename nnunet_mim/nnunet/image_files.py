@@ -36,6 +36,10 @@ LARGEST_COMPRESSION = 1032
 """how many bytes deflate makes of one at most"""
 ORIGIN_MM, DIRECTION_COSINE = 0.1, 1e-3
 """differences of origins and of direction cosines that come from rounding"""
+READ_SECONDS = 600.0
+"""limit for one case: a hundred times what reading a CT of 512 x 512 x 1000 takes"""
+READER = "SimpleITKIOWithReorient"
+"""nnU-Net's reader where a checkpoint does not name one; `mim_prepare` uses it too"""
 NOT_FINITE = "holds NaN or infinite voxels"
 MODALITY, IMAGE_TYPE, INTERCEPT, POSITION, ORIENTATION = "0008|0060", "0008|0008", "0028|1052", "0020|0032", "0020|0037"
 SERIES, INSTANCE = "0020|000e", "0008|0018"
