@@ -17,7 +17,6 @@ from nnunet_mim.benchmarking.matrix import Place, case_value
 from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.tables import smooth
 from nnunet_mim.errors import printable
-from nnunet_mim.nnunet.datasets import raw_images
 from nnunet_mim.nnunet.image_files import READ_SECONDS, damaged, file_problem
 from nnunet_mim.reporting.figures import COLOURS, CT_WINDOW, bare, mark_sides
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
@@ -73,7 +72,8 @@ def curves_figure(outcome: Outcome, dataset: str) -> Figure:
             iterations = matrix.bench.iterations_per_epoch * np.arange(1, len(result["curve"]) + 1)
             curve = np.array(smooth(result["curve"])) * 100
             right.plot(iterations, curve, color=colour, alpha=0.75, label=None if number else arm)
-    left.set(xlabel="labelled cases", ylabel="Dice on the validation cases, %", xscale="log")
+    cases = "test" if outcome.test else "validation"
+    left.set(xlabel="labelled cases", ylabel=f"Dice on the {cases} cases, %", xscale="log")
     left.set_xticks(list(counts.values()), [f"{count:g}" for count in counts.values()])
     left.minorticks_off()
     right.set(xlabel="iterations", ylabel="Dice on patches, %")
@@ -82,7 +82,7 @@ def curves_figure(outcome: Outcome, dataset: str) -> Figure:
         _plain(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    figure.set_label(f"Dice by number of labels, {dataset}: {'; '.join(texts)}.")
+    figure.set_label(f"Dice by number of labels, {outcome.place(dataset)}: {'; '.join(texts)}.")
     return figure
 
 
@@ -109,7 +109,8 @@ def bars_figure(outcome: Outcome, dataset: str) -> Figure | None:
     axes.set_ylim(0, 100)
     _plain(axes)
     axes.legend(frameon=False, ncols=len(arms), loc="lower right", bbox_to_anchor=(1, 1))
-    figure.set_label(f"Dice of every label, {dataset}, labels {labels}; bars: standard deviation over seeds.")
+    where = f"{outcome.place(dataset)}, labels {labels}"
+    figure.set_label(f"Dice of every label, {where}; bars: standard deviation over seeds.")
     return figure
 
 
@@ -133,7 +134,7 @@ def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> li
     fold = matrix.folds(dataset)[0]
     places = [{arm: Place(dataset, fold, count, 0, arm) for arm in matrix.arms} for count in reversed(matrix.labels)]
     by_arm = next((found for found in places if outcome.results.keys() >= set(found.values())), {})
-    images = raw_images(dataset)
+    images = outcome.images(dataset)
     if not by_arm or not images:
         return []
     dice = {
@@ -146,11 +147,11 @@ def case_pictures(outcome: Outcome, dataset: str, labels: Collection[int]) -> li
         return []
     items = []
     for title, case in (("worst", cases[0]), ("median", cases[len(cases) // 2]), ("best", cases[-1])):
-        reference = matrix.cells[by_arm[matrix.arms[0]]].reference(case)
-        outputs = {arm: matrix.training(place).output for arm, place in by_arm.items()}
-        predictions = {arm: output / "validation" / reference.name for arm, output in outputs.items()}
+        reference = outcome.reference(by_arm[matrix.arms[0]], case)
+        folders = {arm: matrix.training(place).predictions(outcome.test) for arm, place in by_arm.items()}
+        predictions = {arm: folder / reference.name for arm, folder in folders.items()}
         of_case = {arm: values[case] for arm, values in dice.items()}
-        items.append(((title, case), Path(images[case][0]), reference, predictions, of_case, tuple(labels)))
+        items.append(((title, case), images[case], reference, predictions, of_case, tuple(labels)))
     pictures = []
     limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
     with closing(guarded_map(_picture, items, 1, limits)) as finished:

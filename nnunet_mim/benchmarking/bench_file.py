@@ -100,6 +100,8 @@ class Bench:
         Mapping[str, Any], "parameters of submitit, such as {slurm_partition: gpu, timeout_min: 1440}"
     ] | None = None  # fmt: skip
     """None: this machine"""
+    test: tuple[str, ...] = ()
+    """other datasets (numbers or names in nnUNet_raw), whose cases every trained network predicts"""
     nsd_tolerance_mm: Annotated[float, 0] = 1.0
     output: Path = Path("bench")
     allow_seen: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from nnunet_mim.benchmarking import tables
 from nnunet_mim.benchmarking.bench_figures import bars_figure, case_pictures, cases_figure, curves_figure, label_numbers
@@ -17,33 +17,43 @@ MAIN, EVERY_LABEL, COST = "", "every label", "cost"
 """titles of tables"""
 
 
-def write_bench_report(outcome: Outcome, failed: Mapping[Place, str]) -> str:
-    """Write all files from the trainings that are finished. Returns the Markdown."""
+def write_bench_report(outcome: Outcome, failed: Mapping[Place, str], tests: Sequence[Outcome] = ()) -> str:
+    """Write all files from the trainings that are finished, also evaluated on test sets. Returns the Markdown."""
     output, datasets = outcome.matrix.bench.output, outcome.matrix.datasets
     output.mkdir(parents=True, exist_ok=True)
-    text = _markdown(outcome)
+    text = "".join(map(_markdown, (outcome, *tests)))
     write_atomically(output / "table.md", text.encode())
     write_atomically(output / "table.csv", tables.every_value(outcome).encode())
-    write_atomically(output / "table.tex", _latex(outcome).encode())
+    write_atomically(output / "table.tex", "".join(map(_latex, (outcome, *tests))).encode())
     for dataset in datasets:
         write_atomically(output / f"figure_{dataset}.png", figure_png(curves_figure(outcome, dataset), 150))
-    sections = [section for dataset in datasets for section in _dataset_sections(outcome, dataset)]
+    for tested in tests:
+        assert tested.test is not None
+        write_atomically(output / f"test_{tested.test.dataset}.csv", tables.every_value(tested).encode())
+    evaluated = [(one, dataset) for one in (outcome, *tests) for dataset in datasets]
+    sections = [section for one, dataset in evaluated for section in _dataset_sections(one, dataset)]
     places = [place for place in outcome.matrix.cells if place not in outcome.results]
     code = "\n".join(f"{place}: {failed.get(place, 'not run yet')}" for place in places)
     unfinished = Section("Not finished", "" if code else "Everything is finished.", code=code)
-    write_page(output / PAGE, "Benchmark", [*sections, _arms_section(outcome), unfinished], _summary(outcome, failed))
+    summary = " ".join([_summary(outcome, failed), *filter(None, map(_differences, tests))])
+    write_page(output / PAGE, "Benchmark", [*sections, _arms_section(outcome, tests), unfinished], summary)
     return text
 
 
 def _summary(outcome: Outcome, failed: Mapping[Place, str]) -> str:
     """How many trainings are finished, and every difference to the control, in a sentence."""
+    state = f"{len(outcome.results)} of {len(outcome.matrix.cells)} trainings are finished"
+    state += f", {len(failed)} failed" if failed else ""
+    return f"{state}. {_differences(outcome)}".strip()
+
+
+def _differences(outcome: Outcome) -> str:
+    """Every difference to the control in a sentence; empty where there is none."""
     parts = []
     for (dataset, labels, arm), (found, _) in outcome.comparisons.items():
         difference = f"{found.difference:+.1f} Dice [{found.interval[0]:+.1f}, {found.interval[1]:+.1f}]"
-        parts.append(f"{outcome.name(dataset, arm)} on {dataset} with labels {labels}: {difference}")
-    state = f"{len(outcome.results)} of {len(outcome.matrix.cells)} trainings are finished"
-    state += f", {len(failed)} failed" if failed else ""
-    return f"{state}." + (f" Against {outcome.matrix.control}: {'; '.join(parts)}." if parts else "")
+        parts.append(f"{outcome.name(dataset, arm)} on {outcome.place(dataset)} with labels {labels}: {difference}")
+    return f"Against {outcome.matrix.control}: {'; '.join(parts)}." if parts else ""
 
 
 def _how_to_read(outcome: Outcome) -> str:
@@ -62,9 +72,9 @@ def _how_to_read(outcome: Outcome) -> str:
 
 def _heading(outcome: Outcome, dataset: str) -> str:
     """A dataset with its folds and number of validation cases."""
-    cells = {place.fold: cell for place, cell in outcome.matrix.cells.items() if place.dataset == dataset}
-    count = sum(len(cell.val_cases) for cell in cells.values())
-    return f"{dataset}, fold{'s' if len(cells) > 1 else ''} {', '.join(map(str, cells))}, {count} validation cases"
+    folds, cases = outcome.matrix.folds(dataset), "test cases" if outcome.test else "validation cases"
+    numbers = f"fold{'s' if len(folds) > 1 else ''} {', '.join(map(str, folds))}"
+    return f"{outcome.place(dataset)}, {numbers}, {outcome.case_count(dataset)} {cases}"
 
 
 def _tables(outcome: Outcome, dataset: str) -> dict[str, tables.Table]:
@@ -74,18 +84,19 @@ def _tables(outcome: Outcome, dataset: str) -> dict[str, tables.Table]:
     for metric, (heading, _) in tables.SHOWN.items():
         title = EVERY_LABEL if metric == "dice" else f"{heading}, {EVERY_LABEL}"
         found[title] = tables.label_table(outcome, dataset, metric)
-    found[COST] = tables.cost_table(outcome, dataset)
+    if not outcome.test:
+        found[COST] = tables.cost_table(outcome, dataset)
     return {title: table for title, table in found.items() if title == MAIN or len(table) > 1}
 
 
 def _markdown(outcome: Outcome) -> str:
     """All tables as Markdown."""
-    parts = [markdown_text(_how_to_read(outcome))]
+    parts = [] if outcome.test else [markdown_text(_how_to_read(outcome))]
     for dataset in outcome.matrix.datasets:
         parts += [f"## {markdown_text(_heading(outcome, dataset))}"]
         parts += map(tables.markdown_table, _tables(outcome, dataset).values())
         parts += ["\n".join(f"- {markdown_text(line)}" for line in tables.notes(outcome, dataset))]
-        if published := published_table(dataset):
+        if published := _published(outcome, dataset):
             parts += ["### Published elsewhere", WARNING, tables.markdown_table(published)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -100,7 +111,7 @@ def _latex(outcome: Outcome) -> str:
             caption = f"{name}. {_how_to_read(outcome)}" if title == MAIN else f"{name}: {short}."
             if title != COST:
                 parts.append(tables.latex_table(table, caption, below))
-        if published := published_table(dataset):
+        if published := _published(outcome, dataset):
             parts.append(tables.latex_table(published, f"{dataset}: published elsewhere. {WARNING}"))
     return "\n".join(parts) + "\n"
 
@@ -110,31 +121,40 @@ def _dataset_sections(outcome: Outcome, dataset: str) -> list[Section]:
     further = _tables(outcome, dataset)
     main = further.pop(MAIN)
     if len(main) == 1:
-        return [Section(dataset, "Nothing is finished yet.")]
+        return [Section(outcome.place(dataset), "Nothing is finished yet.")]
     marked = [number for number, row in enumerate(main) if number and row[1] == outcome.matrix.control]
     text, curves = "\n\n".join(tables.notes(outcome, dataset)), [curves_figure(outcome, dataset)]
     heading, note = _heading(outcome, dataset), _how_to_read(outcome)
     sections = [Section(heading, text, note, table=main, marked=marked, figures=curves)]
     names = label_numbers(outcome, dataset)
     pictures = case_pictures(outcome, dataset, names)
+    costs = further.pop(COST, [])
     for title, table in further.items():
-        if title == COST and pictures:
-            note = f"Dice is that of the whole case. Worst, median and best are those of {outcome.matrix.arms[0]}."
-            sections.append(Section(f"{dataset}: cases", "", note, [cases_figure(pictures, names)]))
         bars = bars_figure(outcome, dataset) if title == EVERY_LABEL else None
-        sections.append(Section(f"{dataset}: {title}", table=table, figures=[bars] if bars else []))
-    if published := published_table(dataset):
+        sections.append(Section(f"{outcome.place(dataset)}: {title}", table=table, figures=[bars] if bars else []))
+    if pictures:
+        note = f"Dice is that of the whole case. Worst, median and best are those of {outcome.matrix.arms[0]}."
+        sections.append(Section(f"{outcome.place(dataset)}: cases", "", note, [cases_figure(pictures, names)]))
+    if costs:
+        sections.append(Section(f"{dataset}: {COST}", table=costs))
+    if published := _published(outcome, dataset):
         sections.append(Section(f"{dataset}: published elsewhere", WARNING, table=published, words=True))
     return sections
 
 
-def _arms_section(outcome: Outcome) -> Section:
+def _published(outcome: Outcome, dataset: str) -> tables.Table | None:
+    """Numbers that were published for the dataset's cases; None where there are none."""
+    return None if outcome.test else published_table(dataset)
+
+
+def _arms_section(outcome: Outcome, tests: Sequence[Outcome]) -> Section:
     """Trainer, plans and checkpoint of every arm."""
     table = [["arm", "trainer", "plans", "starts from"]]
     for spec in outcome.matrix.bench.arms:
         cells = {place: cell for place, cell in outcome.matrix.cells.items() if place.arm == spec.name}
         checkpoints = sorted({cell.arm.checkpoint or "random weights" for cell in cells.values()})
-        seen = any(outcome.seen[place.dataset, place.fold, spec.name].seen for place in cells)
+        findings = [one.seen[place.dataset, place.fold, spec.name] for one in (outcome, *tests) for place in cells]
+        seen = any(found.seen for found in findings)
         settings = ", ".join(f"{key}={value}" for key, value in spec.settings.items())
         trainer = f"{spec.trainer} ({settings})" if settings else spec.trainer
         table.append([spec.name + (MARK if seen else ""), trainer, spec.plans, ", ".join(checkpoints)])

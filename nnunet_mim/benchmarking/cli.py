@@ -52,7 +52,7 @@ label and metric), and cells/ with every training, its log.txt and its predictio
 FEW_SHOT = """\
 Train on few and on all labels, with pretraining and without, and compare.
 
-  mim_benchmark few_shot -d 501 -p nnUNetMiMPlans --labels 5 10 20 all --seeds 3
+  mim_benchmark few_shot -d 501 -p nnUNetMiMPlans --labels 5 10 20 all --seeds 3 --test 504
 
 Every training is nnUNetv2_train on the training cases of one fold of nnU-Net's own split, or a subset of them, and is
 validated on all validation cases of the fold. Subsets are nested, and the same for all arms; of a seed, so are the
@@ -68,8 +68,9 @@ The experiment is written to bench.yaml in the output folder, anew every time. F
 for SLURM, copy and edit that file and give it to mim_benchmark run."""
 
 FEW_SHOT_EPILOG = """\
-Output: bench.yaml, report.html, table.md, table.tex, table.csv (every case, label and metric) and a figure in the
-folder of -o, by default nnUNet_results/DatasetXXX_Name/few_shot__PLANS__CONFIGURATION__fold_FOLD."""
+Output: bench.yaml, report.html, table.md, table.tex, table.csv (every case, label and metric; with --test also
+test_DATASET.csv) and a figure in the folder of -o, by default
+nnUNet_results/DatasetXXX_Name/few_shot__PLANS__CONFIGURATION__fold_FOLD."""
 
 PREPARE = """\
 Make nnU-Net datasets of the extracted archives of the Medical Segmentation Decathlon (its CT tasks: Task03_Liver,
@@ -165,6 +166,7 @@ def few_shot(options: argparse.Namespace) -> None:
         "datasets": {dataset: {"folds": [options.fold], "configuration": options.c}},
         "arms": arm_entries(options.arms or default_arms(dataset, options.c), options.p, parse_settings(options.set)),
         "labels": list(dict.fromkeys(options.labels)),
+        "test": list(dict.fromkeys(options.test)),
         **{name: getattr(options, name) for name in FEW_SHOT_ENTRIES},
     }
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
@@ -256,6 +258,8 @@ def _add_few_shot(command: Any) -> None:
     recipe = "the recipe of the MiM arms, as for mim_plan; ARM.KEY=VALUE for one arm"
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=recipe)
     add("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: cuda")
+    test = "datasets in nnUNet_raw, whose labelled cases every trained network predicts and is scored on too"
+    add("--test", nargs="+", default=[], metavar="DATASET", help=test)
     add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default: 1)")
     add("-o", metavar="FOLDER", help="output folder")
     _add_modes(command)

@@ -36,7 +36,8 @@ def run_experiment(bench: Bench, retry: bool = False, bench_yaml: str = "") -> N
     before any training, and for failed trainings at the end.
     """
     _check_device(bench)
-    matrix, seen, results = prepare(bench)
+    outcome, seen_tests = prepare(bench)
+    matrix, results = outcome.matrix, outcome.results
     if bench_yaml:
         bench.output.mkdir(parents=True, exist_ok=True)
         write_atomically(bench.output / "bench.yaml", bench_yaml.encode())
@@ -51,7 +52,7 @@ def run_experiment(bench: Bench, retry: bool = False, bench_yaml: str = "") -> N
     if busy := len([place for place in todo if place not in results and place not in unfinished]):
         print(f"{busy} trainings are left to other processes, which are at work on them")
     if results:
-        report(matrix, seen, results, unfinished)
+        report(outcome, seen_tests, unfinished)
     if unfinished:
         broken = failures(matrix)  # an interrupted training continues without --retry
         remedy = "see above, and repeat the command" + (" with --retry" if broken and not retry else "")
@@ -64,15 +65,16 @@ def report_experiment(bench: Bench) -> None:
     nothing = MiMError(f"no training in {bench.output} is finished, so there is nothing to report")
     if not bench.output.is_dir():
         raise nothing
-    matrix, seen, results = prepare(bench, only_report=True)
-    if not results:
+    outcome, seen_tests = prepare(bench, only_report=True)
+    if not outcome.results:
         raise nothing
-    report(matrix, seen, results, failures(matrix))
+    report(outcome, seen_tests, failures(outcome.matrix))
 
 
 def plan_experiment(bench: Bench) -> None:
     """Print every training with its state and the hours it would take; train nothing. Raises MiMError for bad input."""
-    matrix, _, results = prepare(bench)
+    outcome, _ = prepare(bench)
+    matrix, results = outcome.matrix, outcome.results
     failed = failures(matrix)
     hours = _hours_of(matrix, results)
     for place in matrix.cells:
@@ -95,17 +97,23 @@ def _summary_of_plan(todo: Sequence[float | None], total: int, device: str, at_a
     return f"{text} ({unknown} not counted)" if known and unknown else text
 
 
-def prepare(bench: Bench, only_report: bool = False) -> tuple[Matrix, Seen, Results]:
-    """Check everything that can be wrong, before any training; what takes longest comes last."""
+def prepare(bench: Bench, only_report: bool = False) -> tuple[Outcome, dict[str, Seen]]:
+    """Check everything that can be wrong, before any training; what takes longest comes last.
+
+    Returns what is finished, and what the pretrainings have seen of every test set, by its name.
+    """
     require_environment()
     matrix = build_matrix(bench)
     results = finished_results(matrix)
     if not only_report:
         _check_references(matrix, results)
     seen = look_for_seen_cases(matrix)
+    seen_tests = {test.dataset: look_for_seen_cases(matrix, test) for test in matrix.tests}
     if not bench.allow_seen:
         refuse_seen_cases(seen)
-    return matrix, seen, results
+        for test, findings in seen_tests.items():
+            refuse_seen_cases(findings, test)
+    return Outcome(matrix, results, seen), seen_tests
 
 
 def _check_references(matrix: Matrix, results: Collection[Place]) -> None:
@@ -128,10 +136,11 @@ def _check_device(bench: Bench) -> None:
         raise MiMError(f"gpus: {wrong[0]}: {count} can be seen here, numbered from 0")
 
 
-def report(matrix: Matrix, seen: Seen, results: Results, failed: Mapping[Place, str]) -> None:
+def report(outcome: Outcome, seen_tests: Mapping[str, Seen], failed: Mapping[Place, str]) -> None:
     """Write the report and print its tables."""
-    print(write_bench_report(Outcome(matrix, results, seen), failed))
-    print(f"page: {matrix.bench.output / PAGE}")
+    tests = [outcome.on(test, seen_tests[test.dataset]) for test in outcome.matrix.tests]
+    print(write_bench_report(outcome, failed, tests))
+    print(f"page: {outcome.matrix.bench.output / PAGE}")
 
 
 def _hours_of(matrix: Matrix, results: Results) -> dict[tuple[str, str], float | None]:

@@ -16,10 +16,11 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 from pydantic import TypeAdapter, ValidationError
 
 from nnunet_mim.benchmarking.cell import Arm
+from nnunet_mim.benchmarking.external import ExternalSet
 from nnunet_mim.benchmarking.matrix import Matrix
 from nnunet_mim.checkpoint.fingerprint import fingerprint
 from nnunet_mim.checkpoint.format import read_safely
-from nnunet_mim.checkpoint.identity import comparison_note, leaked_cases, probably_same, voxel_sha256
+from nnunet_mim.checkpoint.identity import LeakedCases, comparison_note, leaked_cases, probably_same, voxel_sha256
 from nnunet_mim.checkpoint.metadata import check_provenance
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.errors import MiMError, printable
@@ -39,7 +40,7 @@ IMAGE_KEYS = {"configuration", "spacing", "normalization", "intensity_properties
 
 @dataclass(frozen=True)
 class Findings:
-    """Validation cases of one arm, dataset and fold that the pretraining has seen."""
+    """Cases, on which one arm, dataset and fold is evaluated, that the pretraining has seen."""
 
     same: tuple[str, ...] = ()
     """the same name, voxels or image"""
@@ -66,8 +67,9 @@ Seen = dict[tuple[str, int, str], Findings]
 """by (dataset, fold, arm)"""
 
 
-def look_for_seen_cases(matrix: Matrix) -> Seen:
-    """Compare the validation cases with the records in every arm's checkpoint. The findings are kept in a file.
+def look_for_seen_cases(matrix: Matrix, test: ExternalSet | None = None) -> Seen:
+    """Compare the validation cases, or those of a test set, with the records in every arm's checkpoint. The findings
+    are kept in a file.
 
     A case is seen if the same dataset and identifier, the same preprocessed voxels, or the same image were pretrained
     on: a new name, another file format or compression, and another spacing or intensity window of the plans do not hide
@@ -85,12 +87,14 @@ def look_for_seen_cases(matrix: Matrix) -> Seen:
         if not cell.arm.checkpoint:
             found[here] = Findings()
             continue
-        content = json.dumps([VERSION, here, cell.val_cases, cell.arm.identity], sort_keys=True)
+        compared = [test.dataset, *test.images] if test else cell.val_cases
+        content = json.dumps([VERSION, here, compared, cell.arm.identity], sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()
         if key in kept:
             found[here] = kept[key]
             continue
-        found[here] = seen_cases(provenance_of(Path(cell.arm.checkpoint)), cell.arm, cell.val_cases)
+        provenance = provenance_of(Path(cell.arm.checkpoint))
+        found[here] = seen_tests(provenance, test) if test else seen_cases(provenance, cell.arm, cell.val_cases)
         if not found[here].unknown:  # otherwise more may be known the next time
             kept[key] = found[here]
     if kept != before:
@@ -99,16 +103,18 @@ def look_for_seen_cases(matrix: Matrix) -> Seen:
     return found
 
 
-def refuse_seen_cases(seen: Seen) -> None:
-    """MiMError if any arm's pretraining has seen a validation case."""
+def refuse_seen_cases(seen: Seen, test: str = "") -> None:
+    """MiMError if any arm's pretraining has seen a validation case, or one of the dataset `test`."""
     leaks = [(here, findings.seen) for here, findings in seen.items() if findings.seen]
     if leaks:
         (dataset, fold, arm), cases = leaks[0]
         others = f" (and {len(leaks) - 1} other combinations)" if len(leaks) > 1 else ""
         likely = seen[dataset, fold, arm].sentence()
-        seen_here = f"{len(cases)} of the validation cases of {dataset} fold {fold}, {cases[0]} first{others}"
+        where = f"cases of {test}" if test else f"validation cases of {dataset} fold {fold}"
+        seen_here = f"{len(cases)} of the {where}, {cases[0]} first{others}"
         seen_here += f" ({likely})" if likely else ""
-        remedy = f"pretrain without them (-f {fold}), evaluate on other cases, or mark them in tables (--allow-seen)"
+        without = "" if test else f" (-f {fold})"
+        remedy = f"pretrain without them{without}, evaluate on other cases, or mark them in tables (--allow-seen)"
         raise MiMError(f"the pretraining of arm {arm} has seen {seen_here}: {remedy}")
 
 
@@ -131,7 +137,7 @@ def provenance_of(checkpoint: Path) -> dict[str, Any] | None:
 
 def seen_cases(provenance: Mapping[str, Any] | None, arm: Arm, val_cases: tuple[str, ...]) -> Findings:
     """Which of an arm's validation cases are in the records of a pretraining."""
-    if not provenance or not (records := provenance.get("cases") or []):
+    if not provenance or not provenance.get("cases"):
         return Findings(unknown="the checkpoint does not say which cases it was trained on")
     source = arm.source
     cases = source.dataset_class(str(source.folder), list(val_cases))
@@ -140,11 +146,31 @@ def seen_cases(provenance: Mapping[str, Any] | None, arm: Arm, val_cases: tuple[
         return np.asarray(cases.load_case(case)[0][:])
 
     leaked = leaked_cases(provenance, source.dataset, val_cases, load, source.intensities, source.spacing)
+    return _with_images(provenance, leaked, val_cases, raw_images(source.dataset))
+
+
+def seen_tests(provenance: Mapping[str, Any] | None, test: ExternalSet) -> Findings:
+    """Which cases of a test set are in the records of a pretraining. Only their images are compared."""
+    if not provenance or not (records := provenance.get("cases") or []):
+        return Findings(unknown="the checkpoint does not say which cases it was trained on")
+    named = {(record["dataset"], record["case"]) for record in records}
+    same = tuple(case for case in test.images if (test.dataset, case) in named)
+    files = {case: [str(path) for path in channels] for case, channels in test.images.items()}
+    rest = tuple(case for case in test.images if case not in same)
+    return _with_images(provenance, LeakedCases(same, {}, rest), tuple(test.images), files)
+
+
+def _with_images(
+    provenance: Mapping[str, Any], leaked: LeakedCases, cases: Sequence[str], files: Mapping[str, list[str]]
+) -> Findings:
+    """The findings for `cases` once their images, by case in `files`, are compared with the records of a pretraining,
+    where names and preprocessed voxels (`leaked`) do not decide.
+    """
+    records = provenance["cases"]
     seen, fingerprints = set(leaked.same), {}
     hashes = {record["sha256"] for record in records}
     image_hashes = {record.get("image_sha256") for record in records}
-    files = raw_images(source.dataset)
-    undecided = [case for case in val_cases if case not in seen]
+    undecided = [case for case in cases if case not in seen]
     missing = [case for case in undecided if case not in files]
     named = provenance.get("image_reader_writer") or READER
     _reader(named)

@@ -10,6 +10,7 @@ import numpy as np
 
 from nnunet_mim.benchmarking.bench_file import Bench
 from nnunet_mim.benchmarking.cell import Arm, Cell, control_of, resolve_arm
+from nnunet_mim.benchmarking.external import ExternalSet, find_external
 from nnunet_mim.benchmarking.splits import labelled_subset
 from nnunet_mim.benchmarking.training import Training
 from nnunet_mim.errors import MiMError
@@ -42,6 +43,7 @@ class Matrix:
     bench: Bench
     cells: dict[Place, Cell]
     control: str
+    tests: tuple[ExternalSet, ...] = ()
 
     @property
     def datasets(self) -> list[str]:
@@ -72,7 +74,8 @@ class Matrix:
         labels = place.labels.replace("%", "pct")
         folders = place.dataset, f"fold_{place.fold}", f"labels_{labels}", f"seed_{place.seed}", place.arm
         folder = self.bench.output.joinpath("cells", *folders)
-        return Training(self.cells[place], folder, self.bench.device, self.bench.nsd_tolerance_mm, threads)
+        bench = self.bench
+        return Training(self.cells[place], folder, bench.device, bench.nsd_tolerance_mm, threads, self.tests)
 
 
 def build_matrix(bench: Bench) -> Matrix:
@@ -109,7 +112,11 @@ def build_matrix(bench: Bench) -> Matrix:
         if cell.arm.spec.is_mim:
             cell.recipe()
     ordered = sorted(cells, key=lambda place: place.seed)  # stable: every arm and dataset has a result early
-    return Matrix(bench, {place: cells[place] for place in ordered}, control)
+    trained = {place.dataset: cell.dataset_json for place, cell in cells.items()} if bench.test else {}
+    tests = tuple(find_external(given, trained) for given in bench.test)
+    if len({test.dataset for test in tests}) < len(tests):
+        raise MiMError("test: a dataset is there twice: give it once")
+    return Matrix(bench, {place: cells[place] for place in ordered}, control, tests)
 
 
 def _cases(arms: list[Arm], dataset: str, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

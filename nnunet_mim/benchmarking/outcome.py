@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnunet_mim.benchmarking.external import ExternalSet
 from nnunet_mim.benchmarking.guard import Seen
-from nnunet_mim.benchmarking.matrix import Matrix, Place, case_value
+from nnunet_mim.benchmarking.matrix import Matrix, Place, Results, case_value
 from nnunet_mim.benchmarking.statistics import Comparison, compare
 from nnunet_mim.classification.evaluation import holm
+from nnunet_mim.nnunet.datasets import raw_images
 
 MARK = " *"
-"""stands behind an arm whose pretraining has seen validation cases"""
+"""stands behind an arm whose pretraining has seen cases that it is evaluated on"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is reported: an experiment, its finished trainings, and what the arms' pretrainings have seen."""
+    """What is reported: an experiment, its finished trainings, and what the arms' pretrainings have seen.
+
+    Values are those of the validation cases, or of an external test set, see `on`.
+    """
 
     matrix: Matrix
-    results: Mapping[Place, Mapping[str, Any]]
+    results: Results
     seen: Seen
+    test: ExternalSet | None = None
+
+    def on(self, test: ExternalSet, seen: Seen) -> Outcome:
+        """The same trainings evaluated on a test set; `seen` are the findings for its cases."""
+        results = {
+            place: {**result, "cases": result["tests"][test.dataset]}
+            for place, result in self.results.items()
+            if test.dataset in result.get("tests", {})
+        }
+        return replace(self, results=results, seen=seen, test=test)
+
+    def case_count(self, dataset: str) -> int:
+        """Number of cases that a seed is evaluated on."""
+        if self.test:
+            return len(self.test.references)
+        cells = {place.fold: cell for place, cell in self.matrix.cells.items() if place.dataset == dataset}
+        return sum(len(cell.val_cases) for cell in cells.values())
+
+    def place(self, dataset: str) -> str:
+        """What the cases are of: a dataset, or a test set and the dataset that was trained on."""
+        return f"{self.test.dataset}, trained on {dataset}" if self.test else dataset
+
+    def reference(self, place: Place, case: str) -> Path:
+        """The label image of a case."""
+        return self.test.references[case] if self.test else self.matrix.cells[place].reference(case)
+
+    def images(self, dataset: str) -> dict[str, Path]:
+        """First channel of every case by name; empty where the images are not in nnUNet_raw."""
+        files: Mapping[str, Sequence[Any]] = self.test.images if self.test else raw_images(dataset)
+        return {case: Path(channels[0]) for case, channels in files.items()}
 
     def seeds(self, dataset: str, labels: str, arm: str) -> list[int]:
         """Seeds of which every fold is finished."""
@@ -51,15 +87,18 @@ class Outcome:
     def values(
         self, dataset: str, labels: str, seeds: Sequence[int], arm: str, metric: str, label: str | None = None
     ) -> np.ndarray:
-        """(seeds, cases of all folds) of a metric, see `case_value`."""
+        """(seeds, cases) of a metric, see `case_value`: the cases of all folds one after the other; those of a test set
+        once, with the mean over folds.
+        """
         rows = []
         for seed in seeds:
             cases = [self.results[Place(dataset, f, labels, seed, arm)]["cases"] for f in self.matrix.folds(dataset)]
-            rows.append([case_value(found[case], metric, label) for found in cases for case in sorted(found)])
+            found = [[case_value(fold[case], metric, label) for case in sorted(fold)] for fold in cases]
+            rows.append(_mean_over_folds(found) if self.test else [value for fold in found for value in fold])
         return np.array(rows)
 
     def name(self, dataset: str, arm: str) -> str:
-        """An arm's name, marked where its pretraining has seen validation cases of the dataset."""
+        """An arm's name, marked where its pretraining has seen cases that it is evaluated on."""
         folds = self.matrix.folds(dataset)
         return arm + (MARK if any(self.seen[dataset, fold, arm].seen for fold in folds) else "")
 
@@ -94,3 +133,10 @@ class Outcome:
         """p of every comparison by (dataset, labels, arm), corrected for the number of all of them (Holm)."""
         ps = [comparison.p for comparison, _ in self.comparisons.values()]
         return dict(zip(self.comparisons, holm(ps), strict=True))
+
+
+def _mean_over_folds(values: Sequence[Sequence[float]]) -> list[float]:
+    """(folds, cases) → (cases,); a fold without a value does not count."""
+    by_case = zip(*values, strict=True)
+    finite = [[value for value in found if np.isfinite(value)] for found in by_case]
+    return [float(np.mean(found)) if found else float("nan") for found in finite]

@@ -38,7 +38,9 @@ def comparison_table(outcome: Outcome, dataset: str) -> Table:
     """Dice against the control's, one row per number of labels and arm other than the control."""
     corrected = outcome.corrected_ps()
     heading = f"Dice % minus {outcome.matrix.control}"
-    table = [["labels", "arm", "seeds", heading, "these trainings", "p", "p corrected", "iterations to reach it"]]
+    table = [["labels", "arm", "seeds", heading, "these trainings", "p", "p corrected"]]
+    if not outcome.test:  # learning curves are those of validation patches
+        table[0].append("iterations to reach it")
     for labels, arm, _ in outcome.rows(dataset):
         if (dataset, labels, arm) not in outcome.comparisons:
             continue
@@ -50,8 +52,9 @@ def comparison_table(outcome: Outcome, dataset: str) -> Table:
             f"[{result.bootstrap[0]:+.2f}, {result.bootstrap[1]:+.2f}]",
             _p_text(result.p),
             _p_text(corrected[dataset, labels, arm]),
-            ", ".join(_iterations_to_control(outcome, dataset, labels, arm, seeds)),
         ])  # fmt: skip
+        if not outcome.test:
+            table[-1].append(", ".join(_iterations_to_control(outcome, dataset, labels, arm, seeds)))
     return table
 
 
@@ -129,7 +132,8 @@ def notes(outcome: Outcome, dataset: str) -> list[str]:
             continue
         if seen := findings.seen:
             cases = f"{', '.join(seen[:5])}{' …' if len(seen) > 5 else ''}"
-            warning = f"WARNING: its pretraining has seen {len(seen)} of the validation cases of fold {fold} ({cases})"
+            where = f"cases of {outcome.test.dataset}" if outcome.test else f"validation cases of fold {fold}"
+            warning = f"WARNING: its pretraining has seen {len(seen)} of the {where} ({cases})"
             lines.append(f"{arm}{MARK}: {warning}")
         if likely := findings.sentence():
             lines.append(f"{arm}{MARK}: {likely}")

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.bench_file import TRAIN
 from nnunet_mim.benchmarking.cell import Cell
+from nnunet_mim.benchmarking.external import ExternalSet, link_images
 from nnunet_mim.benchmarking.metrics import compared
 from nnunet_mim.benchmarking.seeded_training import attempts_of
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, LATEST
@@ -52,6 +54,8 @@ class Training:
     """of the normalised surface Dice, mm"""
     threads: int = 0
     """number of PyTorch's threads; 0: as nnU-Net sets it"""
+    tests: tuple[ExternalSet, ...] = ()
+    """other datasets, whose cases the finished network predicts"""
 
     @property
     def output(self) -> Path:
@@ -63,7 +67,8 @@ class Training:
     def finished(self) -> dict[str, Any] | None:
         """The result of a finished training, or None. Raises MiMError where the folder holds another experiment.
 
-        If it was measured with another tolerance, its predictions are measured again.
+        It is not finished where a test set is missing. If it was measured with another tolerance, its predictions are
+        measured again.
         """
         if not (self.folder / KEY).is_file():
             return None
@@ -76,6 +81,9 @@ class Training:
         if not (self.folder / RESULT).is_file():
             return None
         result = read_json(self.folder / RESULT, DELETE)
+        tested = result.get("tests", {})
+        if any(tested.get(test.dataset, {}).keys() != test.references.keys() for test in self.tests):
+            return None
         if result["tolerance"] != self.tolerance:
             result = {**result, **self.measured()}
             write_atomically(self.folder / RESULT, json.dumps(result).encode())
@@ -99,23 +107,23 @@ class Training:
         return DelayedSubmission(self)
 
     def train(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
-        """Train and validate, continuing an interrupted attempt. Writes the result, which it returns, or why it failed.
+        """Train, validate and test, continuing an interrupted attempt. Writes the result, which it returns, or why it
+        failed.
 
         `gpu` is as in CUDA_VISIBLE_DEVICES, None as in this process; `stop` ends the training when it is set. Raises
         MiMError with the log where it fails, InterruptedTrainingError where it was ended from outside.
         """
-        folder, log_file = self.folder, self.folder / LOG
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILED).unlink(missing_ok=True)
         try:
             write_atomically(folder / KEY, json.dumps(self.cell.key()).encode())
             self._write_folders()
-            exit_code = run_command(self.command(), log_file, self.environment(gpu), stop)
-            if exit_code in (-signal.SIGTERM, -signal.SIGINT):
-                raise InterruptedTrainingError(f"interrupted, see {log_file}")
-            if exit_code or not (self.output / "validation" / "summary.json").is_file():
-                last = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-                raise MiMError(f"training failed, see {log_file} ({last[0][:200]})")
+            summary = self.output / "validation" / "summary.json"
+            if not ((folder / RESULT).is_file() and summary.is_file()):  # else only a test set is new
+                self._run(self.command(), [summary], gpu, stop)
+            for test in self.tests:
+                self._predict(test, gpu, stop)
             result = {"key": self.cell.key(), **self.measured(), "cost": _total_cost(folder / COST)}
             write_atomically(folder / RESULT, json.dumps(result).encode())
             return result
@@ -125,12 +133,47 @@ class Training:
             write_atomically(folder / FAILED, reason_of(error).encode())
             raise
 
-    def command(self) -> list[str]:
-        """The command that begins or continues the training."""
-        spec, source, length = self.cell.arm.spec, self.cell.arm.source, self.cell.length
+    def _run(self, command: list[str], made: Iterable[Path], gpu: str | None, stop: Event | None) -> None:
+        """Run a command that makes these files. Raises as `train`."""
+        log_file = self.folder / LOG
+        exit_code = run_command(command, log_file, self.environment(gpu), stop)
+        if exit_code in (-signal.SIGTERM, -signal.SIGINT):
+            raise InterruptedTrainingError(f"interrupted, see {log_file}")
+        if exit_code or not all(path.is_file() for path in made):
+            last = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+            raise MiMError(f"training failed, see {log_file} ({last[0][:200]})")
+
+    def _predict(self, test: ExternalSet, gpu: str | None, stop: Event | None) -> None:
+        """Predict the cases of a test set, unless they are predicted; the folder appears whole or not at all."""
+        folder = self.predictions(test)
+        if all((folder / path.name).is_file() for path in test.references.values()):
+            return
+        images, partial = folder.with_name("images"), folder.with_name("predictions.partial")
+        for old in (images, partial, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        link_images(test, images)
+        spec, source = self.cell.arm.spec, self.cell.arm.source
+        command = [*self._seeded(), "nnUNetv2_predict", "-i", str(images), "-o", str(partial), "-d", source.dataset]
+        command += ["-p", source.plans_name, "-c", source.configuration, "-tr", spec.trainer, "-device", self.device]
+        command += ["-f", str(self.cell.fold), "-npp", "1", "-nps", "1"]
+        self._run(command, [partial / path.name for path in test.references.values()], gpu, stop)
+        partial.rename(folder)
+
+    def predictions(self, test: ExternalSet | None = None) -> Path:
+        """Folder of the predicted label images: of the validation cases, or of a test set."""
+        return self.folder / "test" / test.dataset / "predictions" if test else self.output / "validation"
+
+    def _seeded(self) -> list[str]:
+        """The command that runs one of nnU-Net's with this cell's seed, length and threads, without that one."""
+        length = self.cell.length
         numbers = os.getpid(), self.cell.seed, length.epochs, length.iterations, length.val_iterations, self.threads
         command = [sys.executable, "-m", "nnunet_mim.benchmarking.seeded_training", *map(str, numbers)]
-        command += [str(self.folder / COST), spec.command, source.dataset, source.configuration, str(self.cell.fold)]
+        return [*command, str(self.folder / COST)]
+
+    def command(self) -> list[str]:
+        """The command that begins or continues the training."""
+        spec, source = self.cell.arm.spec, self.cell.arm.source
+        command = [*self._seeded(), spec.command, source.dataset, source.configuration, str(self.cell.fold)]
         command += ["-tr", spec.trainer, "-p", source.plans_name, "-device", self.device]
         if (self.output / FINAL).is_file():
             return [*command, "--val"]
@@ -169,25 +212,32 @@ class Training:
         (base / f"{source.plans_name}.json").write_text(json.dumps(plans))
 
     def measured(self) -> dict[str, Any]:
-        """Metrics per case and label, learning curve, and names of the labels, of the finished training."""
+        """Metrics per case and label, learning curve, names of the labels and the same metrics of every test set, of
+        the finished training.
+        """
         dataset_json, output = self.cell.dataset_json, self.output
         summary = load_summary_json(str(output / "validation" / "summary.json"))
-        manager = PlansManager(dict(self.cell.arm.source.plans))
-        ignore, reader = manager.get_label_manager(dataset_json).ignore_label, manager.image_reader_writer_class()
-        cases, items = [], []
-        for entry in summary["metric_per_case"]:
-            prediction = output / "validation" / Path(entry["prediction_file"]).name  # the folders may have moved since
-            case = prediction.name.removesuffix(dataset_json["file_ending"])
-            reference = self.cell.reference(case)
-            cases.append(case)
-            items.append((prediction, reference, list(summary["mean"]), reader, ignore, self.tolerance))
-        metrics = dict(zip(cases, compared(items), strict=True))
+        ending, labels = dataset_json["file_ending"], list(summary["mean"])
+        names = [Path(entry["prediction_file"]).name for entry in summary["metric_per_case"]]
+        cases = [name.removesuffix(ending) for name in names]  # the folders may have moved since
+        metrics = self._compared(self.predictions(), {case: self.cell.reference(case) for case in cases}, labels)
+        tests = {test.dataset: self._compared(self.predictions(test), test.references, labels) for test in self.tests}
         curve = learning_curve(output / FINAL)
         if len(curve) != (epochs := self.cell.length.epochs):
             raise MiMError(f"{output} was trained for {len(curve)} epochs, not {epochs}: another trainer's length?")
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in dataset_json["labels"].items()}
-        names = {label_or_region_to_key(value): name for name, value in values.items()}
-        return {"cases": metrics, "curve": curve, "names": names, "tolerance": self.tolerance}
+        label_names = {label_or_region_to_key(value): name for name, value in values.items()}
+        result = {"cases": metrics, "curve": curve, "names": label_names, "tolerance": self.tolerance}
+        return {**result, "tests": tests} if tests else result
+
+    def _compared(self, predictions: Path, references: Mapping[str, Path], labels: list[Any]) -> dict[str, Any]:
+        """Metrics by case and label of predictions, which have their references' names."""
+        manager = PlansManager(dict(self.cell.arm.source.plans))
+        ignore = manager.get_label_manager(self.cell.dataset_json).ignore_label
+        reader = manager.image_reader_writer_class()
+        pairs = [(predictions / reference.name, reference) for reference in references.values()]
+        items = [(*pair, labels, reader, ignore, self.tolerance) for pair in pairs]
+        return dict(zip(references, compared(items), strict=True))
 
 
 def learning_curve(checkpoint: Path) -> list[float]:

@@ -69,7 +69,7 @@ def _run_here(matrix: Matrix, todo: list[Place], report: Report) -> None:
         slots.put(gpu)
     stop = Event()
     workers = slots.qsize()
-    threads = max(1, usable_cores() // workers) if workers > 1 and bench.device == "cpu" else 0
+    threads = max(1, usable_cores() // workers) if bench.device == "cpu" else 0  # more than cores spin
 
     def train(place: Place) -> dict[str, Any] | Exception:
         gpu = slots.get()

@@ -5,9 +5,10 @@ import json
 import subprocess
 
 import pytest
+import SimpleITK as sitk
 import torch
 
-DATASET = "Dataset908_Few"
+DATASET, TEST = "Dataset908_Few", "Dataset909_FewTest"
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 
@@ -89,6 +90,34 @@ def test_trained_once_reported_and_resumed(workplace):
     assert "another experiment (length" in protocol(workplace, "--iterations", "6", fails=True)
     assert "another experiment (settings" in protocol(workplace, "--set", "lr=0.1", fails=True)
     assert (output / "bench.yaml").read_text() == kept, "what was refused is not kept"
+
+
+def test_a_test_set_is_predicted_by_finished_trainings(workplace):
+    """Dice of every case against the label image, computed anew; nothing is trained again."""
+    output = workplace.folder / "with_test"
+    arms = ("--labels", "2", "--arms", "Scratch", "-o", str(output))
+    protocol(workplace, *arms)
+    workplace.write_dataset(TEST, 7, 32)  # the first five are images of the training data
+    assert f"{TEST} case_0 is the same image as {DATASET} case_0" in protocol(
+        workplace, *arms, "--test", "909", fails=True
+    )
+    raw = workplace.folder / "nnUNet_raw" / TEST
+    for i in range(5):
+        (raw / "imagesTr" / f"case_{i}_0000.nii.gz").unlink()
+    said = protocol(workplace, *arms, "--test", "909")
+    assert "1 trainings of 4 iterations: 0 finished, 1 to do" in said
+    assert f"## {TEST}, trained on {DATASET}, fold 0, 2 test cases" in said.replace("\\", "")
+    (cell,) = output.glob("cells/*/*/*/*/*/result.json")
+    assert (cell.parent / "log.txt").read_text().count("Epoch 0") == 1
+    tested = json.loads(cell.read_text())["tests"][TEST]
+    assert set(tested) == {"case_5", "case_6"}
+    for case, found in tested.items():
+        files = (cell.parent / "test" / TEST / "predictions" / f"{case}.nii.gz", raw / "labelsTr" / f"{case}.nii.gz")
+        ours, truth = (sitk.GetArrayFromImage(sitk.ReadImage(str(file))) == 1 for file in files)
+        total = int(ours.sum() + truth.sum())
+        assert found["1"]["dice"] == pytest.approx(2 * int((ours & truth).sum()) / total)
+    assert len(list(csv.DictReader((output / f"test_{TEST}.csv").open()))) == 2
+    assert "1 finished, 0 to do" in protocol(workplace, *arms, "--test", "909")
 
 
 @pytest.mark.parametrize(

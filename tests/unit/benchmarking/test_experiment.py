@@ -21,6 +21,7 @@ from nnunet_mim.benchmarking.experiment import (
     views,
 )
 from nnunet_mim.benchmarking.matrix import Matrix, Place
+from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.errors import MiMError
 
 LENGTH = Length(10, 20, 3)
@@ -143,12 +144,12 @@ def test_a_missing_reference_is_noticed_before_any_training(tmp_path):
 
 def test_references_are_looked_for_before_seen_cases_and_not_for_a_report(monkeypatch, tmp_path):
     """To look for seen cases reads every validation image."""
-    looked = []
-    for name, result in (("require_environment", None), ("build_matrix", "matrix"), ("finished_results", {}),
+    looked, matrix = [], SimpleNamespace(tests=())
+    for name, result in (("require_environment", None), ("build_matrix", matrix), ("finished_results", {}),
                          ("_check_references", None), ("look_for_seen_cases", {})):  # fmt: skip
         monkeypatch.setattr(experiment, name, lambda *_, name=name, result=result: looked.append(name) or result)
     bench = Bench((), ())
-    assert prepare(bench) == ("matrix", {}, {})
+    assert prepare(bench) == (Outcome(matrix, {}, {}), {})
     assert looked[-2:] == ["_check_references", "look_for_seen_cases"]
     looked.clear()
     prepare(bench, only_report=True)
@@ -168,7 +169,7 @@ def test_what_failed_and_how_to_go_on(monkeypatch, tmp_path, retry, broken, says
     place = Place("D", 0, "1", 0, "A")
     matrix = Matrix(bench, {place: cell_of()}, "A")
     after = [{}, {place: "no memory"} if broken else {}]
-    monkeypatch.setattr(experiment, "prepare", lambda _: (matrix, None, {}))
+    monkeypatch.setattr(experiment, "prepare", lambda _: (Outcome(matrix, {}, {}), {}))
     monkeypatch.setattr(experiment, "failures", lambda _: after.pop(0))
     monkeypatch.setattr(experiment, "run_matrix", lambda *_: {place: "why"})
     with pytest.raises(MiMError, match=f"{says}$"):
@@ -185,7 +186,7 @@ def test_the_experiment_as_text_is_kept_once_it_is_checked(monkeypatch, tmp_path
     with pytest.raises(MiMError, match="no such dataset"):
         run_experiment(bench, bench_yaml="seeds: 1")
     assert not bench.output.exists()
-    monkeypatch.setattr(experiment, "prepare", lambda _: (Matrix(bench, {}, "A"), None, {}))
+    monkeypatch.setattr(experiment, "prepare", lambda _: (Outcome(Matrix(bench, {}, "A"), {}, {}), {}))
     run_experiment(bench, bench_yaml="seeds: 1")
     assert (bench.output / "bench.yaml").read_text() == "seeds: 1"
 
