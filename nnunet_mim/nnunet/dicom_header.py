@@ -7,6 +7,7 @@ import mmap
 import re
 from collections.abc import Mapping
 
+import numpy as np
 import SimpleITK as sitk
 
 from nnunet_mim.errors import printable
@@ -15,10 +16,11 @@ MODALITY, IMAGE_TYPE, INTERCEPT, POSITION, ORIENTATION = "0008|0060", "0008|0008
 SERIES, INSTANCE = "0020|000e", "0008|0018"
 ACQUISITION, PHASE, TRIGGER, TIME = "0020|0012", "0020|0100", "0018|1060", "0008|0032"
 SLOPE, SPACING, GREY = "0028|1053", "0028|0030", "0028|0004"
+CLASS, CT_CLASS = "0008|0016", "1.2.840.10008.5.1.4.1.1.2"
 ALLOCATED, STORED, HIGH_BIT, SIGNED = "0028|0100", "0028|0101", "0028|0102", "0028|0103"
 TAGS = (
     MODALITY, IMAGE_TYPE, INTERCEPT, POSITION, ORIENTATION, SERIES, INSTANCE, ACQUISITION, PHASE, TRIGGER, TIME, SLOPE,
-    SPACING, GREY, ALLOCATED, STORED, HIGH_BIT, SIGNED,
+    SPACING, GREY, CLASS, ALLOCATED, STORED, HIGH_BIT, SIGNED,
 )  # fmt: skip
 """that are kept"""
 DEFAULTED = {
@@ -60,18 +62,28 @@ def rescale_problem(tags: Mapping[str, str]) -> str | None:
     return None
 
 
-def spacing_problem(tags: Mapping[str, str]) -> str | None:
-    """Why a file with a single slice says no size of its pixels, or None. GDCM takes 1 mm then."""
-    if any(mm > 0 for mm in numbers(tags.get(SPACING, ""), 2)):
-        return None
-    found = printable(tags.get(SPACING, ""), 20)
-    return f"no usable pixel spacing in the DICOM header ({found or 'there is none'})"
+def geometry_problem(tags: Mapping[str, str], reader: sitk.ImageFileReader) -> str | None:
+    """Why a file with a single slice has no size of its pixels or no direction that GDCM reads as it is said, or None.
+
+    GDCM takes 1 mm where there is no size, and for classes of DICOM that it does not know.
+    """
+    said = numbers(tags.get(SPACING, ""), 2)
+    if not said or min(said) <= 0 or not np.allclose(said[::-1], reader.GetSpacing()[:2], rtol=1e-3, atol=0):
+        shown = printable(tags.get(SPACING, ""), 20) or "there is none"
+        return f"no usable pixel spacing in the DICOM header ({shown})"
+    turn = numbers(tags.get(ORIENTATION, ""), 6)
+    read = np.reshape(reader.GetDirection(), (3, 3))[:, :2].T.ravel()
+    if turn and not np.allclose(turn, read, rtol=0, atol=1e-2):
+        return f"no usable orientation in the DICOM header ({printable(tags[ORIENTATION], 40)})"
+    return None
 
 
 def pixel_doubts(tags: Mapping[str, str]) -> tuple[str, ...]:
-    """What is doubtful about how a file with a single slice stores its pixels, a sentence each."""
+    """What is doubtful about what a file with a single slice is, and how it stores its pixels, a sentence each."""
     if missing := [name for tag, name in DEFAULTED.items() if not tags.get(tag)]:
         return (f"its DICOM header says no {missing[0]}, for which a default is taken",)
+    if not f"{tags.get(CLASS) or CT_CLASS}.".startswith(f"{CT_CLASS}."):
+        return (f"its class is not that of a CT ({printable(tags[CLASS], 40)})",)
     allocated, stored, high, signed = (numbers(tags.get(tag, ""), 1) for tag in (ALLOCATED, STORED, HIGH_BIT, SIGNED))
     if allocated and stored and 0 < stored[0] <= allocated[0] and high == (stored[0] - 1,) and signed in ((0,), (1,)):
         return ()

@@ -24,7 +24,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_mim.errors import last_line
-from nnunet_mim.nnunet.dicom_header import INTERCEPT, OF_FRAMES, pixel_doubts, pixels_problem, spacing_problem, tags_of
+from nnunet_mim.nnunet.dicom_header import INTERCEPT, OF_FRAMES, geometry_problem, pixel_doubts, pixels_problem, tags_of
 from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts, length_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 from nnunet_mim.system.progress import ProgressBar
@@ -148,7 +148,7 @@ def _read_header(path: str) -> FileHeader | str | None:
     problem = None if are_right_angles(direction) else "its axes stand at no right angles"
     warnings: tuple[str, ...] = ()
     if dicom and math.prod(size[2:]) == 1:
-        problem, warnings = problem or spacing_problem(tags), pixel_doubts(tags)
+        problem, warnings = problem or geometry_problem(tags, reader), pixel_doubts(tags)
     if not dicom and len(size) == 3 and not problem:
         steps = np.reshape(direction, (3, 3)) * np.array(reader.GetSpacing())
         warnings = header_doubts(path, size, steps)
@@ -232,7 +232,7 @@ def damaged(path: Path) -> str | None:
         if path.name.lower().endswith((".nii", ".nii.gz", ".hdr")):
             return _nifti_problem(path)
         check_gzip(path)
-        if path.name.lower().endswith((".mha", ".nrrd")):
+        if path.name.lower().endswith((".mha", ".mhd", ".nrrd", ".nhdr")):
             return length_problem(path, _n_bytes(header_of(path)))
     except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         return f"damaged ({last_line(error)})"
