@@ -5,6 +5,7 @@ The few-shot protocol is such a file too: one dataset and fold, few labels and a
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,6 @@ KNOWN_ARMS = {
 """Trainer and plans of the arms that need only a name."""
 TRAIN, PRETRAINED = "nnUNetv2_train", "nnUNetv2_train_pretrained"
 LENGTH_SETTINGS = {"num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"}
-OCTAL = re.compile(r"(?<![\w.%/-])0\d+(?![\w.%/-])")
 Count = Annotated[int, 1]
 """A whole number; the second argument is the smallest one allowed."""
 Entries = TypeVar("Entries")
@@ -123,10 +123,7 @@ class Bench:
 def read_bench(path: Path) -> Bench:
     """Read and check a file; nnU-Net's folders are not looked at. Raises MiMError with the file and the entry."""
     try:
-        content = read_yaml(path)
-        if octal := OCTAL.search(path.read_text()):
-            raise MiMError(f"{octal[0]}: YAML reads numbers that begin with 0 as octal ones: leave the 0 out")
-        return bench_of(content, path.resolve().parent)
+        return bench_of(read_yaml(path), path.resolve().parent)
     except MiMError as error:
         raise MiMError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
@@ -257,7 +254,7 @@ def _value(value: Any, kind: Any, where: str) -> Any:
         raise MiMError(f"{where} {value}: give {', '.join(arguments[:-1])} or {arguments[-1]}")
     if origin in (int, float):
         numbers = (int,) if origin is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, numbers) or not value >= details[0]:
+        if isinstance(value, bool) or not isinstance(value, numbers) or not details[0] <= value < math.inf:
             raise MiMError(f"{where} {value}: give a {'whole ' * (origin is int)}number from {details[0]}")
     if origin is bool and not isinstance(value, bool):
         raise MiMError(f"{where} {value}: give true or false")
