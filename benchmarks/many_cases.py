@@ -5,9 +5,10 @@
 
 Small cases are written by nnU-Net's own classes into a temporary folder, and indexed once (as mim_prepare does, or the
 first run). Then a new process for each count opens them as mim_pretrain does, from the plans file on, and waits for the
-first batch. Measured: seconds from the end of the imports to the first batch, without and with worker processes, the
-memory of the main process (resident set) before and then, and what all workers add (proportional set: shared pages
-count once), Linux only. Then the records of all cases, which each checkpoint holds: seconds, and the memory with them.
+first batch. Measured: seconds from the end of the imports to the first batch, without and with worker processes (with
+--json also those of the CPU alone, for a busy machine); the memory of the main process (resident set) before and then,
+and what all workers add (proportional set: shared pages count once), Linux only. Then the records of all cases, which
+each checkpoint holds: seconds, and the memory with them.
 
 With --made_up a few real cases stand behind all names (links), and the index holds made-up entries. It is trusted, as
 by `mim_pretrain --trust_index`.
@@ -97,7 +98,7 @@ def measure(workers, trusted):
 
     torch.set_num_threads(1)
     before = memory("Rss")
-    began = time.perf_counter()
+    began, cpu_before = time.perf_counter(), time.process_time()
     cases, bad = index_sources([find_source("900", "plans", "3d_fullres")], trust_index=trusted)
     config = PretrainConfig(preset="tiny", view_size=(32, 32, 32), iterations=1000)
     data = run_data(cases, "all", config)
@@ -109,6 +110,7 @@ def measure(workers, trusted):
         "cases": len(cases),
         "opened_s": opened,
         "first_batch_s": time.perf_counter() - began,
+        "first_batch_cpu_s": time.process_time() - cpu_before,
         "rss_before_mb": before,
         "rss_mb": memory("Rss"),
     }

@@ -153,7 +153,8 @@ def features(
 
     Args:
         encoder: on any device.
-        image, spacing: as in `Encoder.prepare`.
+        image: as in `Encoder.prepare`.
+        spacing: as in `Encoder.prepare`.
         window: maximum number of voxels per axis that are encoded at once.
 
     Returns:
