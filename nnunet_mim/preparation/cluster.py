@@ -86,8 +86,9 @@ def run_shares(
                 yield line["case"], line["result"]
     shutil.rmtree(folder, ignore_errors=True)  # its jobs end where they are still running
     folder.mkdir(parents=True)
+    call = time.time_ns()  # the files of no other call have these names
     shares = [
-        Share(tuple(waiting.values())[number::count], processes, folder / f"share_{number}.jsonl")
+        Share(tuple(waiting.values())[number::count], processes, folder / f"share_{call}_{number}.jsonl")
         for number in range(min(count, len(waiting)))
     ]
     for share in shares:

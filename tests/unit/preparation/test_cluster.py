@@ -127,6 +127,15 @@ def test_cases_are_shared_among_the_jobs(tmp_path, job, prepared, jobs_at_once):
     assert not (tmp_path / "jobs").exists()
 
 
+def test_jobs_of_an_earlier_call_have_other_files(tmp_path, job, jobs_at_once):
+    """They would go on where they found theirs again."""
+    for _ in range(2):
+        dict(run_shares([job("a")], 1, SLURM, tmp_path / "jobs"))
+    first, second = (done.share.file for done in jobs_at_once)
+    assert first.parent == second.parent
+    assert first != second
+
+
 def test_there_are_no_more_jobs_than_cases(tmp_path, job, jobs_at_once):
     assert len(dict(run_shares([job("a")], 1, SLURM, tmp_path / "jobs"))) == len(jobs_at_once) == 1
 
