@@ -23,6 +23,7 @@ SHORT = {
     "mim_pretrain": "--view 32 --iterations 2 --children 1 1 -device cpu --workers 0",
     "mim_benchmark": "-device cpu",
     "mim_classify train": "-device cpu --workers 0",
+    "mim_classify predict": "-device cpu",
     "nnUNetv2_preprocess": "-np 1",
     "nnUNetv2_train": "-device cpu",
     "nnUNetv2_predict": "-device cpu -npp 1 -nps 1",
@@ -75,7 +76,10 @@ def run_tutorial(work, tutorial, places):
 def test_few_labels(workplace_of):
     work = workplace_of("few_labels")
     work.write_dataset("Dataset501_HeadNeckOAR", 5, 40)
-    places = {"num_epochs=50": RECIPE, "IMAGES": work.folder / "new", "PREDICTIONS": work.folder / "predictions"}
+    places = {
+        "num_epochs=50": RECIPE, "--labels 5 10 all": "--labels 2 3 all",
+        "IMAGES": work.folder / "new", "PREDICTIONS": work.folder / "predictions",
+    }  # fmt: skip
     first, _, measured, _ = run_tutorial(work, "few_labels.md", places)
     assert "Pretrained weights: tiny-ct" in first
     assert "MiM" in measured
@@ -97,9 +101,12 @@ def test_hospital(workplace_of, write_series, shared_data):
     places = {"/data/export": export, "mim_prepare -d 800": "mim_prepare -d 800 -s 4"}
     prepared, _, pretrained, looked, finetuned = run_tutorial(work, "hospital.md", places)
     assert "4 cases prepared, 0 left out" in prepared
-    assert "report.html" in pretrained
+    assert "next: nnUNetv2_train" in pretrained
+    (run,) = work.folder.glob("nnUNet_results/Dataset800_Export/MiMPretrain__nnUNetMiMPlans__3d_fullres/fold_all")
+    assert (run / "report.html").is_file()
+    assert "NIfTI files" in looked
     assert (work.folder / "looks" / "report.html").is_file()
-    assert "level1" in looked
+    assert "Pretrained weights: " in finetuned
     assert "PRETRAINED ON" not in finetuned
 
 
@@ -112,7 +119,7 @@ def test_published(workplace_of, golden_folder, reference):
     assert "trained on" in looked
     assert "361 converted" in converted
     assert "Pretrained weights: " in finetuned
-    assert "report.html" in pretrained
+    assert "next: nnUNetv2_train" in pretrained
 
 
 def test_classification(workplace_of, shared_data):
