@@ -36,8 +36,8 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs → dict. Values are JSON, or lists with commas (64,64,64), or plain words.
+def parse_settings(pairs: Sequence[str], flag: str = "--set") -> dict[str, Any]:
+    """`key=value` pairs of a flag → dict. Values are JSON, or lists with commas (64,64,64), or plain words.
 
     Raises:
         MiMError: no equals sign, or a key given twice.
@@ -46,9 +46,9 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key or not text:
-            raise MiMError(f"--set {pair}: write key=value")
+            raise MiMError(f"{flag} {pair}: write key=value")
         if key in settings:
-            raise MiMError(f"--set {key} is given twice")
+            raise MiMError(f"{flag} {key} is given twice")
         settings[key] = _value(text)
     return settings
 

@@ -1,7 +1,7 @@
 """Pages of the documentation site that are made from other files: a hook of MkDocs (mkdocs.yml).
 
-README, CONTRIBUTING, CHANGELOG and the files of benchmarks/results become pages, the commands' help and the Python
-functions a reference. Links between them, which are those of the checkout, follow.
+README, CONTRIBUTING, CHANGELOG, notebooks and the files of benchmarks/results become pages, the commands' help and the
+Python functions a reference. Links between them, which are those of the checkout, follow.
 """
 
 import posixpath
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from mkdocs.structure.files import File
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -50,7 +51,10 @@ def on_files(files, config):
     """Add the pages that do not lie in docs/."""
     for source, page in places().items():
         path = ROOT / source
-        if not source.startswith("docs/") and path.suffix == ".md":
+        if path.suffix == ".ipynb":
+            for name, content in notebook_files(path, page).items():
+                files.append(File.generated(config, name, content=content))
+        elif not source.startswith("docs/") and path.suffix == ".md":
             files.append(File.generated(config, page, content=path.read_text(encoding="utf-8")))
         elif not source.startswith("docs/"):
             files.append(File.generated(config, page, abs_src_path=str(path)))
@@ -83,11 +87,18 @@ def places():
     figures = {path.name for path in (ROOT / FIGURES).iterdir()}
     others = {"LICENSE": "LICENSE.txt", "CITATION.cff": "CITATION.cff"}
     return {
-        **{name: name.removeprefix("docs/") for name in docs},
+        **{name: name.removeprefix("docs/").replace(".ipynb", ".md") for name in docs},
         **{f"{FIGURES}/{name}": f"figures/{name}" for name in figures},
         **PAGES,
         **others,
     }
+
+
+def notebook_files(path, page):
+    """The page of a notebook and its pictures: contents by their places on the site."""
+    text, resources = MarkdownExporter().from_filename(str(path))
+    pictures = {posixpath.join(posixpath.dirname(page), name): data for name, data in resources["outputs"].items()}
+    return {page: text, **pictures}
 
 
 def commands_page():

@@ -70,7 +70,8 @@ def report(dataset: int | str, target: str | Sequence[str], seed: int = 0, **set
     """Compare what is trained, as `mim_classify report` does.
 
     Args:
-        dataset, target: as in `classify`.
+        dataset: as in `classify`.
+        target: as in `classify`.
         seed: of the bootstrap.
         settings: plans, configuration.
 

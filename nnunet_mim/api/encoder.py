@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from torch import Tensor, nn
 
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint, load_checkpoint
@@ -22,11 +20,11 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import GIVE, Grid, RawImage, preprocess
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.nnunet.components import check_name
-from nnunet_mim.nnunet.image_files import READ_SECONDS, READER, damaged, file_problem
+from nnunet_mim.nnunet.image_files import READER
+from nnunet_mim.nnunet.reading import read_voxels
 from nnunet_mim.pretraining.report.card import model_card
 from nnunet_mim.pretraining.report.summary import Facts
-from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
-from nnunet_mim.system.machine import physical_memory
+from nnunet_mim.system.guarded import Failure
 
 try:
     from huggingface_hub import ModelHubMixin as _Hub
@@ -111,12 +109,11 @@ class Encoder(nn.Module, _Hub):
     def _read(self, path: Path) -> RawImage:
         reader = self.provenance.get("image_reader_writer") or READER
         check_name(f"{self.checkpoint}: image_reader_writer", "image reader", reader, "take another copy of it")
-        limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
-        with closing(guarded_map(_read, [(str(path), reader)], 1, limits)) as outcomes:
-            ((_, outcome),) = outcomes
+        outcome = read_voxels(path, reader)
         if isinstance(outcome, Failure):
             raise MiMError(f"cannot read {path} ({outcome.reason}): {GIVE}")
-        return outcome
+        voxels, spacing = outcome
+        return _as_raw_image(path.name, voxels, spacing)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """For `save_pretrained` and `push_to_hub`: the files of `mim_export`, without names of cases."""
@@ -156,7 +153,8 @@ def features(
 
     Args:
         encoder: on any device.
-        image, spacing: as in `Encoder.prepare`.
+        image: as in `Encoder.prepare`.
+        spacing: as in `Encoder.prepare`.
         window: maximum number of voxels per axis that are encoded at once.
 
     Returns:
@@ -178,18 +176,9 @@ def _raw_image(voxels: np.ndarray, spacing: Sequence[float]) -> RawImage:
         raise MiMError(f"voxels of shape {voxels.shape} with spacing {tuple(spacing)}: give (Z, Y, X) or (C, Z, Y, X)")
     if not np.isfinite(voxels).all():
         raise MiMError("the voxels hold NaN or infinity: correct them")
-    channels = voxels if voxels.ndim == 4 else voxels[None]
-    grid = Grid(np.zeros(3), np.diag(np.asarray(spacing, float)))
-    return RawImage("the array", channels.astype(np.float32), grid)
+    return _as_raw_image("the array", voxels if voxels.ndim == 4 else voxels[None], spacing)
 
 
-def _read(item: tuple[str, str]) -> RawImage | Failure:
-    """An image, turned by nnU-Net's reader of the pretraining. May crash, hang or need much memory."""
-    path, reader = item
-    if problem := file_problem(path) or damaged(Path(path)):
-        return Failure(problem)
-    voxels, properties = recursive_find_reader_writer_by_name(reader)().read_images([path])
-    if not np.isfinite(voxels).all():
-        return Failure("it holds NaN or infinity")
-    grid = Grid(np.zeros(3), np.diag([float(s) for s in properties["spacing"]]))
-    return RawImage(Path(path).name, voxels, grid)
+def _as_raw_image(name: str, voxels: np.ndarray, spacing: Sequence[float]) -> RawImage:
+    """Voxels (C, Z, Y, X) whose place in the patient does not matter."""
+    return RawImage(name, voxels.astype(np.float32), Grid(np.zeros(3), np.diag(np.asarray(spacing, float))))

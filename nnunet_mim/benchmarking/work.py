@@ -17,6 +17,7 @@ from nnunet_mim.benchmarking.matrix import Matrix, Place, Results, mean_dice
 from nnunet_mim.benchmarking.training import BUSY, InterruptedTrainingError, reason_of
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.machine import usable_cores
+from nnunet_mim.system.slurm import cause_of, slurm_executor
 
 SLURM_POLL_SECONDS = 5.0
 Report = Callable[[Place, "dict[str, Any] | Exception"], None]
@@ -99,7 +100,8 @@ def visible(gpus: Sequence[str]) -> tuple[str, ...]:
 
 def _run_on_slurm(matrix: Matrix, todo: list[Place], report: Report) -> None:
     """One job a training. Jobs continue when this command ends, and repeating it takes what they have finished."""
-    executor = _slurm_executor(matrix)
+    defaults = {"name": "mim_benchmark", "gpus_per_node": 1, "cpus_per_task": 8}
+    executor = slurm_executor(matrix.bench.slurm or {}, matrix.bench.output / "slurm", defaults, "slurm")
     waiting = {place: executor.submit(matrix.training(place)) for place in todo}
     print(f"{len(waiting)} jobs submitted; they go on when this command ends, and repeating it takes their results")
     while waiting:
@@ -108,30 +110,7 @@ def _run_on_slurm(matrix: Matrix, todo: list[Place], report: Report) -> None:
             try:
                 report(place, job.result())
             except Exception as error:  # submitit's own, with the log of the job in it
-                lines = [line.strip() for line in str(error).splitlines() if ": " in line]
-                lines = [line for line in lines if not line.startswith("-")]  # names of logs, below the traceback
-                cause = lines[-1][:300] if lines else reason_of(error)
-                reason = BUSY if BUSY in str(error) else matrix.training(place).failure() or cause
+                reason = BUSY if BUSY in str(error) else matrix.training(place).failure() or cause_of(error)
                 report(place, MiMError(f"job {job.job_id}: {reason}: see {job.paths.stderr}"))
         if waiting:
             time.sleep(SLURM_POLL_SECONDS)
-
-
-def _slurm_executor(matrix: Matrix) -> Any:
-    try:
-        import submitit
-    except ImportError as error:
-        raise MiMError("submitit is missing: pip install 'nnunet_mim[slurm]'") from error
-    options = dict(matrix.bench.slurm or {})
-    if not {"timeout_min", "slurm_time"} & set(options):
-        raise MiMError("slurm: give timeout_min: a job without it gets five minutes")
-    cluster = options.pop("cluster", "slurm")
-    try:
-        executor = submitit.AutoExecutor(folder=str(matrix.bench.output / "slurm"), cluster=cluster)
-    except RuntimeError as error:
-        raise MiMError(f"slurm: {reason_of(error)}: run where SLURM is, or leave 'slurm' out") from error
-    try:
-        executor.update_parameters(**{"name": "mim_benchmark", "gpus_per_node": 1, "cpus_per_task": 8, **options})
-    except (TypeError, ValueError, NameError) as error:
-        raise MiMError(f"slurm: {reason_of(error)}: see submitit's parameters") from error
-    return executor

@@ -35,7 +35,7 @@ Train a classifier in every fold, and baselines beside it.
   mim_classify train -d 503 -p nnUNetMiMPlans --target malignant --roi labels --mode scratch     its control
 
 nnUNet_raw/DatasetXXX_Name/labels.csv has the columns case, patient (optional), and one per target; --covariate names
-further columns of numbers. All of a patient's cases are in the same fold. Walk: docs/classification.md."""
+further columns of numbers. All of a patient's cases are in the same fold. Walk: docs/tutorials/classification.md."""
 
 TRAIN_EPILOG = """\
 Output, in nnUNet_results/DatasetXXX_Name/mim_classify__PLANS__CONFIGURATION/TARGETS:

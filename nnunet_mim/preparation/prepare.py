@@ -20,6 +20,7 @@ from nnunet_mim.nnunet.image_files import file_problem, read_headers
 from nnunet_mim.nnunet.plans import voxels_key
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import CaseLog, Entry, earlier_names, input_key
+from nnunet_mim.preparation.cluster import run_shares
 from nnunet_mim.preparation.common_plans import (
     DATASET_JSON,
     FINGERPRINT,
@@ -62,6 +63,8 @@ class PrepareConfig:
     """minimum number of voxels along every axis of an image"""
     overwrite: bool = False
     """whether to begin anew where cases were prepared with another spacing or window"""
+    slurm: Mapping[str, Any] | None = None
+    """parameters of submitit and the number of jobs, to prepare cases in jobs of SLURM; None: on this machine"""
 
 
 @dataclass(frozen=True)
@@ -290,6 +293,7 @@ def _prepare(
 def _prepare_usable(survey: _Survey, source: Source, dataset_json: Mapping[str, Any]) -> dict[str, str]:
     """Preprocess the cases whose headers are sound, unless that is done. Returns those of `Prepared.unread`."""
     log, folder, min_slices, unread = survey.log, source.folder, survey.config.min_slices, {}
+    processes = survey.config.processes
     usable = {case.name: case for case in survey.cases if case.name in survey.headers}
     keys = {name: input_key(case.inputs, voxels_key(source.plans, CONFIGURATION)) for name, case in usable.items()}
     must_be_ct = not survey.labelled and source.intensities.is_ct()
@@ -298,12 +302,14 @@ def _prepare_usable(survey: _Survey, source: Source, dataset_json: Mapping[str, 
         jobs = [
             Job(
                 usable[name], source, dataset_json, must_be_ct, min_slices, survey.label_values,
-                survey.headers[name].warnings,
+                survey.headers[name].warnings, keys[name],
             )
             for name in todo
         ]  # fmt: skip
+        slurm, shares = survey.config.slurm, log.path.with_suffix(".slurm")
+        results = run_jobs(jobs, processes) if slurm is None else run_shares(jobs, processes, slurm, shares)
         progress = ProgressBar(
-            run_jobs(jobs, survey.config.processes), total=len(usable), initial=len(usable) - len(jobs),
+            results, total=len(usable), initial=len(usable) - len(jobs),
             desc=f"preparing {survey.dataset}", unit="case",
         )  # fmt: skip
         for name, result in progress:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ class Job:
     """that may occur in the label"""
     warnings: tuple[str, ...] = ()
     """what is doubtful about the header of the image, a sentence each"""
+    key: str = ""
+    """`input_key` of the case: its result is true as long as this is the same"""
 
 
 def file_stamps(folder: Path, case: str) -> list[list[int]] | None:
@@ -90,7 +93,7 @@ def file_stamps(folder: Path, case: str) -> list[list[int]] | None:
     return [[s.st_size, s.st_mtime_ns] for s in status]
 
 
-def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def run_jobs(jobs: Sequence[Job], processes: int) -> Generator[tuple[str, dict[str, Any]], None, None]:
     """Prepare cases in guarded worker processes; yields (case, result) as they are finished.
 
     A case that dies or needs more than its share of memory is tried once more, alone. Raises MiMError where a worker
@@ -98,7 +101,8 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, dict[st
     """
     if not jobs:
         return
-    partial = Path(f"{jobs[0].source.folder}.partial-{os.getpid()}")  # half-written cases
+    node = platform.node().replace("-", "_")  # several machines may prepare cases of one dataset
+    partial = Path(f"{jobs[0].source.folder}.partial-{node}-{os.getpid()}")  # half-written cases
     remove_abandoned(partial)
     partial.mkdir()
     try:
@@ -112,9 +116,11 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, dict[st
             yield alone[index].case.name, _result(result)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for folder in {Path(job.case.images[0]).parent for job in jobs if job.case.series is not None}:
+        series = {Path(job.case.images[0]) for job in jobs if job.case.series is not None}
+        for folder in {path.parent for path in series}:
             for unfinished in folder.glob(".[0-9]*.nii.gz"):  # of workers that were ended
-                unfinished.unlink(missing_ok=True)
+                if folder / unfinished.name.split(".", 2)[2] in series:  # others are written by other machines
+                    unfinished.unlink(missing_ok=True)
 
 
 def _outcomes(jobs: Sequence[Job], processes: int, partial: Path) -> Iterator[tuple[int, Any]]:

@@ -28,7 +28,10 @@ pretraining can use all datasets and serve them all: mim_pretrain -d 501 502 800
 
 Images that are no CT volume in Hounsfield units are left out, each with its reason: localisers, MR, label maps, 2-D,
 few slices, missing slices, duplicates, damaged files, files that crash or hang what reads them. Repeating the command
-goes on where it was interrupted, and adds what is new in the folders."""
+goes on where it was interrupted, and adds what is new in the folders.
+
+On a cluster: mim_prepare -d 800 -n MyCT -i FOLDER -np 8 --slurm jobs=16 slurm_partition=cpu timeout_min=240
+The command waits for the jobs, and writes the same as without --slurm; Ctrl-C cancels them."""
 
 EPILOG = """\
 Output, in nnUNet_preprocessed/DatasetXXX_Name:
@@ -45,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from nnunet_mim.preparation.cluster import FLAG, cluster_executor
     from nnunet_mim.preparation.prepare import PrepareConfig, prepare_dataset, prepare_folders
     from nnunet_mim.preparation.prepare_report import next_command, summary_lines, write_report
 
@@ -55,9 +59,13 @@ def _run(options: argparse.Namespace) -> None:
     settings = parse_settings(options.set)
     if "spacing" in settings:
         raise MiMError("--set spacing: give it with -s, in the order z y x")
+    slurm = parse_settings(options.slurm, FLAG) if options.slurm else None
+    if slurm is not None:
+        cluster_executor(slurm, options.np, Path(preprocessed))  # says what it does not take before any work
     config = PrepareConfig(
-        _spacing(options.s), options.p, options.preset, settings, options.np, options.min_slices, options.overwrite
-    )
+        _spacing(options.s), options.p, options.preset, settings, options.np, options.min_slices, options.overwrite,
+        slurm,
+    )  # fmt: skip
     if options.n and not options.i:
         raise MiMError("-n names a new dataset: give its folders with -i")
     names = [_new_dataset(options.d, options.n)] if options.i else dataset_names(options.d)
@@ -128,6 +136,9 @@ def _parser() -> OneLineParser:
     add("--min_slices", type=int, default=16, metavar="N", help="minimum number of voxels on every axis (default: 16)")
     add("--overwrite", action="store_true",
         help="begin anew where cases of these plans were prepared with another spacing or window")  # fmt: skip
+    add("--slurm", nargs="+", metavar="KEY=VALUE",
+        help="prepare in jobs of SLURM, with -np processes each: jobs=N, their number (default: 1), and parameters of "
+        "submitit, such as slurm_partition=cpu timeout_min=240; needs pip install 'nnunet_mim[slurm]'")  # fmt: skip
     add("--strict", action="store_true", help="end with exit code 2 if anything was left out")
     return parser
 

@@ -47,6 +47,12 @@ class DataOptions:
     strict: bool = setting(
         False, "stop at a case that cannot be used, instead of naming it and going on without it", "--strict"
     )
+    trust_index: bool = setting(
+        False,
+        "take cases as the case index describes them, without asking for each file at the start: for very many cases "
+        "on shared storage; a file that changed is still noticed when it is read",
+        "--trust_index",
+    )
 
     def __post_init__(self) -> None:
         if self.fold != "all" and not self.fold.isdigit():

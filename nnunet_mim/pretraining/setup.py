@@ -150,7 +150,7 @@ def set_up(
         if warning:
             say(f"warning: {warning}")
 
-    cases, bad = index_sources(sources, where.strict)
+    cases, bad = index_sources(sources, where.strict, where.trust_index)
     for line in bad:
         say(f"warning: left out: {line}")
     if bad:

@@ -34,8 +34,9 @@ class TrainingState:
     """steps without a finite gradient"""
     crops_seen: Counter[str]
     """crops drawn of each dataset"""
-    cases: list[dict[str, str]]
-    """records of all cases that the weights were trained on, in earlier runs too"""
+    earlier_cases: list[dict[str, str]]
+    """records of the cases that the weights were trained on before this process; those of the run are made when a
+    checkpoint is, as many of them take much memory"""
 
     def checkpoint(self, run: Run, resumable: bool = False) -> dict[str, Any]:
         """The content of a checkpoint.
@@ -44,7 +45,9 @@ class TrainingState:
             run: that the state is of.
             resumable: with the optimiser's state, so that `--c` can continue.
         """
-        provenance = run_provenance(run.data.sources, self.cases, run.data.fold, self.iteration, self.history)
+        records = run.data.train.records()
+        cases = merged_records(self.earlier_cases, records) if self.earlier_cases else records
+        provenance = run_provenance(run.data.sources, cases, run.data.fold, self.iteration, self.history)
         provenance["skipped_steps"] = self.skipped.steps
         provenance["crops_seen"] = dict(self.crops_seen)
         checkpoint = build_checkpoint(self.model.state_dict(), run.config, provenance)
@@ -67,18 +70,16 @@ def initial_state(run: Run, fabric: Fabric) -> TrainingState:
         load_weights(model, source["network_weights"])
     fabric.to_device(model)
     optimizer = build_optimizer(model, config)
-    cases = run.data.train.records()
-    if source is not None:
-        cases = merged_records(source["provenance"]["cases"], cases)
+    earlier_cases = source["provenance"]["cases"] if source is not None else []
     crops_seen = Counter({source.dataset: 0 for source in run.data.sources})
     if stored is None:
-        return TrainingState(model, optimizer, 0, [], SkippedSteps([], config.max_skipped), crops_seen, cases)
+        return TrainingState(model, optimizer, 0, [], SkippedSteps([], config.max_skipped), crops_seen, earlier_cases)
     provenance = stored["provenance"]
     _load_optimizer_state(model, optimizer, stored["resume_state"]["optimizer"])
     crops_seen.update(provenance.get("crops_seen", {}))
     skipped = SkippedSteps(provenance["skipped_steps"], config.max_skipped)
     return TrainingState(
-        model, optimizer, provenance["iterations"], provenance["loss_history"], skipped, crops_seen, cases
+        model, optimizer, provenance["iterations"], provenance["loss_history"], skipped, crops_seen, earlier_cases
     )
 
 

@@ -1,9 +1,11 @@
 """Running the real commands in nnU-Net folders of their own, on real CT where there is any."""
 
 import json
+import locale
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +95,32 @@ def made_up_case(index, side):
 def workplace_of(tmp_path_factory):
     """workplace_of(name) → a Workplace in a new folder."""
     return lambda name: Workplace(tmp_path_factory.mktemp(name))
+
+
+def dicom_series(image, folder):
+    """A DICOM series of a volume as a scanner writes it: one file a slice, stored values and a rescale."""
+    folder.mkdir(parents=True)
+    before = locale.setlocale(locale.LC_ALL)  # writing DICOM changes it
+    direction = image.GetDirection()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    uid = f"1.2.826.0.1.{zlib.crc32(folder.name.encode())}"
+    for number in range(image.GetDepth()):
+        piece = image[:, :, number]
+        tags = {
+            "0008|0060": "CT", "0020|000e": uid, "0020|000d": "1.2.826.0.1.1", "0008|0018": f"{uid}.{number}",
+            "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL", "0028|1052": "-1024", "0028|1053": "1",
+            "0020|0037": "\\".join(f"{direction[i]:.9g}" for i in (0, 3, 6, 1, 4, 7)),
+            "0020|0032": "\\".join(f"{v:.9g}" for v in image.TransformIndexToPhysicalPoint((0, 0, number))),
+        }  # fmt: skip
+        for key, value in tags.items():
+            piece.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{number:05d}.dcm"))
+        writer.Execute(piece)
+    locale.setlocale(locale.LC_ALL, before)
+
+
+@pytest.fixture(scope="session")
+def write_series():
+    """write_series(image, folder): a DICOM series of a volume as a scanner writes it."""
+    return dicom_series

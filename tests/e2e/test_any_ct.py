@@ -1,9 +1,7 @@
 """Folders of real CT and two nnU-Net datasets → one pretraining → finetuning on both, with the real commands."""
 
 import json
-import locale
 import shutil
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,29 +18,6 @@ UNLABELLED = ("okbp_tr_001", "okbp_va_202", "crlm_1006", "ts_aorta", "lidc_0314"
 PREPARE = ("-s", "3", "3", "3", "-np", "2", "--preset", "tiny")
 RECIPE = ("--set", "patch_size=64,64,64", "batch_size=1", "num_epochs=1", "iterations_per_epoch=2",
           "val_iterations_per_epoch=1", "mirror_axes=[]")  # fmt: skip
-
-
-def write_series(image, folder):
-    """A DICOM series of a volume as a scanner writes it: one file a slice, stored values and a rescale."""
-    folder.mkdir(parents=True)
-    before = locale.setlocale(locale.LC_ALL)  # writing DICOM changes it
-    direction = image.GetDirection()
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    uid = f"1.2.826.0.1.{zlib.crc32(folder.name.encode())}"
-    for number in range(image.GetDepth()):
-        piece = image[:, :, number]
-        tags = {
-            "0008|0060": "CT", "0020|000e": uid, "0020|000d": "1.2.826.0.1.1", "0008|0018": f"{uid}.{number}",
-            "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL", "0028|1052": "-1024", "0028|1053": "1",
-            "0020|0037": "\\".join(f"{direction[i]:.9g}" for i in (0, 3, 6, 1, 4, 7)),
-            "0020|0032": "\\".join(f"{v:.9g}" for v in image.TransformIndexToPhysicalPoint((0, 0, number))),
-        }  # fmt: skip
-        for key, value in tags.items():
-            piece.SetMetaData(key, value)
-        writer.SetFileName(str(folder / f"{number:05d}.dcm"))
-        writer.Execute(piece)
-    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +58,7 @@ def load(run, dataset, case):
     return np.asarray(data[:]), properties
 
 
-def test_dicom_series_of_real_ct_give_the_voxels_of_the_files(prepared, shared_data):
+def test_dicom_series_of_real_ct_give_the_voxels_of_the_files(prepared, shared_data, write_series):
     names = UNLABELLED[:4]
     for name in names:
         image = sitk.Cast(sitk.ReadImage(str(shared_data / "unlabeled" / f"{name}.nii.gz")), sitk.sitkInt16)

@@ -99,6 +99,8 @@ def test_opening_many_cases():
     found = last_line("many_cases.py", "--counts", "10", "20", "--workers", "1", "--json")
     assert [row["cases"] for row in found["rows"]] == [10] * 3 + [20] * 3
     assert found["start_s"] > 0
+    found = last_line("many_cases.py", "--made_up", "--counts", "10", "20", "--workers", "0", "--json")
+    assert [row["cases"] for row in found["rows"]] == [10, 20]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ ADDED = {
     "mim_demo": {"--ct"},
     "mim_export": {"--half"},
     "mim_inspect": {"--list_weights"},
-    "mim_pretrain": {"--decoder", "--decoder_phase"},
+    "mim_prepare": {"--slurm"},
+    "mim_pretrain": {"--decoder", "--decoder_phase", "--trust_index"},
 }
 """flags and subcommands that came later; a second spelling of a flag is no new one"""
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", folder],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", folder],  # -q would drop the warnings uncounted
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,3 +50,12 @@ def test_figures_of_results_are_pages(site):
     linked = re.findall(r'href="\.\./figures/([^"/#]+)', results)
     assert len(linked) > 5
     assert all((site / "figures" / name).exists() for name in linked)
+
+
+def test_the_notebook_is_a_page_with_its_picture(site):
+    page = (site / "notebooks" / "quickstart" / "index.html").read_text()
+    assert "nearest fine scan: [0, 1, 2, 3]" in page
+    assert 'href="../../classification/"' in page, "links of the notebook are those of the site"
+    (picture,) = re.findall(r'src="\.\./([^"]+\.png)"', page)
+    assert (site / "notebooks" / picture).stat().st_size > 1000
+    assert 'href="../notebooks/quickstart/"' in (site / "python" / "index.html").read_text()

@@ -218,7 +218,10 @@ def read_crop(case: Case, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarr
     inside = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))
     path = case.source.case_file(case.info.case)
     if case.info.stamp not in (GONE, case.source.file_stamp(case.info.case)):
-        raise MiMError(f"cannot read {path} as it was when the run began: bring the former file back, or begin anew")
+        raise MiMError(
+            f"cannot read {path} as it was when the run began: bring the former file back, or "
+            "begin anew, without --trust_index"
+        )
     try:
         voxels = np.asarray(_open_voxels(case)[inside], dtype=np.float32)
         if voxels.shape[1:] != tuple(high - low):

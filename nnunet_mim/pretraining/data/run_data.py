@@ -40,10 +40,11 @@ class RunData:
 
     def copies_warning(self) -> str:
         """Which cases look like copies of others, and how many cannot be compared, in one line; empty without any."""
+        n_cases = len(self.val) + len(self.train)
+        if n_cases > MAX_COMPARED:
+            return f"{n_cases} cases are too many to look for copies among them (at most {MAX_COMPARED})"
         names = [f"{case.source.dataset} {case.info.case}" for part in (self.val, self.train) for case in part]
         fingerprints = np.concatenate([part.column("fingerprints") for part in (self.val, self.train)])
-        if len(names) > MAX_COMPARED:
-            return f"{len(names)} cases are too many to look for copies among them (at most {MAX_COMPARED})"
         originals = most_similar(fingerprints, fingerprints, only_earlier=True)
         pairs = [f"{names[copy]} and {names[originals[copy]]}" for copy in np.flatnonzero(originals >= 0)]
         split = int(((originals >= 0) & (originals < len(self.val)))[len(self.val) :].sum())
@@ -58,8 +59,15 @@ class RunData:
         return "; ".join(parts)
 
 
-def index_sources(sources: Sequence[Source], strict: bool = False) -> tuple[Cases, list[str]]:
+def index_sources(
+    sources: Sequence[Source], strict: bool = False, trust_index: bool = False
+) -> tuple[Cases, list[str]]:
     """Check and describe every case of every dataset; `.npz` cases are unpacked first so that crops can be read.
+
+    Args:
+        sources: datasets.
+        strict: a case that cannot be used is an error.
+        trust_index: as in `read_index`.
 
     Returns:
         the cases that can be used, and one line for each that cannot.
@@ -70,7 +78,7 @@ def index_sources(sources: Sequence[Source], strict: bool = False) -> tuple[Case
     indexes, bad = [], []
     for source in sources:
         damaged = _unpack(source) if issubclass(source.dataset_class, nnUNetDatasetNumpy) else {}
-        index, problems = read_index(source, remember_vanished=strict)
+        index, problems = read_index(source, remember_vanished=strict, trusted=trust_index)
         indexes.append(index)
         bad += [f"{source.dataset} {case}: {damaged.get(case, problem)}" for case, problem in problems.items()]
     if bad and strict:

@@ -211,6 +211,34 @@ def test_the_index_is_cached_until_a_file_changes(write_dataset, save_case, monk
     assert set(folder.iterdir()) == set(folder.glob("case_*")), "nothing may be added to nnU-Net's folder"
 
 
+def test_a_trusted_index_asks_for_no_file_that_it_describes(write_dataset, save_case, monkeypatch):
+    folder = write_dataset(n=3)
+    source = find_source("900", "tinyPlans", "3d_fullres")
+    first, _ = read_index(source)
+    write_index(source, [*list(first)[:2], replace(first[2], fingerprint=None)])  # as before there were any
+    save_case(folder, "case_01", np.ones((1, 20, 20, 20), dtype=np.float32))
+    save_case(folder, "case_03", np.ones((1, 20, 20, 20), dtype=np.float32))
+    source = find_source("900", "tinyPlans", "3d_fullres")
+    asked = []
+    original = type(source).file_stamp
+    monkeypatch.setattr(type(source), "file_stamp", lambda self, case: asked.append(case) or original(self, case))
+    trusted, bad = read_index(source, trusted=True)
+    assert set(asked) == {"case_02", "case_03"}
+    assert list(trusted.names) == [f"case_0{i}" for i in range(4)]
+    assert bad == {}
+    assert trusted[1] == first[1]
+    assert read_index(source)[0][1] != first[1], "without trust the file is read again"
+
+
+def test_a_changed_case_of_a_trusted_index_is_noticed_when_it_is_read(write_dataset, save_case):
+    folder = write_dataset(n=2)
+    index_sources([find_source("900", "tinyPlans", "3d_fullres")])
+    save_case(folder, "case_01", np.ones((1, 20, 20, 20), dtype=np.float32))
+    cases, _ = index_sources([find_source("900", "tinyPlans", "3d_fullres")], trust_index=True)
+    with pytest.raises(MiMError, match="case_01"):
+        read_crop(cases[1], np.array([0, 0, 0]), np.array([8, 8, 8]))
+
+
 def test_the_index_gives_back_what_was_put_in(write_dataset):
     points = tuple((i, 2 * i, 500 + i) for i in range(case_index.N_BODY_POINTS))
     rows = np.arange(np.prod(FINGERPRINT_SHAPE)).astype(np.int8).reshape(FINGERPRINT_SHAPE)
