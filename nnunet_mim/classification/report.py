@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_mim.classification.baselines import BASELINES, SIZE
+from nnunet_mim.classification.baselines import SIZE, is_baseline
 from nnunet_mim.classification.comparison import Evaluation, evaluate_arms, verdict
 from nnunet_mim.classification.documents import read_settings
 from nnunet_mim.classification.evaluation import FIGURE_NAMES, N_DRAWS, Interval
@@ -136,7 +136,7 @@ def _title(evaluation: Evaluation, k: int) -> str:
 
 
 def _figures_table(evaluation: Evaluation) -> list[list[str]]:
-    order = [*evaluation.networks, *[name for name in evaluation.arms if name in BASELINES]]
+    order = [*evaluation.networks, *[name for name in evaluation.arms if is_baseline(name)]]
     rows = [[name, *[str(evaluation.figures[name][figure]) for figure in FIGURE_NAMES]] for name in order]
     return [["", *FIGURE_NAMES.values()], *rows]
 
