@@ -14,6 +14,7 @@ from nnunet_mim.system.progress import ProgressBar
 
 BASELINE = "baseline_"
 PREVALENCE, SIZE, SIZE_HU, COVARIATES = (BASELINE + name for name in ("prevalence", "size", "size_hu", "covariates"))
+BASELINES = (PREVALENCE, SIZE, SIZE_HU, COVARIATES)
 """names of their results folders; with few labels what is labelled stands behind them"""
 PERCENTILES = (5, 25, 50, 75, 95)
 N_DIRECTIONS = 500

@@ -93,12 +93,12 @@ def evaluate_arms(
         raise MiMError(f"no classifier in {folder} has all folds: run mim_classify train with -f all")
     evaluations = []
     for number in range(len(first)):
-        arms = {name: _kept(arm[number], kept) for name, arm in complete.items()}
+        arms = {name: kept_cases(arm[number], kept) for name, arm in complete.items()}
         evaluations.append(_evaluation(arms, seed, n_draws))
     return evaluations, notes
 
 
-def _kept(predictions: Predictions, cases: set[str] | None) -> Predictions:
+def kept_cases(predictions: Predictions, cases: set[str] | None) -> Predictions:
     """Those whose class is known, and that are among some cases."""
     rows = [
         row

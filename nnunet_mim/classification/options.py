@@ -101,8 +101,8 @@ class ClassifyConfig:
     labels: str = setting("", "table of labels", "--labels", "labels.csv in nnUNet_raw/DatasetXXX", metavar="FILE")
     labelled: str = setting(
         "all",
-        "training patients of a fold that have a label: a number, a percentage such as 10%, or all; more hold the fewer "
-        "ones of the same --seed, and all cases are predicted",
+        "training patients of a fold that have a label: a number, a percentage such as 10%, or all; of one --seed more "
+        "patients hold the fewer ones; all cases are predicted",
         "--labelled",
         metavar="N",
     )

@@ -30,8 +30,8 @@ def folds_of(table, tmp_path, n_folds=3):
 
 @st.composite
 def cohorts(draw):
-    """Patients with one to three cases each, at least six of either kind."""
-    ill = draw(st.lists(st.booleans(), min_size=4, max_size=40)) + [True] * 6 + [False] * 6
+    """Patients with one to three cases each, at least ten of either kind and not many more of one than of the other."""
+    ill = draw(st.lists(st.booleans(), min_size=4, max_size=20)) + [True] * 10 + [False] * 10
     patients, labels = [], []
     for number, positive in enumerate(ill):
         of_patient = draw(st.lists(st.booleans(), min_size=0, max_size=2)) if positive else []
@@ -41,15 +41,11 @@ def cohorts(draw):
     return table_of(patients, labels)
 
 
-@given(cohorts(), st.integers(0, 50), st.lists(st.integers(34, 100), min_size=2, max_size=4))
+@given(cohorts(), st.integers(0, 50), st.lists(st.integers(50, 100), min_size=2, max_size=4))
 def test_labelled_patients_are_nested_and_in_no_validation(tmp_path_factory, table, seed, percents):
     folds = folds_of(table, tmp_path_factory.getbasetemp())
     percents = sorted(percents)
-    try:
-        found = [labelled_folds(folds, table, f"{percent}%", seed) for percent in percents]
-    except MiMError as error:
-        assert "at least 2 are needed" in str(error)
-        return
+    found = [labelled_folds(folds, table, f"{percent}%", seed) for percent in percents]
     for fold, every in enumerate(folds.training):
         chosen = [each.training[fold] for each in found]
         all_patients = {table.patients[row] for row in every}
@@ -71,7 +67,7 @@ def test_every_number_of_patients_has_the_classes_in_their_shares(table, seed):
     rarest = int(counts[1] <= counts[0])
     rare = {patient for patient, label in zip(table.patients, labels, strict=True) if label == rarest}
     if counts[0] == counts[1]:
-        rare = {p for p in table.patients if all(l == 1 for q, l in zip(table.patients, labels, strict=True) if q == p)}
+        rare -= {patient for patient, label in zip(table.patients, labels, strict=True) if label == 0}
     order = labelled_order(labels, table.patients, seed)
     assert sorted(order) == sorted(set(table.patients))
     share = len(rare) / len(order)
