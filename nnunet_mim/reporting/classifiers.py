@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -110,9 +111,9 @@ def cases_figure(pictures: Sequence[CasePicture], window: tuple[float, float]) -
         if picture.saliency is not None:
             below = places[2 * row + 1, column]
             _draw_case(below, picture, window)
-            colours = {"cmap": "bwr", "vmin": -1, "vmax": 1, "interpolation": "nearest"}
-            layout = slice_layout(0, picture.spacing)
-            below.imshow(picture.saliency, alpha=np.abs(picture.saliency) ** 0.5, **colours, **layout)
+            strength = np.abs(picture.saliency) ** 0.5
+            colours: dict[str, Any] = {"cmap": "bwr", "vmin": -1, "vmax": 1, "interpolation": "nearest"}
+            below.imshow(picture.saliency, alpha=strength, **colours, **slice_layout(0, picture.spacing))
     for place in places.ravel():
         bare(place)
     titles = "; ".join(picture.title.replace("\n", ", ") for picture in pictures)
@@ -122,7 +123,7 @@ def cases_figure(pictures: Sequence[CasePicture], window: tuple[float, float]) -
 
 
 def _draw_case(place: Axes, picture: CasePicture, window: tuple[float, float]) -> None:
-    grey = {"cmap": "gray", "vmin": window[0], "vmax": window[1], "interpolation": "nearest"}
+    grey: dict[str, Any] = {"cmap": "gray", "vmin": window[0], "vmax": window[1], "interpolation": "nearest"}
     place.imshow(picture.image, **grey, **slice_layout(0, picture.spacing))
     if picture.mask.any() and not picture.mask.all():
         place.contour(picture.mask, levels=[0.5], colors=COLOURS[0], linewidths=1)
