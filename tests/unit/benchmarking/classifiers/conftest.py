@@ -44,7 +44,8 @@ class Trainer:
     """Takes the place of the command: parses its command line, and writes predictions that depend on it."""
 
     def __init__(self):
-        self.commands, self.configs, self.fails, self.seen = [], [], (), []
+        self.commands, self.configs, self.seen = [], [], []
+        self.exit_codes = {}  # by arm, of trainings that leave nothing
 
     def __call__(self, command, log, environment, stop):
         self.commands.append(list(map(str, command)))
@@ -53,8 +54,8 @@ class Trainer:
         config = ClassifyConfig(**given_flags(options, ClassifyConfig))
         self.configs.append(config)
         log.write_text("out of memory\n")
-        if config.arm in self.fails:
-            return 1
+        if config.arm in self.exit_codes:
+            return self.exit_codes[config.arm]
         run = f"mim_classify__{where.plans}__{where.configuration}"
         folder = Path(environment["nnUNet_results"], where.dataset, run, "+".join(where.target))
         signal = 0.3 * ((1 if config.checkpoint == "none" else 2) + (config.labelled == "all"))

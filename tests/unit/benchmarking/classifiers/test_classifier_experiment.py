@@ -17,6 +17,7 @@ from nnunet_mim.benchmarking.classifiers.report import comparison_table, main_ta
 from nnunet_mim.benchmarking.work import finished_results
 from nnunet_mim.classification.evaluation import patient_draws
 from nnunet_mim.errors import MiMError
+from nnunet_mim.pretraining.stopping import EXIT_CODE
 
 pytestmark = pytest.mark.usefixtures("dataset")
 
@@ -121,12 +122,12 @@ def test_only_the_cases_that_are_asked_for(bench_of, trainer, tmp_path):
 
 
 def test_what_failed_is_named_and_tried_again_when_asked(bench_of, trainer, capsys):
-    trainer.fails = ("probe_labelled50pct",)
+    trainer.exit_codes = {"probe_labelled50pct": 1}
     bench = bench_of()
     with pytest.raises(MiMError, match=r"1 trainings failed, .*, labels 50%, seed 0, probe_mim first.*--retry"):
         run_classifiers(bench, retry=False)
     assert "out of memory" in (bench.output / "report.html").read_text()
-    trainer.fails = ()
+    trainer.exit_codes = {}
     trainer.commands.clear()
     with pytest.raises(MiMError, match="1 trainings failed"):
         run_classifiers(bench, retry=False)
@@ -134,6 +135,16 @@ def test_what_failed_is_named_and_tried_again_when_asked(bench_of, trainer, caps
     run_classifiers(bench, retry=True)
     assert len(trainer.commands) == 1
     assert len(outcome_of(bench).results) == 8
+
+
+def test_what_a_signal_has_stopped_goes_on_without_being_asked(bench_of, trainer):
+    trainer.exit_codes = {"scratch": EXIT_CODE}
+    bench = bench_of(arms={"scratch": {}}, labels=["all"], seeds=1)
+    with pytest.raises(MiMError, match=r"1 trainings were interrupted, .*: see above, and repeat the command$"):
+        run_classifiers(bench, retry=False)
+    trainer.exit_codes = {}
+    run_classifiers(bench, retry=False)
+    assert len(outcome_of(bench).results) == 1
 
 
 def test_another_experiment_in_the_folder_is_refused(bench_of, trainer):
