@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 
 from nnunet_mim.reporting.figures import COLOURS, bare, mark_sides, slice_layout
 
 N_BINS = 10
+FOR_AND_AGAINST = ListedColormap(["#2166ff", "#e31a1c"])
+"""colours of maps by their sign; their strength is the opacity, so that the image stays as dark as it is"""
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,8 @@ def cases_figure(pictures: Sequence[CasePicture], window: tuple[float, float]) -
         if picture.saliency is not None:
             below = places[2 * row + 1, column]
             _draw_case(below, picture, window)
-            strength = np.abs(picture.saliency) ** 0.5
-            colours: dict[str, Any] = {"cmap": "bwr", "vmin": -1, "vmax": 1, "interpolation": "nearest"}
+            strength = np.abs(picture.saliency)
+            colours: dict[str, Any] = {"cmap": FOR_AND_AGAINST, "vmin": -1, "vmax": 1, "interpolation": "nearest"}
             below.imshow(picture.saliency, alpha=strength, **colours, **slice_layout(0, picture.spacing))
     for place in places.ravel():
         bare(place)

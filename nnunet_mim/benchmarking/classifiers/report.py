@@ -10,7 +10,7 @@ from nnunet_mim.benchmarking.classifiers.matrix import ClassifierPlace
 from nnunet_mim.benchmarking.classifiers.outcome import ClassifierOutcome
 from nnunet_mim.benchmarking.outcome import MARK
 from nnunet_mim.benchmarking.tables import Table, markdown_table
-from nnunet_mim.classification.baselines import COVARIATES, describe_baselines, is_baseline
+from nnunet_mim.classification.baselines import COVARIATES, PREVALENCE, describe_baselines, is_baseline
 from nnunet_mim.classification.evaluation import FIGURE_NAMES, N_DRAWS
 from nnunet_mim.classification.results import WITH_COVARIATES
 from nnunet_mim.reporting.classifiers import Line, fractions_figure
@@ -122,11 +122,13 @@ def _sections(outcome: ClassifierOutcome, dataset: str, target: str) -> list[Sec
 
 
 def _lines(outcome: ClassifierOutcome, dataset: str, target: str) -> list[Line]:
-    """AUROC of every classifier by the mean number of labelled patients of a fold."""
+    """AUROC of classifiers by the mean number of labelled patients of a fold; that of the prevalence is one half."""
     points: dict[str, list[tuple[float, float, float]]] = {}
     for labels in outcome.matrix.labels(dataset):
         patients = float(np.mean(outcome.matrix.n_patients(dataset, labels)))
         for name in outcome.classifiers(dataset, target, labels):
+            if name == PREVALENCE:
+                continue
             values = outcome.values(dataset, target, labels, name, "auroc")
             sd = float(values.std(ddof=1)) if len(values) > 1 else 0.0
             points.setdefault(name, []).append((patients, float(values.mean()), sd))
@@ -183,8 +185,8 @@ def _heading(outcome: ClassifierOutcome, dataset: str, target: str) -> str:
     """A dataset and target with its cases and classes."""
     cases = outcome.cases[dataset, target]
     classes = enumerate(cases.target.classes)
-    counts = ", ".join(f"{int((cases.target.labels == k).sum())} {name}" for k, name in classes)
-    return f"{dataset}, {target}: {len(cases.cases)} cases of {len(set(cases.patients))} patients, {counts}"
+    counts = ", ".join(f"{name}: {int((cases.target.labels == k).sum())}" for k, name in classes)
+    return f"{dataset}, {target}: {len(cases.cases)} cases of {len(set(cases.patients))} patients ({counts})"
 
 
 def _name(outcome: ClassifierOutcome, dataset: str, classifier: str) -> str:

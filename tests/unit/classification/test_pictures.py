@@ -57,7 +57,7 @@ def test_a_map_is_drawn_below_its_slice():
     assert titles[8] == "case 4"
     drawn = figure.axes[4].images[1]
     np.testing.assert_array_equal(drawn.get_array(), saliency)
-    np.testing.assert_allclose(drawn.get_alpha(), np.where(mask, 0.9, 0.5))
+    np.testing.assert_array_equal(drawn.get_alpha(), np.where(mask, 0.81, 0.25))
     assert drawn.get_clim() == (-1, 1)
     assert "what the network rests on" in figure.get_label()
     assert "what the network rests on" not in cases_figure(plain, (-1000, 400)).get_label()

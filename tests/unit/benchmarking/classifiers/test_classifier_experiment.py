@@ -112,7 +112,7 @@ def test_only_the_cases_that_are_asked_for(bench_of, trainer, tmp_path):
     assert found.cases["Dataset007_Toy", "ill"].cases == tuple(f"case_{row:02d}" for row in range(6, 36))
     text = (bench.output / "table.md").read_text()
     assert "Only cases with size from 6 to below 36 count." in text
-    assert "30 cases of 15 patients, 20 no, 10 yes" in text
+    assert "30 cases of 15 patients (no: 20, yes: 10)" in text
     trainer.commands.clear()
     for where, says in ((["size", 1, 3], "where: no case of .* size from 1 to below 3 has 'ill' 'yes': widen it"),
                         (["age", 1, 3], r"labels\.csv has no column 'age'")):  # fmt: skip
