@@ -8,6 +8,9 @@ trainings of one recipe differ by two or three points of Dice. Here everything i
 so that recipes can be told apart by one training each. Every 25 iterations: loss, and nnU-Net's Dice on validation
 patches.
 
+`--autocast float16` computes as nnU-Net does on a GPU, with its scaling of gradients; bfloat16 and float32 beside it
+tell whether a recipe falls apart for its learning rate or for its precision (`--set lr=0.003`, `-device cuda`).
+
 To train on a subset of the labels, set nnUNet_preprocessed to that of a training of the few-shot protocol
 (cells/…/ARM/nnUNet_preprocessed).
 """
@@ -28,11 +31,12 @@ from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.settings import parse_settings
 
 ITERATIONS_PER_EPOCH, VAL_ITERATIONS = 25, 8
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main():
     options = parser_of(__doc__).parse_args()
-    rows = learning_curve(trainer_of(options), options.seed)
+    rows = learning_curve(trainer_of(options), options.seed, options.autocast)
     if options.json:
         print(json.dumps({"rows": rows}))
         return
@@ -54,6 +58,7 @@ def parser_of(description):
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as for mim_plan")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-device", default="cpu")
+    parser.add_argument("--autocast", choices=list(PRECISIONS), help="default: as the trainer does on the device")
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -74,9 +79,11 @@ def trainer_of(options):
     return trainer
 
 
-def learning_curve(trainer, seed):
+def learning_curve(trainer, seed, precision=None):
     """Train as nnU-Net does, in its own methods, with batches that the seed alone decides."""
     trainer.on_train_start()
+    if precision is not None:
+        set_precision(trainer, PRECISIONS[precision])
     sow(seed)
     rows = []
     for epoch in range(trainer.num_epochs):
@@ -94,6 +101,23 @@ def learning_curve(trainer, seed):
         trainer.print_to_log_file(f"{iterations} iterations: loss {loss:.3f}, Dice {dice.round(3)}")
         trainer.current_epoch += 1
     return rows
+
+
+def set_precision(trainer, dtype):
+    """Let the network of a trainer compute in autocast of this type, whatever the trainer's own is; None: in float32.
+
+    Gradients are scaled for float16 alone, as nnU-Net does.
+    """
+    device = trainer.device.type
+    network = trainer.network.forward
+
+    def forward(*inputs):
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            outputs = network(*inputs)
+        return [output.float() for output in outputs] if isinstance(outputs, list | tuple) else outputs.float()
+
+    trainer.network.forward = forward
+    trainer.grad_scaler = torch.amp.GradScaler(device) if dtype == torch.float16 else None
 
 
 def sow(seed):

@@ -42,6 +42,7 @@ from nnunet_mim.pretraining.objective.levels import level_losses, unet_losses
 from nnunet_mim.pretraining.objective.losses import reconstruction_loss
 from nnunet_mim.pretraining.objective.masks import mask_of
 from nnunet_mim.pretraining.objective.views import nested_views
+from nnunet_mim.pretraining.options import VIEWS_PER_PASS
 
 PATHS = ("dense", "dense_channels_last", "visible")
 
@@ -269,7 +270,7 @@ def main():
     add("--full-crop", action="store_true", help="all levels of one crop")
     add("--unet", action="store_true", help="with --full-crop")
     add("--children", type=int, nargs=2, default=(4, 4), help="with --full-crop")
-    add("--views_per_pass", type=int, default=None, help="with --full-crop")
+    add("--views_per_pass", type=int, help="with --full-crop (default: that of mim_pretrain on the device)")
     add("--dense", action="store_true", help="time the dense computation only")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--threads", type=int, default=os.cpu_count())
@@ -279,6 +280,8 @@ def main():
     add("--measure", choices=PATHS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.views_per_pass is None:
+        options.views_per_pass = VIEWS_PER_PASS.get(options.device)
     if options.measure:
         measure(options)
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any
@@ -71,7 +72,7 @@ def check_known_keys(given: Sequence[str] | Mapping[str, Any], known: Sequence[s
 
 
 def check_value(name: str, value: Any, default: Any) -> None:
-    """Raise MiMError unless a value is of the kind of its default (a whole number will do for a decimal one)."""
+    """Raise MiMError unless a value is finite and of the kind of its default; a whole number is a decimal one too."""
     if not _fits(value, default):
         shown = str(list(default) or [0, 1]) if isinstance(default, tuple) else repr(default)
         raise MiMError(f"setting '{name}' must be like {shown}, got {printable(repr(value), 80)}")
@@ -119,4 +120,6 @@ def _fits(value: Any, default: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(v, default[0] if default else 0) for v in value)
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     return isinstance(value, (int, float) if isinstance(default, float) else type(default))

@@ -51,5 +51,11 @@ else
     fi
     item dense 60 python benchmarks/step_time.py --device cuda --preset base --view 96 --batch 2 --ratio 0.6
     item demo 120 mim_demo -o "$out/demo" -device cuda
+    if [ -n "${DATASET:-}" ]; then
+        for type in float16 bfloat16 float32; do  # does lr 3e-3 fall apart, or the precision?
+            item "curve_$type" 90 python benchmarks/finetune_curve.py -d "$DATASET" -p "${PLANS:-nnUNetMiMPlans}" \
+                -tr nnUNetTrainerMiMScratch --iterations 250 --set lr=0.003 --autocast "$type" -device cuda --threads 4
+        done
+    fi
 fi
 cat "$out/summary.md"

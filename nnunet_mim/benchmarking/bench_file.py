@@ -28,7 +28,6 @@ KNOWN_ARMS = {
 """Trainer and plans of the arms that need only a name."""
 TRAIN, PRETRAINED = "nnUNetv2_train", "nnUNetv2_train_pretrained"
 LENGTH_SETTINGS = {"num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"}
-OCTAL = re.compile(r"(?<![\w.%/-])0\d+(?![\w.%/-])")
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,6 @@ def read_bench(path: Path) -> Bench | ClassifierBench:
     """
     try:
         content = read_yaml(path)
-        if octal := OCTAL.search(path.read_text()):
-            raise MiMError(f"{octal[0]}: YAML reads numbers that begin with 0 as octal ones: leave the 0 out")
         make = classifier_bench_of if "target" in content else bench_of
         return make(content, path.resolve().parent)
     except MiMError as error:

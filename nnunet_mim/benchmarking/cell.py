@@ -125,10 +125,9 @@ def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
         raise MiMError(f"nnU-Net knows no trainer {spec.trainer}: correct its name")
     given = None
     if spec.checkpoint:
-        try:
-            given = spec.checkpoint.format(fold=fold, dataset=source.dataset)
-        except (KeyError, ValueError, IndexError) as error:
-            raise MiMError(f"checkpoint {spec.checkpoint}: only {{fold}} and {{dataset}} may be in braces") from error
+        given = spec.checkpoint.replace("{fold}", str(fold)).replace("{dataset}", source.dataset)
+        if {*"{}"} & {*given}:
+            raise MiMError(f"checkpoint {spec.checkpoint}: only {{fold}} and {{dataset}} may be in braces")
     if not spec.is_mim:
         return Arm(spec, source, _stock_checkpoint(spec, source, given))
     if not uses_hybrid_unet(config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def _value(value: Any, kind: Any, where: str) -> Any:
         raise MiMError(f"{where} {value}: give {', '.join(arguments[:-1])} or {arguments[-1]}")
     if origin in (int, float):
         numbers = (int,) if origin is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, numbers) or not value >= details[0]:
+        if isinstance(value, bool) or not isinstance(value, numbers) or not details[0] <= value < math.inf:
             raise MiMError(f"{where} {value}: give a {'whole ' * (origin is int)}number from {details[0]}")
     if origin is bool and not isinstance(value, bool):
         raise MiMError(f"{where} {value}: give true or false")

@@ -16,7 +16,7 @@ from typing import Any
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
-from nnunet_mim.system.untrusted import read_json
+from nnunet_mim.system.untrusted import NOT_REGULAR, read_json
 
 FINAL = "checkpoint_final.pth"
 """the checkpoint of a finished run, as in nnU-Net's own trainings"""
@@ -60,6 +60,8 @@ def locate(name: str | Path) -> Path:
         return SHIPPED / name
     if REPOSITORY.fullmatch(str(name)) and path.suffix not in (".pth", ".pt") and not path.parent.exists():
         return _download(str(name))
+    if path.exists():
+        raise MiMError(f"pretraining checkpoint {path} is {NOT_REGULAR}: copy it into a file")
     choices = " or ".join(["correct the path", *(f"give {name}" for name in shipped_weights())])
     raise MiMError(f"pretraining checkpoint {path} does not exist: {choices}")
 

@@ -21,6 +21,7 @@ from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.networks.vit_blocks import sincos_position
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW
+from nnunet_mim.system.untrusted import NOT_REGULAR
 
 PUBLISHED_WINDOW = (-1000.0, 1000.0)
 """HU that the published pretraining mapped to 0 and 1"""
@@ -74,7 +75,8 @@ def read_published(path: Path) -> dict[str, Tensor]:
         MiMError: missing, damaged, holding anything else (named), or without `model`.
     """
     if not path.is_file():
-        raise MiMError(f"{path} does not exist")
+        reason = f"is {NOT_REGULAR}: copy it into a file" if path.exists() else "does not exist: correct the path"
+        raise MiMError(f"{path} {reason}")
     stored = read_torch_file(path, namespaces=True)
     model = stored.get("model") if isinstance(stored, dict) else None
     if not is_state_dict(model):

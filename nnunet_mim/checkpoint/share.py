@@ -15,7 +15,7 @@ import torch
 
 from nnunet_mim.checkpoint.locate import CARD, CONFIG, INSTALL, WEIGHTS
 from nnunet_mim.errors import MiMError
-from nnunet_mim.system.untrusted import read_json
+from nnunet_mim.system.untrusted import limited, read_json
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -86,7 +86,7 @@ def read_export(folder: Path) -> dict[str, Any]:
         raise MiMError(f"to read {folder / WEIGHTS} safetensors is missing: {INSTALL}") from error
     try:
         config = read_json(folder / CONFIG, "take another copy")
-        content = (folder / WEIGHTS).read_bytes()
+        content = limited(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size)
         if hashlib.sha256(content).hexdigest() != config.pop("sha256"):
             raise ValueError("the weights have another checksum than config.json says")
         weights = {name: w.float() if w.dtype in HALF else w for name, w in load(content).items()}

@@ -90,9 +90,9 @@ def find_folds(folder: Path, table: LabelTable, n_folds: int) -> Folds:
         MiMError: the file splits a patient, leaves out cases, or is not as nnU-Net writes it.
     """
     own, nnunet = folder / SPLITS_FILE, folder / NNUNET_SPLITS
-    if own.is_file():
+    if own.exists():
         return _read(own, table)
-    if nnunet.is_file():
+    if nnunet.exists():
         try:
             return _read(nnunet, table)
         except MiMError as error:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import required_folder
+from nnunet_mim.system.untrusted import MAX_TABLE, limited, table_rows
 
 LABELS_FILE = "labels.csv"
 MISSING = {"", "na", "n/a", "nan"}
@@ -139,19 +140,21 @@ def check_classes(table: LabelTable, n_folds: int, path: Path) -> None:
 def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a CSV file by name of column, without spaces around values."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = limited(path, MAX_TABLE).decode("utf-8-sig")
+        heading = text.split("\n", 1)[0]
+        rows = [row for row in table_rows(text, max(",;\t", key=heading.count)) if any(row)]
     except FileNotFoundError:
         raise MiMError(f"{path} does not exist: write it with the columns case and {', '.join(needed[1:])}") from None
+    except OSError as error:
+        raise MiMError(f"cannot read {path} ({error.strerror}): give another file with --labels") from None
     except UnicodeDecodeError:
         raise MiMError(f"{path} is no UTF-8 text: save it as CSV UTF-8") from None
-    heading = text.split("\n", 1)[0]
-    separator = max(",;\t", key=heading.count)
-    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=separator)]
-    rows = [row for row in rows if any(row)]
+    except ValueError as error:
+        raise MiMError(f"{path} is no table ({error}): save it as CSV UTF-8") from None
     if len(rows) < 2:
         raise MiMError(f"{path} has no rows: write one per case below the heading")
     names = rows[0]
-    if twice := [name for name in names if name and names.count(name) > 1]:
+    if twice := [name for name, n in Counter(names).items() if name and n > 1]:
         raise MiMError(f"{path} has two columns '{twice[0]}': rename one")
     if missing := [name for name in needed if name not in names]:
         raise MiMError(f"{path} has no column '{missing[0]}': it has {', '.join(names)}")
@@ -179,14 +182,18 @@ def _target(path: Path, name: str, texts: Sequence[str]) -> Target:
     known = {text for text in texts if text.lower() not in MISSING}
     if not known:
         raise MiMError(f"{path}: column '{name}' is empty: choose another --target")
-    classes = sorted(known, key=float) if all(map(_is_number, known)) else sorted(known)
+    are_numbers = all(map(_is_number, known))
+    classes = sorted(known, key=float) if are_numbers else sorted(known)
+    for one, other in pairwise(classes) if are_numbers else ():
+        if float(one) == float(other):
+            raise MiMError(f"{path}: column '{name}' says {one} and {other}, the same number: write it in one way")
     number = {text: i for i, text in enumerate(classes)}
     return Target(name, tuple(classes), np.array([number.get(text, -1) for text in texts], np.int64))
 
 
 def _is_number(text: str) -> bool:
     try:
-        return bool(np.isfinite(float(text)))
+        return bool(np.isfinite(float(text))) and "_" not in text
     except ValueError:
         return False
 

@@ -6,8 +6,10 @@ The network sees both, but only places in the box count when features are pooled
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -100,47 +102,42 @@ class CaseReader:
             if not Path(roi).is_dir():
                 raise MiMError(f"--roi {roi} is no folder: give labels, or a folder of masks")
             self.ending = read_dataset_json(source.folder.parent / "dataset.json")["file_ending"]
-        self._sound: set[str] = set()
-        """cases whose mask a guarded worker has read"""
+        self._masks: dict[str, _Mask] = {}
+        """masks of a folder, which a guarded worker has read, by case"""
 
     def check_masks(self, cases: Sequence[str]) -> None:
-        """Let a guarded worker read the masks of a folder once, before this process or a loader of crops reads them.
+        """Let a guarded worker read the masks of a folder, once. Afterwards no other process opens their files.
 
         Raises:
-            MiMError: a mask is missing or cannot be read.
+            MiMError: a mask is missing or cannot be read, or its case cannot.
         """
         if not self.roi or self.roi == LABELS_AS_ROI:
             return
-        todo = [case for case in cases if case not in self._sound]
+        todo = [case for case in cases if case not in self._masks]
         paths = [self._mask_file(case) for case in todo]
         limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
-        with closing(guarded_map(_mask_problem, [(path, self.source) for path in paths], 1, limits)) as outcomes:
+        items = [(path, self.source, case) for path, case in zip(paths, todo, strict=True)]
+        with closing(guarded_map(_read_mask, items, 1, limits)) as outcomes:
             bar = ProgressBar(outcomes, desc="masks", total=len(todo), unit="case", disable=len(todo) < 2)
             for index, outcome in bar:
-                if outcome is not None:
+                if not isinstance(outcome, _Mask):
                     reason = outcome.reason if isinstance(outcome, Failure) else outcome
                     raise MiMError(
                         f"cannot read {paths[index]} ({reason}): predict this case again, or remove it from the table"
                     )
-                self._sound.add(todo[index])
+                self._masks[todo[index]] = outcome
 
     def read(self, case: str) -> CaseVoxels:
         """Read a case. Raises MiMError where it or its mask cannot be read."""
-        try:
+        if self.roi and self.roi != LABELS_AS_ROI:
+            self.check_masks([case])
+        mask = None
+        with _case_named(self.source, case):
             voxels, seg, _, properties = self.cases.load_case(case)
-            mask = None
             if self.roi == LABELS_AS_ROI:
                 mask = np.asarray(seg[0]) > 0
             elif self.roi:
-                mask = self._mask_of_file(case, voxels.shape[1:], properties)
-        except MiMError:
-            raise
-        except Exception as error:  # blosc2 has many
-            reason = " ".join(str(error).split())[:200]
-            raise MiMError(
-                f"cannot read {self.source.case_file(case)} ({type(error).__name__}: {reason}): preprocess "
-                f"{self.source.dataset} again, or remove the case from the table"
-            ) from error
+                mask = self._masks[case].array()
         return CaseVoxels(case, voxels, mask, self.source.spacing, properties)
 
     def stamp_files(self, case: str) -> list[Path]:
@@ -152,10 +149,6 @@ class CaseReader:
             return [image, image.with_name(f"{case}_seg{image.suffix}")]
         return [image, self._mask_file(case)]
 
-    def _mask_of_file(self, case: str, shape: Sequence[int], properties: Mapping[str, Any]) -> np.ndarray:
-        self.check_masks([case])
-        return resampled_mask(self._mask_file(case), self.source, shape, properties)
-
     def _mask_file(self, case: str) -> Path:
         path = Path(self.roi, case + self.ending)
         if not path.exists():
@@ -163,13 +156,50 @@ class CaseReader:
         return path
 
 
-def _mask_problem(item: tuple[Path, Source]) -> str | None:
-    """Why a mask cannot be read, or None. May crash, hang or need much memory."""
-    path, source = item
+@dataclass(frozen=True)
+class _Mask:
+    """A mask in little memory: an organ in a CT of 300³ voxels is some kilobytes."""
+
+    shape: tuple[int, ...]
+    bits: bytes
+    """compressed"""
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> _Mask:
+        return cls(mask.shape, zlib.compress(np.packbits(mask).tobytes(), 1))
+
+    def array(self) -> np.ndarray:
+        """(X, Y, Z) bool."""
+        bits = np.frombuffer(zlib.decompress(self.bits), np.uint8)
+        return np.unpackbits(bits, count=math.prod(self.shape)).reshape(self.shape).astype(bool)
+
+
+def _read_mask(item: tuple[Path, Source, str]) -> _Mask | str:
+    """The mask in a file in the geometry of its preprocessed case, or why it cannot be read.
+
+    May crash, hang or need much memory.
+    """
+    path, source, case = item
     if problem := file_problem(str(path)) or damaged(path):
         return problem
-    PlansManager(source.plans).image_reader_writer_class().read_seg(str(path))
-    return None
+    with _case_named(source, case):
+        voxels, _, _, properties = source.dataset_class(str(source.folder), [case]).load_case(case)
+    return _Mask.of(resampled_mask(path, source, voxels.shape[1:], properties))
+
+
+@contextmanager
+def _case_named(source: Source, case: str) -> Iterator[None]:
+    """Errors in reading a preprocessed case become a MiMError that names it."""
+    try:
+        yield
+    except MiMError:
+        raise
+    except Exception as error:  # blosc2 has many
+        reason = " ".join(str(error).split())[:200]
+        raise MiMError(
+            f"cannot read {source.case_file(case)} ({type(error).__name__}: {reason}): preprocess {source.dataset} "
+            "again, or remove the case from the table"
+        ) from error
 
 
 def resampled_mask(path: Path, source: Source, shape: Sequence[int], properties: Mapping[str, Any]) -> np.ndarray:

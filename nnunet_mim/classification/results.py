@@ -31,6 +31,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import required_folder
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.files import write_atomically
+from nnunet_mim.system.untrusted import MAX_TABLE, limited, table_rows
 
 PREDICTIONS = "predictions.csv"
 SETTINGS = "settings.json"
@@ -97,16 +98,16 @@ def predictions_csv(predictions: Sequence[Predictions]) -> bytes:
 def read_predictions(path: Path) -> list[Predictions]:
     """The inverse of `predictions_csv`, a part per target. Raises MiMError for a file that is not such a table."""
     try:
-        heading, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
-        if not rows:
-            raise ValueError("no rows")
+        heading, *rows = table_rows(limited(path, MAX_TABLE).decode())
+        if not rows or any(len(row) != len(heading) for row in rows):
+            raise ValueError("it has no rows, or one that is not as long as the heading")
         predictions, start = [], 3
         while start < len(heading):  # TARGET, K times TARGET=CLASS, K times TARGET=CLASS:raw
             n = heading.index(f"{heading[start + 1]}:raw") - start - 1
             predictions.append(_part(heading, rows, start, n))
             start += 1 + 2 * n
-    except (OSError, KeyError, ValueError, IndexError) as error:
-        raise MiMError(f"cannot read {path} ({error}): train this fold again") from error
+    except (OSError, KeyError, OverflowError, ValueError, IndexError) as error:
+        raise MiMError(f"cannot read {path} ({error}): {RETRAIN}") from error
     return predictions
 
 
@@ -117,6 +118,8 @@ def _part(heading: Sequence[str], rows: Sequence[Sequence[str]], start: int, n: 
     number = {name: i for i, name in enumerate(classes)} | {"": -1}
     labels = np.array([number[row[start]] for row in rows], np.int64)
     values = np.array([[float(cell) for cell in row[start + 1 : start + 1 + 2 * n]] for row in rows])
+    if not np.isfinite(values).all() or (values[:, :n] < 0).any() or (values[:, :n] > 1).any():
+        raise ValueError(f"a probability of {target} is not between 0 and 1, or NaN")
     cases, patients, folds = zip(*(row[:3] for row in rows), strict=True)
     return Predictions(
         cases, patients, np.array(folds, np.int64), Target(target, classes, labels), values[:, n:], values[:, :n]
@@ -177,7 +180,7 @@ def load_weights(path: Path, sha256: str, source: str = TRAINING) -> dict[str, T
     Raises OSError, ValueError for a file that is damaged or another one, MiMError for what cannot be weights.
     """
     try:
-        weights = load(path.read_bytes())
+        weights = load(limited(path, path.stat().st_size))
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     check_tensors(path, weights)

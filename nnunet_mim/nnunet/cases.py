@@ -20,7 +20,7 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
 from nnunet_mim.errors import MiMError, printable
-from nnunet_mim.system.untrusted import limited, require_regular
+from nnunet_mim.system.untrusted import limited
 
 Case = tuple[Any, Any, None, dict[str, Any]]
 """voxels (C, X, Y, Z), segmentation (1, X, Y, Z), no segmentation of a previous stage, properties"""
@@ -69,7 +69,6 @@ def read_properties(path: Path) -> dict[str, Any]:
         MiMError: it cannot be read, is too large, or holds more than numbers, texts, containers and arrays of them.
     """
     try:
-        require_regular(path)
         content = limited(path, MAX_BYTES)
         if next(islice(pickletools.genops(content), MAX_OPCODES, None), None):
             raise ValueError("it holds more values than properties of a case have")

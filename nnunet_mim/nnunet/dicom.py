@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_mim.nnunet.image_files import (
+from nnunet_mim.nnunet.dicom_header import (
     ACQUISITION,
     IMAGE_TYPE,
     INSTANCE,
@@ -23,15 +24,20 @@ from nnunet_mim.nnunet.image_files import (
     PHASE,
     POSITION,
     SERIES,
+    SLOPE,
     TIME,
     TRIGGER,
-    FileHeader,
+    numbers,
+    rescale_problem,
 )
+from nnunet_mim.nnunet.image_files import FileHeader
 
 TURNED = 0.01
 """difference of direction cosines from which on two slices lie otherwise: half a degree"""
 SAME_PLACE = 1e-3
 """mm"""
+SAME_SPACING = 1e-3
+"""relative difference of the pixel spacing of slices that comes from rounding"""
 PROJECTIONS = {"MIP", "MINIP", "MAXIP", "VRT", "SSD", "RAYSUM", "PROJECTION"}
 """words in the image type of what is computed along rays through a CT"""
 
@@ -68,8 +74,12 @@ class _Slice:
 
     def is_like(self, other: _Slice) -> bool:
         """Whether two slices can lie in one volume."""
-        same = self.header.size == other.header.size and is_localiser(self.header) == is_localiser(other.header)
-        if not same or len(self.rows) != len(other.rows) or self.header.frames or other.header.frames:
+        one, two = self.header, other.header
+        if (one.size, one.components, is_localiser(one)) != (two.size, two.components, is_localiser(two)):
+            return False
+        if len(self.rows) != len(other.rows) or one.frames or two.frames:
+            return False
+        if not np.allclose(one.spacing, two.spacing, rtol=SAME_SPACING, atol=0):
             return False
         return bool(np.allclose(self.rows, other.rows, rtol=0, atol=TURNED))
 
@@ -104,11 +114,10 @@ def dicom_problem(header: FileHeader) -> str | None:
         return "a localiser"
     if kinds := PROJECTIONS & _kinds(header):
         return f"a projection of a CT ({min(kinds)} in its image type)"
-    return None if header.tags.get(INTERCEPT) else "no HU (no rescale intercept in the DICOM header)"
+    return rescale_problem(header.tags)
 
 
-def dicom_warnings(header: FileHeader) -> tuple[str, ...]:
-    """What is doubtful about a DICOM header without a `dicom_problem`, a sentence each."""
+def _origin_doubts(header: FileHeader) -> tuple[str, ...]:
     derived = "DERIVED" in _kinds(header)
     return (f"made of other images ({header.tags[IMAGE_TYPE]} in its DICOM header)",) if derived else ()
 
@@ -123,14 +132,7 @@ def read_series(files: Sequence[str]) -> sitk.Image:
 
 
 def _slice(file: str, header: FileHeader) -> _Slice:
-    def numbers(tag: str, n: int) -> tuple[float, ...]:
-        try:
-            values = tuple(float(value) for value in header.tags.get(tag, "").split("\\"))
-        except ValueError:
-            return ()
-        return values if len(values) == n and np.isfinite(values).all() else ()
-
-    rows, position = numbers(ORIENTATION, 6), numbers(POSITION, 3)
+    rows, position = (numbers(header.tags.get(tag, ""), n) for tag, n in ((ORIENTATION, 6), (POSITION, 3)))
     return _Slice(file, header, rows if position else (), position if rows else ())
 
 
@@ -187,22 +189,39 @@ def _repeats(group: Sequence[_Slice]) -> int:
 
 def _as_series(uid: str, slices: Sequence[_Slice]) -> Series:
     first, files = slices[0].header, tuple(piece.file for piece in slices)
-    if first.frames or first.problem:
-        rows = np.array(first.direction).reshape(3, 3)[:, :2].T
-        gap: float | str = first.problem or _slice_gap(np.array(first.frames), rows, files * len(first.frames))
-        if not isinstance(gap, str) and (np.diff(first.frames, axis=0) @ np.cross(*rows)).min() < 0:
-            gap = "its frames are not in the order of their places"
-        return Series(uid, files, replace(first, problem=gap if isinstance(gap, str) else ""))
-    gap = 1.0
-    if not first.problem and len(slices) > 1:
-        if lacking := [piece.file for piece in slices if not piece.rows]:
-            gap = f"slice {lacking[0]} has no position"
-        else:
-            gap = _slice_gap(np.array([p.position for p in slices]), np.reshape(slices[-1].rows, (2, 3)), files)
-    problem, z = (gap, 1.0) if isinstance(gap, str) else ("", gap)
-    size, spacing = (*first.size[:2], len(slices)), (*first.spacing[:2], z)
-    warnings = tuple(dict.fromkeys(warning for piece in slices for warning in piece.header.warnings))
+    warnings = tuple(dict.fromkeys(text for p in slices for text in (*p.header.warnings, *_origin_doubts(p.header))))
+    if math.prod(first.size[2:]) > 1:
+        return Series(uid, files, replace(first, problem=_frames_problem(first, files), warnings=warnings))
+    problem, gap = first.problem or _slices_problem(slices), 1.0
+    if not problem and len(slices) > 1:
+        found = _slice_gap(np.array([p.position for p in slices]), np.reshape(slices[-1].rows, (2, 3)), files)
+        problem, gap = (found, 1.0) if isinstance(found, str) else ("", found)
+    if len({(p.header.tags.get(SLOPE), p.header.tags.get(INTERCEPT)) for p in slices}) > 1:
+        warnings += ("its slices have different rescale slopes or intercepts",)
+    size, spacing = (*first.size[:2], len(slices)), (*first.spacing[:2], gap)
     return Series(uid, files, replace(first, size=size, spacing=spacing, problem=problem, warnings=warnings))
+
+
+def _frames_problem(header: FileHeader, files: Sequence[str]) -> str:
+    """Why the frames of a file make no volume, or nothing."""
+    if header.problem:
+        return header.problem
+    rows = np.array(header.direction).reshape(3, 3)[:, :2].T
+    gap = _slice_gap(np.array(header.frames), rows, [*files] * len(header.frames))
+    if isinstance(gap, str):
+        return gap
+    backwards = (np.diff(header.frames, axis=0) @ np.cross(*rows)).min() < 0
+    return "its frames are not in the order of their places" if backwards else ""
+
+
+def _slices_problem(slices: Sequence[_Slice]) -> str:
+    """Why one of some slices belongs to no volume, or nothing; that of the first one is left to `dicom_problem`."""
+    if len(slices) > 1 and not slices[0].rows:
+        return f"slice {slices[0].file} has no position"
+    for piece in slices if dicom_problem(slices[0].header) is None else ():
+        if problem := piece.header.problem or dicom_problem(piece.header):
+            return f"{problem}: {Path(piece.file).name}"
+    return ""
 
 
 def _slice_gap(positions: np.ndarray, rows: np.ndarray, files: Sequence[str]) -> float | str:

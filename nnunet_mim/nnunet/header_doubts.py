@@ -91,21 +91,26 @@ def _text_doubts(
 
 
 def length_problem(path: Path, n_bytes: int) -> str | None:
-    """Why an MHA or NRRD file has not `n_bytes` bytes of voxels, or None; in encodings that are not known it is None.
+    """Why a MetaImage or NRRD file, or the one that its header names, has not `n_bytes` bytes of voxels, or None.
 
-    SimpleITK says nothing of bytes that are left over: a smaller size in the header shears the image.
+    In encodings that are not known it is None. SimpleITK says nothing of bytes that are left over: a smaller size in
+    the header shears the image.
     """
-    fields = dict(_meta_fields(str(path)) if path.suffix.lower() == ".mha" else _nrrd_fields(str(path)))
-    end = b"LOCAL\n" if path.suffix.lower() == ".mha" else b"\n\n"
+    is_meta = path.suffix.lower() in (".mha", ".mhd")
+    fields = dict(_meta_fields(str(path)) if is_meta else _nrrd_fields(str(path)))
+    end = b"LOCAL\n" if is_meta else b"\n\n"
+    name = fields.get("ElementDataFile", "LOCAL") if is_meta else fields.get("data file", "LOCAL")
+    voxels = path if name == "LOCAL" else path.parent / name
     compressed = fields.get("CompressedData", "").lower() == "true" or fields.get("encoding") in ("gzip", "gz")
-    known = fields.get("encoding", "raw") in ("raw", "gzip", "gz")
+    known = fields.get("encoding", "raw") in ("raw", "gzip", "gz") and voxels.is_file()  # and not a list of files
     if not known or fields.keys() & {"HeaderSize", "byte skip", "line skip"}:
         return None
-    with path.open("rb") as file:
-        head = file.read(1 << 16)
-        if end not in head:
-            return None
-        file.seek(head.index(end) + len(end))
+    with voxels.open("rb") as file:
+        if name == "LOCAL":
+            head = file.read(1 << 16)
+            if end not in head:
+                return None
+            file.seek(head.index(end) + len(end))
         inflate, left = zlib.decompressobj(47), n_bytes  # 47: zlib or gzip, by its first bytes
         while part := file.read(1 << 20):
             left -= len(inflate.decompress(part)) if compressed else len(part)

@@ -24,6 +24,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_mim.errors import last_line
+from nnunet_mim.nnunet.dicom_header import INTERCEPT, OF_FRAMES, geometry_problem, pixel_doubts, pixels_problem, tags_of
 from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts, length_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 from nnunet_mim.system.progress import ProgressBar
@@ -41,13 +42,6 @@ READ_SECONDS = 600.0
 READER = "SimpleITKIOWithReorient"
 """nnU-Net's reader where a checkpoint does not name one; `mim_prepare` uses it too"""
 NOT_FINITE = "holds NaN or infinite voxels"
-MODALITY, IMAGE_TYPE, INTERCEPT, POSITION, ORIENTATION = "0008|0060", "0008|0008", "0028|1052", "0020|0032", "0020|0037"
-SERIES, INSTANCE = "0020|000e", "0008|0018"
-ACQUISITION, PHASE, TRIGGER, TIME = "0020|0012", "0020|0100", "0018|1060", "0008|0032"
-TAGS = (
-    MODALITY, IMAGE_TYPE, INTERCEPT, POSITION, ORIENTATION, SERIES, INSTANCE, ACQUISITION, PHASE, TRIGGER, TIME,
-)  # fmt: skip
-"""of DICOM, that are kept"""
 NO_IMAGES = {
     "481.3": "an RTSTRUCT", "481.5": "an RT plan", "481.8": "an RT plan", "88.": "an SR", "104.": "a document",
     "11.": "a presentation state", "66": "raw data or a registration", "9.": "a waveform",
@@ -146,15 +140,20 @@ def _read_header(path: str) -> FileHeader | str | None:
     stored = sum(os.path.getsize(file) for file in (path, *voxel_files(path)))
     if n_bytes > LARGEST_COMPRESSION * stored:
         return f"damaged (its header promises {n_bytes / 1e6:,.0f} MB of voxels, the file has {stored / 1e6:.2g})"
-    tags = {tag: reader.GetMetaData(tag).strip() for tag in TAGS if dicom and reader.HasMetaDataKey(tag)}
+    tags = tags_of(reader) if dicom else {}
+    is_grey = dicom and reader.GetNumberOfComponents() == 1
+    if is_grey and (problem := pixels_problem(path, head, math.prod(size), tags)):
+        return problem
     direction = reader.GetDirection()
-    problem = "" if are_right_angles(direction) else "its axes stand at no right angles"
+    problem = None if are_right_angles(direction) else "its axes stand at no right angles"
     warnings: tuple[str, ...] = ()
+    if dicom and math.prod(size[2:]) == 1:
+        problem, warnings = problem or geometry_problem(tags, reader), pixel_doubts(tags)
     if not dicom and len(size) == 3 and not problem:
         steps = np.reshape(direction, (3, 3)) * np.array(reader.GetSpacing())
         warnings = header_doubts(path, size, steps)
     header = FileHeader(
-        size, reader.GetSpacing(), direction, reader.GetNumberOfComponents(), tags, problem=problem, warnings=warnings
+        size, reader.GetSpacing(), direction, reader.GetNumberOfComponents(), tags, (), problem or "", warnings
     )
     return _with_frames(header, path) if dicom and math.prod(size[2:]) > 1 else header
 
@@ -180,7 +179,7 @@ def _with_frames(header: FileHeader, path: str) -> FileHeader:
     places, turns = ([tuple(map(float, text.split(b"\\"))) for text in texts] for texts in found)
     tags = dict(header.tags)
     if b"\x28\x00\x52\x10" in groups:
-        tags[INTERCEPT] = "of frames"
+        tags[INTERCEPT] = OF_FRAMES
     problem = ""
     if len(places) != header.size[2]:
         problem = f"the positions of its {header.size[2]} frames cannot be read"
@@ -233,7 +232,7 @@ def damaged(path: Path) -> str | None:
         if path.name.lower().endswith((".nii", ".nii.gz", ".hdr")):
             return _nifti_problem(path)
         check_gzip(path)
-        if path.name.lower().endswith((".mha", ".nrrd")):
+        if path.name.lower().endswith((".mha", ".mhd", ".nrrd", ".nhdr")):
             return length_problem(path, _n_bytes(header_of(path)))
     except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         return f"damaged ({last_line(error)})"

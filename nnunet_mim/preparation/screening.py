@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_mim.nnunet.dicom import dicom_problem, dicom_warnings
+from nnunet_mim.nnunet.dicom import dicom_problem
 from nnunet_mim.nnunet.image_files import NOT_FINITE, FileHeader
 from nnunet_mim.preparation.finding import Volume
 from nnunet_mim.pretraining.data.case_index import BODY_HU
@@ -53,7 +53,7 @@ def read_header(volume: Volume, min_slices: int) -> Header | str:
         return problem
     letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(found.direction)
     order = sorted(range(3), key=lambda axis: "SIAPRL".index(letters[axis]))  # axes that become z, y, x in RAS
-    warnings = (*found.warnings, *(dicom_warnings(found) if volume.series else ()), *_size_warnings(found))
+    warnings = (*found.warnings, *_size_warnings(found))
     return Header(tuple(found.size[i] for i in order), tuple(found.spacing[i] for i in order), warnings)
 
 

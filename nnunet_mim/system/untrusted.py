@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,14 @@ MAX_JSON = 64 * 2**20
 """bytes of a JSON file"""
 MAX_YAML = 32 * 2**10
 """bytes of a YAML file, which is read a hundred times slower"""
+MAX_TABLE = 16 * 2**20
+"""bytes of a CSV file: 100,000 rows"""
 MAX_BRACKETS = 1000
 """lists and mappings in brackets in a YAML file"""
+NOT_REGULAR = "no regular file, but a folder, pipe, socket or device"
 CONTAINERS = (dict, list, tuple, set)
+OCTAL = re.compile(r"[-+]?0[0-7_]+")
+"""what YAML reads as a number of other digits than are there, as well as numbers with a colon"""
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -34,16 +43,9 @@ def read_json(path: Path, remedy: str = "restore the file, or delete it and plan
         MiMError: it cannot be read, or is too large or nested too deep to be what it should be.
     """
     try:
-        require_regular(path)
         return parse_json(limited(path, MAX_JSON))
     except (OSError, ValueError) as error:
         raise MiMError(f"cannot read {path} ({printable(error)}): {remedy}") from error
-
-
-def require_regular(path: Path) -> None:
-    """Raise ValueError for what is no regular file, such as a pipe, and OSError where nothing is there."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no regular file, but a folder, pipe, socket or device")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -77,11 +79,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         MiMError: missing, too large, not YAML, with aliases, nested too deep, or no mapping of names to values.
     """
     try:
-        content = limited(path, MAX_YAML)
+        content = limited(path, MAX_YAML, pipe=True)  # a shell's <(...) is one
         if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:
             raise ValueError("it is nested too deep or too large")
         settings = yaml.load(content, _LoaderWithoutAliases)
         check_extent(settings)
+        settings = _with_numbers(settings)
+        _check_plain(settings)
+    except MiMError as error:
+        raise MiMError(f"{path}: {error}") from None
     except OSError as error:
         raise MiMError(f"cannot read {path} ({error.strerror}): give another file") from error
     except RecursionError:
@@ -90,31 +96,78 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise MiMError(f"{path} is not valid YAML ({printable(' '.join(str(error).split()))}): correct it") from error
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise MiMError(f"{path} must hold lines like 'iterations: 20000'")
-    return {key: _with_numbers(value) for key, value in settings.items()}
+    return settings
 
 
 class _LoaderWithoutAliases(yaml.SafeLoader):
-    """PyYAML's safe loader; aliases, which make ten lines a billion values, are no part of any file of this package."""
+    """PyYAML's safe loader. Aliases, which make ten lines a billion values, and tags are in no file of this package."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases, such as *name, are not allowed")
+        if getattr(self.peek_event(), "tag", None):  # PyYAML has no check of what a tag stands before
+            raise yaml.YAMLError("tags, such as !!int, are not allowed")
         return super().compose_node(parent, index)
 
+    def construct_yaml_int(self, node: Any) -> int:
+        if OCTAL.fullmatch(node.value):
+            raise MiMError(f"{node.value}: YAML reads numbers that begin with 0 as octal ones: leave the 0 out")
+        if ":" in node.value:
+            raise MiMError(f"{node.value}: YAML reads it as a number to base 60: put it in quotes")
+        return int(super().construct_yaml_int(node))
+
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := next((name for name, n in names.items() if n > 1), None):
             raise yaml.YAMLError(f"{twice} is there twice")
         return super().construct_mapping(node, deep)
 
 
-def limited(path: Path, limit: int) -> bytes:
-    """The bytes of a file. Raises OSError, or ValueError where there are more than the limit."""
+_LoaderWithoutAliases.add_constructor("tag:yaml.org,2002:int", _LoaderWithoutAliases.construct_yaml_int)
+
+
+def limited(path: Path, limit: int, pipe: bool = False) -> bytes:
+    """The bytes of a file that somebody has named: reading neither waits for ever nor fills the memory.
+
+    Raises OSError, or ValueError where there are more bytes than the limit, or it is a pipe (unless that is allowed),
+    socket, device or folder.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not (pipe and stat.S_ISFIFO(status.st_mode)):
+        raise ValueError(f"it is {NOT_REGULAR}")
     with path.open("rb") as file:
-        content = file.read(limit + 1)
+        content = file.read(limit + 1 if pipe else min(limit, status.st_size) + 1)
     if len(content) > limit:
         raise ValueError(f"it is larger than {limit // 1024:,} kB")
     return content
+
+
+def table_rows(text: str, separator: str = ",") -> list[list[str]]:
+    """The rows of a text in CSV, no spaces around cells. Raises ValueError where quotes or line breaks are wrong."""
+    try:
+        read = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+        rows = [[cell.strip() for cell in row] for row in read]
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
+    for number, row in enumerate(rows, start=1):
+        if any("\n" in cell or "\r" in cell for cell in row):
+            raise ValueError(f"row {number} has a cell of several lines")
+    return rows
+
+
+def _check_plain(value: Any) -> None:
+    """Raise ValueError for what YAML knows and no setting is: bytes, sets, NaN, infinity, names that are no texts."""
+    if isinstance(value, dict):
+        if strange := [key for key in value if isinstance(key, bool) or not isinstance(key, (str, int))]:
+            raise ValueError(f"{strange[0]!r} is no name: put it in quotes")
+        value = list(value.values())
+    if isinstance(value, list):
+        for child in value:
+            _check_plain(child)
+    elif not (value is None or isinstance(value, (str, int, float, date))):
+        raise ValueError(f"it holds a {type(value).__name__}: put it in quotes")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"it holds the number {value}")
 
 
 def _with_numbers(value: Any) -> Any:

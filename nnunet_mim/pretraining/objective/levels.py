@@ -5,7 +5,7 @@ reconstruction.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -57,22 +57,24 @@ def level_losses(
     Yields:
         the pass's share of the weighted loss, and what it holds of each level.
     """
-    levels = [_level(position, views, flat_threshold, ranks) for position in range(len(views))[:n_computed]]
+    levels = (_level(position, views, flat_threshold, ranks) for position in range(len(views))[:n_computed])
     parent_features = None
+    features: list[Tensor] = []  # (n * places, D) detached, of the places of the level's views computed so far
     for one_pass in _passes_of_levels(levels, views_per_pass, apart=bool(recompute)):
         groups = [level.views.masked(rows) for level, rows in one_pass]
         outputs = model(groups, any(level.number in recompute for level, _ in one_pass))
         losses, parts = [], []
         for (level, rows), output in zip(one_pass, outputs, strict=True):
             if rows.start == 0 and level.own_place is not None:  # a level begins: its parents are complete
-                parent_features = ranks.gather(torch.cat(levels[level.position - 1].features))  # (ranks*N*places, D)
+                parent_features = ranks.gather(torch.cat(features))  # (ranks*N*places, D)
+                features = []
             loss, figures = _part_of_loss(model, level, rows, output, parent_features, config)
             padded_share, flat_share = (share[rows].sum() / ranks.world for share in (level.padded, level.flat))
             nonfinite = _nonfinite_views(output.features, level.views.crop[rows], n_crops=len(views[0].images))
             figures = replace(figures, padded_share=padded_share, flat_share=flat_share, nonfinite=nonfinite)
             losses.append(loss)
             parts.append(_Part(mapped(torch.detach, figures), output.prediction))
-            level.features.append(_place_features(output.features.detach(), level.views.level))  # (n * places, D)
+            features.append(_place_features(output.features.detach(), level.views.level))
         yield sum(losses[1:], losses[0]), parts
 
 
@@ -81,8 +83,6 @@ class _Level:
     """All views of a level, and what their losses are shares of."""
 
     views: LevelViews
-    position: int
-    """among the levels that are computed, from the outermost on"""
     number: int
     tokens: Tensor
     """(N, M, P) voxels of the masked tokens"""
@@ -100,8 +100,6 @@ class _Level:
     """scalar, their sum over all ranks"""
     own_place: Tensor | None
     """(N,) int64, row of the parents' places that each view was cut from; None for the outermost level"""
-    features: list[Tensor] = field(default_factory=list)
-    """(n * places, D) detached features of the places of the views that have been computed"""
 
 
 def _level(position: int, views: list[LevelViews], flat_threshold: Tensor, ranks: Ranks) -> _Level:
@@ -113,7 +111,7 @@ def _level(position: int, views: list[LevelViews], flat_threshold: Tensor, ranks
     own_place = _place_index(views[position - 1], ranks.rank) if position else None
     n_targets, n_inside = ranks.sum(is_target.sum()), ranks.sum(inside.sum())
     number = level_number(position, len(views))
-    return _Level(view, position, number, tokens, is_target, padded, flat, n_targets, inside, n_inside, own_place)
+    return _Level(view, number, tokens, is_target, padded, flat, n_targets, inside, n_inside, own_place)
 
 
 def _part_of_loss(
@@ -201,9 +199,11 @@ def summed(passes: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
 
 
 def _passes_of_levels(
-    levels: list[_Level], views_per_pass: int | None, apart: bool
+    levels: Iterable[_Level], views_per_pass: int | None, apart: bool
 ) -> Iterator[list[tuple[_Level, slice]]]:
-    """The levels, each with the rows of its views, in passes; `apart`: no two levels in one."""
+    """The levels, each with the rows of its views, in passes; `apart`: no two levels in one. A level is made when its
+    first pass is, so that a CPU holds the targets of one level at a time.
+    """
     if views_per_pass is None and not apart:
         yield [(level, slice(0, len(level.views.images))) for level in levels]
         return

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -128,3 +130,26 @@ def test_a_mask_is_read_under_limits_first(folders, source, monkeypatch):
     monkeypatch.setattr(regions, "READ_SECONDS", 0.0)
     with pytest.raises(MiMError, match=r"case_00\.nii\.gz \(it takes more than 0 s\)"):
         CaseReader(source, str(folders.raw / "labelsTr")).read("case_00")
+
+
+def test_after_the_worker_nothing_reads_the_file_of_a_mask(folders, source, tmp_path):
+    """A training reads masks many times, in processes that nobody watches."""
+    masks = tmp_path / "masks"
+    shutil.copytree(folders.raw / "labelsTr", masks)
+    reader, before = CaseReader(source, str(masks)), CaseReader(source, "labels").read("case_00").mask
+    reader.check_masks(["case_00"])
+    (masks / "case_00.nii.gz").write_bytes(b"what crashes its reader")
+    np.testing.assert_array_equal(reader.read("case_00").mask, before)
+
+
+def test_a_damaged_case_beside_a_sound_mask_is_named(folders, source):
+    path = source.case_file("case_00")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(MiMError, match=r"cannot read .*case_00\.b2nd .*preprocess"):
+        CaseReader(source, str(folders.raw / "labelsTr")).read("case_00")
+
+
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.integers(0, 2**32 - 1))
+def test_masks_are_kept_whole(shape, seed):
+    mask = np.random.default_rng(seed).random(shape) < 0.5
+    np.testing.assert_array_equal(regions._Mask.of(mask).array(), mask)

@@ -1,6 +1,7 @@
 """Headers with bytes or fields changed at random: no crash, no hang, and no geometry that is taken without a word."""
 
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from nnunet_mim.preparation.finding import Volume
 from nnunet_mim.preparation.screening import Header, read_header
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 
+TEXTS = ("mha", "nrrd", "mhd", "nhdr")
 VALUES = ("", "-1", "0", "1", "2", "3.5", "7", "16", "23", "nan", "inf", "1e9", "99999999999", "x", "0 0 0", "1 2")
-KINDS = ("nii", "mha", "nrrd")
+KINDS = ("nii", "mha", "nrrd", "hdr", "mhd", "nhdr")
+VOXELS = {"hdr": "img", "mhd": "raw", "nhdr": "raw"}
+"""ending of the file with the voxels, where they are in one of their own"""
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +29,19 @@ def files(shared_data, tmp_path_factory):
     """A small real CT in each format, not compressed: (path, number of bytes of its header) by ending."""
     image = sitk.ReadImage(str(shared_data / "single" / "abdomen_image.nii.gz"))[::4, ::4, ::4]
     image.SetSpacing((11.0, 12.0, 13.0))
-    folder, found = tmp_path_factory.mktemp("mutated"), {}
+    found = {}
     n_bytes = 2 * image.GetNumberOfPixels()
     for kind in KINDS:
-        path = folder / f"whole.{kind}"
+        path = tmp_path_factory.mktemp(kind) / f"a.{kind}"
         sitk.WriteImage(image, str(path), False)
-        found[kind] = path, path.stat().st_size - n_bytes
+        found[kind] = path, path.stat().st_size - (0 if kind in VOXELS else n_bytes)
     read_headers([str(path)], 1)  # what starts workers has imported everything from now on
     return found
 
 
 def statement(path):
     """Size and steps (columns) that a file says by itself, read without SimpleITK."""
-    if path.suffix == ".nii":
+    if path.suffix in (".nii", ".hdr"):
         image = nibabel.load(path)
         return image.shape, np.diag([-1, -1, 1]) @ image.affine[:3, :3]
     text = path.read_bytes().split(b"LOCAL\n")[0].split(b"\n\n")[0].decode("latin-1")
@@ -46,7 +50,7 @@ def statement(path):
         (value,) = re.findall(rf"^{field} ?[=:] ?(.*)$", text, re.MULTILINE)
         return [float(n) for n in re.sub(r"[(),]", " ", value).split()]
 
-    if path.suffix == ".mha":
+    if path.suffix in (".mha", ".mhd"):
         return numbers("DimSize"), np.reshape(numbers("TransformMatrix"), (3, 3)).T * numbers("ElementSpacing")
     assert "space: left-posterior-superior" in text
     return numbers("sizes"), np.reshape(numbers("space directions"), (3, 3)).T
@@ -83,8 +87,7 @@ def mutated_bytes(files, folder, kind, changes):
     content = bytearray(path.read_bytes())
     for place, value in changes:
         content[int(place * head)] = value
-    (folder / f"a.{kind}").write_bytes(content)
-    return folder / f"a.{kind}"
+    return written(folder, path, content)
 
 
 def mutated_field(files, folder, kind, field, place, value):
@@ -95,8 +98,15 @@ def mutated_field(files, folder, kind, field, place, value):
     words = lines[line].split(b" ")
     words[int(place * len(words))] = value.encode()
     lines[line] = b" ".join(words)
-    (folder / f"a.{kind}").write_bytes(b"\n".join(lines) + path.read_bytes()[head:])
-    return folder / f"a.{kind}"
+    return written(folder, path, b"\n".join(lines) + path.read_bytes()[head:])
+
+
+def written(folder, path, content):
+    """A file of this content, with the voxels of `path` beside it if they are in a file of their own."""
+    if path.suffix[1:] in VOXELS:
+        shutil.copy(path.with_suffix(f".{VOXELS[path.suffix[1:]]}"), folder)
+    (folder / path.name).write_bytes(content)
+    return folder / path.name
 
 
 SHARES = st.floats(0, 1, exclude_max=True)
@@ -122,7 +132,7 @@ def test_bytes(files, tmp_path, kind, changes):
 
 
 @settings(max_examples=25, **QUIET)
-@given(kind=st.sampled_from(KINDS[1:]), field=SHARES, place=SHARES, value=st.sampled_from(VALUES))
+@given(kind=st.sampled_from(TEXTS), field=SHARES, place=SHARES, value=st.sampled_from(VALUES))
 def test_fields(files, tmp_path, kind, field, place, value):
     check(mutated_field(files, tmp_path, kind, field, place, value))
 
@@ -136,6 +146,18 @@ def test_bytes_at_length(files, tmp_path, kind, changes):
 
 @pytest.mark.long
 @settings(max_examples=500, **QUIET)
-@given(kind=st.sampled_from(KINDS[1:]), field=SHARES, place=SHARES, value=st.sampled_from(VALUES))
+@given(kind=st.sampled_from(TEXTS), field=SHARES, place=SHARES, value=st.sampled_from(VALUES))
 def test_fields_at_length(files, tmp_path, kind, field, place, value):
     check(mutated_field(files, tmp_path, kind, field, place, value))
+
+
+@pytest.mark.parametrize("kind", ["mhd", "nhdr"])
+def test_a_smaller_size_beside_a_file_of_voxels_is_damage(files, tmp_path, kind):
+    """SimpleITK reads the first of the voxels, and shears the image."""
+    path, _ = files[kind]
+    before, after = (b"DimSize = 31", b"DimSize = 30") if kind == "mhd" else (b"sizes: 31", b"sizes: 30")
+    content = path.read_bytes()
+    assert before in content
+    problem = damaged(written(tmp_path, path, content.replace(before, after)))
+    assert re.fullmatch(r"damaged \(\d+ bytes of voxels more than its header promises\)", problem)
+    assert damaged(written(tmp_path, path, content)) is None

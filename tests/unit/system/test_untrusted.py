@@ -12,7 +12,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nnunet_mim.benchmarking.bench_file import read_bench
 from nnunet_mim.benchmarking.cli import main as mim_benchmark
+from nnunet_mim.checkpoint.format import load_checkpoint
+from nnunet_mim.checkpoint.published import read_published
+from nnunet_mim.classification.labels import read_labels
+from nnunet_mim.classification.results import load_weights, read_predictions
 from nnunet_mim.errors import MiMError, printable, printable_lines
 from nnunet_mim.nnunet.cases import read_properties
 from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
@@ -51,6 +56,14 @@ YAML_BOMBS = {
     "a long file": "a: 1\n" * 100_000,
     "a Python object": "a: !!python/object/apply:os.mkdir [trap]\n",
     "no text": "a: \x00\n",
+    "an octal number": "iterations: 0100\n",
+    "a number to base 60": "iterations: 1:30\n",
+    "NaN": "learning_rate: .nan\n",
+    "infinity": "learning_rate: 1e999\n",
+    "bytes": "tag: !!binary aGVsbG8=\n",
+    "a set": "datasets: !!set {501}\n",
+    "a name that is no text": "a: {true: 1}\n",
+    "many names": "".join(f"{n:x}:\n" for n in range(6000)) + "1:\n",
 }
 
 
@@ -184,9 +197,34 @@ def pipe(tmp_path):
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("read", [read_json, read_plans, read_fingerprint, read_dataset_json, read_properties])
+READERS = {
+    "json": read_json, "plans": read_plans, "fingerprint": read_fingerprint, "dataset": read_dataset_json,
+    "properties": read_properties, "labels": lambda path: read_labels(path, ["lesion"]),
+    "predictions": read_predictions, "checkpoint": load_checkpoint, "published": read_published,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_a_pipe_is_not_waited_for(pipe, refused, read):
     assert "no regular file" in refused(read, pipe)
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_device_is_not_read(tmp_path, refused, read):
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    assert "no regular file" in refused(read, tmp_path / "zero")
+
+
+def test_weights_that_are_a_pipe(pipe):
+    with pytest.raises(ValueError, match="no regular file"):
+        load_weights(pipe, "")
+
+
+def test_an_experiment_may_come_out_of_a_pipe(pipe):
+    writer = threading.Thread(target=pipe.write_text, args=("datasets: [501]\narms: [MiM]\n",))
+    writer.start()
+    assert read_bench(pipe).arms[0].name == "MiM"
+    writer.join()
 
 
 def test_a_pipe_among_the_files_of_a_dataset(pipe):
