@@ -66,13 +66,18 @@ def classify(
     )  # fmt: skip
 
 
-def report(dataset: int | str, target: str | Sequence[str], seed: int = 0, **settings: Any) -> Path:
+def report(
+    dataset: int | str, target: str | Sequence[str], seed: int = 0, saliency: bool = False, device: str = "cuda",
+    **settings: Any,
+) -> Path:  # fmt: skip
     """Compare what is trained, as `mim_classify report` does.
 
     Args:
         dataset: as in `classify`.
         target: as in `classify`.
         seed: of the bootstrap.
+        saliency: show what the best trained network rests on, in its worst and best cases.
+        device: cuda, cpu or mps; for the maps.
         settings: plans, configuration.
 
     Returns:
@@ -84,7 +89,8 @@ def report(dataset: int | str, target: str | Sequence[str], seed: int = 0, **set
     given = _known(settings, (LabelledOptions,))
     return classification_cli.report(
         as_typed(
-            dataset=str(dataset), target=_names(target), where=None, labels="", seed=seed, **given
+            dataset=str(dataset), target=_names(target), where=None, labels="", seed=seed, saliency=saliency,
+            device=device, **given,
         )
     )  # fmt: skip
 

@@ -5,17 +5,16 @@ The few-shot protocol is such a file too: one dataset and fold, few labels and a
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
+from nnunet_mim.benchmarking.classifiers.bench_file import ClassifierBench, classifier_bench_of
+from nnunet_mim.benchmarking.entries import Count, checkpoint_of, read_entries
 from nnunet_mim.benchmarking.seeded_training import Length
-from nnunet_mim.checkpoint.locate import REPOSITORY, shipped_weights
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.untrusted import read_yaml
 
@@ -29,9 +28,6 @@ KNOWN_ARMS = {
 """Trainer and plans of the arms that need only a name."""
 TRAIN, PRETRAINED = "nnUNetv2_train", "nnUNetv2_train_pretrained"
 LENGTH_SETTINGS = {"num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"}
-Count = Annotated[int, 1]
-"""A whole number; the second argument is the smallest one allowed."""
-Entries = TypeVar("Entries")
 
 
 @dataclass(frozen=True)
@@ -120,10 +116,15 @@ class Bench:
         return Length(self.iterations // self.iterations_per_epoch, self.iterations_per_epoch, self.val_iterations)
 
 
-def read_bench(path: Path) -> Bench:
-    """Read and check a file; nnU-Net's folders are not looked at. Raises MiMError with the file and the entry."""
+def read_bench(path: Path) -> Bench | ClassifierBench:
+    """Read and check a file: with `target` it is an experiment of classifiers. nnU-Net's folders are not looked at.
+
+    Raises MiMError with the file and the entry.
+    """
     try:
-        return bench_of(read_yaml(path), path.resolve().parent)
+        content = read_yaml(path)
+        make = classifier_bench_of if "target" in content else bench_of
+        return make(content, path.resolve().parent)
     except MiMError as error:
         raise MiMError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
@@ -133,7 +134,7 @@ def bench_of(content: Mapping[str, Any], folder: Path) -> Bench:
 
     Raises MiMError with the entry.
     """
-    bench = _read_entries(Bench, content)
+    bench = read_entries(Bench, content)
     plans = {arm.plans for arm in bench.arms if arm.plans and _with_trainer(arm).is_mim}
     mim_plans = plans.pop() if len(plans) == 1 else MIM_PLANS  # the control's too
     arms = tuple(_complete_arm(arm, mim_plans, folder) for arm in bench.arms)
@@ -162,10 +163,7 @@ def _complete_arm(arm: ArmSpec, mim_plans: str, folder: Path) -> ArmSpec:
         raise MiMError(f"{where}: settings: {bad[0]} is the same for all arms: {remedy}")
     if not arm.checkpoint:
         return replace(arm, checkpoint=None)
-    path = folder / arm.checkpoint
-    on_hub = REPOSITORY.fullmatch(arm.checkpoint) and path.suffix != ".pth"
-    named = (on_hub or arm.checkpoint in shipped_weights()) and not path.exists()
-    return arm if named else replace(arm, checkpoint=str(path))
+    return replace(arm, checkpoint=checkpoint_of(arm.checkpoint, folder))
 
 
 def default_arms(dataset: str, configuration: str) -> list[str]:
@@ -218,65 +216,3 @@ def _settings_by_arm(settings: Mapping[str, Any], arms: Sequence[ArmSpec]) -> di
 
 def _with_trainer(arm: ArmSpec) -> ArmSpec:
     return replace(arm, trainer=arm.trainer or KNOWN_ARMS.get(arm.name, ("", ""))[0])
-
-
-def _read_entries(cls: type[Entries], content: Any, where: str = "", **given: Any) -> Entries:
-    """A dataclass from a mapping of its fields' names to values, which are checked against the fields' types.
-
-    None stands for a field's default; fields in `given` are no entries of the file. Raises MiMError with the entry,
-    whose place in the file is `where`.
-    """
-    prefix = f"{where}: " if where else ""
-    entries = {f.name: f for f in fields(cls) if f.name not in given}  # type: ignore[arg-type]
-    if not isinstance(content, Mapping):
-        raise MiMError(f"{prefix}give names and values ({', '.join(sorted(entries))})")
-    if unknown := sorted(set(map(str, content)) - set(entries)):
-        raise MiMError(f"{prefix}unknown entry '{unknown[0]}': there are {', '.join(sorted(entries))}")
-    required = [name for name, f in entries.items() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in required if not content.get(name)]:
-        raise MiMError(f"{prefix}'{missing[0]}' is missing")
-    types = get_type_hints(cls, include_extras=True)
-    values = {k: _value(value, types[k], prefix + k) for k, value in content.items() if value is not None}
-    return cls(**given, **values)
-
-
-def _value(value: Any, kind: Any, where: str) -> Any:
-    """A value of the file as a field's type has it. MiMError where it is no such value."""
-    if NoneType in get_args(kind):
-        kind = next(option for option in get_args(kind) if option is not NoneType)
-    kind, *details = get_args(kind) if get_origin(kind) is Annotated else (kind,)
-    origin, arguments = get_origin(kind) or kind, get_args(kind)
-    if origin is tuple and is_dataclass(arguments[0]):
-        return _named_entries(arguments[0], value, where)
-    if origin is tuple:
-        return tuple(_value(item, arguments[0], where) for item in _listed(value))
-    if origin is Literal and value not in arguments:
-        raise MiMError(f"{where} {value}: give {', '.join(arguments[:-1])} or {arguments[-1]}")
-    if origin in (int, float):
-        numbers = (int,) if origin is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, numbers) or not details[0] <= value < math.inf:
-            raise MiMError(f"{where} {value}: give a {'whole ' * (origin is int)}number from {details[0]}")
-    if origin is bool and not isinstance(value, bool):
-        raise MiMError(f"{where} {value}: give true or false")
-    if origin is Mapping and not isinstance(value, Mapping):
-        raise MiMError(f"{where}: give {details[0]}")
-    if origin is Path:
-        return Path(str(value))
-    return origin(value) if origin in (str, float) else value
-
-
-def _named_entries(cls: Any, content: Any, where: str) -> tuple[Any, ...]:
-    """Dataclasses from their names alone, or from a mapping of names to entries. The name is the first field."""
-    if not isinstance(content, Mapping):
-        names = [str(name) for name in _listed(content)]
-        if len(set(names)) < len(names):
-            raise MiMError(f"{where}: {max(names, key=names.count)} is there twice")
-        content = dict.fromkeys(names)
-    first = fields(cls)[0].name
-    return tuple(
-        _read_entries(cls, own or {}, f"{where}: {name}", **{first: str(name)}) for name, own in content.items()
-    )
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [value]

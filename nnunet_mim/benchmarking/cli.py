@@ -18,6 +18,7 @@ from nnunet_mim.system.machine import usable_cores
 
 if TYPE_CHECKING:
     from nnunet_mim.benchmarking.bench_file import Bench
+    from nnunet_mim.benchmarking.classifiers.bench_file import ClassifierBench
 
 DESCRIPTION = """\
 Benchmarks on public CT.
@@ -40,6 +41,9 @@ bench.yaml, for example:
   labels: [10%, 100%]
   seeds: 3
   gpus: [0, 1, 2, 3]
+
+With `target: malignant` in the file the arms are classifiers, and every training is mim_classify train:
+docs/classification.md.
 
 Every training is nnU-Net's own command in a folder of its own. Repeating the command goes on where it was interrupted,
 and does nothing where everything is finished; what failed is named, and tried again with --retry. All entries:
@@ -144,9 +148,13 @@ def prepare(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Plan, report, or train and report an experiment of a file."""
-    from nnunet_mim.benchmarking.bench_file import read_bench
+    from nnunet_mim.benchmarking.bench_file import Bench, read_bench
 
-    _execute(read_bench(Path(options.bench)), options, options.retry)
+    bench = read_bench(Path(options.bench))
+    if isinstance(bench, Bench):
+        _execute(bench, options, options.retry)
+    else:
+        _execute_classifiers(bench, options)
 
 
 def few_shot(options: argparse.Namespace) -> None:
@@ -185,6 +193,17 @@ def _execute(bench: Bench, options: argparse.Namespace, retry: bool, bench_yaml:
         run_experiment(bench, retry, bench_yaml)
 
 
+def _execute_classifiers(bench: ClassifierBench, options: argparse.Namespace) -> None:
+    from nnunet_mim.benchmarking.classifiers import experiment
+
+    if options.dry_run:
+        experiment.plan_classifiers(bench)
+    elif options.report:
+        experiment.report_classifiers(bench)
+    else:
+        experiment.run_classifiers(bench, options.retry)
+
+
 def _refuse(problems: list[str]) -> None:
     """Raise the only problem, or print twenty of them and raise how many there are."""
     if len(problems) == 1:
@@ -214,7 +233,7 @@ def _parser() -> OneLineParser:
 
 def _add_modes(command: Any) -> Any:
     """What to do instead of training. Returns the group of these options, of which one may be given."""
-    seen = "validate on cases that a pretraining has seen; they are marked in every table"
+    seen = "validate on cases that a pretraining has seen; they are marked in every table (classifiers always do)"
     command.add_argument("--allow-seen", action="store_true", help=seen)
     modes = command.add_mutually_exclusive_group()
     modes.add_argument("--dry-run", action="store_true", help="list the trainings and their hours, train nothing")

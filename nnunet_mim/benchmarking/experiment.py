@@ -17,11 +17,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_mim.benchmarking.bench_file import Bench
 from nnunet_mim.benchmarking.bench_report import PAGE, write_bench_report
 from nnunet_mim.benchmarking.cell import Cell
+from nnunet_mim.benchmarking.classifiers.bench_file import ClassifierBench
 from nnunet_mim.benchmarking.guard import Seen, look_for_seen_cases, refuse_seen_cases
 from nnunet_mim.benchmarking.matrix import Matrix, Place, Results, build_matrix
 from nnunet_mim.benchmarking.outcome import Outcome
 from nnunet_mim.benchmarking.training import reason_of
-from nnunet_mim.benchmarking.work import failures, finished_results, run_matrix
+from nnunet_mim.benchmarking.work import Trainings, failures, finished_results, run_matrix
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.networks.resenc import check_named_classes
@@ -35,24 +36,38 @@ def run_experiment(bench: Bench, retry: bool = False, bench_yaml: str = "") -> N
     `bench_yaml`, the experiment as text, is kept in the output folder once it is checked. Raises MiMError for bad input
     before any training, and for failed trainings at the end.
     """
-    _check_device(bench)
+    check_device(bench)
     outcome, seen_tests = prepare(bench)
     matrix, results = outcome.matrix, outcome.results
     if bench_yaml:
         bench.output.mkdir(parents=True, exist_ok=True)
         write_atomically(bench.output / "bench.yaml", bench_yaml.encode())
+    unfinished = train_missing(matrix, results, retry, f"trainings of {bench.iterations} iterations")
+    if results:
+        report(outcome, seen_tests, unfinished)
+    refuse_unfinished(matrix, unfinished, retry)
+
+
+def train_missing(matrix: Trainings, results: dict[Any, Any], retry: bool, what: str) -> dict[Any, str]:
+    """Train what is not in `results`, which it adds to, and with `retry` also what failed the last time.
+
+    Returns why others failed or were interrupted. `what` stands behind the number of trainings.
+    """
     failed = failures(matrix)
     todo = [place for place in matrix.cells if place not in results and (retry or place not in failed)]
-    state = f"{len(results)} finished, {len(todo)} to do; output {bench.output}"
-    print(f"{len(matrix.cells)} trainings of {bench.iterations} iterations: {state}", flush=True)
+    state = f"{len(results)} finished, {len(todo)} to do; output {matrix.bench.output}"
+    print(f"{len(matrix.cells)} {what}: {state}", flush=True)
     unfinished = {place: reason for place, reason in failed.items() if place not in todo}
     for place, reason in unfinished.items():
         print(f"failed before: {place}: {reason}")
     unfinished |= run_matrix(matrix, todo, results, lambda text: print(text, flush=True))
     if busy := len([place for place in todo if place not in results and place not in unfinished]):
         print(f"{busy} trainings are left to other processes, which are at work on them")
-    if results:
-        report(outcome, seen_tests, unfinished)
+    return unfinished
+
+
+def refuse_unfinished(matrix: Trainings, unfinished: Mapping[Any, str], retry: bool) -> None:
+    """MiMError where trainings failed or were interrupted."""
     if unfinished:
         broken = failures(matrix)  # an interrupted training continues without --retry
         remedy = "see above, and repeat the command" + (" with --retry" if broken and not retry else "")
@@ -83,10 +98,10 @@ def plan_experiment(bench: Bench) -> None:
         print(f"{place}: {state}{f', about {estimate:.2f} h' if estimate is not None else ''}")
     todo = [hours[place.dataset, place.arm] for place in matrix.cells if place not in results]
     at_a_time = len(bench.gpus) or (len(todo) if bench.slurm is not None else bench.jobs)
-    print(_summary_of_plan(todo, len(matrix.cells), bench.device, at_a_time))
+    print(summary_of_plan(todo, len(matrix.cells), bench.device, at_a_time))
 
 
-def _summary_of_plan(todo: Sequence[float | None], total: int, device: str, at_a_time: int) -> str:
+def summary_of_plan(todo: Sequence[float | None], total: int, device: str, at_a_time: int) -> str:
     """How many of `total` trainings are to do, and how long they take; `todo` has hours, None where unknown."""
     text = f"{len(todo)} of {total} trainings to do"
     known = [hours for hours in todo if hours is not None]
@@ -125,7 +140,7 @@ def _check_references(matrix: Matrix, results: Collection[Place]) -> None:
             raise MiMError(f"{path}, a validation case's reference, is missing: {remedy}")
 
 
-def _check_device(bench: Bench) -> None:
+def check_device(bench: Bench | ClassifierBench) -> None:
     """MiMError where this machine does not have the GPUs of the experiment. Jobs of SLURM run elsewhere."""
     if bench.device != "cuda" or bench.slurm is not None:
         return

@@ -69,6 +69,10 @@ class Matrix:
         """Number of training cases, which all seeds and arms share."""
         return len(self.cells[Place(dataset, fold, labels, 0, self.arms[0])].train_cases)
 
+    def shown(self, result: Mapping[str, Any]) -> str:
+        """The figure of a result that is printed when it is there."""
+        return f"mean Dice {mean_dice(result):.3f}"
+
     def training(self, place: Place, threads: int = 0) -> Training:
         """The training of a cell, in its folder."""
         labels = place.labels.replace("%", "pct")

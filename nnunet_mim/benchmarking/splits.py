@@ -11,7 +11,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_mim.benchmarking.archives import BTCV_CASES
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.splits import N_FOLDS
+from nnunet_mim.nnunet.splits import N_FOLDS, labelled_count
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.untrusted import read_json
 
@@ -52,12 +52,7 @@ def labelled_subset(cases: Sequence[str], labels: str, seed: int) -> tuple[str, 
     `labels` is their number, a percentage of `cases` (10%: rounded up, at least one), or all. Raises MiMError for
     anything else, or more than there are.
     """
-    amount, cases = labels if labels != "all" else "100%", sorted(cases)
-    number, maximum = amount.removesuffix("%"), 100 if amount.endswith("%") else len(cases)
-    if not (number.isascii() and number.isdigit()) or not 1 <= int(number) <= maximum:
-        numbers = f"numbers from 1 to {len(cases)} (the training cases of the fold)"
-        raise MiMError(f"labels {labels}: give {numbers}, percentages from 1% to 100%, or all")
-    count = -(-len(cases) * int(number) // maximum)
+    count, cases = labelled_count(labels, len(cases), "the training cases of the fold"), sorted(cases)
     order = np.random.default_rng(seed).permutation(len(cases))
     return tuple(sorted(cases[i] for i in order[:count]))
 

@@ -26,6 +26,7 @@ from nnunet_mim.benchmarking.seeded_training import attempts_of
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, LATEST
 from nnunet_mim.checkpoint.torch_file import ALLOWING
 from nnunet_mim.errors import MiMError
+from nnunet_mim.pretraining.stopping import EXIT_CODE
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.processes import run_command
@@ -41,9 +42,94 @@ class InterruptedTrainingError(MiMError):
     """A training was ended from outside; it continues when the command is repeated."""
 
 
+class KeptTraining:
+    """One training of an experiment, which is kept in a folder of its own.
+
+    It can be called on this machine, or as a job of SLURM.
+    """
+
+    folder: Path
+    """of this training only"""
+
+    def key(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain values. The path `checkpoint` may change: its hash decides."""
+        raise NotImplementedError
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of a finished training, or None. Raises MiMError where the folder holds another experiment."""
+        raise NotImplementedError
+
+    def compute(self, gpu: str | None, stop: Event | None) -> dict[str, Any]:
+        """Begin or continue, and return the result; raises as `train`."""
+        raise NotImplementedError
+
+    def environment(self, gpu: str | None) -> dict[str, str]:
+        """The environment of its commands."""
+        raise NotImplementedError
+
+    def is_this_one(self) -> bool:
+        """Whether the folder holds this training, finished or not. Raises MiMError where it holds another one."""
+        if not (self.folder / KEY).is_file():
+            return False
+        stored, now = read_json(self.folder / KEY, DELETE), json.loads(json.dumps(self.key()))
+        now.pop("checkpoint", None)
+        changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in now if stored.get(name) != now[name]]
+        if changed:
+            differences = "; ".join(changed)[:300]
+            raise MiMError(f"{self.folder} holds another experiment ({differences}): give another output, or delete it")
+        return True
+
+    def failure(self) -> str | None:
+        """Why the last attempt ended; None where it did not fail."""
+        with suppress(FileNotFoundError):
+            return (self.folder / FAILED).read_text(encoding="utf-8")
+        return None
+
+    def __call__(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
+        """Train, unless another process has done so meanwhile. Raises MiMError as `train`, or with BUSY."""
+        with exclusive_lock(self.folder / ".lock", BUSY):
+            return self.finished() or self.train(gpu, stop)
+
+    def checkpoint(self, *_: Any) -> Any:
+        """The job that submitit queues when the time of this one is over: the same, which continues."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def train(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
+        """Train, continuing an interrupted attempt. Writes the result, which it returns, or why it failed.
+
+        `gpu` is as in CUDA_VISIBLE_DEVICES, None as in this process; `stop` ends the training when it is set. Raises
+        MiMError with the log where it fails, InterruptedTrainingError where it was ended from outside.
+        """
+        folder = self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILED).unlink(missing_ok=True)
+        try:
+            write_atomically(folder / KEY, json.dumps(self.key()).encode())
+            result = self.compute(gpu, stop)
+            write_atomically(folder / RESULT, json.dumps(result).encode())
+            return result
+        except InterruptedTrainingError:
+            raise
+        except (MiMError, OSError, ValueError, KeyError) as error:
+            write_atomically(folder / FAILED, reason_of(error).encode())
+            raise
+
+    def _run(self, command: list[str], made: Iterable[Path], gpu: str | None, stop: Event | None) -> None:
+        """Run a command that makes these files. Raises as `train`."""
+        log_file = self.folder / LOG
+        exit_code = run_command(command, log_file, self.environment(gpu), stop)
+        if exit_code in (-signal.SIGTERM, -signal.SIGINT, EXIT_CODE):
+            raise InterruptedTrainingError(f"interrupted, see {log_file}")
+        if exit_code or not all(path.is_file() for path in made):
+            last = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+            raise MiMError(f"training failed, see {log_file} ({last[0][:200]})")
+
+
 @dataclass(frozen=True)
-class Training:
-    """A cell with its folder and device. It can be called on this machine, or as a job of SLURM."""
+class Training(KeptTraining):
+    """A cell with its folder and device."""
 
     cell: Cell
     folder: Path
@@ -64,21 +150,17 @@ class Training:
         name = f"{self.cell.arm.spec.trainer}__{source.plans_name}__{source.configuration}"
         return self.folder / "nnUNet_results" / source.dataset / name / f"fold_{self.cell.fold}"
 
+    def key(self) -> dict[str, Any]:
+        """That of the cell."""
+        return self.cell.key()
+
     def finished(self) -> dict[str, Any] | None:
         """The result of a finished training, or None. Raises MiMError where the folder holds another experiment.
 
         It is not finished where a test set is missing. If it was measured with another tolerance, its predictions are
         measured again.
         """
-        if not (self.folder / KEY).is_file():
-            return None
-        stored, now = read_json(self.folder / KEY, DELETE), json.loads(json.dumps(self.cell.key()))
-        del now["checkpoint"]  # the file may have moved: its hash decides
-        changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in now if stored.get(name) != now[name]]
-        if changed:
-            differences = "; ".join(changed)[:300]
-            raise MiMError(f"{self.folder} holds another experiment ({differences}): give another output, or delete it")
-        if not (self.folder / RESULT).is_file():
+        if not self.is_this_one() or not (self.folder / RESULT).is_file():
             return None
         result = read_json(self.folder / RESULT, DELETE)
         tested = result.get("tests", {})
@@ -89,59 +171,16 @@ class Training:
             write_atomically(self.folder / RESULT, json.dumps(result).encode())
         return result
 
-    def failure(self) -> str | None:
-        """Why the last attempt ended; None where it did not fail."""
-        with suppress(FileNotFoundError):
-            return (self.folder / FAILED).read_text(encoding="utf-8")
-        return None
-
-    def __call__(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
-        """Train, unless another process has done so meanwhile. Raises MiMError as `train`, or with BUSY."""
-        with exclusive_lock(self.folder / ".lock", BUSY):
-            return self.finished() or self.train(gpu, stop)
-
-    def checkpoint(self, *_: Any) -> Any:
-        """The job that submitit queues when the time of this one is over: the same, which continues."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
-    def train(self, gpu: str | None = None, stop: Event | None = None) -> dict[str, Any]:
-        """Train, validate and test, continuing an interrupted attempt. Writes the result, which it returns, or why it
-        failed.
-
-        `gpu` is as in CUDA_VISIBLE_DEVICES, None as in this process; `stop` ends the training when it is set. Raises
-        MiMError with the log where it fails, InterruptedTrainingError where it was ended from outside.
-        """
+    def compute(self, gpu: str | None, stop: Event | None) -> dict[str, Any]:
+        """Train, validate and test; what is there is kept."""
         folder = self.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILED).unlink(missing_ok=True)
-        try:
-            write_atomically(folder / KEY, json.dumps(self.cell.key()).encode())
-            self._write_folders()
-            summary = self.output / "validation" / "summary.json"
-            if not ((folder / RESULT).is_file() and summary.is_file()):  # else only a test set is new
-                self._run(self.command(), [summary], gpu, stop)
-            for test in self.tests:
-                self._predict(test, gpu, stop)
-            result = {"key": self.cell.key(), **self.measured(), "cost": _total_cost(folder / COST)}
-            write_atomically(folder / RESULT, json.dumps(result).encode())
-            return result
-        except InterruptedTrainingError:
-            raise
-        except (MiMError, OSError, ValueError, KeyError) as error:
-            write_atomically(folder / FAILED, reason_of(error).encode())
-            raise
-
-    def _run(self, command: list[str], made: Iterable[Path], gpu: str | None, stop: Event | None) -> None:
-        """Run a command that makes these files. Raises as `train`."""
-        log_file = self.folder / LOG
-        exit_code = run_command(command, log_file, self.environment(gpu), stop)
-        if exit_code in (-signal.SIGTERM, -signal.SIGINT):
-            raise InterruptedTrainingError(f"interrupted, see {log_file}")
-        if exit_code or not all(path.is_file() for path in made):
-            last = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-            raise MiMError(f"training failed, see {log_file} ({last[0][:200]})")
+        self._write_folders()
+        summary = self.output / "validation" / "summary.json"
+        if not ((folder / RESULT).is_file() and summary.is_file()):  # else only a test set is new
+            self._run(self.command(), [summary], gpu, stop)
+        for test in self.tests:
+            self._predict(test, gpu, stop)
+        return {"key": self.key(), **self.measured(), "cost": _total_cost(folder / COST)}
 
     def _predict(self, test: ExternalSet, gpu: str | None, stop: Event | None) -> None:
         """Predict the cases of a test set, unless they are predicted; the folder appears whole or not at all."""

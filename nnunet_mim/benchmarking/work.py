@@ -7,42 +7,60 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
 from threading import Event
-from typing import Any
+from typing import Any, Protocol
 
-from nnunet_mim.benchmarking.matrix import Matrix, Place, Results, mean_dice
-from nnunet_mim.benchmarking.training import BUSY, InterruptedTrainingError, reason_of
+from nnunet_mim.benchmarking.training import BUSY, InterruptedTrainingError, KeptTraining, reason_of
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.machine import usable_cores
 from nnunet_mim.system.slurm import cause_of, slurm_executor
 
 SLURM_POLL_SECONDS = 5.0
-Report = Callable[[Place, "dict[str, Any] | Exception"], None]
+Report = Callable[[Any, "dict[str, Any] | Exception"], None]
+"""what is called with the place of a training in its matrix and its result, or why there is none"""
 
 
-def finished_results(matrix: Matrix) -> Results:
+class Trainings(Protocol):
+    """As much of an experiment as it takes to run its trainings: `Matrix`, or `ClassifierMatrix`."""
+
+    @property
+    def bench(self) -> Any:
+        """The experiment, with gpus, jobs, slurm, device and output."""
+
+    @property
+    def cells(self) -> Mapping[Any, Any]:
+        """What is trained, by its place."""
+
+    def training(self, place: Any, threads: int = 0) -> KeptTraining:
+        """The training at a place; threads: number of PyTorch's threads, 0 as usual."""
+
+    def shown(self, result: Mapping[str, Any]) -> str:
+        """The figure of a result that is printed when it is there."""
+
+
+def finished_results(matrix: Trainings) -> dict[Any, dict[str, Any]]:
     """Results of the trainings that are finished already. Raises MiMError where a folder holds another experiment."""
     found = {place: matrix.training(place).finished() for place in matrix.cells}
     return {place: result for place, result in found.items() if result is not None}
 
 
-def failures(matrix: Matrix) -> dict[Place, str]:
+def failures(matrix: Trainings) -> dict[Any, str]:
     """Why the last attempt failed, for trainings where it did."""
     found = {place: matrix.training(place).failure() for place in matrix.cells}
     return {place: reason for place, reason in found.items() if reason is not None}
 
 
 def run_matrix(
-    matrix: Matrix, todo: list[Place], results: Results, say: Callable[[str], None] = print
-) -> dict[Place, str]:
+    matrix: Trainings, todo: list[Any], results: dict[Any, dict[str, Any]], say: Callable[[str], None] = print
+) -> dict[Any, str]:
     """Train `todo`; adds to `results` as trainings finish. Returns why others failed or were interrupted."""
-    failed: dict[Place, str] = {}
+    failed: dict[Any, str] = {}
     began = time.monotonic()
 
-    def report(place: Place, outcome: dict[str, Any] | Exception) -> None:
+    def report(place: Any, outcome: dict[str, Any] | Exception) -> None:
         if isinstance(outcome, Exception) and BUSY in str(outcome):
             say(f"left: {place}: {BUSY}")
         elif isinstance(outcome, Exception):
@@ -55,14 +73,14 @@ def run_matrix(
             left = len(todo) - trained - len(failed)
             hours = (time.monotonic() - began) / trained * left / 3600
             ahead = f", {left} to go, about {hours:.1f} h" if left else ""
-            say(f"[{len(results)}/{len(matrix.cells)}] {place}: mean Dice {mean_dice(outcome):.3f}{ahead}")
+            say(f"[{len(results)}/{len(matrix.cells)}] {place}: {matrix.shown(outcome)}{ahead}")
 
     run = _run_here if matrix.bench.slurm is None else _run_on_slurm
     run(matrix, todo, report)
     return failed
 
 
-def _run_here(matrix: Matrix, todo: list[Place], report: Report) -> None:
+def _run_here(matrix: Trainings, todo: list[Any], report: Report) -> None:
     """One training at a time for each of `gpus`, or `jobs` trainings at a time."""
     bench = matrix.bench
     slots: SimpleQueue[str | None] = SimpleQueue()
@@ -72,7 +90,7 @@ def _run_here(matrix: Matrix, todo: list[Place], report: Report) -> None:
     workers = slots.qsize()
     threads = max(1, usable_cores() // workers) if bench.device == "cpu" else 0  # more than cores spin
 
-    def train(place: Place) -> dict[str, Any] | Exception:
+    def train(place: Any) -> dict[str, Any] | Exception:
         gpu = slots.get()
         try:
             return matrix.training(place, threads)(gpu, stop)
@@ -98,7 +116,7 @@ def visible(gpus: Sequence[str]) -> tuple[str, ...]:
     return tuple(seen[int(gpu)] for gpu in gpus) if seen else tuple(gpus)
 
 
-def _run_on_slurm(matrix: Matrix, todo: list[Place], report: Report) -> None:
+def _run_on_slurm(matrix: Trainings, todo: list[Any], report: Report) -> None:
     """One job a training. Jobs continue when this command ends, and repeating it takes what they have finished."""
     defaults = {"name": "mim_benchmark", "gpus_per_node": 1, "cpus_per_task": 8}
     executor = slurm_executor(matrix.bench.slurm or {}, matrix.bench.output / "slurm", defaults, "slurm")

@@ -12,9 +12,10 @@ from nnunet_mim.classification.regions import CaseVoxels, mask_box
 from nnunet_mim.nnunet.intensities import Intensities
 from nnunet_mim.system.progress import ProgressBar
 
-PREVALENCE, SIZE, SIZE_HU, COVARIATES = (f"baseline_{name}" for name in ("prevalence", "size", "size_hu", "covariates"))
+BASELINE = "baseline_"
+PREVALENCE, SIZE, SIZE_HU, COVARIATES = (BASELINE + name for name in ("prevalence", "size", "size_hu", "covariates"))
 BASELINES = (PREVALENCE, SIZE, SIZE_HU, COVARIATES)
-"""names of their results folders"""
+"""names of their results folders; with few labels what is labelled stands behind them"""
 PERCENTILES = (5, 25, 50, 75, 95)
 N_DIRECTIONS = 500
 """directions that a diameter is looked for in; the longest is missed by less than half a percent"""
@@ -36,6 +37,11 @@ def baseline_features(job: Job) -> dict[str, np.ndarray]:
         SIZE_HU: np.concatenate([sizes, hu], axis=1),
     }
     return features | ({COVARIATES: covariates} if covariates.shape[1] else {})
+
+
+def is_baseline(arm: str) -> bool:
+    """Whether a results folder of this name holds a baseline."""
+    return arm.startswith(BASELINE)
 
 
 def describe_baselines(covariates: tuple[str, ...]) -> Mapping[str, str]:

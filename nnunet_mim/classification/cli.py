@@ -145,6 +145,10 @@ def report(options: argparse.Namespace) -> Path:
     from nnunet_mim.nnunet.datasets import require_environment
     from nnunet_mim.nnunet.source import find_source
 
+    if options.saliency:
+        import torch
+
+        _check_device(torch, options.device)
     require_environment()
     source = find_source(where.dataset, where.plans, where.configuration)
     kept, which = None, ""
@@ -153,7 +157,8 @@ def report(options: argparse.Namespace) -> Path:
         kept = cases_where(labels_file(source.dataset, options.labels), column, low, high)
         which = f"{column} from {low} to below {high}"
     folder = targets_folder(source, where.target)
-    print("\n".join(write_report(folder, source, kept, which, options.seed)))
+    saliency = options.device if options.saliency else None
+    print("\n".join(write_report(folder, source, kept, which, options.seed, saliency)))
     return folder
 
 
@@ -230,6 +235,9 @@ def _parser() -> OneLineParser:
     add("--where", nargs=3, metavar=("COLUMN", "LOW", "HIGH"), help=where)
     add("--labels", default="", metavar="FILE", help="table of labels (default: labels.csv in nnUNet_raw/DatasetXXX)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the intervals (default: 0)")
+    saliency = "show what the best trained network rests on, in its worst and best cases"
+    add("--saliency", action="store_true", help=saliency)
+    _add_device(made)
 
     made = command(predict, "classify raw images", PREDICT, PREDICT_EPILOG)
     add_flags(made, "which classifier", TrainedOptions)

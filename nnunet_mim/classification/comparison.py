@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_mim.classification.baselines import BASELINES, PREVALENCE, SIZE
+from nnunet_mim.classification.baselines import PREVALENCE, SIZE, is_baseline
 from nnunet_mim.classification.evaluation import (
     N_DRAWS,
     Difference,
@@ -48,7 +48,7 @@ class Evaluation:
     @property
     def networks(self) -> list[str]:
         """Arms that are no baselines, the highest AUROC first."""
-        names = [name for name in self.arms if name not in BASELINES]
+        names = [name for name in self.arms if not is_baseline(name)]
         return sorted(names, key=lambda name: -self.figures[name]["auroc"].value)
 
     @property
@@ -93,12 +93,12 @@ def evaluate_arms(
         raise MiMError(f"no classifier in {folder} has all folds: run mim_classify train with -f all")
     evaluations = []
     for number in range(len(first)):
-        arms = {name: _kept(arm[number], kept) for name, arm in complete.items()}
+        arms = {name: kept_cases(arm[number], kept) for name, arm in complete.items()}
         evaluations.append(_evaluation(arms, seed, n_draws))
     return evaluations, notes
 
 
-def _kept(predictions: Predictions, cases: set[str] | None) -> Predictions:
+def kept_cases(predictions: Predictions, cases: set[str] | None) -> Predictions:
     """Those whose class is known, and that are among some cases."""
     rows = [
         row
@@ -127,8 +127,8 @@ def _evaluation(arms: dict[str, Predictions], seed: int, n_draws: int) -> Evalua
         }
         for name, arm in arms.items()
     }
-    networks = [name for name in arms if name not in BASELINES]
-    pairs = [(a, b) for a in networks for b in arms if b in BASELINES and b != PREVALENCE]
+    networks = [name for name in arms if not is_baseline(name)]
+    pairs = [(a, b) for a in networks for b in arms if is_baseline(b) and not b.startswith(PREVALENCE)]
     pairs += [(a, b) for i, a in enumerate(networks) for b in networks[i + 1 :]]
     values = {name: each["auroc"].value for name, each in figures.items()}
     gaps = differences(values, {name: drawn["auroc"] for name, (_, drawn) in found.items()}, pairs)

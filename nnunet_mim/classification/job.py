@@ -13,6 +13,7 @@ import nnunet_mim
 from nnunet_mim.checkpoint.identity import leaked_cases
 from nnunet_mim.classification.encoders import LoadedEncoder, load_encoder
 from nnunet_mim.classification.folds import Folds, find_folds
+from nnunet_mim.classification.labelled import labelled_folds
 from nnunet_mim.classification.labels import LabelTable, check_cases, check_classes, labels_file, read_labels
 from nnunet_mim.classification.options import ClassifyConfig, DataOptions
 from nnunet_mim.classification.regions import CaseReader
@@ -101,6 +102,7 @@ def set_up(where: DataOptions, config: ClassifyConfig) -> Job:
     reader = CaseReader(source, config.roi)
     reader.check_masks(table.cases)
     folds = find_folds(source.folder.parent, table, config.folds)
+    folds = labelled_folds(folds, table, config.labelled, config.seed)
     return Job(source, config, table, folds, reader, targets_folder(source, where.target))
 
 

@@ -99,6 +99,13 @@ class ClassifyConfig:
         "base", "network size where neither plans nor a checkpoint say it", "--preset", choices=list(PRESETS)
     )
     labels: str = setting("", "table of labels", "--labels", "labels.csv in nnUNet_raw/DatasetXXX", metavar="FILE")
+    labelled: str = setting(
+        "all",
+        "training patients of a fold that have a label: a number, a percentage such as 10%, or all; of one --seed more "
+        "patients hold the fewer ones; all cases are predicted",
+        "--labelled",
+        metavar="N",
+    )
     per_patient: bool = setting(
         False, "the targets are properties of patients: refuse different values within one", "--per_patient"
     )
@@ -152,7 +159,7 @@ class ClassifyConfig:
         4, "maximum number of random windows of a case in a step, where it is larger than one", "--case_windows"
     )
     folds: int = setting(5, "number of folds, where no file names them yet", "--folds")
-    seed: int = setting(0, "seed of random weights, inner splits and intervals", "--seed")
+    seed: int = setting(0, "seed of random weights, labelled patients, inner splits and intervals", "--seed")
     tag: str = setting("", "tag in the results folder's name, to keep several trainings", "-o", "none", metavar="TAG")
 
     def __post_init__(self) -> None:
@@ -168,6 +175,8 @@ class ClassifyConfig:
             raise MiMError(f"--margin must be 0 mm or more, got {self.margin}")
         if self.seed < 0:
             raise MiMError(f"--seed must be 0 or more, got {self.seed}")
+        if not re.fullmatch(r"all|[1-9][0-9]*%?", self.labelled):
+            raise MiMError(f"--labelled takes a number above 0, a percentage such as 10%, or all, got {self.labelled}")
         if not re.fullmatch(r"[\w.-]*", self.tag):
             raise MiMError(f"-o {self.tag}: a tag takes letters, digits, '_', '.' and '-'")
         if self.mask_channel and not self.roi:
@@ -191,9 +200,21 @@ class ClassifyConfig:
         parts = [self.mode]
         parts += ["random"] if self.from_random and self.mode != "scratch" else []
         parts += [self.encoder] if self.encoder != "hybrid" else []
-        parts += [f"seed{self.seed}"] if self.seed and self.mode != "probe" else []
+        if self.labelled != "all":
+            parts.append(self._of_labels)
+        elif self.seed and self.mode != "probe":
+            parts.append(f"seed{self.seed}")
         parts += [self.tag] if self.tag else []
         return "_".join(parts)
+
+    def baseline_arm(self, name: str) -> str:
+        """Name of the results folder of a baseline."""
+        return name if self.labelled == "all" else f"{name}_{self._of_labels}"
+
+    @property
+    def _of_labels(self) -> str:
+        seed = f"_seed{self.seed}" if self.seed else ""
+        return f"labelled{self.labelled.replace('%', 'pct')}{seed}"
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ClassifyConfig:

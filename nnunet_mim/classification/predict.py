@@ -15,7 +15,7 @@ from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_split
 from torch import Tensor
 
 from nnunet_mim.checkpoint.format import check_weights
-from nnunet_mim.classification.baselines import BASELINES
+from nnunet_mim.classification.baselines import is_baseline
 from nnunet_mim.classification.case_network import CaseNetwork, new_classifier
 from nnunet_mim.classification.documents import read_settings, read_training
 from nnunet_mim.classification.encoders import LoadedEncoder, blocks_of, rebuilt_encoder
@@ -131,7 +131,7 @@ def find_classifier(folder: Path, name: str = "") -> Path:
         MiMError: there is no such classifier, several, or it needs more than images.
     """
     found = trained_arms(folder)
-    usable = [arm for arm in found if arm not in BASELINES and not arm.endswith(WITH_COVARIATES)]
+    usable = [arm for arm in found if not is_baseline(arm) and not arm.endswith(WITH_COVARIATES)]
     if not usable:
         raise MiMError(f"nothing is trained in {folder}: run mim_classify train with the same -d, -p, -c and --target")
     if name and name not in usable:

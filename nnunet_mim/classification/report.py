@@ -9,15 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_mim.classification.baselines import BASELINES, SIZE
+from nnunet_mim.classification.baselines import SIZE, is_baseline
 from nnunet_mim.classification.comparison import Evaluation, evaluate_arms, verdict
 from nnunet_mim.classification.documents import read_settings
 from nnunet_mim.classification.evaluation import FIGURE_NAMES, N_DRAWS, Interval
-from nnunet_mim.classification.pictures import pictures_of
-from nnunet_mim.classification.results import SETTINGS, Predictions, trained_arms
+from nnunet_mim.classification.pictures import pictures_of, saliency_pictures
+from nnunet_mim.classification.results import NETWORK, SETTINGS, Predictions, trained_arms
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.reporting.classifiers import calibration_figure, cases_figure, confusion_figure, curves_figure
+from nnunet_mim.reporting.classifiers import (
+    CasePicture,
+    calibration_figure,
+    cases_figure,
+    confusion_figure,
+    curves_figure,
+)
 from nnunet_mim.reporting.page import Section, markdown_text, write_page
 from nnunet_mim.system.files import csv_text, write_atomically
 
@@ -27,8 +33,9 @@ CT_GREY = (-1000.0, 400.0)
 
 
 def write_report(
-    folder: Path, source: Source | None, kept: set[str] | None = None, which: str = "", seed: int = 0
-) -> list[str]:
+    folder: Path, source: Source | None, kept: set[str] | None = None, which: str = "", seed: int = 0,
+    saliency: str | None = None,
+) -> list[str]:  # fmt: skip
     """Write report.html, report.csv and report.md into the folder of some targets. Returns lines to print.
 
     The names of a report on some of the cases say which.
@@ -39,9 +46,10 @@ def write_report(
         kept: cases that count; None: all.
         which: which cases these are, in words.
         seed: of the bootstrap.
+        saliency: device that computes maps of what the best trained network rests on; None: no maps.
 
     Raises:
-        MiMError: nothing to compare.
+        MiMError: nothing to compare, or no trained network to show maps of.
     """
     stem = f"report_{re.sub(r'[^0-9A-Za-z.]+', '_', which)}" if which else "report"
     evaluations, notes = evaluate_arms(folder, kept, seed)
@@ -52,6 +60,8 @@ def write_report(
     sections = []
     for evaluation in evaluations:
         sections += _sections(evaluation, folder, source)
+        if saliency is not None and source is not None:
+            sections += _saliency_sections(evaluation, folder, source, saliency)
     sections.append(Section("Settings", note="\n\n".join(notes), table=_settings_table(folder), words=True))
     title = f"Classification of {folder.parent.parent.name}: {', '.join(e.target for e in evaluations)}"
     write_page(folder / f"{stem}.html", title, sections, summary)
@@ -106,24 +116,57 @@ def _sections(evaluation: Evaluation, folder: Path, source: Source | None) -> li
 
 def _case_sections(evaluation: Evaluation, arm: Predictions, source: Source, roi: str) -> list[Section]:
     """The cases that were told with the highest and with the lowest probability of their class."""
-    right = arm.calibrated[np.arange(len(arm.cases)), arm.target.labels]
-    order = np.argsort(right)
+    text = "True class, and the probability that was given to it."
     sections = []
-    for title, rows in (("worst", order[:N_PICTURES]), ("best", order[::-1][:N_PICTURES])):
-        titles = {
-            arm.cases[row]: f"{arm.cases[row]}\n{arm.target.classes[arm.target.labels[row]]} with p = {right[row]:.2f}"
-            for row in rows
-        }
+    for kind, titles in _extreme_cases(arm).items():
         try:
             pictures = pictures_of(source, roi, titles)
         except MiMError as error:
             return [Section(f"{evaluation.target}: cases", note=f"No pictures: {error}")]
-        text = "True class, and the probability that was given to it."
-        window = CT_GREY if source.intensities.is_ct() else _range([p.image for p in pictures])
-        sections.append(
-            Section(f"{evaluation.target}: {title} cases", text, figures=[cases_figure(pictures, window)])
-        )
+        figure = cases_figure(pictures, _window(source, pictures))
+        sections.append(Section(f"{evaluation.target}: {kind} cases", text, figures=[figure]))
     return sections
+
+
+def _saliency_sections(evaluation: Evaluation, folder: Path, source: Source, device: str) -> list[Section]:
+    """What the best trained network rests on, in its worst and best cases. Raises MiMError where none is trained."""
+    folds_of = trained_arms(folder)
+    networks = [n for n in evaluation.networks if all((fold / NETWORK).is_file() for fold in folds_of[n])]
+    if not networks:
+        remedy = "leave it out, or run mim_classify train with --mode finetune"
+        raise MiMError(f"--saliency: {folder} has no trained network, and a probe has no gradients: {remedy}")
+    name = networks[0]
+    arm, last = evaluation.arms[name], evaluation.classes[-1]
+    folds = dict(zip(arm.cases, arm.folds.tolist(), strict=True))
+    text = (
+        f"Above the true class, and the probability that was given to it. Below what the network rests on: red speaks "
+        f"for {last}, blue against it (integrated gradients, as a share of the largest value in the case). The network "
+        "is that of the fold that has not seen the patient."
+    )
+    sections = []
+    for kind, titles in _extreme_cases(arm).items():
+        pictures = saliency_pictures(source, folder / name, evaluation.target, titles, folds, device)
+        figure = cases_figure(pictures, _window(source, pictures))
+        sections.append(Section(f"{evaluation.target}: what {name} rests on, {kind} cases", text, figures=[figure]))
+    return sections
+
+
+def _extreme_cases(arm: Predictions) -> dict[str, dict[str, str]]:
+    """Titles of the cases whose class was given the lowest and the highest probability, by worst and best."""
+    right = arm.calibrated[np.arange(len(arm.cases)), arm.target.labels]
+    order = np.argsort(right)
+    return {
+        kind: {
+            arm.cases[row]: f"{arm.cases[row]}\n{arm.target.classes[arm.target.labels[row]]} with p = {right[row]:.2f}"
+            for row in rows
+        }
+        for kind, rows in (("worst", order[:N_PICTURES]), ("best", order[::-1][:N_PICTURES]))
+    }
+
+
+def _window(source: Source, pictures: Sequence[CasePicture]) -> tuple[float, float]:
+    """Minimum and maximum of the grey scale."""
+    return CT_GREY if source.intensities.is_ct() else _range([picture.image for picture in pictures])
 
 
 def _range(images: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -136,7 +179,7 @@ def _title(evaluation: Evaluation, k: int) -> str:
 
 
 def _figures_table(evaluation: Evaluation) -> list[list[str]]:
-    order = [*evaluation.networks, *[name for name in evaluation.arms if name in BASELINES]]
+    order = [*evaluation.networks, *[name for name in evaluation.arms if is_baseline(name)]]
     rows = [[name, *[str(evaluation.figures[name][figure]) for figure in FIGURE_NAMES]] for name in order]
     return [["", *FIGURE_NAMES.values()], *rows]
 

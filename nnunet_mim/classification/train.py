@@ -35,7 +35,7 @@ def train_baselines(job: Job, folds: Sequence[int]) -> None:
     """Train all baselines in these folds, and write them with their predictions."""
     for name, inputs in baseline_features(job).items():
         for fold in folds:
-            fit_fold(job, name, fold, inputs)
+            fit_fold(job, job.config.baseline_arm(name), fold, inputs)
 
 
 def fit_fold(

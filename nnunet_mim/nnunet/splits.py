@@ -88,6 +88,19 @@ def _splits_file(source: Source) -> Path:
     return source.folder.parent / "splits_final.json"
 
 
+def labelled_count(labels: str, total: int, what: str) -> int:
+    """How many of `total` cases or patients are labelled: a number, a percentage (rounded up, at least one), or all.
+
+    Raises MiMError for anything else, or more than there are; `what` says what there are `total` of.
+    """
+    amount = labels if labels != "all" else "100%"
+    number, maximum = amount.removesuffix("%"), 100 if amount.endswith("%") else total
+    if not (number.isascii() and number.isdigit()) or not 1 <= int(number) <= maximum:
+        numbers = f"numbers from 1 to {total} ({what})"
+        raise MiMError(f"labels {labels}: give {numbers}, percentages from 1% to 100%, or all")
+    return -(-total * int(number) // maximum)
+
+
 def is_split(entry: Any) -> bool:
     """Whether an entry of splits_final.json has names of training and of validation cases."""
     parts = [entry.get(part) for part in ("train", "val")] if isinstance(entry, dict) else [None]

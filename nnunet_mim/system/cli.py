@@ -58,6 +58,19 @@ def given_flags(options: argparse.Namespace, config: type) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
+def flags_of(config: Any) -> list[str]:
+    """The command line that gives a dataclass its values: the flags of all fields that are not at their default."""
+    words: list[str] = []
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if not entry.metadata.get("flags") or value == entry.default:
+            continue
+        words.append(entry.metadata["flags"][0])
+        if not isinstance(value, bool):
+            words += map(str, value if isinstance(value, tuple) else [value])
+    return words
+
+
 def as_typed(**values: Any) -> argparse.Namespace:
     """What a parser returns for flags with these values."""
     return argparse.Namespace(**values)

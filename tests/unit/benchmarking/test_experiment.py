@@ -10,14 +10,14 @@ from nnunet_mim.benchmarking import experiment
 from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
 from nnunet_mim.benchmarking.cell import Arm, Cell, Length
 from nnunet_mim.benchmarking.experiment import (
-    _check_device,
     _check_references,
     _hours_of,
     _median_seconds,
-    _summary_of_plan,
+    check_device,
     measure,
     prepare,
     run_experiment,
+    summary_of_plan,
     views,
 )
 from nnunet_mim.benchmarking.matrix import Matrix, Place
@@ -195,18 +195,18 @@ def test_gpus_that_are_not_there(monkeypatch, tmp_path):
     bench = Bench((), (), gpus=("0", "3"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(MiMError, match="no GPU was found: give device cpu"):
-        _check_device(bench)
+        check_device(bench)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(MiMError, match="gpus: 3: 2 can be seen here, numbered from 0"):
-        _check_device(bench)
-    _check_device(Bench((), (), device="cpu"))
-    _check_device(Bench((), (), gpus=(), slurm={}))
+        check_device(bench)
+    check_device(Bench((), (), device="cpu"))
+    check_device(Bench((), (), gpus=(), slurm={}))
 
 
 def test_the_summary_of_a_plan_gives_no_hours_that_nobody_knows():
-    assert _summary_of_plan([1.0, 0.25], 4, "cuda", 1) == "2 of 4 trainings to do, about 1.2 h of cuda"
-    assert _summary_of_plan([1.0, None, None], 3, "cpu", 2) == (
+    assert summary_of_plan([1.0, 0.25], 4, "cuda", 1) == "2 of 4 trainings to do, about 1.2 h of cuda"
+    assert summary_of_plan([1.0, None, None], 3, "cpu", 2) == (
         "3 of 3 trainings to do, about 1.0 h of cpu; 2 at a time (2 not counted)"
     )
-    assert _summary_of_plan([None, None], 2, "cuda", 1) == "2 of 2 trainings to do, hours unknown"
-    assert _summary_of_plan([], 5, "cuda", 4) == "0 of 5 trainings to do"
+    assert summary_of_plan([None, None], 2, "cuda", 1) == "2 of 2 trainings to do, hours unknown"
+    assert summary_of_plan([], 5, "cuda", 4) == "0 of 5 trainings to do"

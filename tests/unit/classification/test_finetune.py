@@ -111,6 +111,13 @@ def test_lesions_are_told_predicted_exported_and_shown(folders, arms, make_check
         ball = sitk.GetArrayFromImage(sitk.ReadImage(str(masks / f"{case}.nii.gz"))) > 0
         assert ball[np.unravel_index(values.argmax(), values.shape)]
 
+    report = ("report", "-d", 7, "--target", "lesion", "--saliency", "-device", "cpu")
+    assert classify(*report) == 0
+    page = (arms / "report.html").read_text()
+    assert "what finetune rests on, worst cases" in page
+    assert "red speaks for 1, blue against it" in page
+    assert page.count("and below them what the network rests on") == 2
+
     export = tmp_path / "elsewhere" / "classifier"
     assert classify("export", *which, "-o", export, "--licence", "cc-by-4.0") == 0
     card = (export / "README.md").read_text()

@@ -1,0 +1,1 @@
+"""Experiments with mim_classify: classifiers that differ in one thing, with few labels and with all."""
