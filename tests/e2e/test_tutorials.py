@@ -77,7 +77,7 @@ def test_few_labels(workplace_of):
     work = workplace_of("few_labels")
     work.write_dataset("Dataset501_HeadNeckOAR", 5, 40)
     places = {
-        "num_epochs=50": RECIPE, "--labels 5 10 all": "--labels 2 3 all",
+        " --set num_epochs=50": "", "--labels 5 10 all": "--labels 2 3 all",
         "IMAGES": work.folder / "new", "PREDICTIONS": work.folder / "predictions",
     }  # fmt: skip
     first, _, measured, _ = run_tutorial(work, "few_labels.md", places)
