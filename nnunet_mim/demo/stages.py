@@ -34,7 +34,7 @@ class DemoSettings:
     iterations: int = 280
     val_every: int = 40
     patch: int = 48
-    epochs: int = 7
+    epochs: int = 5
     epoch_iterations: int = 100
 
     @property
