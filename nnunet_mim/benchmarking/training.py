@@ -225,6 +225,8 @@ class Training(KeptTraining):
     def environment(self, gpu: str | None) -> dict[str, str]:
         """The environment of the command."""
         environment = {"nnUNet_raw": str(self.folder), **os.environ}
+        if self.threads:  # nnU-Net starts eight processes to write predictions, which takes half a minute on two cores
+            environment.setdefault("nnUNet_def_n_proc", str(self.threads))
         environment |= {name: str(self.folder / name) for name in ("nnUNet_preprocessed", "nnUNet_results")}
         environment.pop(ENV_CHECKPOINT, None)
         if self.cell.arm.checkpoint and self.cell.arm.spec.is_mim:

@@ -31,7 +31,7 @@ class DemoSettings:
     children: tuple[int, int] = (2, 2)
     batch: int = 4
     lr: float = 2e-3
-    iterations: int = 280
+    iterations: int = 240
     val_every: int = 40
     patch: int = 48
     epochs: int = 5

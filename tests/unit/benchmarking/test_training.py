@@ -229,6 +229,18 @@ def test_one_gpu_a_training(make_cell, commands, tmp_path):
     assert commands.environments[0]["CUDA_VISIBLE_DEVICES"] == "3"
 
 
+@pytest.mark.parametrize(("threads", "given", "expected"), [(2, None, "2"), (2, "5", "5"), (0, None, None)])
+def test_as_many_processes_write_predictions_as_a_training_has_threads(
+    make_cell, tmp_path, monkeypatch, threads, given, expected
+):
+    """nnU-Net's eight take longer to start than a short training on a few cores; what the user sets stays."""
+    monkeypatch.delenv("nnUNet_def_n_proc", raising=False)
+    if given:
+        monkeypatch.setenv("nnUNet_def_n_proc", given)
+    made = Training(make_cell(), tmp_path / "cell", "cpu", 1.0, threads)
+    assert made.environment(None).get("nnUNet_def_n_proc") == expected
+
+
 def test_another_command_takes_its_checkpoint_from_the_plans(make_cell, commands, tmp_path):
     attempt(make_cell("PretrainedTrainer", nnssl_plans="P"), tmp_path / "cell")
     command = commands.commands[0]
