@@ -21,7 +21,7 @@ def write_bench_report(outcome: Outcome, failed: Mapping[Place, str], tests: Seq
     """Write all files from the trainings that are finished, also evaluated on test sets. Returns the Markdown."""
     output, datasets = outcome.matrix.bench.output, outcome.matrix.datasets
     output.mkdir(parents=True, exist_ok=True)
-    text = "".join(map(_markdown, (outcome, *tests)))
+    text = "\n".join(map(_markdown, (outcome, *tests)))
     write_atomically(output / "table.md", text.encode())
     write_atomically(output / "table.csv", tables.every_value(outcome).encode())
     write_atomically(output / "table.tex", "".join(map(_latex, (outcome, *tests))).encode())

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from nnunet_mim.benchmarking.training import BUSY, InterruptedTrainingError, KeptTraining, reason_of
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.machine import usable_cores
-from nnunet_mim.system.slurm import cause_of, slurm_executor
+from nnunet_mim.system.slurm import cause_of, slurm_executor, submit_all
 
 SLURM_POLL_SECONDS = 5.0
 Report = Callable[[Any, "dict[str, Any] | Exception"], None]
@@ -120,7 +120,7 @@ def _run_on_slurm(matrix: Trainings, todo: list[Any], report: Report) -> None:
     """One job a training. Jobs continue when this command ends, and repeating it takes what they have finished."""
     defaults = {"name": "mim_benchmark", "gpus_per_node": 1, "cpus_per_task": 8}
     executor = slurm_executor(matrix.bench.slurm or {}, matrix.bench.output / "slurm", defaults, "slurm")
-    waiting = {place: executor.submit(matrix.training(place)) for place in todo}
+    waiting = dict(zip(todo, submit_all(executor, map(matrix.training, todo), "slurm"), strict=True))
     print(f"{len(waiting)} jobs submitted; they go on when this command ends, and repeating it takes their results")
     while waiting:
         for place, job in [(place, job) for place, job in waiting.items() if job.done()]:

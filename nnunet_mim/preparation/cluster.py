@@ -93,7 +93,7 @@ def run_shares(
     ]
     for share in shares:
         share.file.touch()
-    failed = yield from _results(submit_all(executor, shares, FLAG))
+    failed = yield from _results(dict(zip(shares, submit_all(executor, shares, FLAG), strict=True)))
     if failed:
         raise MiMError(f"{failed[0]}; {len(failed)} jobs failed: repeat the command to prepare what is left")
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nnunet_mim.errors import MiMError, last_line
-
-Task = TypeVar("Task", bound=Hashable)
 
 
 def slurm_executor(parameters: Mapping[str, Any], folder: Path, defaults: Mapping[str, Any], where: str) -> Any:
@@ -41,17 +39,17 @@ def slurm_executor(parameters: Mapping[str, Any], folder: Path, defaults: Mappin
     return executor
 
 
-def submit_all(executor: Any, tasks: Iterable[Task], where: str) -> dict[Task, Any]:
-    """Submit tasks, which are called without arguments, and return their jobs.
+def submit_all(executor: Any, tasks: Iterable[Callable[[], Any]], where: str) -> list[Any]:
+    """Submit tasks, and return their jobs.
 
     Raises MiMError where SLURM does not take one of them; the others are cancelled then.
     """
-    jobs: dict[Task, Any] = {}
+    jobs: list[Any] = []
     try:
         for task in tasks:
-            jobs[task] = executor.submit(task)
+            jobs.append(executor.submit(task))
     except (RuntimeError, OSError) as error:  # what sbatch says about partitions, limits, accounts
-        for job in jobs.values():
+        for job in jobs:
             job.cancel()
         raise MiMError(f"{where}: {cause_of(error)}: correct the parameters, see sinfo") from error
     return jobs

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -294,3 +295,12 @@ def test_bad_settings_of_slurm(bench, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(MiMError, match=r"slurm: .*run where SLURM is, or leave 'slurm' out"):
         run(replace(bench, slurm={"timeout_min": 2}))
+
+
+def test_what_sbatch_refuses_is_one_line(bench, monkeypatch):
+    def submit(_):
+        raise RuntimeError("sbatch: error: Invalid account")
+
+    monkeypatch.setattr(work, "slurm_executor", lambda *_: SimpleNamespace(submit=submit))
+    with pytest.raises(MiMError, match=r"^slurm: sbatch: error: Invalid account: correct the parameters"):
+        run(replace(bench, slurm=SLURM))

@@ -24,7 +24,7 @@ def test_what_sbatch_refuses_is_one_line_and_the_others_are_cancelled():
 
 
 def test_jobs_of_the_tasks():
-    assert submit_all(SimpleNamespace(submit=str.upper), ["a", "b"], "slurm") == {"a": "A", "b": "B"}
+    assert submit_all(SimpleNamespace(submit=str.upper), ["a", "b"], "slurm") == ["A", "B"]
 
 
 def test_the_cause_is_the_last_line_of_the_error_before_the_logs():
