@@ -142,7 +142,7 @@ def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     try:
         text = limited(path, MAX_TABLE).decode("utf-8-sig")
         heading = text.split("\n", 1)[0]
-        rows = [row for row in table_rows(text, max(",;\t", key=heading.count)) if any(row)]
+        rows = [row for row in table_rows(text, max(",;\t", key=heading.count), one_line=True) if any(row)]
     except FileNotFoundError:
         raise MiMError(f"{path} does not exist: write it with the columns case and {', '.join(needed[1:])}") from None
     except OSError as error:

@@ -142,15 +142,18 @@ def limited(path: Path, limit: int, pipe: bool = False) -> bytes:
     return content
 
 
-def table_rows(text: str, separator: str = ",") -> list[list[str]]:
-    """The rows of a text in CSV, no spaces around cells. Raises ValueError where quotes or line breaks are wrong."""
+def table_rows(text: str, separator: str = ",", one_line: bool = False) -> list[list[str]]:
+    """The rows of a text in CSV, no spaces around cells; `one_line`: a cell holds no line break.
+
+    Raises ValueError where quotes or line breaks are wrong.
+    """
     try:
         read = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
         rows = [[cell.strip() for cell in row] for row in read]
     except csv.Error as error:
         raise ValueError(str(error)) from None
     for number, row in enumerate(rows, start=1):
-        if any("\n" in cell or "\r" in cell for cell in row):
+        if one_line and any("\n" in cell or "\r" in cell for cell in row):
             raise ValueError(f"row {number} has a cell of several lines")
     return rows
 
