@@ -22,7 +22,7 @@ SHORT = {
     "mim_plan": f"--set {RECIPE}",
     "mim_pretrain": "--view 32 --iterations 2 --children 1 1 -device cpu --workers 0",
     "mim_benchmark": "-device cpu",
-    "mim_classify train": "-device cpu --workers 0",
+    "mim_classify train": "-device cpu",
     "mim_classify predict": "-device cpu",
     "nnUNetv2_preprocess": "-np 1",
     "nnUNetv2_train": "-device cpu",
@@ -143,8 +143,8 @@ def test_classification(workplace_of, shared_data):
     content = json.loads((source / "dataset.json").read_text())
     (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": len(chosen)}))
     places = {
-        "--mode finetune": "--mode finetune --epochs 1 --window 32 32 32",
-        "--mode scratch": "--mode scratch --epochs 1 --window 32 32 32",
+        "--mode finetune": "--mode finetune --workers 0 --epochs 1 --window 32 32 32",
+        "--mode scratch": "--mode scratch --workers 0 --epochs 1 --window 32 32 32",
         "IMAGES": work.folder / "new", "MASKS": work.folder / "masks",
     }  # fmt: skip
     run_tutorial(work, "classification.md", places)
