@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from nnunet_mim.benchmarking.classifiers.bench_file import ClassifierBench, classifier_bench_of
-from nnunet_mim.benchmarking.entries import Count, checkpoint_of, read_entries
+from nnunet_mim.benchmarking.entries import Count, SlurmParameters, checkpoint_of, read_entries
 from nnunet_mim.benchmarking.seeded_training import Length
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.untrusted import read_yaml
@@ -92,9 +92,7 @@ class Bench:
     """one training on each at a time; none: as this process sees them"""
     jobs: Count = 1
     """number of trainings at a time, without `gpus`"""
-    slurm: Annotated[
-        Mapping[str, Any], "parameters of submitit, such as {slurm_partition: gpu, timeout_min: 1440}"
-    ] | None = None  # fmt: skip
+    slurm: SlurmParameters | None = None
     """None: this machine"""
     test: tuple[str, ...] = ()
     """other datasets (numbers or names in nnUNet_raw), whose cases every trained network predicts"""

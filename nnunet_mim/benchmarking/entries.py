@@ -14,6 +14,9 @@ from nnunet_mim.errors import MiMError
 
 Count = Annotated[int, 1]
 """A whole number; the second argument is the smallest one allowed."""
+SlurmParameters = Annotated[
+    Mapping[str, Any], "parameters of submitit, such as {slurm_partition: gpu, timeout_min: 1440}"
+]  # fmt: skip
 Entries = TypeVar("Entries")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nnunet_mim.benchmarking.entries import Count, checkpoint_of, read_entries
+from nnunet_mim.benchmarking.entries import Count, SlurmParameters, checkpoint_of, read_entries
 from nnunet_mim.classification.baselines import BASELINE
 from nnunet_mim.classification.options import LABELS_AS_ROI, MODES, RANDOM, ClassifyConfig
 from nnunet_mim.errors import MiMError
@@ -73,9 +73,7 @@ class ClassifierBench:
     device: Literal["cuda", "cpu", "mps"] = "cuda"
     gpus: tuple[str, ...] = ()
     jobs: Count = 1
-    slurm: Annotated[
-        Mapping[str, Any], "parameters of submitit, such as {slurm_partition: gpu, timeout_min: 1440}"
-    ] | None = None  # fmt: skip
+    slurm: SlurmParameters | None = None
     output: Path = Path("bench")
 
     def __post_init__(self) -> None:
