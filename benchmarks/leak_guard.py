@@ -26,7 +26,8 @@ import SimpleITK as sitk
 
 from nnunet_mim.checkpoint.fingerprint import fingerprint, most_similar
 from nnunet_mim.checkpoint.units import Units
-from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
+from nnunet_mim.inspection.ct import preprocess
+from nnunet_mim.nnunet.raw_image import Grid, RawImage
 
 TEST_SET = "Dataset504_HeadNeckOARTest"
 DATASETS = ("Dataset501_HeadNeckOAR", "Dataset502_SarcomaGTV", TEST_SET)

@@ -17,10 +17,11 @@ from nnunet_mim.classification.features import pooled_maps
 from nnunet_mim.classification.options import LARGEST_WINDOW
 from nnunet_mim.classification.regions import CaseVoxels, cut_regions
 from nnunet_mim.errors import MiMError
-from nnunet_mim.inspection.ct import GIVE, Grid, RawImage, preprocess
+from nnunet_mim.inspection.ct import preprocess
 from nnunet_mim.networks.hybrid_encoder import HybridEncoder
 from nnunet_mim.nnunet.components import check_name
 from nnunet_mim.nnunet.image_files import READER
+from nnunet_mim.nnunet.raw_image import GIVE, Grid, RawImage
 from nnunet_mim.nnunet.reading import read_voxels
 from nnunet_mim.pretraining.report.card import model_card
 from nnunet_mim.pretraining.report.summary import Facts

@@ -20,7 +20,7 @@ import numpy as np
 from nnunet_mim.errors import MiMError, last_line
 from nnunet_mim.nnunet.image_files import damaged, file_problem, header_of
 from nnunet_mim.preparation.labels import geometry_differences
-from nnunet_mim.preparation.screening import header_problem
+from nnunet_mim.preparation.screening import shape_problem, spacing_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 from nnunet_mim.system.progress import ProgressBar
 from nnunet_mim.system.untrusted import read_json
@@ -194,7 +194,7 @@ def _file_problem(path: Path) -> str | None:
         reader = header_of(path)
     except RuntimeError as error:
         return f"{path} cannot be read by SimpleITK, which nnU-Net uses ({last_line(error)}): {AGAIN}"
-    problem = header_problem(list(reader.GetSize()), list(reader.GetSpacing()), reader.GetNumberOfComponents(), 2)
+    problem = shape_problem(reader.GetSize(), reader.GetNumberOfComponents(), 2) or spacing_problem(reader.GetSpacing())
     return f"{path} is {problem}, not a 3-D volume: {AGAIN}" if problem else None
 
 

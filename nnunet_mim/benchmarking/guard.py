@@ -24,9 +24,10 @@ from nnunet_mim.checkpoint.identity import LeakedCases, comparison_note, leaked_
 from nnunet_mim.checkpoint.metadata import check_provenance
 from nnunet_mim.checkpoint.units import Units
 from nnunet_mim.errors import MiMError, printable
-from nnunet_mim.inspection.ct import Grid, RawImage, preprocess
+from nnunet_mim.inspection.ct import preprocess
 from nnunet_mim.nnunet.datasets import raw_images
 from nnunet_mim.nnunet.image_files import READ_SECONDS, READER, damaged, file_problem
+from nnunet_mim.nnunet.raw_image import Grid, RawImage
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory

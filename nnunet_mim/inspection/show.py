@@ -10,9 +10,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.inspection.ct import Grid, RawImage, order_of_axes, preprocess, read_image
+from nnunet_mim.inspection.ct import order_of_axes, preprocess
 from nnunet_mim.networks.build import PretrainingNetwork
 from nnunet_mim.nnunet.orientation import orientation_of
+from nnunet_mim.nnunet.raw_image import Grid, RawImage, read_image
 from nnunet_mim.pretraining.report.page import REPORT, report_sections
 from nnunet_mim.pretraining.report.pictures import LevelPicture, load_network, reconstruct_volume, upright
 from nnunet_mim.pretraining.report.summary import Facts

@@ -8,12 +8,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_mim.nnunet.dicom_frames import SAME_PLACE, slice_gap
 from nnunet_mim.nnunet.dicom_header import (
     ACQUISITION,
     IMAGE_TYPE,
@@ -34,8 +34,6 @@ from nnunet_mim.nnunet.image_files import FileHeader
 
 TURNED = 0.01
 """difference of direction cosines from which on two slices lie otherwise: half a degree"""
-SAME_PLACE = 1e-3
-"""mm"""
 SAME_SPACING = 1e-3
 """relative difference of the pixel spacing of slices that comes from rounding"""
 PROJECTIONS = {"MIP", "MINIP", "MAXIP", "VRT", "SSD", "RAYSUM", "PROJECTION"}
@@ -191,27 +189,15 @@ def _as_series(uid: str, slices: Sequence[_Slice]) -> Series:
     first, files = slices[0].header, tuple(piece.file for piece in slices)
     warnings = tuple(dict.fromkeys(text for p in slices for text in (*p.header.warnings, *_origin_doubts(p.header))))
     if math.prod(first.size[2:]) > 1:
-        return Series(uid, files, replace(first, problem=_frames_problem(first, files), warnings=warnings))
+        return Series(uid, files, replace(first, warnings=warnings))
     problem, gap = first.problem or _slices_problem(slices), 1.0
     if not problem and len(slices) > 1:
-        found = _slice_gap(np.array([p.position for p in slices]), np.reshape(slices[-1].rows, (2, 3)), files)
+        found = slice_gap(np.array([p.position for p in slices]), np.reshape(slices[-1].rows, (2, 3)), files)
         problem, gap = (found, 1.0) if isinstance(found, str) else ("", found)
     if len({(p.header.tags.get(SLOPE), p.header.tags.get(INTERCEPT)) for p in slices}) > 1:
         warnings += ("its slices have different rescale slopes or intercepts",)
     size, spacing = (*first.size[:2], len(slices)), (*first.spacing[:2], gap)
     return Series(uid, files, replace(first, size=size, spacing=spacing, problem=problem, warnings=warnings))
-
-
-def _frames_problem(header: FileHeader, files: Sequence[str]) -> str:
-    """Why the frames of a file make no volume, or nothing."""
-    if header.problem:
-        return header.problem
-    rows = np.array(header.direction).reshape(3, 3)[:, :2].T
-    gap = _slice_gap(np.array(header.frames), rows, [*files] * len(header.frames))
-    if isinstance(gap, str):
-        return gap
-    backwards = (np.diff(header.frames, axis=0) @ np.cross(*rows)).min() < 0
-    return "its frames are not in the order of their places" if backwards else ""
 
 
 def _slices_problem(slices: Sequence[_Slice]) -> str:
@@ -222,18 +208,3 @@ def _slices_problem(slices: Sequence[_Slice]) -> str:
         if problem := piece.header.problem or dicom_problem(piece.header):
             return f"{problem}: {Path(piece.file).name}"
     return ""
-
-
-def _slice_gap(positions: np.ndarray, rows: np.ndarray, files: Sequence[str]) -> float | str:
-    """Distance between slices in mm, or why they do not make a volume; positions (N, 3), rows (2, 3)."""
-    normal, steps = np.cross(*rows), np.diff(positions, axis=0)
-    along = np.abs(steps @ normal)
-    gap, repeated = float(np.median(along)), int((along < SAME_PLACE).sum())
-    if repeated:
-        return f"repeated slices ({repeated}, and no acquisition number or time tells them apart)"
-    if np.linalg.norm(steps - np.outer(steps @ normal, normal), axis=1).max() > 0.05 * gap:
-        return "slices are shifted against each other (gantry tilt)"
-    for (before, after), step in zip(pairwise(files), along, strict=True):
-        if abs(step - gap) > 0.05 * gap:
-            return f"slices are missing: {step:.3g} mm instead of {gap:.3g} between {Path(before).name} and {after}"
-    return gap

@@ -28,8 +28,6 @@ DEFAULTED = {
     SIGNED: "pixel representation",
 }  # fmt: skip
 """what a CT has to say, and is read without"""
-OF_FRAMES = "of frames"
-"""stands for a rescale intercept that the frames of one file have each for itself"""
 UNCOMPRESSED = (b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1")
 """transfer syntaxes of plain pixels, the low byte first"""
 
@@ -53,7 +51,7 @@ def rescale_problem(tags: Mapping[str, str]) -> str | None:
     """Why the stored values of a file do not become Hounsfield units, or None."""
     if not tags.get(INTERCEPT):
         return "no HU (no rescale intercept in the DICOM header)"
-    if tags[INTERCEPT] != OF_FRAMES and not numbers(tags[INTERCEPT], 1):
+    if not numbers(tags[INTERCEPT], 1):
         return f"no HU (the rescale intercept in the DICOM header is {printable(tags[INTERCEPT], 20)})"
     if SLOPE in tags and not any(slope > 0 for slope in numbers(tags[SLOPE], 1)):
         return f"no HU (the rescale slope in the DICOM header is {printable(tags[SLOPE], 20) or 'empty'})"
@@ -104,7 +102,7 @@ def pixels_problem(path: str, head: bytes, n_pixels: int, tags: Mapping[str, str
     promised = math.ceil(n_pixels * bits[0] / 8)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         elements = re.finditer(rb"\xe0\x7f\x10\x00(?:O[BW]\x00\x00)?(.{4})", content, re.DOTALL)
-        lengths = [int.from_bytes(element[1], "little") for element in elements]
+        lengths = [min(int.from_bytes(found[1], "little"), len(content) - found.end()) for found in elements]
     if not lengths or {promised, promised + promised % 2} & {*lengths}:
         return None
     return f"damaged (its header promises {promised} bytes of pixels, the file has {lengths[-1]})"

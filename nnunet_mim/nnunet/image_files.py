@@ -8,14 +8,13 @@ from __future__ import annotations
 import glob
 import gzip
 import math
-import mmap
 import os
 import re
 import stat
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_mim.errors import last_line
-from nnunet_mim.nnunet.dicom_header import INTERCEPT, OF_FRAMES, geometry_problem, pixel_doubts, pixels_problem, tags_of
+from nnunet_mim.nnunet.dicom_frames import BETWEEN_FRAMES, frames_problem, place_problem, tags_of_frames
+from nnunet_mim.nnunet.dicom_header import POSITION, geometry_problem, numbers, pixel_doubts, pixels_problem, tags_of
 from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts, length_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 from nnunet_mim.system.progress import ProgressBar
@@ -147,15 +147,20 @@ def _read_header(path: str) -> FileHeader | str | None:
     direction = reader.GetDirection()
     problem = None if are_right_angles(direction) else "its axes stand at no right angles"
     warnings: tuple[str, ...] = ()
-    if dicom and math.prod(size[2:]) == 1:
+    frames: tuple[tuple[float, ...], ...] = ()
+    if dicom and math.prod(size[2:]) > 1:
+        tags |= tags_of_frames(path)
+        frames = tuple(numbers(text, 3) for text in tags.pop(POSITION, "").split(BETWEEN_FRAMES))
+        problem = problem or frames_problem(frames, size[2], direction)
+    if dicom:
         problem, warnings = problem or geometry_problem(tags, reader), pixel_doubts(tags)
+    if frames:
+        problem = problem or place_problem(frames, reader)
     if not dicom and len(size) == 3 and not problem:
         steps = np.reshape(direction, (3, 3)) * np.array(reader.GetSpacing())
         warnings = header_doubts(path, size, steps)
-    header = FileHeader(
-        size, reader.GetSpacing(), direction, reader.GetNumberOfComponents(), tags, (), problem or "", warnings
-    )
-    return _with_frames(header, path) if dicom and math.prod(size[2:]) > 1 else header
+    components = reader.GetNumberOfComponents()
+    return FileHeader(size, reader.GetSpacing(), direction, components, tags, frames, problem or "", warnings)
 
 
 def _pair_problem(path: str, head: bytes) -> str | None:
@@ -163,29 +168,6 @@ def _pair_problem(path: str, head: bytes) -> str | None:
     if not voxel_files(path):
         return "cannot be read (there is no .img file beside it)"
     return None if head[344:347] == b"ni1" else "no NIfTI pair (Analyze says no orientation): convert it to NIfTI"
-
-
-def _with_frames(header: FileHeader, path: str) -> FileHeader:
-    """The header of a DICOM file of several frames, with what their functional groups say.
-
-    SimpleITK reads no nested elements. Values are searched as bytes before the pixels.
-    """
-    number = rb" *[-+0-9.eE]+ *"
-    element = rb"\x20\x00%s\x00(?:DS..|..\x00\x00)(%s(?:\\%s){%d})"
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        end = content.find(b"\xe0\x7f\x10\x00")
-        groups = content[: max(end, 0)]
-    found = (re.findall(element % (tag, number, number, n), groups, re.DOTALL) for tag, n in ((b"2", 2), (b"7", 5)))
-    places, turns = ([tuple(map(float, text.split(b"\\"))) for text in texts] for texts in found)
-    tags = dict(header.tags)
-    if b"\x28\x00\x52\x10" in groups:
-        tags[INTERCEPT] = OF_FRAMES
-    problem = ""
-    if len(places) != header.size[2]:
-        problem = f"the positions of its {header.size[2]} frames cannot be read"
-    elif any(max(abs(a - b) for a, b in zip(turn, turns[0], strict=True)) > 0.01 for turn in turns):
-        problem = "its frames have different orientations"
-    return replace(header, tags=tags, frames=tuple(places), problem=header.problem or problem)
 
 
 def is_dicom(path: str, head: bytes) -> bool:

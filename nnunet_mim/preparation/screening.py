@@ -49,7 +49,9 @@ def read_header(volume: Volume, min_slices: int) -> Header | str:
         return found
     if volume.series and (problem := dicom_problem(found)):
         return problem
-    if problem := header_problem(found.size, found.spacing, found.components, min_slices) or found.problem:
+    if problem := shape_problem(found.size, found.components, min_slices):
+        return problem
+    if problem := found.problem or spacing_problem(found.spacing):  # in this order: what is read then may be anything
         return problem
     letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(found.direction)
     order = sorted(range(3), key=lambda axis: "SIAPRL".index(letters[axis]))  # axes that become z, y, x in RAS
@@ -57,8 +59,8 @@ def read_header(volume: Volume, min_slices: int) -> Header | str:
     return Header(tuple(found.size[i] for i in order), tuple(found.spacing[i] for i in order), warnings)
 
 
-def header_problem(size: Sequence[int], spacing: Sequence[float], components: int, min_slices: int) -> str | None:
-    """Why an image of this size (voxels), spacing (mm) and number of values per voxel is no CT volume, or None."""
+def shape_problem(size: Sequence[int], components: int, min_slices: int) -> str | None:
+    """Why an image of this size (voxels) and number of values per voxel is no CT volume, or None."""
     shown = " x ".join(map(str, size))
     if components > 1:
         return f"in colour ({components} values a voxel)"
@@ -68,6 +70,11 @@ def header_problem(size: Sequence[int], spacing: Sequence[float], components: in
         return f"2-D ({shown})"
     if min(size) < min_slices:
         return f"fewer than {min_slices} slices ({shown})"
+    return None
+
+
+def spacing_problem(spacing: Sequence[float]) -> str | None:
+    """Why the voxels of an image of this spacing (mm) are not those of a CT, or None."""
     if not all(SMALLEST_SPACING <= s <= LARGEST_SPACING for s in spacing):
         return f"implausible spacing ({', '.join(f'{s:g}' for s in spacing)} mm)"
     return None

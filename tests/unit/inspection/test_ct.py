@@ -11,8 +11,9 @@ import SimpleITK as sitk
 
 from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.errors import MiMError
-from nnunet_mim.inspection.ct import Grid, preprocess, read_image
+from nnunet_mim.inspection.ct import preprocess
 from nnunet_mim.nnunet.image_files import case_name
+from nnunet_mim.nnunet.raw_image import Grid, read_image
 
 
 def test_preprocessing_is_that_of_the_dataset(shared_data, tmp_path) -> None:

@@ -7,8 +7,8 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_mim.checkpoint.format import load_checkpoint
-from nnunet_mim.inspection.ct import read_image
 from nnunet_mim.inspection.show import show_case
+from nnunet_mim.nnunet.raw_image import read_image
 from nnunet_mim.pretraining.report.pictures import load_network
 from nnunet_mim.pretraining.report.summary import Facts
 

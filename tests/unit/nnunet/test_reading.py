@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 
 from nnunet_mim.nnunet.reading import read_voxels
@@ -27,7 +28,8 @@ def test_a_damaged_file_is_a_failure(tmp_path):
     assert "damaged" in outcome.reason
 
 
-def test_a_worker_does_not_wait_for_pytorch():
+@pytest.mark.parametrize("module", ["reading", "raw_image"])
+def test_a_worker_does_not_wait_for_pytorch(module):
     """Each call starts a process that imports this module: with PyTorch that takes several seconds."""
-    code = "import sys, nnunet_mim.nnunet.reading; sys.exit('torch' in sys.modules)"
+    code = f"import sys, nnunet_mim.nnunet.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

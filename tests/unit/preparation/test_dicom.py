@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_mim.inspection.ct import read_image
 from nnunet_mim.nnunet.dicom import read_series
+from nnunet_mim.nnunet.raw_image import read_image
 from nnunet_mim.preparation.finding import find_volumes
 from nnunet_mim.preparation.screening import Header, read_header
 

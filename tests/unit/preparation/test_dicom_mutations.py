@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.inspection import ct
-from nnunet_mim.nnunet import image_files
+from nnunet_mim.nnunet import image_files, raw_image
 from nnunet_mim.nnunet.dicom import read_series
 from nnunet_mim.preparation import finding
 from nnunet_mim.preparation.screening import read_header
@@ -164,7 +163,7 @@ def check(series, folder, contents):
         assert tuple(result.size) == found[0].shape
         assert np.allclose(sorted(result.spacing), sorted(found[1]))
     with contextlib.suppress(MiMError):
-        ct.read_image([folder])
+        raw_image.read_image([folder])
     return texts
 
 
@@ -205,9 +204,9 @@ def without_workers(monkeypatch):
     def guarded_map(function, items, *_):
         yield from enumerate([guarded._outcome(function, item) for item in items])
 
-    for module in (guarded, ct):
+    for module in (guarded, raw_image):
         monkeypatch.setattr(module, "guarded_map", guarded_map)
-    for module in (finding, ct):
+    for module in (finding, raw_image):
         monkeypatch.setattr(module, "read_headers", lambda paths, *_: [image_files._read_header(p) for p in paths])
 
 

@@ -11,7 +11,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.dicom import dicom_problem
 from nnunet_mim.nnunet.image_files import FileHeader, damaged, read_headers
 from nnunet_mim.preparation.finding import Volume, find_volumes
-from nnunet_mim.preparation.screening import Header, header_problem, read_header, voxel_problem
+from nnunet_mim.preparation.screening import Header, read_header, spacing_problem, voxel_problem
 
 
 def names_in(*folders, **known):
@@ -109,11 +109,11 @@ def test_images_that_are_no_volume(tmp_path, image, says):
 
 
 def test_implausible_spacing():
-    assert header_problem([20, 20, 20], [1.0, 1.0, 30.0], 1, 16) == "implausible spacing (1, 1, 30 mm)"
-    assert header_problem([20, 20, 20], [1e-3, 1e-3, 3e-3], 1, 16) == "implausible spacing (0.001, 0.001, 0.003 mm)"
-    assert header_problem([20, 20, 20], [0.1, 0.1, 0.1], 1, 16) is None
-    assert header_problem([20, 20, 20], [1.0, 0.0, 3.0], 1, 16) == "implausible spacing (1, 0, 3 mm)"
-    assert header_problem([20, 20, 20], [1.0, float("nan"), 3.0], 1, 16) == "implausible spacing (1, nan, 3 mm)"
+    assert spacing_problem([1.0, 1.0, 30.0]) == "implausible spacing (1, 1, 30 mm)"
+    assert spacing_problem([1e-3, 1e-3, 3e-3]) == "implausible spacing (0.001, 0.001, 0.003 mm)"
+    assert spacing_problem([0.1, 0.1, 0.1]) is None
+    assert spacing_problem([1.0, 0.0, 3.0]) == "implausible spacing (1, 0, 3 mm)"
+    assert spacing_problem([1.0, float("nan"), 3.0]) == "implausible spacing (1, nan, 3 mm)"
 
 
 def test_a_file_that_is_no_image(tmp_path):
