@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,10 @@ def last_line(error: BaseException) -> str:
     return " ".join(lines[-1].split())[:200]
 
 
+INTERRUPTED = 130
+"""exit code after Ctrl-C, as shells say it"""
+
+
 def exit_code(run: Callable[[], Any]) -> int:
     """Run a command; its exit code is 0, 2 after an error that is printed in one line, or 130 after Ctrl-C.
 
@@ -71,16 +76,45 @@ def exit_code(run: Callable[[], Any]) -> int:
     and ends in a traceback.
     """
     try:
-        run()
+        with _terminated_as_interrupted():
+            run()
     except MiMError as error:
         print(f"error: {printable(error, None)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130  # as shells say it
+        return INTERRUPTED
     except OSError as error:
         if error.filename is None or error.errno not in REMEDIES:
             raise
         print(f"error: {printable(error.filename, None)}: {error.strerror}: {REMEDIES[error.errno]}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """While entered, SIGTERM raises KeyboardInterrupt first, and then has the effect that it had before.
+
+    So a command that kill or scancel ends stops what it has started, and removes what it has half written. A second
+    SIGTERM ends it at once. Only in the main thread; elsewhere nothing changes.
+    """
+    received = []
+
+    def interrupt(*_: object) -> None:
+        received.append(True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if received:
+            sys.stdout.flush()
+            signal.raise_signal(signal.SIGTERM)

@@ -19,7 +19,7 @@ from nnunet_mim.checkpoint.locate import CARD
 from nnunet_mim.classification.comparison import evaluate_arms
 from nnunet_mim.classification.documents import read_export_settings, read_settings, read_training
 from nnunet_mim.classification.predict import load_classifier
-from nnunet_mim.classification.results import NETWORK, PREDICTIONS, PROBE, SETTINGS, TRAINING, write_json
+from nnunet_mim.classification.results import NETWORK, PREDICTIONS, PROBE, RETRAIN, SETTINGS, TRAINING, write_json
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_plans
 from nnunet_mim.nnunet.plans import configuration_of
@@ -60,6 +60,8 @@ def export_classifier(classifier: Path, source: Source, folder: Path, licence: s
         (temporary / CARD).write_text(card(classifier, settings, licence, data), encoding="utf-8")
         load_classifier(temporary, ["all"], "cpu")
         os.replace(temporary, folder)
+    except shutil.SpecialFileError as error:  # "`FILE` is a named pipe"
+        raise MiMError(f"{error}, no file of a classifier: {RETRAIN}") from error
     except OSError as error:
         raise MiMError(f"cannot write {folder} ({error.strerror}): free space, or choose another -o") from error
     finally:

@@ -138,11 +138,12 @@ def check_classes(table: LabelTable, n_folds: int, path: Path) -> None:
 
 
 def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file by name of column, without spaces around values."""
+    """The rows of a CSV file by name of column, without spaces around values; every row names a case."""
     try:
         text = limited(path, MAX_TABLE).decode("utf-8-sig")
-        heading = text.split("\n", 1)[0]
-        rows = [row for row in table_rows(text, max(",;\t", key=heading.count), one_line=True) if any(row)]
+        heading = text.lstrip().split("\n", 1)[0]
+        lines = enumerate(table_rows(text, max(",;\t", key=heading.count), one_line=True), start=1)
+        rows = {line: row for line, row in lines if any(row)}
     except FileNotFoundError:
         raise MiMError(f"{path} does not exist: write it with the columns case and {', '.join(needed[1:])}") from None
     except OSError as error:
@@ -153,21 +154,20 @@ def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
         raise MiMError(f"{path} is no table ({error}): save it as CSV UTF-8") from None
     if len(rows) < 2:
         raise MiMError(f"{path} has no rows: write one per case below the heading")
-    names = rows[0]
+    names = rows.pop(min(rows))
     if twice := [name for name, n in Counter(names).items() if name and n > 1]:
         raise MiMError(f"{path} has two columns '{twice[0]}': rename one")
     if missing := [name for name in needed if name not in names]:
         raise MiMError(f"{path} has no column '{missing[0]}': it has {', '.join(names)}")
-    for number, row in enumerate(rows[1:], start=2):
+    for line, row in rows.items():
         if len(row) != len(names):
-            raise MiMError(f"{path}: row {number} has {len(row)} values, the heading {len(names)}: correct the row")
-    return [dict(zip(names, row, strict=True)) for row in rows[1:]]
+            raise MiMError(f"{path}: row {line} has {len(row)} values, the heading {len(names)}: correct the row")
+        if not row[names.index("case")]:
+            raise MiMError(f"{path}: row {line} has no case: name it, or remove the row")
+    return [dict(zip(names, row, strict=True)) for row in rows.values()]
 
 
 def _cases(path: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
-    cases = [row["case"] for row in rows]
-    if "" in cases:
-        raise MiMError(f"{path}: row {cases.index('') + 2} has no case: name it, or remove the row")
     seen: dict[str, Mapping[str, str]] = {}
     for row in rows:
         before = seen.setdefault(row["case"], row)
@@ -175,7 +175,7 @@ def _cases(path: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
             different = [name for name in row if row[name] != before[name]]
             what = f"with different values of '{different[0]}'" if different else "twice"
             raise MiMError(f"{path} lists case '{row['case']}' {what}: leave one row")
-    return cases
+    return list(seen)
 
 
 def _target(path: Path, name: str, texts: Sequence[str]) -> Target:

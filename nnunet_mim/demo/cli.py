@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -13,7 +13,7 @@ from pathlib import Path
 from nnunet_mim.checkpoint.locate import shipped_weights
 from nnunet_mim.demo.runner import find_command, open_folder, run_stages
 from nnunet_mim.demo.stages import MIN_BODIES, QUICK, DemoSettings, Folders, make_stages
-from nnunet_mim.errors import MiMError, exit_code
+from nnunet_mim.errors import INTERRUPTED, MiMError, exit_code
 from nnunet_mim.system.cli import OneLineParser
 
 DESCRIPTION = """\
@@ -29,12 +29,10 @@ say = partial(print, flush=True)  # at once, also into a pipe
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns 0, 2 after a one-line error, 130 after Ctrl-C."""
     options = _build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
-    try:
-        return exit_code(lambda: _run(options))
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; to go on: mim_demo -o {options.o} --continue", file=sys.stderr)
-        return 130
+    code = exit_code(lambda: _run(options))
+    if code == INTERRUPTED and options.ct is None:
+        print(f"to go on: {shlex.join(['mim_demo', '-o', options.o])} --continue", file=sys.stderr)
+    return code
 
 
 def _run(options: argparse.Namespace) -> None:

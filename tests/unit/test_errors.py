@@ -2,10 +2,13 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from nnunet_mim.errors import REMEDIES, MiMError, exit_code
+from nnunet_mim.errors import INTERRUPTED, REMEDIES, MiMError, exit_code
 
 
 def raising(error):
@@ -33,3 +36,39 @@ def test_errors_of_this_package_and_success(capsys):
 def test_everything_else_is_a_fault_and_is_shown_whole(error):
     with pytest.raises(type(error)):
         exit_code(raising(error))
+
+
+TERMINATED = """
+import signal, sys, time
+from nnunet_mim.errors import exit_code
+def run():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up")
+sys.exit(exit_code(run))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, INTERRUPTED)])
+def test_a_command_that_is_ended_cleans_up(number, code):
+    command = subprocess.Popen(
+        [sys.executable, "-c", TERMINATED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert command.stdout.readline() == "begun\n"
+    command.send_signal(number)
+    said, errors = command.communicate(timeout=30)
+    assert (said, command.returncode) == ("cleaned up\n", code)
+    assert errors in ("", "interrupted\n")
+
+
+def test_a_handler_of_somebody_else_is_called_and_kept():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        assert exit_code(lambda: signal.raise_signal(signal.SIGTERM)) == INTERRUPTED
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM] * 2

@@ -80,8 +80,8 @@ class ClassifierTraining(KeptTraining):
         job = self.job
         names = tuple(target.name for target in job.table.targets)
         data = DataOptions(job.source.dataset, job.source.plans_name, job.source.configuration, names)
-        command = [sys.executable, "-m", "nnunet_mim.classification.cli", "train", *flags_of(data)]
-        command += [*flags_of(job.config), "-device", self.device]
+        command = [sys.executable, "-m", "nnunet_mim.system.child", str(os.getpid()), "nnunet_mim.classification.cli"]
+        command += ["train", *flags_of(data), *flags_of(job.config), "-device", self.device]
         command += [] if any(map(is_baseline, self.classifiers)) else ["--no-baselines"]
         own = self.results / job.config.arm
         begun = [path for name in (PREDICTIONS, LATEST) for path in own.glob(f"fold_*/{name}")]

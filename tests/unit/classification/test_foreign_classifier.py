@@ -1,6 +1,7 @@
 """A classifier's folder that somebody else has made or changed: it predicts, or ends in one line."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -28,6 +29,18 @@ def export(folders, tmp_path, capsys):
     shutil.copy(folders.raw / "imagesTr" / "case_00_0000.nii.gz", tmp_path / "images")
     capsys.readouterr()
     return tmp_path / "e"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
+def test_a_pipe_among_the_weights_is_not_shared(export, folders, tmp_path, capsys):
+    (weights,) = folders.results.glob("*/lesion/probe_random/encoder_*.safetensors")
+    weights.unlink()
+    os.mkfifo(weights)
+    which = ("-d", 7, "--target", "lesion", "--classifier", "probe_random")
+    assert classify("export", *which, "-o", tmp_path / "again") == 2
+    said = capsys.readouterr().err
+    assert said == f"error: `{weights}` is a named pipe, no file of a classifier: train this fold again\n"
+    assert [path.name for path in tmp_path.iterdir() if "again" in path.name] == []
 
 
 def change(file, *path, value):

@@ -62,6 +62,8 @@ def test_without_patients_every_case_is_its_own(table):
         ("case,sick\na,1\na,0\n", "lists case 'a' with different values of 'sick'"),
         ("case,sick\na,1\na,1\n", "lists case 'a' twice"),
         ("case,sick\na,1\n,0\n", "row 3 has no case"),
+        ("case,sick\n\na,1\n \n,0\n", "row 5 has no case"),
+        ("\ncase,sick\n\na,1\nb,0,7\n", "row 5 has 3 values"),
         ("case,sick\na,1\nb,0,7\n", "row 3 has 3 values, the heading 2"),
         ("case,sick\na,\nb,NA\n", "column 'sick' is empty"),
     ],

@@ -40,6 +40,16 @@ def test_a_file_in_the_way(tmp_path, capsys) -> None:
     refused(capsys, "-o", str(tmp_path / "file" / "below"))
 
 
+def test_interrupted(tmp_path, capsys, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunet_mim.demo.cli.run_stages", interrupted)
+    assert main(["-o", str(tmp_path / "a demo"), "-device", "cpu"]) == 130
+    said = capsys.readouterr().err
+    assert said == f"interrupted\nto go on: mim_demo -o '{tmp_path}/a demo' --continue\n"
+
+
 def test_help(capsys) -> None:
     with pytest.raises(SystemExit) as exit_code:
         main(["--help"])

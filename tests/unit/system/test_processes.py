@@ -35,6 +35,20 @@ def test_a_process_whose_parent_is_gone_ends_with_its_workers(parent, lives):
     assert not _runs(int(worker))
 
 
+def test_a_module_ends_with_the_process_that_is_named(tmp_path):
+    """`python -m nnunet_mim.system.child` runs a module, which ends when the named process is killed."""
+    (tmp_path / "slow.py").write_text(
+        "import sys, time\nif __name__ == '__main__':\n    print(sys.argv[1:], flush=True)\n    time.sleep(60)\n"
+    )
+    parent = "import os, subprocess, sys; subprocess.run([*sys.argv[1:4], str(os.getpid()), *sys.argv[4:]])"
+    command = [sys.executable, "-c", parent, sys.executable, "-m", "nnunet_mim.system.child", "slow", "a", "--b"]
+    starter = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", cwd=tmp_path)
+    assert starter.stdout.readline() == "['a', '--b']\n"
+    starter.kill()
+    assert starter.stdout.read() == "", "it would wait here for a process that still runs"
+    assert starter.wait() < 0
+
+
 def _runs(process):
     try:
         os.kill(process, 0)

@@ -49,7 +49,7 @@ class Trainer:
 
     def __call__(self, command, log, environment, stop):
         self.commands.append(list(map(str, command)))
-        options = classify_cli._parser().parse_args(self.commands[-1][3:])
+        options = classify_cli._parser().parse_args(self.commands[-1][5:])  # after python -m child PARENT MODULE
         where = DataOptions(**given_flags(options, DataOptions))
         config = ClassifyConfig(**given_flags(options, ClassifyConfig))
         self.configs.append(config)
