@@ -116,4 +116,5 @@ def _help(name, module, *subcommand):
         [sys.executable, "-m", f"nnunet_mim.{module}", *subcommand, "--help"],
         capture_output=True, encoding="utf-8", check=True, cwd=ROOT,
     )  # fmt: skip
-    return ["```text", done.stdout.strip(), "```", ""]
+    text = re.sub(r";\s+here \d+\)", ")", done.stdout)  # cores of the machine that makes the page
+    return ["```text", text.strip(), "```", ""]

@@ -40,6 +40,8 @@ def test_commands_and_functions_are_there(site):
     for name in ("mim_prepare", "mim_pretrain", "mim_classify train", "mim_benchmark few_shot", "mim_demo"):
         assert f">{name}<" in commands, name
     assert all(preset in commands for preset in PRESETS)
+    assert "or the number of cores" in commands
+    assert "; here" not in commands, "the cores of the machine that made the page"
     functions = (site / "reference" / "api" / "index.html").read_text()
     for name in ("load_encoder", "features", "forward_features", "pretrain", "classify", "report"):
         assert re.search(rf'id="nnunet_mim\.api\.([a-zA-Z]+\.)*{name}"', functions), name
