@@ -16,6 +16,11 @@ from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.settings import check_value, setting
 
 Size3 = tuple[int, int, int]
+CHECKPOINTS = (
+    "checkpoint_final.pth of mim_pretrain, folder of mim_export, weights that come with the package (tiny-ct), or "
+    "repository on Hugging Face (USER/NAME)"
+)
+"""what stands for a pretraining in every command, for the help; `locate` in checkpoint/locate.py finds it"""
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ class PretrainConfig:
     )
     init_checkpoint: str = setting(
         "",
-        "checkpoint of an earlier run whose weights this one starts from",
+        f"earlier run whose weights this one starts from: {CHECKPOINTS}",
         "--init",
         default_text="random weights",
         metavar="CHECKPOINT",

@@ -135,8 +135,7 @@ def load_encoder(checkpoint: str | Path) -> Encoder:
     """A pretrained encoder, on the CPU, in evaluation mode.
 
     Args:
-        checkpoint: checkpoint_final.pth of `mim_pretrain`, a folder of `mim_export`, a name of weights that come with
-            the package such as `tiny-ct`, or a repository on Hugging Face (`user/name`, `user/name@revision`).
+        checkpoint: what `-pc` takes, such as a `checkpoint_final.pth` or `tiny-ct`, see docs/checkpoint.md.
 
     Raises:
         MiMError: missing, damaged, or not the hybrid encoder.

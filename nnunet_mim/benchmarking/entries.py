@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from nnunet_mim.checkpoint.locate import REPOSITORY, shipped_weights
+from nnunet_mim.checkpoint.locate import is_name
 from nnunet_mim.errors import MiMError
 
 Count = Annotated[int, 1]
@@ -21,13 +21,9 @@ Entries = TypeVar("Entries")
 
 
 def checkpoint_of(given: str, folder: Path) -> str:
-    """A checkpoint as a file in `folder` names it: a path counts from there, unless it exists nowhere and is the name
-    of a repository on Hugging Face (ORGANISATION/NAME) or of shipped weights.
-    """
+    """A checkpoint as a file in `folder` names it: a path counts from there, unless it exists nowhere and is a name."""
     path = folder / given
-    on_hub = REPOSITORY.fullmatch(given) and path.suffix != ".pth"
-    named = (on_hub or given in shipped_weights()) and not path.exists()
-    return given if named else str(path)
+    return given if is_name(given) and not path.exists() else str(path)
 
 
 def read_entries(cls: type[Entries], content: Any, where: str = "", **given: Any) -> Entries:

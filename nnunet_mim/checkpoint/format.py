@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import nnunet_mim
+from nnunet_mim.checkpoint.case_list import put_aside, put_back
 from nnunet_mim.checkpoint.locate import FINAL, UNPICKLED, lasting_name, locate
 from nnunet_mim.checkpoint.metadata import check_provenance
 from nnunet_mim.checkpoint.share import read_export
@@ -125,13 +126,16 @@ def run_provenance(
 
 
 def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that `path` holds either the former file or the whole new one.
+    """Write a checkpoint so that `path` holds either the former file or the whole new one; a long list of cases goes
+    into a file beside it, see `put_aside`.
 
     Raises:
         MiMError: the disk is full or not writable; the former file is left as it was.
     """
     temporary = path.with_name(path.name + ".tmp")  # one name, so that killed runs do not fill the disk
     try:
+        if "provenance" in checkpoint:
+            checkpoint = {**checkpoint, "provenance": put_aside(checkpoint["provenance"], path.parent)}
         with atomic_file(path, temporary) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
@@ -180,12 +184,14 @@ def read_safely(path: Path) -> Any:
     """Read a file of `torch.save` or an export without executing anything in it; every byte's checksum is verified.
 
     Raises:
-        MiMError: damaged, or it holds more than plain values and dense tensors of finite numbers.
+        MiMError: damaged, or it holds more than plain values and dense tensors of finite numbers, or its list of cases
+            is missing.
     """
-    if not path.is_dir():
-        return read_torch_file(path)
-    stored = read_export(path)
-    check_tensors(path, stored)
+    stored = read_export(path) if path.is_dir() else read_torch_file(path)
+    if path.is_dir():
+        check_tensors(path, stored)
+    if isinstance(stored, dict) and isinstance(stored.get("provenance"), dict):
+        stored["provenance"] = put_back(stored["provenance"], path, path if path.is_dir() else path.parent)
     return stored
 
 

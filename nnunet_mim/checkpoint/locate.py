@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nnunet_mim.checkpoint.case_list import PATTERN
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.untrusted import NOT_REGULAR, read_json
@@ -58,12 +59,17 @@ def locate(name: str | Path) -> Path:
         return path.absolute()
     if str(name) in shipped_weights():
         return SHIPPED / name
-    if REPOSITORY.fullmatch(str(name)) and path.suffix not in (".pth", ".pt") and not path.parent.exists():
+    if is_name(str(name)) and not path.parent.exists():
         return _download(str(name))
     if path.exists():
         raise MiMError(f"pretraining checkpoint {path} is {NOT_REGULAR}: copy it into a file")
     choices = " or ".join(["correct the path", *(f"give {name}" for name in shipped_weights())])
     raise MiMError(f"pretraining checkpoint {path} does not exist: {choices}")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text that is no file or folder names a checkpoint: weights of the package, or a repository."""
+    return text in shipped_weights() or bool(REPOSITORY.fullmatch(text) and not text.endswith((".pth", ".pt")))
 
 
 def shipped_weights() -> list[str]:
@@ -85,7 +91,8 @@ def _download(name: str) -> Path:
         raise MiMError(f"{name} is no file here, and to download it huggingface_hub is missing: {INSTALL}") from error
     repository, _, revision = name.partition("@")
     try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG, CARD])
+        wanted = [WEIGHTS, CONFIG, CARD, PATTERN]
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
     except Exception as error:  # the library has many
         raise MiMError(
             f"{name} is no file here and cannot be downloaded from Hugging Face ({type(error).__name__}): correct the "

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nnunet_mim.checkpoint.case_list import put_aside
 from nnunet_mim.checkpoint.locate import CARD, CONFIG, INSTALL, WEIGHTS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.system.untrusted import limited, read_json
@@ -61,6 +62,7 @@ def export(
     try:
         temporary.mkdir(parents=True)
         (temporary / WEIGHTS).write_bytes(content)
+        config["provenance"] = put_aside(config["provenance"], temporary)
         (temporary / CONFIG).write_text(json.dumps(_without_nan(config), indent=1), encoding="utf-8")
         (temporary / CARD).write_text(card, encoding="utf-8")
         if any(not value.isfinite().all() for value in read_export(temporary)["network_weights"].values()):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from nnunet_mim.config import ENCODERS, PRESETS
+from nnunet_mim.config import CHECKPOINTS, ENCODERS, PRESETS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.settings import check_value, setting
 
@@ -89,8 +89,7 @@ class ClassifyConfig:
     )
     checkpoint: str = setting(
         "",
-        "pretraining: a checkpoint_final.pth, a folder of mim_export, a repository on Hugging Face, or none for random "
-        "weights; --mode scratch takes its network and leaves its weights",
+        f"pretraining: {CHECKPOINTS}; none for random weights; --mode scratch takes its network and leaves its weights",
         "-pc",
         default_text="as nnUNetTrainerMiM takes it",
         metavar="CHECKPOINT",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nnunet_mim.config import CHECKPOINTS
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.system.cli import OneLineParser
 
@@ -41,7 +42,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser("mim_inspect", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT",
-        help="file of mim_pretrain or mim_convert, folder of mim_export, or name of shipped weights")  # fmt: skip
+        help=f"{CHECKPOINTS}; or file of mim_convert")
     add("--list_weights", action=_ListWeights, nargs=0, help="list the weights that come with the package, then exit")
     add("-i", nargs="+", default=[], metavar="CT",
         help="raw CT: NIfTI, NRRD or MHA, or a folder with the DICOM files of one CT")  # fmt: skip

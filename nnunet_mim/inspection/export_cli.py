@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from nnunet_mim.config import CHECKPOINTS
 from nnunet_mim.errors import exit_code
 from nnunet_mim.system.cli import OneLineParser
 
@@ -26,7 +27,7 @@ def _parser() -> OneLineParser:
         epilog="Bad input ends with exit code 2 and one line that says what to do.",
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="checkpoint_final.pth of a mim_pretrain run")
+    add("checkpoint", metavar="CHECKPOINT", help=CHECKPOINTS)
     add("-o", required=True, metavar="FOLDER", help="new folder to write")
     add("--licence", metavar="ID", help="of the weights, such as cc-by-4.0 (default: not stated)")
     add("--data", metavar="TEXT", help="for the card: which images, and under which licence (default: not stated)")

@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any
 
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
-from nnunet_mim.config import ENCODERS, PRESETS
+from nnunet_mim.config import CHECKPOINTS, ENCODERS, PRESETS
 from nnunet_mim.errors import MiMError, exit_code, printable_lines
 from nnunet_mim.nnunet.datasets import dataset_name, required_folder
 from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
@@ -181,8 +181,7 @@ def _parser() -> OneLineParser:
     add = parser.add_argument
     add("-d", required=True, metavar="DATASET", help="dataset number or name")
     add("-pc", metavar="CHECKPOINT",
-        help="checkpoint_final.pth of a mim_pretrain run, a folder of mim_export, weights that come with the package "
-        "(tiny-ct), or the name of a repository on Hugging Face")  # fmt: skip
+        help=f"pretraining: {CHECKPOINTS}")
     add("-p", default=NNUNET_PLANS, metavar="PLANS", help=f"base plans (default: {NNUNET_PLANS})")
     add("-o", "-overwrite_plans_name", dest="o", default="nnUNetMiMPlans", metavar="NAME",
         help="name of the new plans (default: nnUNetMiMPlans)")  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from nnunet_mim.benchmarking.entries import Count, SlurmParameters, checkpoint_of, read_entries
 from nnunet_mim.classification.baselines import BASELINE
 from nnunet_mim.classification.options import LABELS_AS_ROI, MODES, RANDOM, ClassifyConfig
+from nnunet_mim.config import CHECKPOINTS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.settings import check_known_keys
 
@@ -122,8 +123,7 @@ def _complete_arm(arm: ClassifierArm, folder: Path) -> ClassifierArm:
     if mode is None:
         raise MiMError(f"{where}: give a mode: {', '.join(MODES[:-1])} or {MODES[-1]}")
     if mode != "scratch" and not arm.checkpoint:
-        what = "a file, a folder of mim_export, a repository, the name of shipped weights, or none for random ones"
-        raise MiMError(f"{where}: give a checkpoint: {what}")
+        raise MiMError(f"{where}: give a checkpoint, or none for random weights: {CHECKPOINTS}")
     if mode == "finetune" and arm.checkpoint == RANDOM:
         raise MiMError(f"{where}: finetuning needs a checkpoint: name one, or give mode scratch")
     checkpoint = arm.checkpoint if arm.checkpoint in (None, RANDOM) else checkpoint_of(str(arm.checkpoint), folder)

@@ -183,9 +183,9 @@ class HeldOut:
             if own:
                 losses = [crops[i].reconstruction for i in own]
                 datasets[dataset] = _weighted_mean(losses, [targets[i] for i in own])
-        level = replace(self.constants[position], **vars(averaged(crops, _weighted_mean)))
+        level = replace(self.constants[position], **vars(averaged(crops, _mean_if_any)))
         if not any(targets):
-            return replace(level, reconstruction=None)
+            return level
         mean_errors = [error / max(n, 1.0) for error, n in zip(errors, targets, strict=True)]
         return replace(level, psnr=_decibel(_weighted_mean(mean_errors, targets)), datasets=datasets)
 
@@ -240,8 +240,13 @@ def _feature_spread(features: Tensor) -> tuple[float, float]:
     return float(rank), float(std)
 
 
+def _mean_if_any(values: Sequence[Any], weights: Sequence[Any] | None = None) -> float | None:
+    """`_weighted_mean`, or None where all weights are 0: figures of target tokens where there is no target."""
+    return None if weights is not None and not any(weights) else _weighted_mean(values, weights)
+
+
 def _weighted_mean(values: Sequence[Any], weights: Sequence[Any] | None = None) -> float:
-    """Mean of numbers; 0 where all weights are 0. None: all weigh the same."""
+    """Mean of numbers, whose weights are not all 0. None: all weigh the same."""
     total = total_weight = 0.0
     for value, weight in zip(values, weights or [1.0] * len(values), strict=True):
         total += float(value) * float(weight)

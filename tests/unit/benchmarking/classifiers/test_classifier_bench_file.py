@@ -84,7 +84,7 @@ def test_the_control_is_the_first_from_random_weights(bench_of):
         ({"datasets": {"7": {"folds": [0]}}}, "datasets: 7: unknown entry 'folds': there are configuration"),
         ({"arms": []}, "'arms' is missing"),
         ({"arms": ["mine"]}, "arms: mine: give a mode: probe, finetune or scratch"),
-        ({"arms": ["probe"]}, "arms: probe: give a checkpoint: a file, .* or none for random"),
+        ({"arms": ["probe"]}, "arms: probe: give a checkpoint, or none for random weights: checkpoint_final"),
         ({"arms": {"a": {"mode": "train"}}}, "arms: a: mode train: give probe, finetune or scratch"),
         ({"arms": {"a b": PROBE}}, "arms: a b: a name has letters, digits and _ only"),
         ({"arms": {"baseline_size": PROBE}}, "does not begin with baseline_"),
