@@ -23,7 +23,7 @@ from made_up_cases import write_phantoms
 from nnunet_mim.config import DEFAULT_LEARNING_RATE, PretrainConfig
 from nnunet_mim.pretraining.data.run_data import index_sources, run_data
 from nnunet_mim.pretraining.loop import pretrain
-from nnunet_mim.pretraining.options import RunOptions
+from nnunet_mim.pretraining.options import VIEWS_PER_PASS, RunOptions
 from nnunet_mim.pretraining.setup import Run
 
 N_CASES = 12
@@ -63,7 +63,7 @@ def main():
         output = Path(temporary) / "run"
         output.mkdir()
         short = replace(config, val_every=config.iterations, save_every=config.iterations + 1)
-        views_per_pass = 4 if options.device == "cpu" else 32
+        views_per_pass = VIEWS_PER_PASS.get(options.device)  # as mim_pretrain
         run = Run(short, data, output, RunOptions(workers=0, views_per_pass=views_per_pass))
         record = pretrain(run, fabric, note)
     step_s = statistics.median(b - a for a, b in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False))

@@ -30,13 +30,12 @@ from nnunet_mim.pretraining.half_precision import HalfPrecisionCopy
 from nnunet_mim.pretraining.objective.levels import level_losses
 from nnunet_mim.pretraining.objective.views import LevelViews, nested_views
 from nnunet_mim.pretraining.state import build_optimizer
-from nnunet_mim.pretraining.step import WARM_UP, RecordedStep, ordinary_step
+from nnunet_mim.pretraining.step import WARM_UP, RecordedStep, SizedStep, ordinary_step
 
 sys.path.append(str(Path(__file__).parents[1]))
 from flops import crop_flops
 
 PATHS = (("torch", "eager"), ("triton", "eager"), ("triton", "recorded"), ("triton", "compiled"))
-VIEWS_PER_PASS = 32  # mim_pretrain's default on a GPU
 CHECKED = {  # what is compared → largest ‖out − ref‖ / ‖ref‖ of the loss's gradient
     "float64": 1e-9,
     "float32": 1e-3,
@@ -158,7 +157,11 @@ def make_step(config, device, mode):
     fill, flat = torch.zeros(1, device=device), torch.full((1,), 0.04, device=device)
     generator, levels = torch.Generator(device).manual_seed(0), levels_of(config)
 
-    train_step = ordinary_step(forward, bare, optimizer, flat, config, ALONE, VIEWS_PER_PASS)
+    def in_passes_of(views):
+        return ordinary_step(forward, bare, optimizer, flat, config, ALONE, views)
+
+    on_gpu = device == "cuda"
+    train_step = SizedStep(in_passes_of, torch.device(device)) if on_gpu else in_passes_of(4)  # as mim_pretrain does
     if mode == "recorded":
         train_step = RecordedStep(train_step, optimizer)
 

@@ -82,10 +82,14 @@ def rows(chosen, dtypes, archs):
             x = torch.empty(1, *token, channels, dtype=DTYPES[dtype], device="meta")
             forward = kernels.convolution_constants(x, grid, token, KERNEL) | {"FLIP": False, "HAS_BIAS": True}
             backward = kernels.gradient_constants(x, grid, token, KERNEL)
-            for name, kernel, constants in (
+            made = [
                 ("convolution", kernels._convolve_kernel, forward),
                 ("weight gradient", kernels._weight_gradient_kernel, backward),
-            ):
+            ]
+            if dtype == "bf16":  # that of a pretraining step
+                mirrored = forward | {"FLIP": True, "HAS_BIAS": False}
+                made.append(("input gradient", kernels._convolve_kernel, mirrored))
+            for name, kernel, constants in made:
                 for arch in archs:
                     row = {"kernel": name, "stage": stage, "channels": channels, "dtype": dtype, "arch": arch}
                     yield row | machine_code(compiled(kernel, constants, dtype, arch))

@@ -24,8 +24,8 @@ from nnunet_mim.pretraining.data.run_data import RunData
 from nnunet_mim.pretraining.distributed.ranks import ranks_of
 from nnunet_mim.pretraining.loop import pretrain
 from nnunet_mim.pretraining.setup import Run
+from nnunet_mim.pretraining.step import PROBE_VIEWS, DeviceMemoryError, full_memory_named
 from nnunet_mim.pretraining.step import WARM_UP as RECORDED_AFTER
-from nnunet_mim.pretraining.step import DeviceMemoryError, full_memory_named
 from nnunet_mim.system.machine import physical_memory
 
 WARM_UP = RECORDED_AFTER + 1
@@ -77,12 +77,7 @@ def dry_run(run: Run, fabric: Fabric) -> str:
         share = sum(map(config.unet_learns, range(config.iterations))) / config.iterations
         trial = replace(trial, step_s=share * trial.step_s + (1 - share) * without)
     data_s = _seconds_of_data(run, fabric, steps)
-    twice = replace(run, config=replace(run.config, batch_size=2 * config.batch_size))
-    try:
-        doubled = _try(twice, fabric, WARM_UP + 1)
-        batch = f"about {_largest_batch(run, trial, doubled, fabric)} crops fit"
-    except DeviceMemoryError:
-        batch = f"{config.batch_size} crops fit, {twice.config.batch_size} do not"
+    batch = _what_fits(run, trial, fabric)
 
     crops_per_s, data_rate = config.batch_size / trial.step_s, config.batch_size / data_s
     measurements = config.iterations // config.val_every + 1
@@ -100,7 +95,7 @@ def dry_run(run: Run, fabric: Fabric) -> str:
             f"whole run    {_duration(seconds)} for {config.iterations} iterations, {share:.1%} of it measurements",
             f"disk         {disk / GIB:.2f} GiB for three checkpoints and their curves; {free / GIB:.1f} GiB are free",
             f"peak memory  {trial.memory / GIB:.2f} GiB ({kind})",
-            f"batch        {batch} (memory for activations is bounded by --views_per_pass)",
+            f"batch        {batch}",
         ]
     )
 
@@ -151,6 +146,22 @@ def _seconds_of_data(run: Run, fabric: Fabric, steps: int) -> float:
     return (time.perf_counter() - since) / max(1, count)
 
 
+def _what_fits(run: Run, trial: _Trial, fabric: Fabric) -> str:
+    """How many crops a step fit, in words. Passes that grow as long as they fit are measured as small ones."""
+    batch, note = run.config.batch_size, "memory for activations is bounded by --views_per_pass"
+    sized = run.options.views_per_pass is None
+    if sized:
+        run = replace(run, options=replace(run.options, views_per_pass=PROBE_VIEWS))
+        note = f"in passes of {PROBE_VIEWS} views; larger ones where they fit"
+    twice = replace(run, config=replace(run.config, batch_size=2 * batch))
+    try:
+        trial = _try(run, fabric, WARM_UP + 1) if sized else trial
+        doubled = _try(twice, fabric, WARM_UP + 1)
+        return f"about {_largest_batch(run, trial, doubled, fabric)} crops fit ({note})"
+    except DeviceMemoryError:
+        return f"{batch} crops fit, {2 * batch} do not ({note})"
+
+
 def _largest_batch(run: Run, trial: _Trial, doubled: _Trial, fabric: Fabric) -> int:
     """Crops a step that fill the memory of all devices, by the growth from one batch to twice as much.
 
@@ -170,8 +181,7 @@ def _largest_batch(run: Run, trial: _Trial, doubled: _Trial, fabric: Fabric) -> 
     room = USABLE * total - doubled.memory
     if room < 0:
         return max(config.batch_size, fabric.world_size * int(2 * here + room / growth))
-    if run.options.views_per_pass is None:  # passes grow with the batch as long as they fit
-        return fabric.world_size * int(2 * here + room / growth)
+    assert run.options.views_per_pass is not None
     full_pass = -(-run.options.views_per_pass // max(views))  # crops
     growing = min(max(0, full_pass - 2 * here), room / growth)
     kept = growth if here >= full_pass else least

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.mask_in_mask import HasUNet, Reconstructs
-from nnunet_mim.pretraining.distributed.ranks import Ranks, ranks_of
+from nnunet_mim.pretraining.distributed.ranks import ALONE, Ranks, ranks_of
 from nnunet_mim.pretraining.half_precision import HalfPrecisionCopy
 from nnunet_mim.pretraining.monitoring.figures import LevelFigures, TrainingFigures, mapped
 from nnunet_mim.pretraining.objective.levels import (
@@ -94,7 +94,7 @@ def build_step(state: TrainingState, run: Run, fabric: Fabric, unet_learns: bool
         )
 
     measured = fabric.device.type == "cuda" and options.views_per_pass is None
-    step = SizedStep(in_passes_of, fabric.device) if measured else in_passes_of(options.views_per_pass)
+    step = SizedStep(in_passes_of, fabric.device, ranks) if measured else in_passes_of(options.views_per_pass)
     if options.record and fabric.device.type == "cuda" and not (options.compile or options.recompute):
         return RecordedStep(step, state.optimizer)
     return step
@@ -155,23 +155,35 @@ class SizedStep:
     """The same step, in passes as large as the memory of a GPU allows.
 
     The first PROBE_STEPS calls compute PROBE_VIEWS views at a time, and the last of them measures the memory of a view.
-    From then on all views of all levels are one pass if they fit, else as many of a level as fit. Ranks need not agree:
-    they meet once a level, however it is cut.
+    From then on all views of all levels are one pass if they fit on every rank, else as many of a level as fit on all.
+    Ranks take the same number: the messages between them come in the order of the passes.
 
     Args:
         in_passes_of: views per pass → the step; None: all views of all levels.
         device: the GPU.
+        ranks: this process among those of the run.
+
+    Raises torch.OutOfMemoryError, whose `views_per_pass` are the views of a pass that did not fit.
     """
 
-    def __init__(self, in_passes_of: Callable[[int | None], TrainStep], device: torch.device) -> None:
-        self.in_passes_of, self.device = in_passes_of, device
+    def __init__(
+        self, in_passes_of: Callable[[int | None], TrainStep], device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
+        self.in_passes_of, self.device, self.ranks = in_passes_of, device, ranks
         self.step = in_passes_of(PROBE_VIEWS)
+        self.views_per_pass = PROBE_VIEWS
         self.done = 0
 
     def __call__(self, views: list[LevelViews]) -> TrainingFigures[Tensor]:
         self.done += 1
-        if self.done != PROBE_STEPS:
-            return self.step(views)
+        try:
+            return self._measured(views) if self.done == PROBE_STEPS else self.step(views)
+        except torch.OutOfMemoryError as error:
+            error.views_per_pass = min(self.views_per_pass, sum(len(level.images) for level in views))  # type: ignore[attr-defined]
+            raise
+
+    def _measured(self, views: list[LevelViews]) -> TrainingFigures[Tensor]:
+        """The last step of PROBE_VIEWS, and the size of the passes of all later ones."""
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         figures = self.step(views)
@@ -179,7 +191,8 @@ class SizedStep:
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         free = MEMORY_SHARE * (torch.cuda.mem_get_info(self.device)[0] + unused)
         n_views = [len(level.images) for level in views]
-        fitting = int(free / max(1.0, used / min(PROBE_VIEWS, max(n_views))))
+        fitting = self.ranks.least(int(free / max(1.0, used / min(PROBE_VIEWS, max(n_views)))), self.device)
+        self.views_per_pass = max(1, fitting)
         self.step = self.in_passes_of(None if fitting >= sum(n_views) else max(1, fitting))
         return figures
 
@@ -195,9 +208,10 @@ def full_memory_named(run: Run) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         options, batch = run.options, run.config.batch_size
+        views = getattr(error, "views_per_pass", options.views_per_pass or PROBE_VIEWS)
         remedies = ["--recompute 1 2 3"] if set(options.recompute) != {1, 2, 3} else []
-        if options.views_per_pass is None or options.views_per_pass > 1:
-            remedies.append(f"--views_per_pass {(options.views_per_pass or 32) // 2}")
+        if views > 1:
+            remedies.append(f"--views_per_pass {views // 2}")
         if batch > 1:
             remedies.append(f"--batch {batch // 2}")
         remedy = f"add {' or '.join(remedies)}" if remedies else "choose a smaller --view or --preset"

@@ -47,6 +47,14 @@ class Ranks:
         """Whether the flag is set on any rank. Waits for all of them."""
         return flag if self.world == 1 else bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
 
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest of the ranks' numbers. Waits for all of them."""
+        if self.world == 1:
+            return number
+        smallest = torch.tensor(number, device=device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
+
     def sum_all(self, tensors: list[Tensor]) -> None:
         """Replace every tensor by its sum over ranks, in one message."""
         if self.world == 1:

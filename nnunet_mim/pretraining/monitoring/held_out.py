@@ -104,7 +104,7 @@ class HeldOut:
     def evaluate(self, model: PretrainingNetwork) -> Measurement[float]:
         """Means over all target tokens, or over crops for what has none, and the spread of the encoder's features."""
         found = [self._evaluate_crop(one, number) for number, one in enumerate(self._networks_of_crops(model))]
-        crops = _as_numbers(found)  # the only time that the device is waited for
+        crops = _as_numbers(found)  # one transfer for all crops; spread and U-Net below have one more each
         by_level = zip(*crops, strict=True)
         levels = [self._mean_level(position, *zip(*level, strict=True)) for position, level in enumerate(by_level)]
         if self.unet_targets:

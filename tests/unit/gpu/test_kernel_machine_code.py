@@ -28,9 +28,11 @@ def check(found, n_kernels):
 def test_instructions_of_a_stage_whose_channels_are_no_multiple_of_16(gpu_benchmark):
     """24 channels; with loads of two bytes the convolution had 1,984 instructions and 242 registers."""
     found = gpu_benchmark("kernel_machine_code.py", "--presets", "small", "--stages", "1", "--archs", "90")
-    convolution, weight_gradient = check(found, 2)
-    assert convolution["spilled"] == weight_gradient["spilled"] == 0
-    assert convolution["instructions"] <= 1100  # 792 by Triton 3.8.0, 1,032 by 3.3.1
+    convolution, weight_gradient, input_gradient = check(found, 3)
+    assert convolution["spilled"] == weight_gradient["spilled"] == input_gradient["spilled"] == 0
+    newest = tuple(map(int, found["triton"].split(".")[:2])) >= (3, 8)
+    most = 900 if newest else 1100  # 792 by Triton 3.8.0, 1,032 by 3.3.1
+    assert max(convolution["instructions"], input_gradient["instructions"]) <= most
     assert weight_gradient["instructions"] <= 1400
     assert convolution["ffma"] == weight_gradient["ffma"] == 5 * 8 * 8  # taps, voxels, channels of a thread
 
@@ -50,10 +52,10 @@ def test_fused_kernels_fit_the_registers(gpu_benchmark):
 @pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
 def test_every_kernel_fits_the_registers(gpu_benchmark, preset, arch):
     flags = "kernel_machine_code.py", "--presets", preset, "--archs", arch
-    check(gpu_benchmark(*flags, "--dtypes", "bf16", "fp16", "fp32"), 3 * 2 * 3)
+    check(gpu_benchmark(*flags, "--dtypes", "bf16", "fp16", "fp32"), 3 * (2 * 3 + 1))
     check(gpu_benchmark(*flags, "--dtypes", "fp16", "--finetuning"), 3 * 2)
     fused = gpu_benchmark("kernel_machine_code.py", "--fused", "--presets", preset, "--archs", arch)["rows"]
-    assert [row for row in fused if row["spilled"] or row["registers"] > 255] == []
+    assert [row for row in fused if row["spilled"] or row["registers"] > REGISTERS] == []
 
 
 @pytest.fixture(scope="module")
@@ -75,4 +77,4 @@ def test_the_oldest_triton_compiles_every_kernel(gpu_benchmark, oldest_triton, k
     found = gpu_benchmark(*flags, PYTHONPATH=path)
     assert tuple(map(int, found["triton"].split(".")[:2])) == TRITON
     assert found["rows"]
-    assert [row for row in found["rows"] if row["spilled"] > SPILLED or row["registers"] > 255] == []
+    assert [row for row in found["rows"] if row["spilled"] > SPILLED or row["registers"] > REGISTERS] == []

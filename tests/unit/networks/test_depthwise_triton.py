@@ -91,7 +91,9 @@ def run_both(kernels, conv, x, grad, tokens, exact=None):
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_forward_and_gradients_equal_the_dense_grid(kernels, case):
+def test_forward_and_gradients_equal_the_dense_grid(kernels, case, monkeypatch):
+    if case.startswith("several blocks"):
+        monkeypatch.setattr(kernels, "CHANNELS", 32)  # as on a GPU
     found, wanted = run_both(kernels, *make(kernels, case, torch.float64))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

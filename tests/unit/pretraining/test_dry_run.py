@@ -1,6 +1,7 @@
 """`--dry-run`: a few real steps, figures of the whole run, and nothing left behind."""
 
 import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ from lightning_fabric import Fabric
 
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.pretraining import cli, step
-from nnunet_mim.pretraining.dry_run import GIB, _duration, _largest_batch, _Trial
+from nnunet_mim.pretraining.dry_run import GIB, _duration, _largest_batch, _Trial, _what_fits
 from nnunet_mim.pretraining.options import RunOptions
+from nnunet_mim.pretraining.step import PROBE_VIEWS
 
 
 def figures(text):
@@ -32,6 +34,17 @@ def test_a_dry_run_prints_the_budget_and_writes_nothing(write_dataset, small_run
     assert int(re.search(r"about (\d+) crops", printed["batch"])[1]) >= 1
     assert not small_runs.folder("run").exists()
     assert not (tmp_path / "results").exists()
+
+
+@dataclass(frozen=True)
+class OneRun:
+    config: PretrainConfig
+    options: RunOptions
+
+
+def make_run(config):
+    """A run with its passes not set, as on a GPU."""
+    return OneRun(config, RunOptions())
 
 
 def largest(config, used, views_per_pass=32):
@@ -67,6 +80,29 @@ def test_the_largest_batch_does_not_depend_on_the_batch_asked_about(memory_of_16
     fits = (14.4 - 6.4) * GIB // KEPT[n_children]
     found = largest(PretrainConfig(batch_size=batch, n_children=n_children), used)
     assert used(found) <= 14.4 * GIB
+    assert found == pytest.approx(fits, rel=0.06)
+
+
+@pytest.mark.parametrize("n_children", [(4, 4), (1, 1)])
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16])
+def test_passes_that_grow_are_asked_about_as_small_ones(memory_of_16_gib, monkeypatch, n_children, batch):
+    """A view takes 0.2 GiB; steps of all views at once would fill the memory, and say nothing of what would fit."""
+    views, asked = n_children[0] * n_children[1], []
+
+    def tried(run, fabric, steps):
+        asked.append(run.options.views_per_pass)
+        crops = run.config.batch_size
+        bytes_used = int(0.2 * GIB * min(run.options.views_per_pass, views * crops) + KEPT[n_children] * crops)
+        return _Trial(1, 1, bytes_used, bytes_used, 1)
+
+    monkeypatch.setattr("nnunet_mim.pretraining.dry_run._try", tried)
+    config = PretrainConfig(batch_size=batch, n_children=n_children)
+    run, full = make_run(config), _Trial(1, 1, 15 * GIB, 15 * GIB, 1)
+    said = _what_fits(run, full, Fabric(accelerator="cpu", devices=1))
+    assert asked == [PROBE_VIEWS] * 2
+    assert said.endswith("crops fit (in passes of 8 views; larger ones where they fit)")
+    found = int(re.search(r"about (\d+) crops", said)[1])
+    fits = (14.4 * GIB - 0.2 * GIB * PROBE_VIEWS) / KEPT[n_children]
     assert found == pytest.approx(fits, rel=0.06)
 
 

@@ -128,16 +128,18 @@ def test_a_step_that_cannot_be_recorded_names_the_cause(no_gpu):
 
 
 @pytest.mark.parametrize(
-    ("memory", "passes"),
+    ("memory", "other", "passes"),
     [
-        (1000, None),  # 80 of 5 views would fit
-        (63, None),  # just 5
-        (61, 4),
-        (40, 3),
-        (5, 1),
+        (1000, None, None),  # 80 of 5 views would fit
+        (63, None, None),  # just 5
+        (61, None, 4),
+        (40, None, 3),
+        (5, None, 1),
+        (1000, 3, 3),  # no more fit on another rank
+        (40, 100, 3),
     ],
 )
-def test_passes_are_as_large_as_the_memory_allows(monkeypatch, memory, passes):
+def test_passes_are_as_large_as_the_memory_allows(monkeypatch, memory, other, passes):
     """A view takes 10 bytes; 8 of them at most are computed at once while that is measured."""
     views = views_of(0)
     n_views = [len(level.images) for level in views]
@@ -153,7 +155,8 @@ def test_passes_are_as_large_as_the_memory_allows(monkeypatch, memory, passes):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 50 + 10 * min(largest, PROBE_VIEWS))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50 + memory // 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory - memory // 2, 10**6))
-    step = SizedStep(in_passes_of, torch.device("cpu"))
+    ranks = SimpleNamespace(least=lambda number, device: min(number, other or number))
+    step = SizedStep(in_passes_of, torch.device("cpu"), ranks)
     for _ in range(PROBE_STEPS):
         assert step(views).grad_norm == PROBE_VIEWS  # nothing has changed yet
     assert step(views).grad_norm == (passes or 0)
@@ -167,6 +170,34 @@ def test_full_memory_while_recording_is_not_answered_with_no_record(no_gpu):
     remedy = r"of 8 crops: add --recompute 1 2 3 or --views_per_pass 16 or --batch 4$"
     with pytest.raises(DeviceMemoryError, match=remedy), full_memory_named(run):
         recorded(views_of(0))
+
+
+@pytest.mark.parametrize(("full_at", "in_use"), [(1, PROBE_VIEWS), (PROBE_STEPS, PROBE_VIEWS), (PROBE_STEPS + 1, 3)])
+def test_what_is_named_needs_less_than_the_passes_in_use(monkeypatch, full_at, in_use):
+    """Passes of 3 views fit, by what the second step took; fewer are named where those do not."""
+    calls = []
+
+    def in_passes_of(n):
+        def step(views):
+            calls.append(n)
+            if len(calls) == full_at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return TrainingFigures()
+
+        return step
+
+    sizes = {"memory_allocated": 0, "max_memory_allocated": 20, "memory_reserved": 0, "mem_get_info": (40, 99)}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    step, views = SizedStep(in_passes_of, torch.device("cpu")), views_of(0) * 2  # ten views, two at most of a level
+    run = SimpleNamespace(options=RunOptions(), config=PretrainConfig(batch_size=1))
+    for _ in range(full_at - 1):
+        step(views)
+    with pytest.raises(DeviceMemoryError) as error, full_memory_named(run):
+        step(views)
+    assert calls[-1] == in_use
+    assert str(error.value).endswith(f"--views_per_pass {in_use // 2}")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def main(out, rank, world, port, alignment, views_per_pass):
     if int(world) > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=world)
         torch.distributed.init_process_group("gloo")
-    result = step(Ranks(int(rank), int(world)), alignment, int(views_per_pass))
+    ranks = Ranks(int(rank), int(world))
+    fitting = ranks.least(int(views_per_pass) + ranks.rank, torch.device("cpu"))  # more fit on the second rank
+    result = step(ranks, alignment, fitting)
     if rank == "0":
         torch.save(result, out)
     end_process_group()
