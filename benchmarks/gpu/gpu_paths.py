@@ -36,6 +36,12 @@ sys.path.append(str(Path(__file__).parents[1]))
 from flops import crop_flops
 
 PATHS = (("torch", "eager"), ("triton", "eager"), ("triton", "recorded"), ("triton", "compiled"))
+EXPECTED = {  # preset, view, crops → crops/s of a recorded step on an H100: derived for the code before, and the goal
+    ("small", 96, 2): ((21, 29), None),
+    ("base", 96, 2): ((13, 19), 40),
+    ("large", 96, 2): ((9, 13), None),
+    ("small", 64, 8): ((148, 178), 500),  # the former figures are measured
+}
 CHECKED = {  # what is compared → largest ‖out − ref‖ / ‖ref‖ of the loss's gradient
     "float64": 1e-9,
     "float32": 1e-3,
@@ -245,8 +251,8 @@ def main():
 
     rate = bf16_rate(device)
     print(f"\nbf16 matrix product: {rate / 1e12:.0f} TFLOP/s\n")
-    print("| preset | convolution | mode | crops/s | TFLOP/s | share | peak MiB | waits |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| preset | convolution | mode | crops/s | before, goal | TFLOP/s | share | peak MiB | waits |")
+    print("|---|---|---|---|---|---|---|---|---|")
     rows = []
     for preset in options.presets:
         config = config_of(preset, options.view, options.batch, tuple(options.children))
@@ -257,18 +263,20 @@ def main():
             try:
                 seconds, peak, waited = time_path(config, device, mode, options.steps)
             except torch.OutOfMemoryError:
-                print(f"| {preset} | {convolution} | {mode} | out of memory | | | | |")
+                print(f"| {preset} | {convolution} | {mode} | out of memory | | | | | |")
                 continue
             speed = config.batch_size / seconds
+            before, goal = EXPECTED.get((preset, options.view, options.batch), (None, None))
+            expected = ", ".join(["–".join(map(str, before))] * bool(before) + [str(goal)] * bool(goal))
             rows.append(
                 {
                     "preset": preset, "convolution": convolution, "mode": mode, "crops_per_s": speed,
                     "tflop_per_s": speed * flops / 1e12, "share": speed * flops / rate, "peak_mib": peak,
-                    "waits": waited,
+                    "waits": waited, "before": before, "goal": goal,
                 }
             )  # fmt: skip
             print(
-                f"| {preset} | {convolution} | {mode} | {speed:.2f} | {speed * flops / 1e12:.1f} | "
+                f"| {preset} | {convolution} | {mode} | {speed:.2f} | {expected} | {speed * flops / 1e12:.1f} | "
                 f"{speed * flops / rate:.3f} | {peak:.0f} | {waited} |"
             )
     last = options.presets[-1] if "base" not in options.presets else "base"

@@ -30,12 +30,13 @@ print(f"\n{torch.cuda.get_device_name()}, {torch.cuda.device_count()} devices, t
 print("| item | outcome | seconds |\n|---|---|---|")
 PYTHON
 if [ "$part" = 1 ]; then
-    item kernels 90 pytest -q tests/unit/networks/test_depthwise_triton.py
-    item tests 150 pytest -q -m gpu tests/unit tests/e2e/test_gpu.py -k "not demo"
+    item kernels 90 pytest -q tests/unit/networks/test_depthwise_triton.py tests/unit/networks/test_fused_triton.py
+    item tests 150 pytest -q -m gpu tests/unit tests/e2e/test_gpu.py --deselect tests/e2e/test_gpu.py::test_the_whole_way_on_the_gpu
     item base 90 python benchmarks/gpu/gpu_paths.py --no-check --presets base --modes recorded --json
     item small 60 python benchmarks/gpu/gpu_paths.py --no-check --presets small --view 64 --batch 8 --children 2 2 --modes recorded --json
     item large 90 python benchmarks/gpu/gpu_paths.py --no-check --presets large --modes recorded --json
-    item paths 180 python benchmarks/gpu/gpu_paths.py --presets tiny base --modes eager recorded --json
+    item monitoring 30 python benchmarks/monitor_overhead.py --device cuda --preset base --view 96 --json
+    item paths 150 python benchmarks/gpu/gpu_paths.py --presets tiny base --modes eager recorded --json
 else
     item finetune 150 python benchmarks/finetune_step.py --device cuda --patch 128 128 128 --repeats 10 --json
     item compiled 150 python benchmarks/gpu/gpu_paths.py --no-check --presets base --modes compiled --json

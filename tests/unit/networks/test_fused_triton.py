@@ -6,6 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nnunet_mim.config import NetworkConfig
+from nnunet_mim.networks import conv_blocks, residual
+from nnunet_mim.networks.mask_in_mask import MaskedViews, MaskInMask
+
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(3, 5, 24), (130, 48), (1, 1), (70, 200), (9, 4, 384)]
@@ -115,3 +119,32 @@ def test_what_torch_compile_is_told_about_the_operations_is_so(kernels, op):
         "norm_gelu_backward": (y, x, bias, weight, shift, *of_rows),
     }
     torch.library.opcheck(getattr(kernels, op), arguments[op], test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_network_of_fused_kernels_computes_what_the_plain_one_does(monkeypatch):
+    """No bias, addition or norm is left out or done twice where kernels take several of them at once."""
+    config = NetworkConfig((8, 8, 16, 24), (1, 2, 1, 2), 2, decoder_embed_dim=24, decoder_depth=2, decoder_num_heads=2)
+    torch.manual_seed(0)
+    model = MaskInMask(config).to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and shifts are 0 at first, and weights of norms 1
+            parameter += 0.1 * torch.randn_like(parameter)
+    images = torch.randn(2, 1, 32, 32, 32, device=DEVICE)
+    order = torch.rand(2, 8, device=DEVICE).argsort(dim=1)
+    views = MaskedViews(images, order[:, :3].sort(dim=1).values, order[:, 3:].sort(dim=1).values)
+
+    def computed():
+        model.zero_grad()
+        (output,) = model([views])
+        (output.prediction.square().mean() + output.features.square().mean()).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"prediction": output.prediction.detach(), "features": output.features.detach(), **gradients}
+
+    plain, calls = computed(), []
+    for module in (residual, conv_blocks):
+        monkeypatch.setattr(module, "fuses", lambda x: calls.append(1) or True)
+    fused = computed()
+    assert len(calls) > 10
+    assert fused.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=name)

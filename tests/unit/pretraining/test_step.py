@@ -21,6 +21,7 @@ from nnunet_mim.pretraining.step import (
     DeviceMemoryError,
     RecordedStep,
     SizedStep,
+    build_step,
     full_memory_named,
 )
 
@@ -215,3 +216,27 @@ def test_only_what_can_still_be_turned_is_named(options, batch, remedy):
     assert str(error.value).endswith(f"a step of {batch} crops: {remedy}")
     flags = remedy.removeprefix("add ").split() if remedy.startswith("add") else []
     assert _build_parser().parse_args(["-d", "1", *flags])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "recorded", "sized"),
+    [
+        (RunOptions(), True, True),
+        (RunOptions(views_per_pass=3), True, False),
+        (RunOptions(record=False), False, True),
+        (RunOptions(compile=True), False, True),
+        (RunOptions(recompute=(3,)), False, True),
+    ],
+)
+def test_which_step_a_gpu_takes(monkeypatch, world, options, recorded, sized):
+    """Several ranks record too, and measure how many views fit."""
+    on_cpu = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda value, device=None: on_cpu(value))
+    fabric = SimpleNamespace(device=torch.device("cuda"), global_rank=world - 1, world_size=world)
+    run = SimpleNamespace(options=options, config=PretrainConfig(), data=SimpleNamespace(flat_threshold=[0.1]))
+    step = build_step(SimpleNamespace(model=torch.nn.Linear(1, 1), optimizer=None), run, fabric, unet_learns=False)
+    assert isinstance(step, RecordedStep) == recorded
+    step = step.step if recorded else step
+    assert isinstance(step, SizedStep) == sized
+    assert not sized or step.ranks.world == world

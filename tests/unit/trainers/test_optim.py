@@ -1,6 +1,7 @@
 """Learning rates and parameter groups, against numbers worked out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,3 +133,18 @@ def test_gradients_are_clipped_before_the_step(network):
     optimizer.step()
     norm = torch.sqrt(sum(p.grad.square().sum() for p in network.parameters()))
     assert norm.item() == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_on_a_gpu_a_step_is_one_kernel(network, monkeypatch, on_gpu):
+    made = {}
+
+    class Recording(torch.optim.AdamW):
+        def __init__(self, groups, lr, fused):
+            made["fused"] = fused
+            super().__init__(groups, lr=lr)
+
+    monkeypatch.setattr("nnunet_mim.trainers.optim.AdamW", Recording)
+    network.parameters = lambda: iter([SimpleNamespace(is_cuda=on_gpu)])
+    build_optimizer(network, FinetuneConfig())
+    assert made["fused"] == (True if on_gpu else None)

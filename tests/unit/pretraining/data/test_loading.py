@@ -1,13 +1,16 @@
 """How many processes read crops, and how far ahead."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nnunet_mim.config import PretrainConfig
 from nnunet_mim.pretraining import options
-from nnunet_mim.pretraining.data.loading import _batches_ahead, _collate_half
-from nnunet_mim.pretraining.options import _default_workers
+from nnunet_mim.pretraining.data.loading import _batches_ahead, _collate_half, training_batches
+from nnunet_mim.pretraining.distributed.ranks import ALONE
+from nnunet_mim.pretraining.options import RunOptions, _default_workers
 from nnunet_mim.system import machine
 
 GB = 10**9
@@ -63,3 +66,24 @@ def test_crops_on_their_way_to_a_gpu_are_float16_and_keep_a_hounsfield_unit():
     assert float((crops[1].float() * 250 - hounsfield).abs().max()) <= 0.5
     assert valid.dtype == missed.dtype == torch.int64
     assert torch.equal(missed[0], item[2])
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "half"),
+    [("cuda", "bf16-mixed", True), ("cuda", "32-true", False), ("cpu", "bf16-mixed", False)],
+)
+def test_when_crops_travel_as_float16(monkeypatch, device, precision, half):
+    made = {}
+
+    class Loader:
+        def __init__(self, dataset, **options):
+            made.update(options)
+
+        def __iter__(self):
+            return iter([])
+
+    monkeypatch.setattr("nnunet_mim.pretraining.data.loading.DataLoader", Loader)
+    dataset, chosen = SimpleNamespace(crop_size=(8, 8, 8)), RunOptions(precision=precision, workers=0)
+    batches = training_batches(dataset, PretrainConfig(iterations=1), 0, chosen, torch.device(device), ALONE)
+    assert list(batches) == []
+    assert (made["collate_fn"] is _collate_half) == half
