@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from nnunet_mim.config import PRESETS, PretrainConfig
 from nnunet_mim.geometry import levels_of
-from nnunet_mim.networks.mask_in_mask import MaskInMask
+from nnunet_mim.networks.build import build_network
 from nnunet_mim.pretraining.distributed.ranks import ALONE
 from nnunet_mim.pretraining.half_precision import HalfPrecisionCopy
 from nnunet_mim.pretraining.objective.masks import on_device
@@ -163,18 +163,18 @@ def _bytes_moved(name, inputs, outputs):
     return sum(sizes) + written
 
 
-def make_step(config, alter=lambda views: views, recompute=(), ranks=ALONE):
-    """A function that does one optimiser step on fake tensors; `alter` changes its views."""
+def make_step(config, alter=lambda views: views, recompute=(), ranks=ALONE, views_per_pass=None, half=True):
+    """A function that does one optimiser step on fake tensors; `alter` changes its views, `half` is bf16."""
     device = torch.device("cuda", 0)
     with torch.device(device):
-        model = MaskInMask(config.network, alignment=config.alignment)
+        model = build_network(config)
     levels = levels_of(config)
-    crops = torch.empty(config.batch_size, 1, *levels[0].fov, device=device)
+    crops = torch.empty(config.batch_size, config.in_channels, *levels[0].fov, device=device)
     valid = torch.empty(config.batch_size, 3, 2, dtype=torch.int64, device=device)
-    fill, flat = torch.empty(1, device=device), torch.empty(1, device=device)
+    fill, flat = (torch.empty(config.in_channels, device=device) for _ in range(2))
     generator = torch.Generator()
-    forward, optimizer = HalfPrecisionCopy(model), build_optimizer(model, config)
-    train_step = ordinary_step(forward, model, optimizer, flat, config, ranks, None, recompute)
+    forward, optimizer = HalfPrecisionCopy(model) if half else model, build_optimizer(model, config)
+    train_step = ordinary_step(forward, model, optimizer, flat, config, ranks, views_per_pass, recompute)
 
     def step():
         train_step(alter(nested_views(crops, valid, fill, levels, generator, flat, ranks)))
@@ -182,12 +182,14 @@ def make_step(config, alter=lambda views: views, recompute=(), ranks=ALONE):
     return step
 
 
-def count(config, alter=lambda views: views, recompute=(), ranks=ALONE):
-    """KernelCount of one step, the second: the first makes the optimiser's state and the geometry's tensors."""
+def count(config, alter=lambda views: views, recompute=(), ranks=ALONE, **options):
+    """KernelCount of one step, the second: the first makes the optimiser's state and the geometry's tensors. Arguments
+    as of `make_step`.
+    """
     on_device.cache_clear()  # fake tensors of another mode
     try:
         with pretended_cuda(), FakeTensorMode(allow_non_fake_inputs=True):
-            step = make_step(config, alter, recompute, ranks)
+            step = make_step(config, alter, recompute, ranks, **options)
             for _ in range(2):
                 with KernelCount() as counted:
                     step()

@@ -55,6 +55,27 @@ def test_a_step_neither_waits_nor_copies(benchmark, variant):
     assert found.kernels["_fused_adamw_"] == 2  # with and without weight decay
 
 
+OTHERS = {  # changes of the config, options of the step
+    "no alignment": ({"alignment": "none"}, {}),
+    "passes": ({}, {"views_per_pass": 1}),
+    "float32": ({}, {"half": False}),
+    "the U-Net too": ({"decoder": "unet"}, {}),
+    "native ladder": ({"ladder": "native"}, {}),
+    "two channels": ({"in_channels": 2}, {}),
+    "anisotropic": ({"network": replace(NETWORK, strides=((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)))}, {}),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variant", list(OTHERS))
+def test_other_steps_neither_wait_nor_copy(benchmark, variant):
+    changes, options = OTHERS[variant]
+    config = replace(benchmark.config_of("tiny", 32, 2, (1, 1)), **{"network": NETWORK, **changes})
+    found = benchmark.count(config, **options)
+    assert (found.syncs, found.copies) == (0, 0)
+    assert found.figures()["kernels"] > 300
+
+
 def test_what_two_ranks_tell_each_other_waits_for_nothing(benchmark):
     """So it can be recorded with the step."""
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())

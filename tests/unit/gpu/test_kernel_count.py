@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 
-def test_on_fake_cuda():
-    options = ("-q", "-rs", "-n", "0", "-p", "no:cacheprovider")
+@pytest.mark.parametrize("chosen", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_on_fake_cuda(chosen):
+    options = ("-q", "-rs", "-n", "0", "-p", "no:cacheprovider", "-m", chosen)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, Path(__file__).with_name("on_fake_cuda.py")],
         env={**os.environ, "PYTEST_ADDOPTS": ""},
