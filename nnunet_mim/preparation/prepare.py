@@ -18,6 +18,7 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.image_files import file_problem, read_headers
+from nnunet_mim.nnunet.labels import write_reference
 from nnunet_mim.nnunet.plans import voxels_key
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.case_log import UNREADABLE, CaseLog, Entry, earlier_names, incomplete_series, input_key
@@ -31,7 +32,6 @@ from nnunet_mim.preparation.common_plans import (
     logged_fingerprint,
 )
 from nnunet_mim.preparation.finding import Volume, find_volumes
-from nnunet_mim.preparation.labels import write_reference
 from nnunet_mim.preparation.mim_plans import check_can_write, same_voxels
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps, run_jobs
 from nnunet_mim.preparation.raw_cases import read_raw_dataset, unlabelled_dataset
