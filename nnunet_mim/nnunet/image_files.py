@@ -25,7 +25,7 @@ import SimpleITK as sitk
 from nnunet_mim.errors import last_line
 from nnunet_mim.nnunet.dicom_frames import BETWEEN_FRAMES, frames_problem, place_problem, tags_of_frames
 from nnunet_mim.nnunet.dicom_header import POSITION, geometry_problem, numbers, pixel_doubts, pixels_problem, tags_of
-from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts, length_problem
+from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts, length_problem, nifti_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 from nnunet_mim.system.progress import ProgressBar
 
@@ -156,6 +156,8 @@ def _read_header(path: str) -> FileHeader | str | None:
         problem, warnings = problem or geometry_problem(tags, reader), pixel_doubts(tags)
     if frames:
         problem = problem or place_problem(frames, reader)
+    if not dicom and not problem:
+        problem = nifti_problem(path)
     if not dicom and len(size) == 3 and not problem:
         steps = np.reshape(direction, (3, 3)) * np.array(reader.GetSpacing())
         warnings = header_doubts(path, size, steps)
