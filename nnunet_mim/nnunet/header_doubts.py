@@ -79,7 +79,7 @@ def _nifti_doubts(path: str, steps: np.ndarray) -> list[str]:
     if not has_sform and not has_qform:
         return ["its header says no orientation (neither qform nor sform)"]
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # by the standard
-    qform = header.get_qform() if has_qform else None
+    qform: Any = header.get_qform() if has_qform else None
     affine = header.get_sform() if has_sform else qform
     found = []
     if has_sform and qform is not None and not _same(affine[:3, :3], qform[:3, :3]):
