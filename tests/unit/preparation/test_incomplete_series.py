@@ -92,3 +92,15 @@ def test_a_series_whose_first_slice_comes_later_keeps_its_name(preparing, tmp_pa
     assert preparing.new(tmp_path / "scan") == 0
     (entry,) = preparing.log().prepared.values()
     assert (entry["case"], entry["shape"][0]) == ("scan", N_SLICES)
+
+
+def test_a_log_that_does_not_name_the_slices_yet(preparing, series):
+    """Of an earlier version: what cannot be read in the folder may have been one of them."""
+    path = preparing.log().path
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in e.items() if k != "slices"}) + "\n" for e in entries))
+    before = kept(preparing)
+    move_away(series[23])
+    assert preparing.new(series[0].parent) == 0
+    (entry,) = preparing.log().prepared.values()
+    assert entry == before[0]
