@@ -19,7 +19,7 @@ import numpy as np
 
 from nnunet_mim.errors import MiMError, last_line
 from nnunet_mim.nnunet.image_files import damaged, file_problem, header_of
-from nnunet_mim.preparation.labels import geometry_differences
+from nnunet_mim.nnunet.labels import geometry_differences
 from nnunet_mim.preparation.screening import shape_problem, spacing_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 from nnunet_mim.system.progress import ProgressBar

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from scipy import ndimage
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.image_files import READ_SECONDS, damaged, file_problem
+from nnunet_mim.nnunet.image_files import READ_SECONDS, damaged, file_problem, header_of
+from nnunet_mim.nnunet.labels import read_label
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory
 
@@ -71,12 +73,20 @@ def case_metrics(
     numbers of voxels (n_ref, n_pred).
 
     `labels` are without the background, or regions (several labels); voxels with the label `ignore` are left out;
-    `tolerance` is that of the normalised surface Dice, mm.
+    `tolerance` is that of the normalised surface Dice, mm. The prediction has the geometry of the image, on which the
+    reference is laid voxel by voxel, as a label for training is. Raises ValueError where it does not fit, or holds
+    other values.
     """
-    references, properties = reader.read_seg(str(reference))  # (1, X, Y, Z)
-    truth, predicted = references[0], reader.read_seg(str(prediction))[0][0]
-    if truth.shape != predicted.shape:
-        raise ValueError(f"{prediction} has {predicted.shape} voxels, {reference} {truth.shape}")
+    sizes = [header_of(file).GetSize()[::-1] for file in (prediction, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{prediction} has {sizes[0]} voxels, {reference} {sizes[1]}")
+    values = {0, *np.hstack([0, *labels]).tolist(), *(() if ignore is None else (ignore,))}
+    with TemporaryDirectory() as scratch:
+        found = read_label(reader, str(reference), str(prediction), values, f"{scratch}/reference")
+    if isinstance(found, str):
+        raise ValueError(found)
+    predictions, properties = reader.read_seg(str(prediction))  # (1, X, Y, Z)
+    truth, predicted = found[0][0], predictions[0]
     counted = np.ones(truth.shape, bool) if ignore is None else truth != ignore
     metrics = {}
     for label in labels:

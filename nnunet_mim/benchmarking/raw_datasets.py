@@ -12,7 +12,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 
 from nnunet_mim.benchmarking.archives import ENDING, Archive
 from nnunet_mim.errors import MiMError, last_line
-from nnunet_mim.preparation.labels import geometry_differences, write_like_image
+from nnunet_mim.nnunet.labels import geometry_differences, write_like_image
 from nnunet_mim.preparation.prepare_case import remove_abandoned
 from nnunet_mim.system.progress import ProgressBar
 

@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.image_files import READ_SECONDS, damaged, file_problem
+from nnunet_mim.nnunet.labels import read_label
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
 from nnunet_mim.system.machine import physical_memory
@@ -206,22 +208,25 @@ def resampled_mask(path: Path, source: Source, shape: Sequence[int], properties:
     """A mask in the geometry of the raw image, as nnU-Net would have preprocessed it: (X, Y, Z) bool.
 
     Args:
-        path: image file, any value above 0 is inside.
+        path: image file of whole numbers, any above 0 is inside. Its voxel (i, j, k) is that of the raw image.
         source: dataset whose plans the case was preprocessed with.
         shape: of the preprocessed case.
         properties: of the preprocessed case.
 
     Raises:
-        MiMError: the mask has another size than the image.
+        MiMError: the mask has another size than the image, or holds no whole numbers.
     """
     plans = PlansManager(source.plans)
     configuration = plans.get_configuration(source.configuration)
-    seg = plans.image_reader_writer_class().read_seg(str(path))[0]
-    axes = list(plans.transpose_forward)
-    seg = (seg > 0).astype(np.int8).transpose([0, *[axis + 1 for axis in axes]])
-    if seg.shape[1:] != tuple(properties["shape_before_cropping"]):
-        before = properties["shape_before_cropping"]
-        raise MiMError(f"{path} has {seg.shape[1:]} voxels, its image {tuple(before)}: give the mask of this image")
+    axes, before = list(plans.transpose_forward), properties["shape_before_cropping"]
+    reader = plans.image_reader_writer_class()
+    with TemporaryDirectory() as scratch:
+        image = f"{scratch}/image.nii.gz"  # the raw image may be gone; nnU-Net knows its geometry
+        reader.write_seg(np.zeros(before, np.uint8).transpose(np.argsort(axes)), image, properties)
+        found = read_label(reader, str(path), image, None, f"{scratch}/mask")
+    if isinstance(found, str):
+        raise MiMError(f"cannot use the mask of a case ({found}): give the mask of this image")
+    seg = (found[0] > 0).astype(np.int8).transpose([0, *[axis + 1 for axis in axes]])
     inside = (slice(None), *[slice(*bounds) for bounds in properties["bbox_used_for_cropping"]])
     seg = seg[inside]
     spacing = [properties["spacing"][axis] for axis in axes]

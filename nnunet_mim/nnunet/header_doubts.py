@@ -12,6 +12,8 @@ import numpy as np
 
 RIGHT_ANGLE, SAME = 1e-2, 1e-2
 """cosine of two axes, and share of a voxel, that come from rounding"""
+NIFTI = (".nii", ".nii.gz", ".hdr")
+UNITS = {1: "meter", 3: "micron"}
 LPS = np.diag([-1.0, -1.0, 1.0])
 NRRD_SPACES = {
     "left-posterior-superior": (1, 1, 1), "lps": (1, 1, 1), "right-anterior-superior": (-1, -1, 1), "ras": (-1, -1, 1),
@@ -34,7 +36,7 @@ def header_doubts(path: str, size: tuple[int, ...], steps: np.ndarray) -> tuple[
         steps: (3, 3) mm, column i: from one voxel to the next along axis i, as SimpleITK reads it.
     """
     name = path.lower()
-    if name.endswith((".nii", ".nii.gz", ".hdr")):
+    if name.endswith(NIFTI):
         return tuple(_nifti_doubts(path, steps))
     if name.endswith((".mha", ".mhd")):
         return tuple(_text_doubts(_meta_fields(path), ("DimSize", "ElementSpacing", "TransformMatrix"), size, steps))
@@ -43,21 +45,52 @@ def header_doubts(path: str, size: tuple[int, ...], steps: np.ndarray) -> tuple[
     return ()
 
 
+def nifti_problem(path: str) -> str:
+    """Why the geometry in the header of a NIfTI file cannot be used, or nothing; of other files nothing.
+
+    It is read from the bytes: SimpleITK and nibabel take 1 mm for a spacing of 0 or NaN without a word.
+    """
+    if not path.lower().endswith(NIFTI):
+        return ""
+    header = _nifti_header(path)
+    if header["magic"].item() not in (b"n+1", b"ni1"):
+        return "damaged (its header is not that of NIfTI)"
+    rows, has_sform = header.get_sform(), header["sform_code"] > 0
+    origin = rows[:3, 3] if has_sform else [header[f"qoffset_{axis}"] for axis in "xyz"]
+    quaternion = np.array([header[f"quatern_{part}"] for part in "bcd"], float)
+    for spacing in (header["pixdim"][1:4], *([np.linalg.norm(rows[:3, :3], axis=0)] if has_sform else ())):
+        if not (np.isfinite(spacing) & (spacing > 0)).all():
+            return f"implausible spacing ({', '.join(f'{s:g}' for s in spacing)} mm)"
+    if header["qform_code"] > 0 and not (quaternion**2).sum() <= 1 + header.quaternion_threshold:
+        return "its qform is no rotation"
+    is_placed = has_sform or header["qform_code"] > 0
+    return "its origin is not finite" if is_placed and not np.isfinite(origin).all() else ""
+
+
+def _nifti_header(path: str) -> Any:
+    """The fields of a NIfTI header as they are in the file; `nibabel.load` mends them."""
+    with nibabel.openers.ImageOpener(path) as file:
+        return nibabel.Nifti1Header(file.read(nibabel.Nifti1Header.template_dtype.itemsize), check=False)
+
+
 def _nifti_doubts(path: str, steps: np.ndarray) -> list[str]:
-    image: Any = nibabel.load(path)
-    header = image.header
-    (sform, has_sform), (qform, has_qform) = header.get_sform(coded=True), header.get_qform(coded=True)
+    header = _nifti_header(path)
+    has_sform, has_qform = header["sform_code"] > 0, header["qform_code"] > 0
     if not has_sform and not has_qform:
         return ["its header says no orientation (neither qform nor sform)"]
+    header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # by the standard
+    qform: Any = header.get_qform() if has_qform else None
+    affine = header.get_sform() if has_sform else qform
     found = []
-    if has_sform and has_qform and not _same(sform[:3, :3], qform[:3, :3]):
+    if has_sform and qform is not None and not _same(affine[:3, :3], qform[:3, :3]):
         found.append("its qform and its sform say different geometries")
-    if not _same(LPS @ image.affine[:3, :3], steps):
+    if not _same(LPS @ affine[:3, :3], steps):
         found.append("SimpleITK and nibabel read different geometries")
-    elif not np.allclose(header.get_zooms()[:3], np.linalg.norm(steps, axis=0), rtol=SAME):
+    elif not np.allclose(header["pixdim"][1:4], np.linalg.norm(steps, axis=0), rtol=SAME):
         found.append("its pixdim says another spacing than its affine")
-    if (unit := header.get_xyzt_units()[0]) not in ("mm", "unknown"):
-        found.append(f"its lengths are given in {unit}")
+    unit = int(header["xyzt_units"]) % 8
+    if unit not in (0, 2):  # not said, or mm
+        found.append(f"its lengths are given in {UNITS.get(unit, f'an unknown unit ({unit})')}")
     return found
 
 

@@ -25,7 +25,7 @@ import SimpleITK as sitk
 from nnunet_mim.errors import last_line
 from nnunet_mim.nnunet.dicom_frames import BETWEEN_FRAMES, frames_problem, place_problem, tags_of_frames
 from nnunet_mim.nnunet.dicom_header import POSITION, geometry_problem, numbers, pixel_doubts, pixels_problem, tags_of
-from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts, length_problem
+from nnunet_mim.nnunet.header_doubts import are_right_angles, header_doubts, length_problem, nifti_problem
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map
 from nnunet_mim.system.progress import ProgressBar
 
@@ -134,12 +134,12 @@ def _read_header(path: str) -> FileHeader | str | None:
     try:
         reader = header_of(path)
     except RuntimeError as error:
+        if path.lower().endswith(".gz") and not head.startswith(b"\x1f\x8b"):
+            return "damaged (it is not compressed, as its name says)"
         return _no_image(head) if dicom else f"cannot be read ({last_line(error)})"
     size = reader.GetSize()
-    n_bytes = _n_bytes(reader)
-    stored = sum(os.path.getsize(file) for file in (path, *voxel_files(path)))
-    if n_bytes > LARGEST_COMPRESSION * stored:
-        return f"damaged (its header promises {n_bytes / 1e6:,.0f} MB of voxels, the file has {stored / 1e6:.2g})"
+    if problem := promise_problem(path, reader):
+        return problem
     tags = tags_of(reader) if dicom else {}
     is_grey = dicom and reader.GetNumberOfComponents() == 1
     if is_grey and (problem := pixels_problem(path, head, math.prod(size), tags)):
@@ -156,6 +156,8 @@ def _read_header(path: str) -> FileHeader | str | None:
         problem, warnings = problem or geometry_problem(tags, reader), pixel_doubts(tags)
     if frames:
         problem = problem or place_problem(frames, reader)
+    if not dicom and not problem:
+        problem = nifti_problem(path)
     if not dicom and len(size) == 3 and not problem:
         steps = np.reshape(direction, (3, 3)) * np.array(reader.GetSpacing())
         warnings = header_doubts(path, size, steps)
@@ -192,6 +194,15 @@ def _n_bytes(reader: sitk.ImageFileReader) -> int:
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     width = next((bits // 8 for bits in (64, 32, 16) if f"{bits}-bit" in kind), 1)
     return math.prod(reader.GetSize()) * reader.GetNumberOfComponents() * width
+
+
+def promise_problem(path: str, reader: sitk.ImageFileReader) -> str | None:
+    """Why an image file cannot hold the voxels that its header, which a reader has read, promises, or None."""
+    n_bytes = _n_bytes(reader)
+    stored = sum(os.path.getsize(file) for file in (path, *voxel_files(path)))
+    if n_bytes > LARGEST_COMPRESSION * stored:
+        return f"damaged (its header promises {n_bytes / 1e6:,.0f} MB of voxels, the file has {stored / 1e6:.2g})"
+    return None
 
 
 def header_of(path: str | Path) -> sitk.ImageFileReader:

@@ -22,6 +22,8 @@ from nnunet_mim.nnunet.image_files import (
     case_name,
     damaged,
     file_problem,
+    header_of,
+    promise_problem,
     read_headers,
 )
 from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
@@ -83,13 +85,39 @@ def read_image(paths: Sequence[Path]) -> RawImage:
     """
     if missing := [path for path in paths if not path.exists()]:
         raise MiMError(f"{missing[0]} does not exist: {GIVE}")
-    files = [_files_in(path) if path.is_dir() else (str(path),) for path in paths]
+    headers = dict(zip(paths, read_headers([str(path) for path in paths], 1), strict=True))
+    files = [_files_in(path) if path.is_dir() else _sound_file(path, headers[path]) for path in paths]
     limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
     with closing(guarded_map(_read_case, [(paths, files)], 1, limits)) as outcomes:
         (outcome,) = (result for _, result in outcomes)
     if isinstance(outcome, Failure):
         raise MiMError(f"cannot read {paths[0]} ({outcome.reason}): {GIVE}")
     return outcome
+
+
+def _sound_file(path: Path, header: FileHeader | str | None) -> tuple[str]:
+    """The file, whose header promises a volume or is not of a known kind. Raises MiMError for any other."""
+    problem = header
+    if isinstance(header, FileHeader):
+        _check_shape(path, header.components, header.size)
+        problem = header.problem
+    if problem:
+        raise _refusal(path, str(problem))
+    return (str(path),)
+
+
+def _refusal(path: Path, problem: str) -> MiMError:
+    if problem.startswith("damaged"):
+        return MiMError(f"{path} is {problem}: {GIVE}")
+    return MiMError(f"{path} {problem}: {GIVE}" if problem.startswith("cannot be") else f"{path}: {problem}; {GIVE}")
+
+
+def _check_shape(path: Path, components: int, size: Sequence[int]) -> None:
+    """MiMError for what is no grey volume: components (values a voxel), size (voxels)."""
+    if components > 1:
+        raise MiMError(f"{path} has {components} values a voxel (colour): give a grey CT")
+    if len(size) != 3 or min(size) < 2:
+        raise MiMError(f"{path} is no volume (size {' × '.join(map(str, size))}): give a 3-D CT")
 
 
 def _files_in(folder: Path) -> tuple[str, ...]:
@@ -131,18 +159,22 @@ def _read_case(case: tuple[Sequence[Path], Sequence[tuple[str, ...]]]) -> RawIma
 
 
 def _read(path: Path, files: tuple[str, ...]) -> sitk.Image:
+    """The volume in a file, or in the slices of a series. What the header promises is looked at before any voxel."""
     problem = file_problem(files[0])
     if problem is None and len(files) == 1:
         problem = damaged(path)
     if problem:
-        raise MiMError(f"{path} {'is ' if problem.startswith('damaged') else ''}{problem}: {GIVE}")
+        raise _refusal(path, problem)
     try:
+        if len(files) == 1:
+            header = header_of(files[0])
+            _check_shape(path, header.GetNumberOfComponents(), header.GetSize())
+            if problem := promise_problem(files[0], header):
+                raise _refusal(path, problem)
         image = read_series(files)
+    except MiMError:
+        raise
     except RuntimeError as error:
         raise MiMError(f"cannot read {path} as an image ({last_line(error)}): {GIVE}") from error
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        raise MiMError(f"{path} has {image.GetNumberOfComponentsPerPixel()} values a voxel (colour): give a grey CT")
-    if image.GetDimension() != 3 or min(image.GetSize()) < 2:
-        size = " × ".join(map(str, image.GetSize()))
-        raise MiMError(f"{path} is no volume (size {size}): give a 3-D CT")
+    _check_shape(path, image.GetNumberOfComponentsPerPixel(), image.GetSize())
     return image

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +15,12 @@ from typing_extensions import NotRequired, TypedDict
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import CaseName, Count, Positive, document
+from nnunet_mim.preparation.finding import Volume
 from nnunet_mim.pretraining.data.case_index import CaseInfo
 from nnunet_mim.system.untrusted import parse_json
 
+UNREADABLE = ("cannot be", "damaged")
+"""how reasons begin that say nothing about the image: its disk may be back at the next call"""
 Entry = dict[str, Any]
 """case, key, files, images, and either reason (left out) or what `prepare_case` returns"""
 
@@ -29,6 +32,8 @@ class _Found(TypedDict):
     key: str
     files: Annotated[list[str], Field(min_length=1)]
     images: Annotated[list[str], Field(min_length=1)]
+    slices: NotRequired[list[str]]
+    """names of the files of a DICOM series, all in one folder"""
 
 
 @document
@@ -118,9 +123,41 @@ class CaseLog:
 
 
 def earlier_names(folder: Path) -> dict[str, str]:
-    """Names of cases in all logs of a folder, by the first file of the case."""
+    """Names of cases in all logs of a folder, by each file of the case; a prepared case goes before one left out."""
     logs = [CaseLog(path) for path in sorted(folder.glob("*.jsonl"))]
-    return {entry["files"][0]: case for log in logs for case, entry in log.entries.items()}
+    entries = [entry for log in logs for entry in (*log.skipped.values(), *log.prepared.values())]
+    names = {}
+    for entry in sorted(entries, key=lambda entry: "reason" not in entry):
+        names.update(dict.fromkeys((entry["files"][0], *_slices(entry)), entry["case"]))
+    return names
+
+
+def incomplete_series(volumes: Sequence[Volume], prepared: Mapping[str, Entry]) -> list[Volume]:
+    """Volumes, in which a series cannot be read where one of the files cannot that it was prepared from.
+
+    Without them it would be a shorter CT. Volumes of nothing but such files are left out. `prepared` are the entries of
+    preprocessed cases, by name.
+    """
+    unreadable = {
+        file for v in volumes if isinstance(v.header, str) and v.header.startswith(UNREADABLE) for file in v.files
+    }
+    found, lost_of_all = {}, set()
+    for volume in volumes:
+        entry = prepared.get(volume.name, {})
+        if "slices" in entry:
+            lost = unreadable.intersection(_slices(entry))
+        else:  # an earlier version did not log the slices
+            folders = {os.path.dirname(file) for file in entry.get("files", ()) if volume.series}
+            lost = {file for file in unreadable if os.path.dirname(file) in folders}
+        lost_of_all |= lost
+        problem = f"cannot be read (slices that it was prepared from: {len(lost)}, such as {min(lost, default='')})"
+        found[volume.name] = replace(volume, header=problem) if lost else volume
+    return [v for v in found.values() if v.name in prepared or not lost_of_all.issuperset(v.files)]
+
+
+def _slices(entry: Entry) -> list[str]:
+    """Paths of the files of a DICOM series, as far as the log knows them."""
+    return [os.path.join(os.path.dirname(entry["files"][0]), name) for name in entry.get("slices", ())]
 
 
 def input_key(files: Sequence[str], settings: Any) -> str:

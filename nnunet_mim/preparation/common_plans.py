@@ -55,6 +55,13 @@ def fingerprint_of(
     }
 
 
+def logged_fingerprint(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The fingerprint of the prepared cases with these entries of the log, by name."""
+    channels = zip(*(entry["sample"] for entry in entries.values()), strict=True)
+    samples = [[value for case in channel for value in case] for channel in channels]
+    return fingerprint_of([e["spacing"] for e in entries.values()], [e["shape"] for e in entries.values()], samples)
+
+
 def common_plans(
     dataset: str,
     dataset_json: Mapping[str, Any],

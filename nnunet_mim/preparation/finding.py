@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -49,18 +49,20 @@ def find_volumes(
     Folders are searched to any depth, links included; some archives hide files (`.IM0001`). Hidden folders are named
     where they hold images, and not searched: what has been deleted or is a copy may lie there.
     Every header is read in one of some worker processes. A name is the path below the folder in letters, digits, - and
-    _; a second one of the same name gets a number. Names from earlier calls, given by the first file of the volume, are
-    kept.
+    _; a second one of the same name gets a number. Names from earlier calls, given by the files of each volume, are
+    kept: of a series also where some of its slices have come or gone.
     """
     earlier_names = earlier_names or {}
-    taken = set(earlier_names.values())
+    taken, used = set(earlier_names.values()), set()
     volumes = []
     for folder in folders:
         if not folder.is_dir():
             raise MiMError(f"-i {folder} is not a folder: give folders with CT (NIfTI, NRRD, MHA, DICOM)")
-        for stem, found in _found(folder.resolve(), processes):
-            name = earlier_names.get(found.files[0]) or _new_name(stem, taken)
+        for stem, found in _found(folder.resolve(), processes, earlier_names):
+            earlier = Counter(earlier_names[file] for file in found.files if file in earlier_names)
+            name = next((name for name, _ in earlier.most_common() if name not in used), None) or _new_name(stem, taken)
             taken.add(name)
+            used.add(name)
             volumes.append(replace(found, name=name))
     if not volumes:
         raise MiMError(f"no image in {', '.join(map(str, folders))}: give folders with NIfTI, NRRD, MHA or DICOM files")
@@ -68,9 +70,9 @@ def find_volumes(
     return sorted(unique.values(), key=lambda volume: volume.name)
 
 
-def _found(root: Path, processes: int) -> Iterator[tuple[str, Volume]]:
+def _found(root: Path, processes: int, known: Collection[str]) -> Iterator[tuple[str, Volume]]:
     """(path below the root, volume without a name) of every volume, sorted by folder."""
-    paths = [path for folder in _files(root) for path in folder]
+    paths = [path for folder in _files(root, known) for path in folder]
     headers = dict(zip(paths, read_headers(paths, processes, f"looking into {root.name}"), strict=True))
     for folder, files in groupby(headers, os.path.dirname):
         relative = Path(folder).relative_to(root)
@@ -88,8 +90,8 @@ def _found(root: Path, processes: int) -> Iterator[tuple[str, Volume]]:
         yield stem, Volume("", (printable(folder),), header=HIDDEN)
 
 
-def _files(root: Path) -> Iterator[list[str]]:
-    """Paths of the files in each folder that may be images."""
+def _files(root: Path, known: Collection[str]) -> Iterator[list[str]]:
+    """Paths of the files in each folder that may be images; known ones were images in an earlier call."""
 
     def stop(error: OSError) -> None:
         raise MiMError(f"cannot look into {error.filename} ({error.strerror}): make it readable, or move it away")
@@ -102,7 +104,8 @@ def _files(root: Path) -> Iterator[list[str]]:
             continue
         visited.add(real)
         paths = [os.path.join(folder, name) for name in sorted(files) if not name.startswith("._")]  # macOS's own
-        yield [path for path in paths if path.lower().endswith((*ENDINGS, *DICOM_ENDINGS)) or not file_problem(path)]
+        endings = (*ENDINGS, *DICOM_ENDINGS)
+        yield [path for path in paths if path.lower().endswith(endings) or path in known or not file_problem(path)]
 
 
 def _hidden_folders(root: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,10 @@ from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.image_files import file_problem, read_headers
+from nnunet_mim.nnunet.labels import write_reference
 from nnunet_mim.nnunet.plans import voxels_key
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.preparation.case_log import CaseLog, Entry, earlier_names, input_key
+from nnunet_mim.preparation.case_log import UNREADABLE, CaseLog, Entry, earlier_names, incomplete_series, input_key
 from nnunet_mim.preparation.cluster import run_shares
 from nnunet_mim.preparation.common_plans import (
     DATASET_JSON,
@@ -27,9 +29,9 @@ from nnunet_mim.preparation.common_plans import (
     common_plans,
     extracted_fingerprint,
     fingerprint_of,
+    logged_fingerprint,
 )
 from nnunet_mim.preparation.finding import Volume, find_volumes
-from nnunet_mim.preparation.labels import write_reference
 from nnunet_mim.preparation.mim_plans import check_can_write, same_voxels
 from nnunet_mim.preparation.prepare_case import CONFIGURATION, ENDINGS, Job, RawCase, file_stamps, run_jobs
 from nnunet_mim.preparation.raw_cases import read_raw_dataset, unlabelled_dataset
@@ -41,8 +43,6 @@ from nnunet_mim.system.untrusted import read_json
 
 SEGMENTATION = "_seg"
 """what the names of nnU-Net's preprocessed segmentations end in"""
-UNREADABLE = ("cannot be", "damaged")
-"""how reasons begin that say nothing about the image: its disk may be back at the next call"""
 TRIED_AGAIN = (*UNREADABLE, "label", "fewer than")
 """how reasons begin that can vanish while the files stay as they are"""
 
@@ -127,8 +127,8 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
     """
     raw, base = Path(str(nnUNet_raw), dataset), Path(str(nnUNet_preprocessed), dataset)
     earlier = _earlier_dataset(raw)
-    cases = []
-    for volume in find_volumes(folders, earlier_names(base / "mim_prepare"), config.processes):
+    volumes, cases = find_volumes(folders, earlier_names(base / "mim_prepare"), config.processes), []
+    for volume in incomplete_series(volumes, _log(base, config).prepared):
         copy = str(raw / "imagesTr" / f"{volume.name}_0000.nii.gz")
         cases.append(RawCase(volume.name, (copy,) if volume.series else volume.files, found=volume))
     survey = _survey(dataset, base, cases, (), config)
@@ -150,7 +150,7 @@ def prepare_folders(dataset: str, folders: Sequence[Path], config: PrepareConfig
             Path(case.images[0]).unlink(missing_ok=True)
     for folder in (raw, base):
         _write_json(folder / DATASET_JSON, unlabelled_dataset(images))
-    _write_json(base / FINGERPRINT, _final_fingerprint(entries))
+    _write_json(base / FINGERPRINT, logged_fingerprint(entries))
     return _indexed(prepared)
 
 
@@ -178,7 +178,7 @@ def prepare_dataset(dataset: str, config: PrepareConfig) -> Prepared:
     if survey.labelled:
         _write_references([case for case in raw.cases if case.name in entries], base, dataset_json["file_ending"])
     if not survey.labelled:
-        _write_json(base / FINGERPRINT, _final_fingerprint(prepared.log.prepared))
+        _write_json(base / FINGERPRINT, logged_fingerprint(prepared.log.prepared))
     elif not (base / FINGERPRINT).is_file():
         # nnU-Net's trainer copies it, and its planner would take one made without labels for its own
         dataset_json = {
@@ -203,7 +203,7 @@ def _survey(
     dataset: str, base: Path, cases: Sequence[RawCase], label_values: tuple[int, ...], config: PrepareConfig
 ) -> _Survey:
     """Read the headers that have not been yet. Raises MiMError where no case can be used, now or from earlier calls."""
-    log = CaseLog(base / "mim_prepare" / f"{config.plans_name}_{CONFIGURATION}.jsonl")
+    log = _log(base, config)
     unread = [case.images[0] for case in cases if case.found is None]
     read = dict(zip(unread, read_headers(unread, config.processes, f"looking at {dataset}"), strict=True))
     volumes = [case.found or Volume(case.name, case.images[:1], header=read[case.images[0]] or "") for case in cases]
@@ -217,6 +217,10 @@ def _survey(
         reasons = _first_reasons(problems)
         raise MiMError(f"none of {len(cases)} images can be used ({reasons}): give CT volumes in Hounsfield units")
     return _Survey(dataset, base, log, cases, headers, problems, label_values, config)
+
+
+def _log(base: Path, config: PrepareConfig) -> CaseLog:
+    return CaseLog(base / "mim_prepare" / f"{config.plans_name}_{CONFIGURATION}.jsonl")
 
 
 def _name_problem(case: RawCase) -> str | None:
@@ -360,7 +364,8 @@ def _drop_duplicates(log: CaseLog, folder: Path) -> None:
             same[entry["image_sha256"]].append(name)
     for kept, *others in same.values():
         for name in others:
-            entry = {k: log.entries[name][k] for k in ("case", "key", "files", "images", "image_sha256")}
+            wanted = ("case", "key", "files", "images", "slices", "image_sha256")
+            entry = {k: value for k, value in log.entries[name].items() if k in wanted}
             reason = f"a duplicate (the same image as {kept})"
             _leave_out(log, folder, {**entry, "reason": reason, "same_as": kept})
 
@@ -376,13 +381,9 @@ def _write_references(cases: Sequence[RawCase], base: Path, ending: str) -> None
 
 def _entry(case: RawCase, key: str, result: Mapping[str, Any]) -> Entry:
     found = {"reason": result["problem"]} if "problem" in result else dict(result)
-    return {"case": case.name, "key": key, "files": list(case.inputs[:1]), "images": list(case.images), **found}
-
-
-def _final_fingerprint(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    channels = zip(*(entry["sample"] for entry in entries.values()), strict=True)
-    samples = [[value for case in channel for value in case] for channel in channels]
-    return fingerprint_of([e["spacing"] for e in entries.values()], [e["shape"] for e in entries.values()], samples)
+    slices = {} if case.series is None else {"slices": [os.path.basename(file) for file in case.series.files]}
+    files = {"files": list(case.inputs[:1]), "images": list(case.images), **slices}
+    return {"case": case.name, "key": key, **files, **found}
 
 
 def _indexed(prepared: Prepared) -> Prepared:

@@ -21,9 +21,9 @@ from nnunet_mim.checkpoint.identity import voxel_sha256
 from nnunet_mim.errors import MiMError, last_line
 from nnunet_mim.nnunet.dicom import read_series
 from nnunet_mim.nnunet.image_files import NOT_FINITE, damaged, voxel_files, write_image
+from nnunet_mim.nnunet.labels import geometry_differences, read_label
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.preparation.finding import Volume
-from nnunet_mim.preparation.labels import geometry_differences, read_label
 from nnunet_mim.preparation.resampling import LeanConfiguration
 from nnunet_mim.preparation.screening import voxel_problem, voxel_warnings
 from nnunet_mim.pretraining.data.case_index import BODY_HU, describe_voxels

@@ -11,8 +11,8 @@ from typing import Any
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import raw_files
 from nnunet_mim.nnunet.documents import read_dataset_json
+from nnunet_mim.nnunet.labels import declared_values
 from nnunet_mim.nnunet.plans import n_channels
-from nnunet_mim.preparation.labels import declared_values
 from nnunet_mim.preparation.prepare_case import RawCase
 
 

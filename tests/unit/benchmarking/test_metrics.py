@@ -8,7 +8,8 @@ import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 
 from nnunet_mim.benchmarking import metrics
 from nnunet_mim.benchmarking.metrics import _surface_distances, _surface_metrics, case_metrics, compared, dice
@@ -189,3 +190,45 @@ def test_a_damaged_reference_is_named(tmp_path):
     paths[1].write_bytes(paths[1].read_bytes()[:-10])
     with pytest.raises(MiMError, match=r"reference\.nii\.gz is damaged.*correct the reference"):
         compared([(*paths, [1], READER)])
+
+
+@pytest.fixture
+def organ(tmp_path):
+    """A prediction as nnU-Net writes it, with the direction of its image; returns its path and its image."""
+    array = box((12, 14, 16), (1, 2, 3), (7, 8, 6)).astype(np.uint8)
+    image = sitk.GetImageFromArray(array)
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(tmp_path / "prediction.nii.gz"))
+    return tmp_path / "prediction.nii.gz", image
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient])
+@pytest.mark.parametrize("direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), (0, 0, 1, 1, 0, 0, 0, -1, 0)])
+def test_a_reference_lies_on_its_image_whatever_its_header_says(organ, reader, direction):
+    """Identity, and sagittal slices: each voxel is that of the image, as in training."""
+    prediction, image = organ
+    image.SetDirection(direction)
+    reference = prediction.with_name("reference.nii.gz")
+    sitk.WriteImage(image, str(reference))
+    (found,) = compared([(prediction, reference, [1], reader())])
+    assert found["1"]["dice"] == 1.0
+    assert found["1"]["hd95"] == 0.0
+
+
+def test_a_reference_stored_as_decimals_counts_as_whole_numbers(organ):
+    prediction, image = organ
+    reference = prediction.with_name("reference.nii.gz")
+    sitk.WriteImage(sitk.Cast(image, sitk.sitkFloat32) * 0.999999, str(reference))
+    assert case_metrics(prediction, reference, [1], READER)["1"]["dice"] == 1.0
+
+
+def test_a_reference_with_values_that_no_label_has_is_refused(organ):
+    prediction, image = organ
+    reference = prediction.with_name("reference.nii.gz")
+    says = r"values that dataset\.json does not declare \((3|0\.7)\).*correct the reference"
+    for wrong, labels in ((image * 3, [1, (1, 2)]), (sitk.Cast(image, sitk.sitkFloat32) * 0.7, [1])):
+        sitk.WriteImage(wrong, str(reference))
+        with pytest.raises(MiMError, match=says):
+            compared([(prediction, reference, labels, READER)])
+    sitk.WriteImage(image * 3, str(reference))
+    assert case_metrics(prediction, reference, [1], READER, ignore=3)["1"]["n_ref"] == 0

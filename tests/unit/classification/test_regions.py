@@ -1,13 +1,19 @@
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.classification import regions
-from nnunet_mim.classification.regions import CaseReader, CaseVoxels, cut_regions
+from nnunet_mim.classification.regions import CaseReader, CaseVoxels, cut_regions, resampled_mask
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.source import find_source
 
 
 def case_of(shape, mask=None, spacing=(2.0, 1.0, 1.0)):
@@ -89,6 +95,63 @@ def test_masks_of_raw_images_are_cropped_and_resampled_as_labels_are(folders, so
         np.testing.assert_array_equal(one.mask, other.mask)
         bright = np.asarray(one.voxels[0])[one.mask].mean() - np.asarray(one.voxels[0])[~one.mask].mean()
         assert bright > 1.5  # more than 375 HU: the mask lies on the ball
+
+
+def mask_like(folders, path, change):
+    """The label of case_00, changed, as a mask; returns its folder."""
+    path.mkdir(exist_ok=True)
+    label = sitk.ReadImage(str(folders.raw / "labelsTr" / "case_00.nii.gz"))
+    sitk.WriteImage(change(label), str(path / "case_00.nii.gz"))
+    return str(path)
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"])
+def test_a_mask_lies_on_its_image_whatever_its_header_says(folders, toy_plans, tmp_path, reader):
+    """An image of half a turn, as CT often has it; its mask says so, or says nothing (identity)."""
+    toy_plans["image_reader_writer"] = reader
+    (folders.base / "nnUNetPlans.json").write_text(json.dumps(toy_plans))
+    source = find_source("7", "nnUNetPlans", "3d_fullres")
+
+    def turned(image):
+        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+        return image
+
+    image = turned(sitk.ReadImage(str(folders.raw / "imagesTr" / "case_00_0000.nii.gz")))
+    sitk.WriteImage(image, str(tmp_path / "image.nii.gz"))
+    manager = PlansManager(toy_plans)
+    voxels, _, properties = DefaultPreprocessor(verbose=False).run_case(
+        [str(tmp_path / "image.nii.gz")], None, manager, manager.get_configuration("3d_fullres"), {}
+    )
+    masks = [
+        resampled_mask(
+            Path(mask_like(folders, tmp_path / name, change), "case_00.nii.gz"), source, voxels.shape[1:], properties
+        )
+        for name, change in (("turned", turned), ("identity", lambda label: label))
+    ]
+    bright = np.asarray(voxels[0])[masks[0]].mean() - np.asarray(voxels[0])[~masks[0]].mean()
+    assert bright > 1.5, "the mask lies on the ball"
+    np.testing.assert_array_equal(masks[1], masks[0])
+
+
+def test_a_mask_stored_as_decimals_counts_as_whole_numbers(folders, source, tmp_path):
+    """Neither are nearly whole numbers lost, nor is what is nearly 0 inside."""
+    before = CaseReader(source, str(folders.raw / "labelsTr")).read("case_00").mask
+    for factor, more in ((0.999999, 0.0), (1.0, 1e-6)):
+        folder = mask_like(folders, tmp_path / "m", lambda m: sitk.Cast(m, sitk.sitkFloat32) * factor + more)  # noqa: B023
+        np.testing.assert_array_equal(CaseReader(source, folder).read("case_00").mask, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        (lambda m: sitk.Cast(m, sitk.sitkFloat32) * 0.5, "0.5"),
+        (lambda m: sitk.Cast(m, sitk.sitkUInt16) * 40000, "40000"),
+    ],
+)
+def test_a_mask_of_no_whole_numbers_is_refused(folders, source, tmp_path, change, shown):
+    folder = mask_like(folders, tmp_path / "masks", change)
+    with pytest.raises(MiMError, match=rf"no whole numbers up to 32767 \({shown}\): .*give the mask of this image"):
+        CaseReader(source, folder).read("case_00")
 
 
 def test_whole_cases_have_no_mask(source):

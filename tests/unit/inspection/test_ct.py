@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import locale
 import os
+import re
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import SimpleITK as sitk
 from nnunet_mim.checkpoint.format import load_checkpoint
 from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import preprocess
+from nnunet_mim.nnunet import raw_image
 from nnunet_mim.nnunet.image_files import case_name
 from nnunet_mim.nnunet.raw_image import Grid, read_image
 
@@ -102,6 +106,44 @@ def test_what_cannot_be_used_is_named(tmp_path) -> None:
 def test_a_damaged_file(tmp_path, write_ct) -> None:
     whole = write_ct().read_bytes()
     assert "is damaged" in refused(tmp_path / "cut.nii.gz", whole[: len(whole) // 2])
+
+
+def small_dicom(path) -> bytes:
+    before = locale.setlocale(locale.LC_ALL)  # writing DICOM changes it, and with it the encoding of text files
+    sitk.WriteImage(sitk.Image([40, 40], sitk.sitkInt16), str(path))
+    locale.setlocale(locale.LC_ALL, before)
+    return path.read_bytes()
+
+
+def test_a_small_file_that_promises_much_is_refused_by_its_header(tmp_path) -> None:
+    """Rows and columns of 20000, and no more pixels than before: SimpleITK takes gigabytes to read it."""
+    content = small_dicom(tmp_path / "small.dcm")
+    for tag in (b"\x28\x00\x10\x00\x02\x00\x00\x00", b"\x28\x00\x11\x00\x02\x00\x00\x00"):
+        at = content.index(tag) + len(tag)
+        content = content[:at] + (20000).to_bytes(2, "little") + content[at + 2 :]
+    for name in ("bomb.dcm", "without_ending"):
+        assert "is damaged (its header promises 800 MB of voxels" in refused(tmp_path / name, content)
+    volume = "ObjectType = Image\nNDims = 3\nDimSize = 9000 9000 9000\nElementType = MET_SHORT\nCompressedData = True\n"
+    content = f"{volume}ElementDataFile = LOCAL\n".encode() + zlib.compress(bytes(1000))
+    assert "is damaged (its header promises 1,458,000 MB of voxels" in refused(tmp_path / "bomb.mha", content)
+
+
+def test_what_is_no_volume_is_refused_before_its_voxels_are_read(tmp_path, monkeypatch) -> None:
+    """Also of kinds whose headers mim_prepare does not look at."""
+    monkeypatch.setattr(raw_image, "read_series", lambda _: pytest.fail("reads voxels"))
+    small_dicom(tmp_path / "slice.dcm")
+    sitk.WriteImage(sitk.Image([40, 40], sitk.sitkUInt8), str(tmp_path / "flat.png"))
+    sitk.WriteImage(sitk.Image([4, 40, 40], sitk.sitkVectorUInt8, 3), str(tmp_path / "colour.tif"))
+    for name, says in (("slice.dcm", "no volume"), ("flat.png", "no volume"), ("colour.tif", "(colour)")):
+        with pytest.raises(MiMError, match=re.escape(says)) as error:
+            raw_image._read(tmp_path / name, (str(tmp_path / name),))
+        assert str(error.value).count(name) == 1
+
+
+def test_a_geometry_that_is_none_is_refused(tmp_path, write_ct) -> None:
+    content = bytearray(write_ct(name="body.nii").read_bytes())
+    content[88:92] = bytes(4)  # pixdim of z
+    assert "implausible spacing (3, 2, 0 mm)" in refused(tmp_path / "changed.nii", bytes(content))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pipes, and names of signals")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.preparation.labels import ROUNDING, declared_values, geometry_differences, whole_numbers
+from nnunet_mim.nnunet.labels import ROUNDING, declared_values, geometry_differences, whole_numbers
 
 NAME = "Dataset501_L"
 DIRECTIONS = {

@@ -1,4 +1,4 @@
-"""Labels of training cases: values that dataset.json declares, on the grid of their image.
+"""Labels of cases, and masks: whole numbers, such as dataset.json declares, on the grid of their image.
 
 Voxel (i, j, k) of a label belongs to voxel (i, j, k) of its image, whatever the headers say, as nnU-Net takes them. Its
 readers that reorient would turn each by its own header.
@@ -62,14 +62,14 @@ def geometry_differences(label: str | Path, image: str | Path) -> dict[str, str]
 
 
 def read_label(
-    reader: Any, label: str, image: str, values: Collection[int], scratch: str
+    reader: Any, label: str, image: str, values: Collection[int] | None, scratch: str
 ) -> tuple[np.ndarray, list[str]] | str:
     """A label as nnU-Net's reader gives it once it has the geometry of its image, or why it cannot be used.
 
     Args:
         reader: of nnU-Net, the same that reads the image.
         label, image: files.
-        values: that may occur.
+        values: that may occur; None: all whole numbers.
         scratch: path without ending for a temporary copy of the label.
 
     Returns:
@@ -87,16 +87,22 @@ def read_label(
     return f"{voxels}: {label}" if isinstance(voxels, str) else (voxels, warnings)
 
 
-def whole_numbers(voxels: np.ndarray, values: Collection[int]) -> np.ndarray | str:
+def whole_numbers(voxels: np.ndarray, values: Collection[int] | None) -> np.ndarray | str:
     """The voxels of a label as int16, or why they cannot be used; float voxels are rounded in place.
 
-    `values` are those that may occur. Nothing is further than ROUNDING from what it becomes.
+    `values` are those that may occur, None: all that fit. Nothing is further than ROUNDING from what it becomes.
     """
     found = np.sort(pd.unique(voxels.reshape(-1)))
-    unknown = [value for value in found if not any(abs(value - known) <= ROUNDING for known in values)]
+    if values is None:
+        largest = np.iinfo(np.int16).max
+        unknown = [v for v in found if not (abs(v) <= largest and abs(v - np.rint(v)) <= ROUNDING)]
+        what = f"that are no whole numbers up to {largest}"
+    else:
+        unknown = [value for value in found if not any(abs(value - known) <= ROUNDING for known in values)]
+        what = "that dataset.json does not declare"
     if unknown:
         shown = ", ".join(f"{value:.6g}" for value in unknown[:5]) + (", …" if len(unknown) > 5 else "")
-        return f"label with values that dataset.json does not declare ({shown})"
+        return f"label with values {what} ({shown})"
     if voxels.dtype.kind == "f":
         np.rint(voxels, out=voxels)
     return voxels.astype(np.int16)
