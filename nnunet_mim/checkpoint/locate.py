@@ -115,7 +115,7 @@ def _read_pointer(folder: Path) -> Path | None:
         path = folder / read_json(folder / POINTER)["checkpoint"]
     except (MiMError, KeyError, TypeError):
         return None
-    return Path(os.path.normpath(path)) if path.is_file() else None
+    return Path(os.path.normpath(path)) if os.path.isfile(path) else None  # any text may stand there
 
 
 def _final_checkpoint(folder: Path) -> Path | None:

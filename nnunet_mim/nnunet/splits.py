@@ -9,7 +9,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.system.untrusted import parse_json, read_json
+from nnunet_mim.system.untrusted import MAX_LOG, limited, parse_json, read_json
 
 N_FOLDS = 5
 """number of folds of nnU-Net's own split"""
@@ -39,11 +39,17 @@ def left_out_of_fold(source: Source, fold: int) -> list[str]:
 
 
 def left_out_cases(source: Source) -> set[str]:
-    """Cases that mim_prepare has left out of a dataset, by its log; empty where there is no such log."""
+    """Cases that mim_prepare has left out of a dataset, by its log; empty where there is no such log.
+
+    Raises MiMError where the log cannot be read.
+    """
     reasons: dict[str, Any] = {}
     log = source.folder.parent / "mim_prepare" / f"{source.folder.name}.jsonl"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    for line in text.splitlines():
+    try:
+        content = limited(log, MAX_LOG) if log.exists() else b""
+    except (OSError, ValueError) as error:
+        raise MiMError(f"cannot read {log} ({error}): restore it") from error
+    for line in content.decode(errors="replace").splitlines():
         try:
             entry = parse_json(line)
         except ValueError:  # cut short

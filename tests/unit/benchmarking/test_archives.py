@@ -249,8 +249,8 @@ def test_no_description_ends_in_a_traceback(volumes, tmp_path):
     """Every place of the archive's dataset.json, with junk in it."""
     msd = volumes.write_msd(tmp_path / "Task09_Spleen", 3)
     whole = json.loads((msd / "dataset.json").read_text())
-    holders = [(key,) for key in whole] + [("labels", "1"), ("modality", "0"), ("training", 0), ("training", 0, "image")]
-    for *path, last in holders:
+    inside = [("labels", "1"), ("modality", "0"), ("training", 0), ("training", 0, "image")]
+    for *path, last in [*((key,) for key in whole), *inside]:
         for junk in JUNK:
             content = json.loads(json.dumps(whole))
             holder = content
