@@ -189,7 +189,8 @@ def check_view(architecture: Mapping[str, Any], view: Size3) -> None:
     deepest = cumulative_strides(architecture["arch_kwargs"]["strides"])[-1]
     if any(v % s for v, s in zip(view, deepest, strict=True)) or view == deepest:
         raise MiMError(
-            f"--view {view} must be a multiple of {deepest}, the strides of the plans' {CLASS_NAME}, and larger"
+            f"--view {view} must be a multiple of {deepest}, the strides of the plans' {CLASS_NAME}, and "
+            "larger (the plans' order of axes)"
         )
 
 

@@ -144,5 +144,5 @@ def _read(path: Path, files: tuple[str, ...]) -> sitk.Image:
         raise MiMError(f"{path} has {image.GetNumberOfComponentsPerPixel()} values a voxel (colour): give a grey CT")
     if image.GetDimension() != 3 or min(image.GetSize()) < 2:
         size = " × ".join(map(str, image.GetSize()))
-        raise MiMError(f"{path} is no volume (size {size}): give a 3-D CT")
+        raise MiMError(f"{path} is no volume (size {size}, x y z): give a 3-D CT")
     return image

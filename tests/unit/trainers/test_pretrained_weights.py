@@ -37,7 +37,7 @@ def test_all_that_argparse_takes_is_refused(monkeypatch, length, value, flags):
             _refuse_pretrained_weights("nnUNetTrainerMiM")
 
 
-@pytest.mark.parametrize("words", [["-p", "-pl"], ["-p", "pretrained_weights"], ["-ptrained"], ["-p=-pretrained_weights"]])
+@pytest.mark.parametrize("words", [["-p", "pretrained_weights"], ["-ptrained"], ["-p=-pretrained_weights"]])
 def test_the_name_of_plans_is_no_such_flag(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", *words])
     _refuse_pretrained_weights("nnUNetTrainerMiM")
