@@ -68,7 +68,8 @@ def unit_differences(
             window = _window(provenance.get("intensity_properties") or {}, pretrained_channel)
             other = _window(intensity, channel)
             if window and not np.allclose(window, other, rtol=1e-3, atol=1e-3):
-                differences.append(f"channel {channel}: pretrained on {_window_text(window)}, now {_window_text(other)}")
+                texts = f"pretrained on {_window_text(window)}, now {_window_text(other)}"
+                differences.append(f"channel {channel}: {texts}")
     return differences
 
 
