@@ -21,6 +21,9 @@ CHECKPOINTS = (
     "repository on Hugging Face (USER/NAME)"
 )
 """what stands for a pretraining in every command, for the help; `locate` in checkpoint/locate.py finds it"""
+LARGEST_WIDTH, LARGEST_DEPTH, LARGEST_MLP_RATIO, LARGEST_STRIDE = 2048, 64, 16, 4
+"""of a stage of a network: channels, blocks, hidden width by width, and downsampling per axis; the largest preset has
+768, 11, 4 and 2"""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,18 @@ class NetworkConfig:
         numbers = (*self.embed_dims, *self.depths, self.num_heads, self.decoder_num_heads)
         if min(numbers) < 1 or self.decoder_depth < 0 or not 0 < self.mlp_ratio < math.inf:
             raise MiMError("the sizes of a network must be above 0")
+        widths, depths = (*self.embed_dims, self.decoder_embed_dim), (*self.depths, self.decoder_depth)
+        if max(widths) > LARGEST_WIDTH or max(depths) > LARGEST_DEPTH or self.mlp_ratio > LARGEST_MLP_RATIO:
+            raise MiMError(
+                f"a network has at most {LARGEST_WIDTH} channels, {LARGEST_DEPTH} blocks per stage and an mlp_ratio of "
+                f"{LARGEST_MLP_RATIO}: correct the sizes"
+            )
         if not len(self.embed_dims) == len(self.depths) == len(self.strides) == 4:
             raise MiMError(
                 "embed_dims, depths and strides need four entries each: three convolution stages, a transformer"
             )
-        if any(len(s) != 3 or min(s) < 1 for s in self.strides):
-            raise MiMError(f"strides must be four triples of integers >= 1, got {self.strides}")
+        if any(len(s) != 3 or min(s) < 1 or max(s) > LARGEST_STRIDE for s in self.strides):
+            raise MiMError(f"strides must be four triples of integers from 1 to {LARGEST_STRIDE}, got {self.strides}")
         for name, dim, heads in (
             ("encoder", self.embed_dims[-1], self.num_heads),
             ("decoder", self.decoder_embed_dim, self.decoder_num_heads),

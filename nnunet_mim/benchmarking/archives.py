@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from nnunet_mim.errors import MiMError, last_line
+from nnunet_mim.nnunet.documents import FileName, document
 from nnunet_mim.nnunet.image_files import damaged, file_problem, header_of
 from nnunet_mim.nnunet.labels import geometry_differences
 from nnunet_mim.preparation.screening import shape_problem, spacing_problem
@@ -49,6 +52,25 @@ ENDING = ".nii.gz"
 AGAIN = "extract the archive again"
 ITEM_LIMITS = Limits(seconds=600, memory=16 << 30)
 """an image and a label of 512 x 512 x 1000 take ten seconds and two gigabytes"""
+
+
+@document
+class ListedCase(TypedDict):
+    """An entry of `training` in an archive's dataset.json."""
+
+    image: FileName
+
+
+@document
+class Description(TypedDict):
+    """dataset.json of an MSD archive."""
+
+    labels: dict[str, str]
+    numTraining: int
+    training: list[ListedCase]
+
+
+DESCRIPTION = TypeAdapter(Description)
 
 
 class ArchiveCase(NamedTuple):
@@ -143,11 +165,11 @@ def _read_description(path: Path) -> dict[str, Any]:
     if content["modality"] != {"0": "CT"}:
         raise MiMError(f"{path} says {content['modality']}, not CT alone: give one of {', '.join(MSD_CASES)}")
     try:
+        DESCRIPTION.validate_python(content)
         values = sorted(int(value) for value in content["labels"])
-        images = [entry["image"] for entry in content["training"]]
-    except (TypeError, ValueError, KeyError, AttributeError):
-        values, images = [], []
-    if values != list(range(len(values))) or len(values) < 2 or not all(isinstance(name, str) for name in images):
+    except ValueError:  # that of the schema is one
+        values = []
+    if values != list(range(len(values))) or len(values) < 2:
         raise MiMError(f"labels or training in {path} are not as in the archive: {AGAIN}")
     return content
 

@@ -117,7 +117,7 @@ def resolve_arm(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> A
 
 
 def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
-    source = find_source(dataset, spec.plans, configuration)
+    source = find_source(dataset, spec.plans, configuration, ("the arm's plans", "the dataset's configuration"))
     if (inner := source.plans.get("plans_name")) != source.plans_name:
         raise MiMError(f"the plans file {source.plans_name}.json calls its plans {inner}: let both be the same")
     config = configuration_of(source.plans, source.configuration)
@@ -141,7 +141,7 @@ def _resolve(spec: ArmSpec, dataset: str, configuration: str, fold: int) -> Arm:
         where = (source.plans, source.configuration, fold, os.environ["nnUNet_results"])
         found = find_checkpoint(*where)
         if found is None:
-            raise no_checkpoint_error(*where)
+            raise no_checkpoint_error(*where, "give the arm a checkpoint, or the trainer nnUNetTrainerMiMScratch")
         given = str(found)
     stored = PretrainedCheckpoint.load(given)
     check_architecture(stored, config["architecture"]["arch_kwargs"], source.in_channels)

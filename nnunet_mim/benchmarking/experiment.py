@@ -27,6 +27,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import HybridUNet
 from nnunet_mim.networks.resenc import check_named_classes
 from nnunet_mim.nnunet.datasets import require_environment
+from nnunet_mim.nnunet.documents import check_architecture
 from nnunet_mim.system.files import write_atomically
 
 
@@ -203,6 +204,7 @@ def _network(architecture: Mapping[str, Any], in_channels: int, heads: int) -> t
     if name == f"{HybridUNet.__module__}.{HybridUNet.__name__}":
         return HybridUNet(in_channels, heads, True, **kwargs)
     check_named_classes(architecture, plain=True)
+    check_architecture("the architecture of the plans", dict(architecture), "plan the dataset again", plain=True)
     imported = architecture["_kw_requires_import"]
     return get_network_from_plans(name, kwargs, imported, in_channels, heads, deep_supervision=True)
 

@@ -23,8 +23,9 @@ from nnunet_mim.checkpoint.format import read_safely
 from nnunet_mim.checkpoint.identity import LeakedCases, comparison_note, leaked_cases, probably_same, voxel_sha256
 from nnunet_mim.checkpoint.metadata import check_provenance
 from nnunet_mim.checkpoint.units import Units
-from nnunet_mim.errors import MiMError, printable
+from nnunet_mim.errors import MiMError
 from nnunet_mim.inspection.ct import preprocess
+from nnunet_mim.nnunet.components import check_name
 from nnunet_mim.nnunet.datasets import raw_images
 from nnunet_mim.nnunet.image_files import READ_SECONDS, READER, damaged, file_problem
 from nnunet_mim.nnunet.raw_image import Grid, RawImage
@@ -231,10 +232,5 @@ def _identity_of(
 
 def _reader(name: str) -> BaseReaderWriter:
     """nnU-Net's reader of this name. Raises MiMError where there is none."""
-    try:
-        found = recursive_find_reader_writer_by_name(str(name))
-    except RuntimeError:
-        found = None
-    if not (isinstance(found, type) and issubclass(found, BaseReaderWriter)):
-        raise MiMError(f"nnU-Net has no reader {printable(name)}, which a checkpoint names: take another copy of it")
-    return found()
+    check_name("image_reader_writer of a checkpoint", "image reader", str(name), "take another copy of it")
+    return recursive_find_reader_writer_by_name(name)()

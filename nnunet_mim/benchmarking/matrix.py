@@ -126,7 +126,7 @@ def build_matrix(bench: Bench) -> Matrix:
 def _cases(arms: list[Arm], dataset: str, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Training and validation cases of a fold, which every arm must have."""
     all_cases = sorted({case for arm in arms for case in arm.source.cases})
-    train, val = split_of(replace(arms[0].source, cases=tuple(all_cases)), fold)
+    train, val = split_of(replace(arms[0].source, cases=tuple(all_cases)), fold, "the dataset's folds")
     if not val or not train:
         raise MiMError(f"{dataset} has no labels, or fold {fold} of its split has no cases on one side")
     for arm in arms:

@@ -24,7 +24,6 @@ from filelock import FileLock
 
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.processes import end_with_parent
-from nnunet_mim.system.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,9 @@ def _record_cost(trainer: Any, file: Path, began: float) -> None:
 
 def attempts_of(file: Path) -> list[dict[str, Any]]:
     """What `_record_cost` has written; nothing where there is no such file yet."""
-    return read_json(file, "delete it") if file.is_file() else []
+    from nnunet_mim.benchmarking.documents import ATTEMPTS_SCHEMA, read_kept  # PyTorch is slow to import
+
+    return read_kept(file, ATTEMPTS_SCHEMA, "delete it") if file.is_file() else []
 
 
 def _memory(device: Any) -> tuple[int, str]:

@@ -20,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.bench_file import TRAIN
 from nnunet_mim.benchmarking.cell import Cell
+from nnunet_mim.benchmarking.documents import KEY_SCHEMA, RESULT_SCHEMA, read_kept
 from nnunet_mim.benchmarking.external import ExternalSet, link_images
 from nnunet_mim.benchmarking.metrics import compared
 from nnunet_mim.benchmarking.seeded_training import attempts_of
@@ -30,11 +31,9 @@ from nnunet_mim.pretraining.stopping import EXIT_CODE
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.locks import exclusive_lock
 from nnunet_mim.system.processes import run_command
-from nnunet_mim.system.untrusted import read_json
 from nnunet_mim.trainers.finetune_config import PLANS_KEY
 
 KEY, RESULT, COST, FAILED, LOG = "key.json", "result.json", "cost.json", "failed.txt", "log.txt"
-DELETE = "delete its folder, and repeat the command"
 BUSY = "another process is at work on it"
 
 
@@ -71,7 +70,7 @@ class KeptTraining:
         """Whether the folder holds this training, finished or not. Raises MiMError where it holds another one."""
         if not (self.folder / KEY).is_file():
             return False
-        stored, now = read_json(self.folder / KEY, DELETE), json.loads(json.dumps(self.key()))
+        stored, now = read_kept(self.folder / KEY, KEY_SCHEMA), json.loads(json.dumps(self.key()))
         now.pop("checkpoint", None)
         changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in now if stored.get(name) != now[name]]
         if changed:
@@ -162,7 +161,7 @@ class Training(KeptTraining):
         """
         if not self.is_this_one() or not (self.folder / RESULT).is_file():
             return None
-        result = read_json(self.folder / RESULT, DELETE)
+        result = read_kept(self.folder / RESULT, RESULT_SCHEMA)
         tested = result.get("tests", {})
         if any(tested.get(test.dataset, {}).keys() != test.references.keys() for test in self.tests):
             return None

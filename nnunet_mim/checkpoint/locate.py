@@ -115,7 +115,7 @@ def _read_pointer(folder: Path) -> Path | None:
         path = folder / read_json(folder / POINTER)["checkpoint"]
     except (MiMError, KeyError, TypeError):
         return None
-    return Path(os.path.normpath(path)) if path.is_file() else None
+    return Path(os.path.normpath(path)) if os.path.isfile(path) else None  # any text may stand there
 
 
 def _final_checkpoint(folder: Path) -> Path | None:
@@ -164,8 +164,17 @@ def find_checkpoint(plans: dict[str, Any], configuration: str, fold: int | str, 
     return None
 
 
-def no_checkpoint_error(plans: dict[str, Any], configuration: str, fold: int | str, results: str | Path) -> MiMError:
-    """The error of a finetuning without a checkpoint to start from: what to do, and which checkpoints do not fit."""
+def no_checkpoint_error(
+    plans: dict[str, Any], configuration: str, fold: int | str, results: str | Path, otherwise: str = ""
+) -> MiMError:
+    """The error of a finetuning without a checkpoint to start from: what to do, and which checkpoints do not fit.
+
+    Arguments as of `find_checkpoint`; `otherwise` is what to do but pretrain, where it is not nnUNetv2_train.
+    """
+    of_train = (
+        f"set {ENV_CHECKPOINT}=CHECKPOINT, or write plans with `mim_plan -d {plans['dataset_name'][7:10]} -pc "
+        "CHECKPOINT`; without pretraining use -tr nnUNetTrainerMiMScratch"
+    )
     runs = _pretraining_runs(plans, configuration, results)
     others = sorted(str(path) for run in runs for path in run.glob("fold_*/checkpoint_*.pth"))
     dataset, plans_name = plans["dataset_name"], plans["plans_name"]
@@ -174,8 +183,7 @@ def no_checkpoint_error(plans: dict[str, Any], configuration: str, fold: int | s
     command = f"mim_pretrain -d {dataset[7:10]} -p {plans_name} -c {configuration}{fold_option}"
     return MiMError(
         f"no pretraining checkpoint for {dataset}, {plans_name}, {configuration}, fold {fold}{hint}: run `{command}`, "
-        f"or set {ENV_CHECKPOINT}=CHECKPOINT, or write plans with `mim_plan -d {dataset[7:10]} -pc CHECKPOINT`; "
-        f"without pretraining use -tr nnUNetTrainerMiMScratch"
+        f"or {otherwise or of_train}"
     )
 
 

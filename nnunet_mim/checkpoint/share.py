@@ -44,7 +44,8 @@ def export(
     if checkpoint["mim_config"].get("encoder", "hybrid") != "hybrid":
         raise MiMError(
             "mim_export is for the encoder of nnUNetTrainerMiM; of --encoder resenc share the checkpoint file and "
-            "its plans: nnU-Net's -pretrained_weights takes it as it is"
+            "its plans: nnU-Net's -pretrained_weights takes it as it is; whoever takes it runs mim_inspect on it, "
+            "since nnU-Net runs what is in such a file"
         )
     if folder.exists():
         raise MiMError(f"{folder} exists already: choose another one with -o")

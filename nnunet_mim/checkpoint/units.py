@@ -55,7 +55,8 @@ def unit_differences(
     differences = []
     spacing, axes = provenance.get("spacing"), provenance.get("transpose_forward")
     if spacing and not np.allclose(spacing, config["spacing"], rtol=0.02):
-        differences.append(f"spacing (mm): pretrained at {_rounded(spacing)}, now {_rounded(config['spacing'])}")
+        before, now = _rounded(spacing), _rounded(config["spacing"])
+        differences.append(f"spacing (mm, the plans' order of axes): pretrained at {before}, now {now}")
     if axes and list(axes) != list(transpose):
         differences.append(f"order of axes: pretrained with {list(axes)}, now {list(transpose)}")
     schemes = provenance.get("normalization") or []
@@ -64,10 +65,11 @@ def unit_differences(
         if schemes[pretrained_channel] != scheme:
             differences.append(f"channel {channel}: pretrained with {schemes[pretrained_channel]}, now {scheme}")
         elif scheme == CT_NORMALIZATION:
-            before = _window(provenance.get("intensity_properties") or {}, pretrained_channel)
-            now = _window(intensity, channel)
-            if before and not np.allclose(before, now, rtol=1e-3, atol=1e-3):
-                differences.append(f"channel {channel}: pretrained on {_window_text(before)}, now {_window_text(now)}")
+            window = _window(provenance.get("intensity_properties") or {}, pretrained_channel)
+            other = _window(intensity, channel)
+            if window and not np.allclose(window, other, rtol=1e-3, atol=1e-3):
+                texts = f"pretrained on {_window_text(window)}, now {_window_text(other)}"
+                differences.append(f"channel {channel}: {texts}")
     return differences
 
 

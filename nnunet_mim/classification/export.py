@@ -125,7 +125,7 @@ def card(classifier: Path, settings: Mapping[str, Any], licence: str | None, dat
         "Not a medical device: for research.",
         "",
         *[f"- {markdown_text(target)}: {markdown_text(', '.join(classes))}" for target, classes in targets.items()],
-        f"- Looks at {looked_at}, resampled to {spacing} mm",
+        f"- Looks at {looked_at}, resampled to {spacing} mm (the plans' order of axes)",
         f"- Mode {config['mode']}, encoder {markdown_text(encoder)}",
         f"- Data: {markdown_text(data or 'not stated')}",
         f"- Licence of the weights: {markdown_text(terms)}",

@@ -87,10 +87,13 @@ class Job:
         }  # fmt: skip
 
 
-def set_up(where: DataOptions, config: ClassifyConfig) -> Job:
-    """Check everything that a user has given. Raises MiMError for the first thing that is wrong."""
+def set_up(where: DataOptions, config: ClassifyConfig, settings: tuple[str, str] = ("-p", "-c")) -> Job:
+    """Check everything that a user has given. Raises MiMError for the first thing that is wrong.
+
+    `settings` are what the user names plans and configuration with, for messages.
+    """
     require_environment()
-    source = find_source(where.dataset, where.plans, where.configuration)
+    source = find_source(where.dataset, where.plans, where.configuration, settings)
     path = labels_file(source.dataset, config.labels)
     if twice := [name for name in where.target if where.target.count(name) > 1]:
         raise MiMError(f"--target {twice[0]} is given twice: give it once")

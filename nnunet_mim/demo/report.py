@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from nnunet_mim.benchmarking.bench_figures import cases_figure, read_case
 from nnunet_mim.benchmarking.metrics import dice
@@ -20,6 +22,7 @@ from nnunet_mim.demo.phantoms import LABELS
 from nnunet_mim.demo.stages import TRAINER, DemoSettings, Folders
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.cases import dataset_class_of
+from nnunet_mim.nnunet.documents import checked, document
 from nnunet_mim.nnunet.orientation import orientation_of
 from nnunet_mim.pretraining.report.page import losses_section, views_sections
 from nnunet_mim.pretraining.report.pictures import load_network, reconstruct_volume, upright
@@ -108,6 +111,18 @@ times as many."""
     return replace(section, title="What the pretraining has learnt", text=text)
 
 
+@document
+class Transferred(TypedDict):
+    """What is needed of mim_transfer.json: names of parameters."""
+
+    loaded: list[Any]
+    adapted: list[Any]
+    fresh: list[Any]
+
+
+TRANSFERRED = TypeAdapter(Transferred)
+
+
 def _organs_section(folders: Folders, settings: DemoSettings, bodies: list[str], dices: np.ndarray) -> Section:
     pictures = []
     for body, mean in list(zip(bodies, dices.mean(axis=1), strict=True))[:2]:
@@ -122,7 +137,8 @@ def _organs_section(folders: Folders, settings: DemoSettings, bodies: list[str],
     rows = [["Dice", *(body.removesuffix(".nii.gz") for body in bodies), "mean"]]
     for organ, values in zip([*ORGANS, "all organs"], [*dices.T, dices.mean(axis=1)], strict=True):
         rows.append([organ.replace("_", " "), *(f"{value:.2f}" for value in (*values, values.mean()))])
-    transfer = read_json(folders.finetuning / "mim_transfer.json", "start the demonstration anew")
+    file, remedy = folders.finetuning / "mim_transfer.json", "start the demonstration anew"
+    transfer = checked(str(file), read_json(file, remedy), TRANSFERRED, remedy)
     n_loaded, n_fresh = len(transfer["loaded"]) + len(transfer["adapted"]), len(transfer["fresh"])
     text = f"""\
 The encoder of the pretraining, inside a U-Net, finetuned by nnUNetv2_train with nnUNetTrainerMiM for

@@ -12,16 +12,43 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from nnunet_mim.demo.stages import DemoSettings, Folders, Stage
 from nnunet_mim.demo.watching import watched
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.documents import checked, document
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.processes import run_command
 from nnunet_mim.system.untrusted import read_json
 
 STATE_FILE = "demo.json"
+
+
+@document
+class DoneStage(TypedDict):
+    """An entry of `stages` in demo.json."""
+
+    name: str
+    title: str
+    command: str
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    cpu_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@document
+class State(TypedDict):
+    """demo.json."""
+
+    settings: dict[str, Any]
+    device: str
+    stages: list[DoneStage]
+
+
+STATE = TypeAdapter(State)
 
 
 def open_folder(folder: Path, settings: DemoSettings, device: str, resume: bool) -> dict[str, Any]:
@@ -35,7 +62,8 @@ def open_folder(folder: Path, settings: DemoSettings, device: str, resume: bool)
     if resume:
         if not file.is_file():
             raise MiMError(f"nothing to continue in {folder}: leave out --continue")
-        state = read_json(file, f"delete {folder} and start anew")
+        remedy = f"delete {folder} and start anew"
+        state = checked(str(file), read_json(file, remedy), STATE, remedy)
         if {name: state.get(name) for name in wanted} != wanted:
             raise MiMError(f"{folder} was started with other options: give the same --quick, --bodies, -device again")
         return state

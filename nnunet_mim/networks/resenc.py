@@ -15,7 +15,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor
 
 from nnunet_mim.config import Size3
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.geometry import cumulative_strides
 from nnunet_mim.networks.mask_in_mask import Alignment, MaskedViews, Reconstruction
 from nnunet_mim.networks.token_layout import join, pad_at_ends, take_tokens, tokens_from_grid, visible_voxels
@@ -70,10 +70,14 @@ class ResEncMaskInMask(Alignment):
             for stage, stride in enumerate(self.strides)
             if all(s <= p for s, p in zip(stride, token_size, strict=True))
         )
-        unet = get_network_from_plans(
-            architecture["network_class_name"], kwargs, architecture["_kw_requires_import"], in_channels, in_channels,
-            allow_init=True, deep_supervision=False,
-        )  # fmt: skip
+        try:
+            unet = get_network_from_plans(
+                architecture["network_class_name"], kwargs, architecture["_kw_requires_import"], in_channels,
+                in_channels, allow_init=True, deep_supervision=False,
+            )  # fmt: skip
+        except Exception as error:  # nnU-Net's own, or PyTorch's, of arguments that do not fit together
+            reason = f"{type(error).__name__}: {printable(error)}"
+            raise MiMError(f"{CLASS_NAME} of the plans cannot be built ({reason}): plan the dataset again") from error
         self.encoder, self.decoder = unet.encoder, unet.decoder
         self.add_projectors(kwargs["features_per_stage"][self.feature_stage], 2, alignment)
 
@@ -128,7 +132,7 @@ class ResEncMaskInMask(Alignment):
 
 def check_resenc(architecture: Mapping[str, Any]) -> None:
     """Raise MiMError unless plans name nnU-Net's residual encoder U-Net."""
-    name = architecture.get("network_class_name", "").rsplit(".", 1)[-1]
+    name = str(architecture.get("network_class_name", "")).rsplit(".", 1)[-1]
     if name != CLASS_NAME:
         raise MiMError(
             f"--encoder resenc: the plans name {name or 'no network'}, not {CLASS_NAME}: run nnUNetv2_plan_experiment "
@@ -136,6 +140,8 @@ def check_resenc(architecture: Mapping[str, Any]) -> None:
             "-o NAME, and pretrain with -p NAME"
         )
     check_named_classes(architecture)
+    if any(step != 1 for step in architecture["arch_kwargs"]["strides"][0]):
+        raise MiMError(f"--encoder resenc: the first stride of {CLASS_NAME} must be 1: plan the dataset again")
 
 
 def check_named_classes(architecture: Mapping[str, Any], plain: bool = False) -> None:
@@ -183,7 +189,8 @@ def check_view(architecture: Mapping[str, Any], view: Size3) -> None:
     deepest = cumulative_strides(architecture["arch_kwargs"]["strides"])[-1]
     if any(v % s for v, s in zip(view, deepest, strict=True)) or view == deepest:
         raise MiMError(
-            f"--view {view} must be a multiple of {deepest}, the strides of the plans' {CLASS_NAME}, and larger"
+            f"--view {view} must be a multiple of {deepest}, the strides of the plans' {CLASS_NAME}, and "
+            "larger (the plans' order of axes)"
         )
 
 

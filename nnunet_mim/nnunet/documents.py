@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
+from nnunet_mim.config import LARGEST_DEPTH, LARGEST_MLP_RATIO, LARGEST_STRIDE, LARGEST_WIDTH
 from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.nnunet.components import check_name, check_names
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS
@@ -25,9 +26,23 @@ Name = Annotated[str, Field(pattern=r"^\w[\w .+-]*$")]
 """a part of a path, without separators"""
 CaseName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]+$")]
 """what files are named after: without separators, which would lead to other folders"""
+FileName = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
+"""of a file that the system is asked for"""
 Labels = int | list[int]
 """of one label: its number, or the numbers of a region"""
+Width = Annotated[int, Field(ge=1, le=LARGEST_WIDTH)]
+Depth = Annotated[int, Field(ge=1, le=LARGEST_DEPTH)]
+Stride = Annotated[list[Annotated[int, Field(ge=1, le=LARGEST_STRIDE)]], Field(min_length=2, max_length=3)]
+Kernel = Annotated[list[Annotated[int, Field(ge=1, le=7)]], Field(min_length=2, max_length=3)]
+Stages = Field(min_length=2, max_length=12)
+FourStages = Field(min_length=4, max_length=4)
+Options = dict[str, bool | int | float | str] | None
 
+HYBRID_UNET = "nnunet_mim.networks.hybrid_unet.HybridUNet"
+"""this package's network in plans; nnU-Net imports what plans name, so that no other module will do"""
+PLAIN = "PlainConvUNet"
+LARGEST_PATCH, LARGEST_PATCH_SIDE = 512**3, 4096
+"""voxels of a patch in all, and along an axis"""
 PER_AXIS = ("patch_size", "median_image_size_in_voxels", "spacing")
 
 document = with_config(ConfigDict(strict=True, extra="allow"))
@@ -40,6 +55,54 @@ class Architecture(TypedDict):
     network_class_name: str
     arch_kwargs: dict[str, Any]
     _kw_requires_import: list[str]
+
+
+@document
+class HybridArguments(TypedDict):
+    """`arch_kwargs` of this package's network."""
+
+    embed_dims: Annotated[list[Width], FourStages]
+    depths: Annotated[list[Depth], FourStages]
+    num_heads: Width
+    mlp_ratio: Annotated[float, Field(gt=0, le=LARGEST_MLP_RATIO)]
+    strides: Annotated[list[Annotated[Stride, Field(min_length=3)]], Field(min_length=5, max_length=12)]
+    drop_path: NotRequired[Annotated[float, Field(ge=0, lt=1)]]
+    stem_features: NotRequired[Width]
+    decoder_features: NotRequired[Annotated[list[Width], FourStages] | None]
+    n_conv_per_stage_decoder: NotRequired[Depth]
+
+
+@document
+class StockArguments(TypedDict):
+    """`arch_kwargs` of nnU-Net's U-Nets; nnU-Net says what else is missing."""
+
+    n_stages: int
+    features_per_stage: Annotated[list[Width], Stages]
+    conv_op: NotRequired[str]
+    kernel_sizes: NotRequired[Annotated[list[Kernel], Stages]]
+    strides: Annotated[list[Stride], Stages]
+    n_conv_per_stage_decoder: NotRequired[Depth | Annotated[list[Depth], Field(max_length=12)]]
+    conv_bias: NotRequired[bool]
+    norm_op: NotRequired[str | None]
+    norm_op_kwargs: NotRequired[Options]
+    dropout_op: NotRequired[str | None]
+    dropout_op_kwargs: NotRequired[Options]
+    nonlin: NotRequired[str | None]
+    nonlin_kwargs: NotRequired[Options]
+
+
+@document
+class PlainArguments(StockArguments):
+    """`arch_kwargs` of PlainConvUNet."""
+
+    n_conv_per_stage: NotRequired[Depth | Annotated[list[Depth], Stages]]
+
+
+@document
+class ResidualArguments(StockArguments):
+    """`arch_kwargs` of ResidualEncoderUNet."""
+
+    n_blocks_per_stage: NotRequired[Depth | Annotated[list[Depth], Stages]]
 
 
 @document
@@ -101,8 +164,8 @@ class Fingerprint(TypedDict):
 class Case(TypedDict):
     """An entry of `dataset` in dataset.json, where images and label are listed instead of found by their names."""
 
-    images: Annotated[list[str], Field(min_length=1)]
-    label: NotRequired[str]
+    images: Annotated[list[FileName], Field(min_length=1)]
+    label: NotRequired[FileName]
 
 
 @document
@@ -119,18 +182,25 @@ class DatasetDescription(TypedDict):
     overwrite_image_reader_writer: NotRequired[str]
 
 
-CONFIGURATION = TypeAdapter(CompleteConfiguration)
+ARCHITECTURE, CONFIGURATION = TypeAdapter(Architecture), TypeAdapter(CompleteConfiguration)
 PLANS = TypeAdapter(Plans)
 FINGERPRINT = TypeAdapter(Fingerprint)
 DATASET_DESCRIPTION = TypeAdapter(DatasetDescription)
+ARGUMENTS: dict[str, TypeAdapter] = {
+    HYBRID_UNET: TypeAdapter(HybridArguments),
+    PLAIN: TypeAdapter(PlainArguments),
+    "ResidualEncoderUNet": TypeAdapter(ResidualArguments),
+}
+"""by network; nnU-Net's have had several modules"""
 
 
 def read_plans(path: Path) -> dict[str, Any]:
     """The content of a plans file.
 
     Raises:
-        MiMError: it cannot be read, a field is missing or of another kind, axes are not a permutation, a channel
-            that is normalised as CT has no window, or a name is none of nnU-Net's readers, preprocessors and so on.
+        MiMError: it cannot be read, a field is missing, of another kind or too large, axes are not a permutation, a
+            channel that is normalised as CT has no window, or a name is none of nnU-Net's readers, preprocessors and
+            so on.
     """
     return check_plans(read_json(path), str(path))
 
@@ -146,6 +216,10 @@ def check_plans(content: Any, path: str) -> dict[str, Any]:
         sizes = {key: len(configuration[key]) for key in PER_AXIS if key in configuration}  # type: ignore[literal-required]
         if sizes.get("patch_size", 3) == 3 and set(sizes.values()) - {3}:
             raise MiMError(f"{path}: {', '.join(sizes)} of {name} must be as long as there are axes: plan again")
+        check_patch(f"{path}: patch_size of {name}", configuration.get("patch_size", []), "plan the dataset again")
+        if "architecture" in configuration:
+            place = f"{path}: configurations.{printable(name)}.architecture"
+            check_architecture(place, configuration["architecture"], "plan the dataset again")  # type: ignore[arg-type]
         for channel, scheme in enumerate(configuration.get("normalization_schemes", ())):
             window = windows.get(str(channel), {})
             if scheme == CT_NORMALIZATION and not is_window(window):
@@ -172,8 +246,49 @@ def complete_configuration(plans: dict[str, Any], configuration: str) -> dict[st
     place = f"plans {plans['plans_name']}, configuration {configuration}"
     if len(content.get("patch_size", ())) == 2:
         return content
-    checked(place, json.loads(json.dumps(content)), CONFIGURATION, "plan the dataset again")  # without tuples
+    plain = json.loads(json.dumps(content))  # without tuples
+    checked(place, plain, CONFIGURATION, "plan the dataset again")
+    if "architecture" in plain:  # nnU-Net makes one of older plans
+        check_architecture(f"{place}, architecture", plain["architecture"], "plan the dataset again")
     return content
+
+
+def check_patch(place: str, patch_size: Sequence[int], remedy: str) -> None:
+    """Raise MiMError for a patch, which `place` names, that is larger than LARGEST_PATCH or LARGEST_PATCH_SIDE."""
+    if math.prod(patch_size) > LARGEST_PATCH or max(patch_size, default=1) > LARGEST_PATCH_SIDE:
+        raise MiMError(
+            f"{place} has {' x '.join(map(str, patch_size))} voxels (the plans' order of axes), and may have "
+            f"{LARGEST_PATCH:,}, along an axis {LARGEST_PATCH_SIDE}: {remedy}"
+        )
+
+
+def check_architecture(place: str, architecture: Any, remedy: str, plain: bool = False) -> None:
+    """Raise MiMError unless a block of plans names a network, with sizes that can be built if this package builds it.
+
+    Args:
+        place: the file and the name of the block in it, for the message.
+        architecture: the block.
+        remedy: for the message.
+        plain: look at the sizes of nnU-Net's default network, PlainConvUNet, as well.
+    """
+    block = checked(place, architecture, ARCHITECTURE, remedy)
+    name, kwargs = block["network_class_name"], block["arch_kwargs"]
+    short = name if name == HYBRID_UNET else name.rpartition(".")[2]
+    schema = ARGUMENTS.get(short)
+    if schema is None or (short == PLAIN and not plain):
+        return
+    if name == HYBRID_UNET:
+        checked(f"{place}.arch_kwargs", kwargs, schema, "write the plans again with mim_plan or mim_prepare")
+        return
+    checked(f"{place}.arch_kwargs", kwargs, schema, remedy)
+    stages, axes = kwargs["n_stages"], 2 if kwargs.get("conv_op", "").endswith("2d") else 3
+    lengths = dict.fromkeys(StockArguments.__annotations__, stages) | {"n_conv_per_stage_decoder": stages - 1}
+    lengths |= {"n_conv_per_stage": stages, "n_blocks_per_stage": stages}
+    for field, value in kwargs.items():
+        if isinstance(value, list) and len(value) != lengths.get(field, len(value)):
+            raise MiMError(f"{place}: {field} must have {lengths[field]} entries, of {stages} stages: {remedy}")
+    if {len(entry) for field in ("kernel_sizes", "strides") for entry in kwargs.get(field, [])} != {axes}:
+        raise MiMError(f"{place}: kernel_sizes and strides must have {axes} numbers each: {remedy}")
 
 
 def read_fingerprint(path: Path) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def file_problem(path: str) -> str | None:
         return "cannot be read (its name is not UTF-8): rename it"
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # the latter for a NUL character
         return f"cannot be read ({path} is not there)"
     if not stat.S_ISREG(status.st_mode):
         return "cannot be read (no regular file: a folder, pipe, socket or device)"

@@ -8,11 +8,9 @@ from typing import Any
 
 from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.documents import complete_configuration, read_plans
+from nnunet_mim.nnunet.documents import HYBRID_UNET, complete_configuration, read_plans
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW, WINDOW_FIELDS
 
-HYBRID_UNET = "nnunet_mim.networks.hybrid_unet.HybridUNet"
-"""this package's network in plans; nnU-Net imports what plans name, so that no other module will do"""
 MAX_SPACING_RATIO = 1.5
 """two spacings count as alike up to this ratio on every axis"""
 

@@ -117,7 +117,7 @@ def _check_shape(path: Path, components: int, size: Sequence[int]) -> None:
     if components > 1:
         raise MiMError(f"{path} has {components} values a voxel (colour): give a grey CT")
     if len(size) != 3 or min(size) < 2:
-        raise MiMError(f"{path} is no volume (size {' × '.join(map(str, size))}): give a 3-D CT")
+        raise MiMError(f"{path} is no volume (size {' × '.join(map(str, size))}, x y z): give a 3-D CT")
 
 
 def _files_in(folder: Path) -> tuple[str, ...]:

@@ -97,8 +97,12 @@ def plans_in(base: Path) -> list[str]:
     return [name for name, content in contents.items() if isinstance(content, dict) and "configurations" in content]
 
 
-def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
+def find_source(
+    dataset: str, plans_name: str, configuration: str, settings: tuple[str, str] = ("-p", "-c")
+) -> Source:
     """Find a preprocessed dataset by its number (`501`) or name (`Dataset501_Name`).
+
+    `settings` are what the user names plans and configuration with, for messages.
 
     Raises MiMError for an unknown dataset, plans or configuration, a 2-D one, and where nothing is preprocessed.
     """
@@ -110,11 +114,13 @@ def find_source(dataset: str, plans_name: str, configuration: str) -> Source:
         raise MiMError(f"{name} is not preprocessed ({base} does not exist): run {command}")
     if not plans_file.is_file():
         found = ", ".join(plans_in(base)) or "none found"
-        raise MiMError(f"no plans '{plans_name}' for {name}: choose one with -p ({found})")
+        raise MiMError(f"no plans '{plans_name}' for {name}: choose one with {settings[0]} ({found})")
     plans = read_plans(plans_file)
     if configuration not in plans["configurations"]:
         available = ", ".join(plans["configurations"])
-        raise MiMError(f"{plans_file} has no configuration '{configuration}': choose one with -c ({available})")
+        raise MiMError(
+            f"{plans_file} has no configuration '{configuration}': choose one with {settings[1]} ({available})"
+        )
     content = configuration_of(plans, configuration)
     folder = base / content["data_identifier"]
     require_preprocessed(folder, plans, plans_name, configuration)

@@ -9,7 +9,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.system.untrusted import parse_json, read_json
+from nnunet_mim.system.untrusted import MAX_LOG, limited, parse_json, read_json
 
 N_FOLDS = 5
 """number of folds of nnU-Net's own split"""
@@ -39,11 +39,17 @@ def left_out_of_fold(source: Source, fold: int) -> list[str]:
 
 
 def left_out_cases(source: Source) -> set[str]:
-    """Cases that mim_prepare has left out of a dataset, by its log; empty where there is no such log."""
+    """Cases that mim_prepare has left out of a dataset, by its log; empty where there is no such log.
+
+    Raises MiMError where the log cannot be read.
+    """
     reasons: dict[str, Any] = {}
     log = source.folder.parent / "mim_prepare" / f"{source.folder.name}.jsonl"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    for line in text.splitlines():
+    try:
+        content = limited(log, MAX_LOG) if log.exists() else b""
+    except (OSError, ValueError) as error:
+        raise MiMError(f"cannot read {log} ({error}): restore it") from error
+    for line in content.decode(errors="replace").splitlines():
         try:
             entry = parse_json(line)
         except ValueError:  # cut short
@@ -53,11 +59,12 @@ def left_out_cases(source: Source) -> set[str]:
     return {case for case, reason in reasons.items() if reason}
 
 
-def split_of(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def split_of(source: Source, fold: int, setting: str = "-f") -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Training and validation cases of a fold, preprocessed or not; both empty for a dataset without labels.
 
     Reads `splits_final.json`, or computes what nnU-Net would write there. Raises MiMError where the file is not as
     nnU-Net writes it, there is no such fold, no validation case in it, or there are too few cases for nnU-Net's split.
+    `setting` is what the user chooses the fold with, for messages.
     """
     base = source.folder.parent
     splits_file = _splits_file(source)
@@ -71,16 +78,18 @@ def split_of(source: Source, fold: int) -> tuple[tuple[str, ...], tuple[str, ...
     elif (base / "gt_segmentations").is_dir():
         if len(source.cases) < N_FOLDS:
             raise MiMError(
-                f"{source.dataset} has {len(source.cases)} cases, too few for nnU-Net's {N_FOLDS} folds: leave out -f, "
-                f"or write a split of your own into {splits_file}"
+                f"{source.dataset} has {len(source.cases)} cases, too few for nnU-Net's {N_FOLDS} folds: "
+                f"{'leave out -f, or ' if setting == '-f' else ''}write a split of your own into {splits_file}"
             )
         splits = generate_crossval_split(list(source.cases), seed=12345, n_splits=N_FOLDS)
     else:
         return (), ()
     if not 0 <= fold < len(splits):
-        raise MiMError(f"fold {fold} does not exist in {splits_file} ({len(splits)} folds): choose another with -f")
+        count = f"{len(splits)} folds"
+        raise MiMError(f"fold {fold} does not exist in {splits_file} ({count}): choose another with {setting}")
     if not len(splits[fold]["val"]):
-        raise MiMError(f"fold {fold} in {splits_file} has no validation case: name some, or choose another with -f")
+        where = f"fold {fold} in {splits_file}"
+        raise MiMError(f"{where} has no validation case: name some, or choose another with {setting}")
     return tuple(splits[fold]["train"]), tuple(splits[fold]["val"])
 
 

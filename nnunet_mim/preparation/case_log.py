@@ -17,7 +17,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.documents import CaseName, Count, Positive, document
 from nnunet_mim.preparation.finding import Volume
 from nnunet_mim.pretraining.data.case_index import CaseInfo
-from nnunet_mim.system.untrusted import parse_json
+from nnunet_mim.system.untrusted import MAX_LOG, limited, parse_json
 
 UNREADABLE = ("cannot be", "damaged")
 """how reasons begin that say nothing about the image: its disk may be back at the next call"""
@@ -76,6 +76,13 @@ def _is_entry(entry: Any) -> bool:
     return True
 
 
+def is_result(result: Any) -> bool:
+    """Whether a value is what `prepare_case` returns."""
+    if not isinstance(result, dict) or "problem" in result:
+        return isinstance(result, dict) and isinstance(result["problem"], str)
+    return "reason" not in result and _is_entry({**result, "case": "a", "key": "", "files": ["a"], "images": ["a"]})
+
+
 class CaseLog:
     """The last entry of every case. Only one process appends; a line that was cut short or changed does not count."""
 
@@ -83,8 +90,8 @@ class CaseLog:
         self.path = path
         self.entries: dict[str, Entry] = {}
         try:
-            text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        except (OSError, UnicodeDecodeError) as error:
+            text = limited(path, MAX_LOG).decode("utf-8") if path.exists() else ""
+        except (OSError, ValueError) as error:
             raise MiMError(f"cannot read {path} ({error}): restore it, or delete it to begin anew") from error
         for line in text.splitlines():
             try:

@@ -165,10 +165,12 @@ def _read_plans(dataset: Path, plans: str, checkpoint: str | None) -> list[dict[
         print(f"{dataset.name} has no {plans}: nnU-Net plans it first", flush=True)
         write_nnunet_plans(dataset.name, min(8, usable_cores()))
     if not paths[0].is_file() and (found := plans_in(dataset)):
-        raise MiMError(f"{paths[0]} does not exist: choose base plans with -p ({', '.join(found)}), or run `{command}`")
+        plan = f", or run `{command}`" if plans == NNUNET_PLANS else ""
+        raise MiMError(f"{paths[0]} does not exist: choose base plans with -p ({', '.join(found)}){plan}")
     for path in paths:
         if not path.is_file():
-            raise MiMError(f"{path} does not exist: run `{command}` first")
+            without = "" if path != paths[0] or plans == NNUNET_PLANS else ", and leave out -p"
+            raise MiMError(f"{path} does not exist: run `{command}` first{without}")
     return [read_plans(paths[0]), read_fingerprint(paths[1]), read_dataset_json(paths[2])]
 
 

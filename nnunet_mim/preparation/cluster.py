@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.preparation.case_log import is_result
 from nnunet_mim.preparation.prepare_case import Job, file_stamps, run_jobs
 from nnunet_mim.system.guarded import prepare_workers
 from nnunet_mim.system.slurm import cause_of, slurm_executor, submit_all
-from nnunet_mim.system.untrusted import parse_json
+from nnunet_mim.system.untrusted import MAX_LOG, limited, parse_json
 
 FLAG = "--slurm"
 POLL_SECONDS = 5.0
@@ -106,11 +107,13 @@ def _results(running: dict[Share, Any]) -> Generator[tuple[str, dict[str, Any]],
     """
     read, failed = dict.fromkeys(running, 0), list[str]()
     left = {share: len(share.jobs) for share in running}
+    names = {share: {job.case.name for job in share.jobs} for share in running}
     try:
         while running:
             ended = [share for share, job in running.items() if job.done()]  # these append nothing after this
             for share in running:
                 lines, read[share] = read_lines(share.file, read[share])
+                lines = [line for line in lines if line["case"] in names[share]]
                 left[share] -= len(lines)
                 yield from ((line["case"], line["result"]) for line in lines)
             for share in ended:
@@ -131,10 +134,14 @@ def _results(running: dict[Share, Any]) -> Generator[tuple[str, dict[str, Any]],
 
 
 def read_lines(file: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """The complete lines of a file of results from a byte on, and the byte after them. A damaged line is left out."""
-    with file.open("rb") as opened:
-        opened.seek(start)
-        text = opened.read()
+    """The complete lines of a file of results from a byte on, and the byte after them. A damaged line is left out.
+
+    Raises MiMError where the file is larger than a log may be, or no regular one.
+    """
+    try:
+        text = limited(file, MAX_LOG, start=start)
+    except ValueError as error:
+        raise MiMError(f"cannot read {file} ({error}): delete it, and repeat the command") from error
     end = text.rfind(b"\n") + 1
     lines = []
     for line in text[:end].decode(errors="replace").splitlines():
@@ -142,9 +149,16 @@ def read_lines(file: Path, start: int) -> tuple[list[dict[str, Any]], int]:
             content = parse_json(line)
         except ValueError:
             continue
-        if isinstance(content, dict) and content.keys() == {"case", "key", "result"}:
+        if _is_line(content):
             lines.append(content)
     return lines, start + end
+
+
+def _is_line(content: Any) -> bool:
+    """Whether it is what a job writes of a case."""
+    if not isinstance(content, dict) or content.keys() != {"case", "key", "result"}:
+        return False
+    return isinstance(content["case"], str) and isinstance(content["key"], str) and is_result(content["result"])
 
 
 def _is_still_true(line: Mapping[str, Any], waiting: Mapping[str, Job]) -> bool:

@@ -17,7 +17,7 @@ from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import cumulative_strides, suitable_strides
 from nnunet_mim.networks.hybrid_unet import plans_architecture
 from nnunet_mim.networks.resenc import check_resenc
-from nnunet_mim.nnunet.documents import read_plans
+from nnunet_mim.nnunet.documents import check_patch, read_plans
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WIDE_CT_WINDOW
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.nnunet.plans import configuration_of, n_channels, spacings_alike, voxels_key
@@ -151,6 +151,7 @@ def _fit_network(
     if patch is not None and any(type(n) is not int or n < s or n % s for n, s in zip(patch, step, strict=True)):
         raise MiMError(f"--set patch_size must be multiples of the token size {list(step)}, got {patch}")
     config["patch_size"] = list(patch or _suitable_patch(config["patch_size"], median, step))
+    check_patch("the patch", config["patch_size"], "give a smaller one with --set patch_size=X,Y,Z")
     config["batch_size"] = chosen.batch_size or config["batch_size"]
     if network is not None:
         widths = checkpoint.unet_widths if checkpoint is not None else None

@@ -60,8 +60,8 @@ def read_header(volume: Volume, min_slices: int) -> Header | str:
 
 
 def shape_problem(size: Sequence[int], components: int, min_slices: int) -> str | None:
-    """Why an image of this size (voxels) and number of values per voxel is no CT volume, or None."""
-    shown = " x ".join(map(str, size))
+    """Why an image of this size (voxels, x y z) and number of values per voxel is no CT volume, or None."""
+    shown = " x ".join(map(str, size)) + (", x y z" if len(size) == 3 else "")
     if components > 1:
         return f"in colour ({components} values a voxel)"
     if len(size) > 3:
@@ -74,9 +74,9 @@ def shape_problem(size: Sequence[int], components: int, min_slices: int) -> str 
 
 
 def spacing_problem(spacing: Sequence[float]) -> str | None:
-    """Why the voxels of an image of this spacing (mm) are not those of a CT, or None."""
+    """Why the voxels of an image of this spacing (mm, x y z) are not those of a CT, or None."""
     if not all(SMALLEST_SPACING <= s <= LARGEST_SPACING for s in spacing):
-        return f"implausible spacing ({', '.join(f'{s:g}' for s in spacing)} mm)"
+        return f"implausible spacing ({', '.join(f'{s:g}' for s in spacing)} mm, x y z)"
     return None
 
 
@@ -86,7 +86,7 @@ def _size_warnings(header: FileHeader) -> tuple[str, ...]:
     if sorted(header.spacing)[1] >= DOUBTFUL_SPACING and max(extents) <= DOUBTFUL_EXTENT:
         return ()
     voxel, whole = (" x ".join(f"{mm:.3g}" for mm in of) for of in (header.spacing, extents))
-    return (f"hardly the size of a body ({whole} mm, of voxels of {voxel} mm): is its spacing in mm?",)
+    return (f"hardly the size of a body ({whole} mm, of voxels of {voxel} mm, x y z): is its spacing in mm?",)
 
 
 def voxel_problem(ct: np.ndarray) -> str | None:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, write_pointers
+from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, UNPICKLED, write_pointers
 from nnunet_mim.config import PretrainConfig
 from nnunet_mim.errors import MiMError, exit_code
 from nnunet_mim.pretraining.options import DataOptions, RunOptions
@@ -160,7 +160,7 @@ def next_command(checkpoint: Path, where: DataOptions, dataset: str, encoder: st
     """The command that finetunes the checkpoint of a run; one with a tag has to be named."""
     train = f"nnUNetv2_train {dataset} {where.configuration} {where.fold_number or 0}"
     if encoder == "resenc":
-        return f"{train} -pretrained_weights {checkpoint} -p {where.plans}"
+        return f"{train} -pretrained_weights {checkpoint} -p {where.plans}  # {UNPICKLED}"
     named = f"{ENV_CHECKPOINT}={checkpoint} " if where.tag else ""
     return f"{named}{train} -tr nnUNetTrainerMiM -p {where.plans}"
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.config import (
     DEFAULT_LEARNING_RATE,
@@ -23,6 +22,7 @@ from nnunet_mim.config import (
 from nnunet_mim.errors import MiMError
 from nnunet_mim.geometry import suitable_scale, suitable_strides, suitable_view
 from nnunet_mim.networks.resenc import check_resenc, check_view, fitting_view
+from nnunet_mim.nnunet.documents import check_architecture
 from nnunet_mim.nnunet.plans import configuration_of, is_mim_prepared, mim_prepare_command, uses_hybrid_unet
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.settings import check_value, settings_table
@@ -66,8 +66,12 @@ def _check(settings: Mapping[str, Any], default: Any, prefix: str) -> None:
 
 def _with_residual_encoder(settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """Raises MiMError where the plans name another network, or the view is not what it can halve."""
-    config = PlansManager(dict(source.plans)).get_configuration(source.configuration).configuration
-    architecture = settings.get("architecture") or config["architecture"]
+    architecture = settings.get("architecture")
+    if architecture:
+        remedy = "leave it out, and the network is that of the plans"
+        check_architecture("setting 'architecture'", architecture, remedy)
+    else:
+        architecture = configuration_of(source.plans, source.configuration).get("architecture", {})
     check_resenc(architecture)
     if "view_size" in settings:
         check_view(architecture, _triple(settings["view_size"]))
@@ -100,8 +104,6 @@ def _with_hybrid_encoder(settings: Mapping[str, Any], source: Source) -> dict[st
     if settings.get("encoder", PretrainConfig.encoder) != "hybrid" or not uses_hybrid_unet(config):
         return dict(settings)
     kwargs = config["architecture"]["arch_kwargs"]
-    if missing := [name for name in ENCODER_SIZES if name not in kwargs]:
-        raise MiMError(f"the network of plans {source.plans_name} has no {missing[0]}: write them again with mim_plan")
     sizes = {name: kwargs[name] for name in ENCODER_SIZES}
     planned = network_from_dict({**asdict(PRESETS[PretrainConfig.preset]), **sizes})
     planned_preset = _preset_of(planned)

@@ -23,6 +23,8 @@ MAX_VALUES = 1_000_000
 MAX_NUMBER = 2**63
 MAX_JSON = 64 * 2**20
 """bytes of a JSON file"""
+MAX_LOG = 2 * 2**30
+"""bytes of a log of a preparation: 100,000 cases, 20 kB each"""
 MAX_YAML = 32 * 2**10
 """bytes of a YAML file, which is read a hundred times slower"""
 MAX_TABLE = 16 * 2**20
@@ -126,8 +128,8 @@ class _LoaderWithoutAliases(yaml.SafeLoader):
 _LoaderWithoutAliases.add_constructor("tag:yaml.org,2002:int", _LoaderWithoutAliases.construct_yaml_int)
 
 
-def limited(path: Path, limit: int, pipe: bool = False) -> bytes:
-    """The bytes of a file that somebody has named: reading neither waits for ever nor fills the memory.
+def limited(path: Path, limit: int, pipe: bool = False, start: int = 0) -> bytes:
+    """The bytes of a file that somebody has named, from `start` on: reading waits not for ever, nor fills the memory.
 
     Raises OSError, or ValueError where there are more bytes than the limit, or it is a pipe (unless that is allowed),
     socket, device or folder.
@@ -136,8 +138,10 @@ def limited(path: Path, limit: int, pipe: bool = False) -> bytes:
     if not stat.S_ISREG(status.st_mode) and not (pipe and stat.S_ISFIFO(status.st_mode)):
         raise ValueError(f"it is {NOT_REGULAR}")
     with path.open("rb") as file:
-        content = file.read(limit + 1 if pipe else min(limit, status.st_size) + 1)
-    if len(content) > limit:
+        if start:
+            file.seek(start)
+        content = b"" if status.st_size > limit else file.read(limit + 1 if pipe else status.st_size + 1)
+    if max(len(content), status.st_size) > limit:
         raise ValueError(f"it is larger than {limit // 1024:,} kB")
     return content
 

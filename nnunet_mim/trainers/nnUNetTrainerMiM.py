@@ -182,8 +182,12 @@ class nnUNetTrainerMiM(nnUNetTrainer):
 
 
 def _refuse_pretrained_weights(trainer: str) -> None:
-    """Raise MiMError where the command has nnU-Net's -pretrained_weights, which would overwrite the whole network."""
-    if "-pretrained_weights" in sys.argv:
+    """Raise MiMError where the command has nnU-Net's -pretrained_weights, which would overwrite the whole network.
+
+    argparse takes it as -pretrained_weights=FILE, and shortened, too.
+    """
+    flags = [word.partition("=")[0] for word in sys.argv[1:]]
+    if any(flag.startswith("-pr") and "-pretrained_weights".startswith(flag) for flag in flags):
         raise MiMError(
             f"-pretrained_weights is not for {trainer}, which finds its weights itself: leave it out; to name the "
             f"checkpoint of nnUNetTrainerMiM put {ENV_CHECKPOINT}=FILE before the command"

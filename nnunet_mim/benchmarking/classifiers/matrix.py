@@ -178,7 +178,7 @@ def build_classifier_matrix(bench: ClassifierBench) -> ClassifierMatrix:
 def _job_of(bench: ClassifierBench, spec: ClassifierDataset, arm: ClassifierArm) -> tuple[Job, Start]:
     """The checked training of an arm on a dataset with all labels, and what it starts from."""
     where = DataOptions(spec.dataset, bench.plans, spec.configuration, bench.target)
-    job = set_up(where, bench.config(arm, "all", 0))
+    job = set_up(where, bench.config(arm, "all", 0), ("the entry plans", "the dataset's configuration"))
     encoder = job.encoder(0)
     if job.config.from_random:
         return job, Start({"architecture": encoder.architecture}, encoder.origin, True)

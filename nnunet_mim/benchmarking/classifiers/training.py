@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_mim.benchmarking.training import COST, DELETE, RESULT, KeptTraining
+from nnunet_mim.benchmarking.documents import CLASSIFIER_COST_SCHEMA, CLASSIFIER_RESULT_SCHEMA, read_kept
+from nnunet_mim.benchmarking.training import COST, RESULT, KeptTraining
 from nnunet_mim.checkpoint.locate import LATEST
 from nnunet_mim.classification.baselines import is_baseline
 from nnunet_mim.classification.documents import read_settings
@@ -24,7 +25,6 @@ from nnunet_mim.classification.options import DataOptions
 from nnunet_mim.classification.results import PREDICTIONS, Predictions, joined, read_predictions
 from nnunet_mim.system.cli import flags_of
 from nnunet_mim.system.files import write_atomically
-from nnunet_mim.system.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class ClassifierTraining(KeptTraining):
         """The result of a finished training, or None. Raises MiMError where the folder holds another experiment."""
         if not self.is_this_one() or not all(path.is_file() for path in [self.folder / RESULT, *self._made]):
             return None
-        return read_json(self.folder / RESULT, DELETE)
+        return read_kept(self.folder / RESULT, CLASSIFIER_RESULT_SCHEMA)
 
     def compute(self, gpu: str | None, stop: Event | None) -> dict[str, Any]:
         """Train all folds, those of a network from where they were interrupted."""
         began, cost = time.monotonic(), self.folder / COST
-        before = read_json(cost, DELETE)["seconds"] if cost.is_file() else 0.0
+        before = read_kept(cost, CLASSIFIER_COST_SCHEMA)["seconds"] if cost.is_file() else 0.0
         try:
             self._run(self.command(), self._made, gpu, stop)
         finally:

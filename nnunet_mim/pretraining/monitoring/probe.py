@@ -15,12 +15,15 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from scipy.ndimage import maximum_filter
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from nnunet_mim.config import Size3
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.build import FeatureSource
+from nnunet_mim.nnunet.documents import Labels, checked, document
 from nnunet_mim.pretraining.data.crops import Case, Cases, read_crop
 from nnunet_mim.pretraining.monitoring.figures import ProbeFigures
 from nnunet_mim.system.untrusted import read_json
@@ -148,6 +151,16 @@ def probe_cases(
     return None
 
 
+@document
+class _Labelled(TypedDict):
+    """What is needed of dataset.json here."""
+
+    labels: NotRequired[dict[str, Labels]]
+
+
+LABELLED = TypeAdapter(_Labelled)
+
+
 def _has_labels(case: Case) -> bool:
     """Whether a voxel of a case has a label other than background."""
     labels = _read_labels(case)
@@ -163,7 +176,8 @@ def _read_labels(case: Case) -> np.ndarray | None:
     except Exception:  # as good as unlabelled: pretraining needs no labels
         return None
     file = source.folder.parent / "dataset.json"
-    ignore = read_json(file).get("labels", {}).get("ignore") if file.is_file() else None
+    content = checked(str(file), read_json(file), LABELLED, "restore it") if file.is_file() else {}
+    ignore = content.get("labels", {}).get("ignore")
     return np.where(labels == ignore, IGNORED, labels.clip(min=0)).astype(np.int16)
 
 

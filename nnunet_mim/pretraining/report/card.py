@@ -21,7 +21,8 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
     origin = f"{provenance['iterations']} iterations of {facts.config.batch_size} crops"
     if "converted_from" in provenance:
         origin = markdown_text(f"converted from {provenance['converted_from']}. {provenance.get('note', '')}")
-    spacing = " x ".join(f"{s:g}" for s in facts.spacing) or "unknown"
+    spacing = " x ".join(f"{s:g}" for s in facts.spacing)
+    spacing = f"{spacing} mm (the plans' order of axes)" if spacing else "an unknown spacing"
     stated = markdown_text(data or "not stated")
     terms = markdown_text(licence or "not stated: ask those who made them before you use them")
     lines = [
@@ -36,7 +37,7 @@ def model_card(facts: Facts, licence: str | None, data: str | None) -> str:
         "Self-supervised pretraining by Mask in Mask on CT, to be finetuned with nnU-Net.",
         "",
         f"- Network: {markdown_text(facts.network_text())}",
-        f"- Data: {stated}; {cases} cases of {datasets} dataset(s), resampled to {spacing} mm",
+        f"- Data: {stated}; {cases} cases of {datasets} dataset(s), resampled to {spacing}",
         f"- Input: {facts.config.in_channels} channel(s), {schemes}",
         f"- Training: {origin}",
         f"- Licence of the weights: {terms}",

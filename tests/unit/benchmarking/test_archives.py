@@ -240,3 +240,31 @@ def test_btcv_names(btcv):
     assert [case.name for case in archive.cases] == list(BTCV_CASES)
     assert archive.problems == ()
     assert archive.labels["left adrenal gland"] == 13
+
+
+JUNK = [..., None, True, -1, 5, 1.5, "", "x", "\0", [], [[]], ["a", "b"], {}, {"0": ["a"], "1": "b"}, {"0": {}}]
+
+
+def test_no_description_ends_in_a_traceback(volumes, tmp_path):
+    """Every place of the archive's dataset.json, with junk in it."""
+    msd = volumes.write_msd(tmp_path / "Task09_Spleen", 3)
+    whole = json.loads((msd / "dataset.json").read_text())
+    inside = [("labels", "1"), ("modality", "0"), ("training", 0), ("training", 0, "image")]
+    for *path, last in [*((key,) for key in whole), *inside]:
+        for junk in JUNK:
+            content = json.loads(json.dumps(whole))
+            holder = content
+            for key in path:
+                holder = holder[key]
+            if junk is ...:
+                del holder[last]
+            else:
+                holder[last] = junk
+            (msd / "dataset.json").write_text(json.dumps(content))
+            said = "taken"
+            try:
+                archive = find_msd(msd, partial=True)
+                assert all(isinstance(name, str) for name in archive.labels)
+            except MiMError as error:
+                said = str(error)
+            assert said == "taken" or (str(msd) in said and len(said.splitlines()) == 1), (path, last, junk)

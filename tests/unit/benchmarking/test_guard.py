@@ -332,7 +332,9 @@ def test_looked_for_once(arm, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["np", "join", "Nothing", "../x"])
-def test_only_a_reader_of_nnunet_is_made(name):
-    with pytest.raises(MiMError, match="nnU-Net has no reader"):
-        guard._reader(name)
+def test_only_a_reader_of_nnunet_is_made(name, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(guard, "recursive_find_reader_writer_by_name", lambda _: pytest.fail("looked it up"))
+        with pytest.raises(MiMError, match="nnU-Net has no image reader"):
+            guard._reader(name)
     assert type(guard._reader("SimpleITKIO")).__name__ == "SimpleITKIO"

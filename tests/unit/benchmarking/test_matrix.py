@@ -79,7 +79,7 @@ def bench(tmp_path, monkeypatch):
 
     monkeypatch.setattr(matrix_module, "resolve_arm", resolve)
     monkeypatch.setattr(matrix_module, "dataset_name", lambda given: f"Dataset{given}_X")
-    monkeypatch.setattr(matrix_module, "split_of", lambda source, fold: (TRAIN, (f"v{fold}",)))
+    monkeypatch.setattr(matrix_module, "split_of", lambda source, fold, setting: (TRAIN, (f"v{fold}",)))
     return Bench((DatasetSpec("501", (0, 1)), DatasetSpec("502")), (MIM, SCRATCH), ("1", "10%"), 2, 1, 1, 1,
                  output=tmp_path / "out", device="cpu")  # fmt: skip
 
@@ -115,7 +115,7 @@ def test_bad_experiments_before_any_training(bench, changes, says):
 
 
 def test_a_case_that_two_folds_validate_would_count_twice(bench, monkeypatch):
-    monkeypatch.setattr(matrix_module, "split_of", lambda source, fold: (TRAIN, ("v0", f"v{fold}")))
+    monkeypatch.setattr(matrix_module, "split_of", lambda source, fold, setting: (TRAIN, ("v0", f"v{fold}")))
     with pytest.raises(MiMError, match="Dataset501_X: folds 0 and 1 both validate v0"):
         build_matrix(bench)
 
@@ -159,7 +159,11 @@ class Trainings:
             (folder / FAILED).write_text("no")
             raise MiMError("no")
         self.done.append(folder)
-        result = {"cases": {"v": {"1": {"dice": 0.5, "n_ref": 1, "n_pred": 1}}}, "tolerance": training.tolerance}
+        metrics = {"dice": 0.5, "hd95": 1.0, "nsd": 0.5, "n_ref": 1, "n_pred": 1}
+        result = {
+            "cases": {"v": {"1": metrics}}, "curve": [0.5], "names": {"1": "organ"}, "tolerance": training.tolerance,
+            "cost": {},
+        }  # fmt: skip
         (folder / "key.json").write_text(json.dumps(cell.key()))
         (folder / "result.json").write_text(json.dumps(result))
         return result

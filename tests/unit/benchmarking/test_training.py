@@ -137,22 +137,30 @@ def test_plans_of_the_same_name_but_other_content(make_cell, source, commands, t
         training(make_cell(), folder).finished()
 
 
+KEPT = {
+    "cases": {"v": {"1": {"dice": 0.5, "hd95": 2.0, "nsd": 0.5, "n_ref": 3, "n_pred": 2}}}, "curve": [0.1, 0.2],
+    "names": {"1": "organ"}, "tolerance": 1.0,
+    "cost": {"began": 1.0, "seconds": 5.0, "peak_bytes": 7, "parameters": 9, "device": "cpu"},
+}  # fmt: skip
+"""result.json"""
+
+
 def test_a_finished_cell(make_cell, tmp_path):
     folder = tmp_path / "cell"
     folder.mkdir()
     assert training(make_cell(), folder).finished() is None
     (folder / KEY).write_text(json.dumps(make_cell().key()))
-    (folder / RESULT).write_text('{"curve": [1], "tolerance": 1.0}')
-    assert training(make_cell(), folder).finished() == {"curve": [1], "tolerance": 1.0}
+    (folder / RESULT).write_text(json.dumps(KEPT))
+    assert training(make_cell(), folder).finished() == KEPT
 
 
 def test_another_tolerance_measures_the_predictions_again(make_cell, tmp_path, monkeypatch):
     folder = tmp_path / "cell"
     folder.mkdir()
     (folder / KEY).write_text(json.dumps(make_cell().key()))
-    (folder / RESULT).write_text('{"cases": 1, "cost": {"seconds": 5}, "tolerance": 1.0}')
+    (folder / RESULT).write_text(json.dumps(KEPT))
     monkeypatch.setattr(Training, "measured", lambda self: {"cases": 2, "tolerance": self.tolerance})
-    expected = {"cases": 2, "cost": {"seconds": 5}, "tolerance": 3.0}
+    expected = {**KEPT, "cases": 2, "tolerance": 3.0}
     assert training(make_cell(), folder, 3.0).finished() == expected
     assert json.loads((folder / RESULT).read_text()) == expected
 

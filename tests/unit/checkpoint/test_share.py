@@ -96,7 +96,7 @@ def test_experiments_tell_folders_apart_by_their_weights(checkpoint, tmp_path):
 def test_the_card_says_what_is_known(checkpoint, tmp_path, capsys):
     card = (export(checkpoint, tmp_path / "a", "--licence", "cc-by-4.0", "--data", "phantoms") / CARD).read_text()
     assert "license: cc-by-4.0" in card
-    assert "- Data: phantoms; 1 cases of 1 dataset(s), resampled to 3 x 2.5 x 4 mm" in card
+    assert "- Data: phantoms; 1 cases of 1 dataset(s), resampled to 3 x 2.5 x 4 mm (the plans' order of axes)" in card
     assert "| reconstruction loss, level1 | 1.000 | 0.968 | 0.412 |" in card
     assert "Dice 0.200 before training, 0.350 now" in card
     assert "arXiv:2404.15580" in card

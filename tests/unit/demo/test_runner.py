@@ -168,3 +168,35 @@ def is_running(pid: int) -> bool:
 
 def test_exit_code_of_a_command(tmp_path) -> None:
     assert run_command([PYTHON, "-c", "raise SystemExit(5)"], tmp_path / "log", os.environ) == 5
+
+
+JUNK = [..., None, True, -1, 5, float("nan"), "x", [], [[]], {}, {"x": 1}]
+
+
+def test_no_record_ends_in_a_traceback(tmp_path) -> None:
+    """Every place of demo.json, with junk in it: taken, or refused in one line."""
+    open_folder(tmp_path, QUICK, "cpu", resume=False)
+    file, done = tmp_path / "demo.json", {"name": "a", "title": "A", "command": "", "seconds": 1.0, "cpu_seconds": 1.0}
+    whole = {**json.loads(file.read_text()), "stages": [done]}
+    places = [(), *((key,) for key in whole), ("stages", 0), *(("stages", 0, key) for key in done)]
+    for place in places:
+        for junk in JUNK[not place :]:
+            content = json.loads(json.dumps({"top": whole}))
+            *path, last = ("top", *place)
+            holder = content
+            for key in path:
+                holder = holder[key]
+            if junk is ...:
+                del holder[last]
+            else:
+                holder[last] = junk
+            file.write_text(json.dumps(content["top"]))
+            said = str(tmp_path)
+            try:
+                state = open_folder(tmp_path, QUICK, "cpu", resume=True)
+                stages = [Stage("a", "A", lambda: None, tmp_path / "none")] if state["stages"] else []
+                run_stages(stages, Folders(tmp_path), state, lambda line: None)
+            except MiMError as error:
+                said = str(error)
+            assert len(said.splitlines()) == 1
+            assert str(tmp_path) in said

@@ -61,6 +61,8 @@ def refused(read, path, content, *words):
         ({"labels": {"background": 0, "liver": "1"}}, ("labels.liver", "'1'")),
         ({"channel_names": ["CT"]}, ("channel_names",)),
         ({"dataset": {"a": {"label": "a.nii.gz"}}}, ("dataset.a.images",)),
+        ({"dataset": {"a": {"images": ["a\0.nii.gz"]}}}, ("dataset.a.images.0", r"a\x00.nii.gz")),
+        ({"dataset": {"a": {"images": ["a.nii.gz"], "label": "\0"}}}, ("dataset.a.label",)),
         ({"numTraining": "two"}, ("numTraining", "'two'")),
         ({"numTraining": 0}, ("numTraining", "0")),
         ({"numTraining": -3}, ("numTraining", "-3")),

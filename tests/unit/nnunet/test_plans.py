@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError
-from nnunet_mim.networks.hybrid_unet import HybridUNet
+from nnunet_mim.networks.hybrid_unet import HybridUNet, plans_architecture
 from nnunet_mim.nnunet.plans import (
     HYBRID_UNET,
     configuration_of,
@@ -64,7 +65,7 @@ def test_spacings_alike_up_to_the_ratio_on_every_axis():
 
 
 def test_saved_architecture_counts_only_where_a_fold_has_a_checkpoint(tmp_path):
-    architecture = {"network_class_name": HYBRID_UNET, "arch_kwargs": {}, "_kw_requires_import": []}
+    architecture = plans_architecture(PRESETS["tiny"], (8, 8, 8))
     (tmp_path / "plans.json").write_text(json.dumps(plans_with(c={"architecture": architecture})))
     assert saved_architecture(tmp_path, "c") is None
     (tmp_path / "fold_0").mkdir()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_mim.nnunet.image_files import read_headers
 from nnunet_mim.nnunet.reading import read_voxels
 from nnunet_mim.system.guarded import Failure
 
@@ -33,3 +34,7 @@ def test_a_worker_does_not_wait_for_pytorch(module):
     """Each call starts a process that imports this module: with PyTorch that takes several seconds."""
     code = f"import sys, nnunet_mim.nnunet.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_name_with_a_nul_character_is_no_file():
+    assert read_headers(["a\0b.nii"], 1) == ["cannot be read (a\0b.nii is not there)"]

@@ -1,6 +1,7 @@
 """Folds of splits_final.json: every name is a case, and everything else is one line that names the file."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.nnunet.splits import fold_validation_cases, left_out_of_fold, split_of
+from nnunet_mim.nnunet.splits import fold_validation_cases, left_out_cases, left_out_of_fold, split_of
+from nnunet_mim.preparation.case_log import CaseLog
 
 CASES = tuple(f"case_{i}" for i in range(6))
 
@@ -84,3 +86,17 @@ def test_the_log_of_other_plans_says_nothing(source):
     log.write_text(json.dumps({"case": "dark", "reason": "no body"}))
     with pytest.raises(MiMError, match="dark first"):
         fold_validation_cases(source, 0)
+
+
+@pytest.mark.parametrize("kind", ["huge", "folder"])
+def test_a_log_of_mim_prepare_is_read_up_to_a_limit(source, kind):
+    log = source.folder.parent / "mim_prepare" / "P_3d_fullres.jsonl"
+    log.parent.mkdir()
+    if kind == "folder":
+        log.mkdir()
+    else:
+        log.touch()
+        os.truncate(log, 2**31 + 1)
+    for read in (lambda: left_out_cases(source), lambda: CaseLog(log)):
+        with pytest.raises(MiMError, match=rf"cannot read {log} \(.*\): restore it"):
+            read()

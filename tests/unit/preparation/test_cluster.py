@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,13 @@ from nnunet_mim.preparation.prepare_case import ENDINGS, Job, RawCase, file_stam
 pytest.importorskip("submitit")
 
 SLURM = {"cluster": "local", "timeout_min": 5, "jobs": 2}
+
+RESULT = {
+    "image_sha256": "0", "spacing": [1.0, 1.0, 1.0], "shape": [1, 2, 3], "sample": [[1.0]], "histogram": [1],
+    "warnings": [], "stamps": None,
+    "info": {"case": "a", "shape": [1, 2, 3], "sha256": "0", "low": [0.0], "high": [1.0], "body_points": []},
+}  # fmt: skip
+"""of a case, as in the log"""
 
 
 @pytest.fixture
@@ -43,7 +51,7 @@ def prepared(monkeypatch, folder):
             names.append(one.case.name)
             for ending in ENDINGS:
                 (folder / f"{one.case.name}{ending}").write_text(one.case.name)
-            yield one.case.name, {"shape": [1, 2, 3], "stamps": file_stamps(folder, one.case.name)}
+            yield one.case.name, {**RESULT, "stamps": file_stamps(folder, one.case.name)}
 
     monkeypatch.setattr(cluster, "run_jobs", run_jobs)
     return names
@@ -93,6 +101,35 @@ def test_a_job_writes_a_line_for_each_case_and_goes_on_after_them(tmp_path, job,
     Share((job("a"), job("b"), job("c")), 1, file)()
     assert prepared == ["a", "b", "c"]
     assert [line["case"] for line in read_lines(file, end)[0]] == ["c"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"case": [], "key": "k", "result": RESULT}, {"case": "a", "key": 5, "result": RESULT},
+        {"case": "a", "key": "k", "result": []}, {"case": "a", "key": "k", "result": {}},
+        {"case": "a", "key": "k", "result": {"problem": 5}}, {"case": "a", "key": "k", "result": RESULT | {"shape": 1}},
+        {"case": "unknown", "key": "k", "result": RESULT}, [], 5, "x", None,
+    ],
+)  # fmt: skip
+def test_a_line_that_no_job_has_written_does_not_count(tmp_path, job, jobs_at_once, prepared, line):
+    """Neither in the file of an earlier call nor in that of a job at work."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "share_0.jsonl").write_text(f"{json.dumps(line)}\n")
+    results = run_shares([job("a"), job("b")], 1, {**SLURM, "jobs": 1}, tmp_path / "jobs")
+    first = next(results)
+    for file in (tmp_path / "jobs").glob("*.jsonl"):
+        with file.open("a") as opened:
+            opened.write(f"{json.dumps(line)}\n")
+    assert {name: result["shape"] for name, result in [first, *results]} == {"a": [1, 2, 3], "b": [1, 2, 3]}
+
+
+def test_results_of_jobs_are_read_up_to_a_limit(tmp_path):
+    file = tmp_path / "share.jsonl"
+    file.write_text("{}\n")
+    os.truncate(file, 2**31 + 1)
+    with pytest.raises(MiMError, match=r"larger than 2,097,152 kB\): delete it, and repeat the command"):
+        read_lines(file, 0)
 
 
 def test_a_job_whose_command_is_gone_ends(tmp_path, job, prepared, monkeypatch):

@@ -97,8 +97,8 @@ def test_header_of_a_file(tmp_path, ct):
     ("image", "says"),
     [
         (sitk.Image([20, 20], sitk.sitkInt16), "2-D (20 x 20)"),
-        (sitk.Image([20, 20, 1], sitk.sitkInt16), "2-D (20 x 20 x 1)"),
-        (sitk.Image([20, 20, 15], sitk.sitkInt16), "fewer than 16 slices (20 x 20 x 15)"),
+        (sitk.Image([20, 20, 1], sitk.sitkInt16), "2-D (20 x 20 x 1, x y z)"),
+        (sitk.Image([20, 20, 15], sitk.sitkInt16), "fewer than 16 slices (20 x 20 x 15, x y z)"),
         (sitk.Image([20, 20, 20, 3], sitk.sitkInt16), "4-D (20 x 20 x 20 x 3)"),
         (sitk.Image([20, 20, 20], sitk.sitkVectorUInt8, 3), "in colour (3 values a voxel)"),
     ],
@@ -109,11 +109,11 @@ def test_images_that_are_no_volume(tmp_path, image, says):
 
 
 def test_implausible_spacing():
-    assert spacing_problem([1.0, 1.0, 30.0]) == "implausible spacing (1, 1, 30 mm)"
-    assert spacing_problem([1e-3, 1e-3, 3e-3]) == "implausible spacing (0.001, 0.001, 0.003 mm)"
+    assert spacing_problem([1.0, 1.0, 30.0]) == "implausible spacing (1, 1, 30 mm, x y z)"
+    assert spacing_problem([1e-3, 1e-3, 3e-3]) == "implausible spacing (0.001, 0.001, 0.003 mm, x y z)"
     assert spacing_problem([0.1, 0.1, 0.1]) is None
-    assert spacing_problem([1.0, 0.0, 3.0]) == "implausible spacing (1, 0, 3 mm)"
-    assert spacing_problem([1.0, float("nan"), 3.0]) == "implausible spacing (1, nan, 3 mm)"
+    assert spacing_problem([1.0, 0.0, 3.0]) == "implausible spacing (1, 0, 3 mm, x y z)"
+    assert spacing_problem([1.0, float("nan"), 3.0]) == "implausible spacing (1, nan, 3 mm, x y z)"
 
 
 def test_a_file_that_is_no_image(tmp_path):
@@ -130,8 +130,8 @@ def test_a_file_that_is_no_image(tmp_path):
         ({"0008|0008": "DERIVED\\SECONDARY\\CT_SOM5 MIP"}, "a projection of a CT"),
         ({"0008|0008": "DERIVED\\SECONDARY\\PROJECTION IMAGE"}, "a projection of a CT"),
         ({"leave_out": (7, 8)}, "slices are missing: 12 mm instead of 4 between"),
-        ({"leave_out": range(4, 24)}, "fewer than 16 slices (32 x 28 x 4)"),
-        ({"leave_out": range(1, 24)}, "2-D (32 x 28 x 1)"),
+        ({"leave_out": range(4, 24)}, "fewer than 16 slices (32 x 28 x 4, x y z)"),
+        ({"leave_out": range(1, 24)}, "2-D (32 x 28 x 1, x y z)"),
     ],
 )
 def test_dicom_series_that_are_no_ct_volume(tmp_path, ct, dicom, changes, says):

@@ -65,7 +65,12 @@ def test_what_is_printed_next_can_be_typed(dataset, capsys, parsed_commands):
 
 def test_a_misspelt_name_of_plans_is_answered_with_those_that_exist(dataset, capsys):
     assert main(["-d", "7", "-p", "TYPO"]) == 2
-    assert "TYPO.json does not exist: choose base plans with -p (nnUNetPlans), or run" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "TYPO.json does not exist: choose base plans with -p (nnUNetPlans)\n" in error
+    assert "--no_pp" not in error, "which makes plans of another name"
+    (dataset / "nnUNetPlans.json").rename(dataset / "Other.json")
+    assert main(["-d", "7"]) == 2
+    assert "-p (Other), or run `nnUNetv2_plan_and_preprocess -d 007 --no_pp`" in capsys.readouterr().err
 
 
 def width_in(folder, plans):

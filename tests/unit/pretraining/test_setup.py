@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_mim.checkpoint.locate import UNPICKLED
 from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import plans_architecture
@@ -292,7 +293,9 @@ def test_the_next_command_names_what_a_tagged_run_needs(tmp_path):
     tagged = DataOptions(("900",), plans="P", configuration="3d_lowres", fold="2", tag="x")
     named = cli.next_command(tmp_path, tagged, "Dataset900_X", "hybrid")
     assert named == f"nnUNet_mim_checkpoint={tmp_path} {expected}"
-    assert "-pretrained_weights" in cli.next_command(tmp_path, tagged, "Dataset900_X", "resenc")
+    command, _, caveat = cli.next_command(tmp_path, tagged, "Dataset900_X", "resenc").partition("  # ")
+    assert "-pretrained_weights" in command
+    assert caveat == UNPICKLED
 
 
 def test_spacing_in_a_command_is_in_the_order_that_it_takes(write_dataset, with_plans, parsed_commands):

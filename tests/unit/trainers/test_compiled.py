@@ -49,8 +49,9 @@ def test_a_training_and_its_validation_are_three_graphs(compiled):
 
 
 def test_a_new_number_of_patches_costs_one_more_graph_at_most(compiled):
-    """nnU-Net predicts one at a time, a trainer of the user's may predict several: PyTorch makes a graph for 1 alone, and
-    one for all other numbers.
+    """nnU-Net predicts one at a time, a trainer of the user's may predict several.
+
+    PyTorch makes a graph for 1 alone, and one for all other numbers.
     """
     network, counter = compiled
     network.decoder.deep_supervision = False

@@ -101,7 +101,7 @@ def dataset(tmp_path, monkeypatch, plans):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
 
-    def set_up(where, config):
+    def set_up(where, config, settings):
         name = f"Dataset{int(where.dataset):03d}_Toy"
         source = Source.__new__(Source)
         values = {"dataset": name, "plans_name": where.plans, "configuration": where.configuration, "plans": plans}

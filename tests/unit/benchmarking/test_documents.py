@@ -1,0 +1,101 @@
+"""What trainings of an experiment keep in JSON: with junk in any place it is taken, or refused in one line."""
+
+import json
+from copy import deepcopy
+
+import pytest
+
+from nnunet_mim.benchmarking import documents
+from nnunet_mim.benchmarking.matrix import case_value, false_alarms
+from nnunet_mim.benchmarking.training import KEY, KeptTraining, _total_cost
+from nnunet_mim.checkpoint.locate import POINTER, _final_checkpoint
+from nnunet_mim.errors import MiMError
+
+JUNK = [..., None, True, -1, 5, float("inf"), "", "x", "\0", [], [[]], [1], {}, {"x": 1}]
+METRICS = {"dice": 0.5, "hd95": 2.0, "nsd": 0.5, "n_ref": 3, "n_pred": 2}
+COST = {"began": 1.0, "seconds": 5.0, "peak_bytes": 7, "parameters": 9, "device": "cpu"}
+RESULT = {
+    "cases": {"v": {"1": METRICS}}, "curve": [0.1, 0.2], "names": {"1": "organ"}, "tolerance": 1.0, "cost": COST,
+    "tests": {"Dataset002_Y": {"w": {"1": METRICS}}},
+}  # fmt: skip
+
+
+def mutations(content):
+    """A document with junk in place of each of its values, and in place of itself."""
+
+    def places(value, path):
+        yield path
+        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, child in children:
+            yield from places(child, (*path, key))
+
+    for path in places(content, ("top",)):
+        for junk in JUNK[path == ("top",) :]:
+            changed = deepcopy({"top": content})
+            holder = changed
+            for key in path[:-1]:
+                holder = holder[key]
+            if junk is ...:
+                del holder[path[-1]]
+            else:
+                holder[path[-1]] = junk
+            yield changed["top"]
+
+
+def use_cost(file):
+    cost = _total_cost(file)
+    return cost and cost["seconds"] / 3600 + cost["peak_bytes"] / 1e9 + cost["parameters"] / 1e6
+
+
+def use_result(file):
+    result = documents.read_kept(file, documents.RESULT_SCHEMA)
+    figures = [case_value(labels, metric) for labels in result["cases"].values() for metric in ("dice", "hd95", "nsd")]
+    cost = result["cost"] and result["cost"]["seconds"] + result["cost"]["parameters"]
+    return figures, false_alarms(result), cost, [result["names"].get(name, name).upper() for name in ("1", "2")]
+
+
+def use_classifier(file):
+    result = documents.read_kept(file, documents.CLASSIFIER_RESULT_SCHEMA)
+    auroc = {name: f"{value:.3f}" for name, value in result["auroc"].items()}
+    return result["seconds"] / 3600, auroc, set(result["seen"])
+
+
+def use_seconds(file):
+    return documents.read_kept(file, documents.CLASSIFIER_COST_SCHEMA)["seconds"] + 1.0
+
+
+def use_key(file):
+    training = KeptTraining()
+    training.folder, training.key = file.parent, lambda: {"seed": 1, "checkpoint": "a"}
+    file.rename(file.parent / KEY)
+    return training.is_this_one()
+
+
+DOCUMENTS = {
+    "cost": ([COST, COST], use_cost), "result": (RESULT, use_result), "key": ({"seed": 1, "checkpoint": "a"}, use_key),
+    "classifier result": ({"seconds": 1.5, "auroc": {"ill": 0.5}, "seen": ["a"]}, use_classifier),
+    "classifier cost": ({"seconds": 1.5}, use_seconds),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_mutation_ends_in_a_traceback(tmp_path, name):
+    whole, use = DOCUMENTS[name]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(whole))
+    assert use(file)
+    for content in mutations(whole):
+        file.write_text(json.dumps(content))
+        said = str(tmp_path)
+        try:
+            use(file)
+        except MiMError as error:
+            said = str(error)
+        assert len(said.splitlines()) == 1, content
+        assert str(tmp_path) in said, content
+
+
+def test_no_pointer_ends_in_a_traceback(tmp_path):
+    for content in [*mutations({"checkpoint": "a"}), {"checkpoint": "x" * 5000}, {"checkpoint": "\ud800"}]:
+        (tmp_path / POINTER).write_text(json.dumps(content))
+        assert _final_checkpoint(tmp_path) is None
