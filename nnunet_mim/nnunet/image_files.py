@@ -135,7 +135,7 @@ def _read_header(path: str) -> FileHeader | str | None:
         reader = header_of(path)
     except RuntimeError as error:
         if path.lower().endswith(".gz") and not head.startswith(b"\x1f\x8b"):
-            return "damaged (it is not compressed, as its name says)"
+            return "cannot be read (it is damaged: not compressed, as its name says)"
         return _no_image(head) if dicom else f"cannot be read ({last_line(error)})"
     size = reader.GetSize()
     if problem := promise_problem(path, reader):

@@ -85,7 +85,8 @@ def read_image(paths: Sequence[Path]) -> RawImage:
     """
     if missing := [path for path in paths if not path.exists()]:
         raise MiMError(f"{missing[0]} does not exist: {GIVE}")
-    headers = dict(zip(paths, read_headers([str(path) for path in paths], 1), strict=True))
+    single = [path for path in paths if not path.is_dir()]
+    headers = dict(zip(single, read_headers([str(path) for path in single], 1), strict=True))
     files = [_files_in(path) if path.is_dir() else _sound_file(path, headers[path]) for path in paths]
     limits = Limits(READ_SECONDS, share_of_memory(physical_memory(), 1))
     with closing(guarded_map(_read_case, [(paths, files)], 1, limits)) as outcomes:
@@ -117,7 +118,7 @@ def _check_shape(path: Path, components: int, size: Sequence[int]) -> None:
     if components > 1:
         raise MiMError(f"{path} has {components} values a voxel (colour): give a grey CT")
     if len(size) != 3 or min(size) < 2:
-        raise MiMError(f"{path} is no volume (size {' × '.join(map(str, size))}, x y z): give a 3-D CT")
+        raise MiMError(f"{path} is no volume (size {' × '.join(map(str, size))}) along x y z: give a 3-D CT")
 
 
 def _files_in(folder: Path) -> tuple[str, ...]:

@@ -28,5 +28,5 @@ def test_what_is_in_the_order_of_a_file(tmp_path):
     header = FileHeader((10, 10, 10), (0.1, 0.1, 0.1), (1, 0, 0, 0, 1, 0, 0, 0, 1))
     assert "of voxels of 0.1 x 0.1 x 0.1 mm, x y z)" in _size_warnings(header)[0]
     sitk.WriteImage(sitk.Image([20, 18, 1], sitk.sitkInt16) + 1, str(tmp_path / "a.nii.gz"))
-    with pytest.raises(MiMError, match=r"size 20 × 18 × 1, x y z"):
+    with pytest.raises(MiMError, match=r"size 20 × 18 × 1\) along x y z"):
         read_image([tmp_path / "a.nii.gz"])
