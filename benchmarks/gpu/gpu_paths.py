@@ -266,8 +266,8 @@ def main():
                 print(f"| {preset} | {convolution} | {mode} | out of memory | | | | | |")
                 continue
             speed = config.batch_size / seconds
-            before, goal = EXPECTED.get((preset, options.view, options.batch), (None, None))
-            expected = ", ".join(["–".join(map(str, before))] * bool(before) + [str(goal)] * bool(goal))
+            before, goal = EXPECTED.get((preset, options.view, options.batch), ((), None))
+            expected = ", ".join(["–".join(map(str, before)), *([str(goal)] if goal else [])])
             rows.append(
                 {
                     "preset": preset, "convolution": convolution, "mode": mode, "crops_per_s": speed,
