@@ -30,7 +30,7 @@ import nnunet_mim.trainers as trainers
 from nnunet_mim.nnunet.datasets import dataset_name
 from nnunet_mim.settings import parse_settings
 
-ITERATIONS_PER_EPOCH, VAL_ITERATIONS = 25, 8
+ITERATIONS_PER_EPOCH = 25
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,6 +54,7 @@ def parser_of(description):
     parser.add_argument("-tr", default="nnUNetTrainerMiM", choices=["nnUNetTrainerMiM", "nnUNetTrainerMiMScratch"])
     parser.add_argument("-f", type=int, default=0, metavar="FOLD")
     parser.add_argument("--iterations", type=int, default=250)
+    parser.add_argument("--val_iterations", type=int, default=8, help="batches of patches that are validated on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as for mim_plan")
     parser.add_argument("--threads", type=int, default=1)
@@ -70,7 +71,7 @@ def trainer_of(options):
     plans = json.loads((folder / f"{options.p}.json").read_text())
     per_epoch = min(ITERATIONS_PER_EPOCH, options.iterations)
     length = {"num_epochs": options.iterations // per_epoch, "iterations_per_epoch": per_epoch}
-    length["val_iterations_per_epoch"] = VAL_ITERATIONS
+    length["val_iterations_per_epoch"] = options.val_iterations
     plans["mim_finetune"] = {**plans.get("mim_finetune", {}), **parse_settings(options.set), **length}
     dataset = json.loads((folder / "dataset.json").read_text())
     sow(options.seed)
@@ -92,7 +93,8 @@ def learning_curve(trainer, seed, precision=None):
         steps = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(trainer.num_iterations_per_epoch)]
         with torch.no_grad():
             trainer.on_validation_epoch_start()
-            outputs = [trainer.validation_step(next(trainer.dataloader_val)) for _ in range(VAL_ITERATIONS)]
+            n_batches = trainer.num_val_iterations_per_epoch
+            outputs = [trainer.validation_step(next(trainer.dataloader_val)) for _ in range(n_batches)]
         found, missed, wrong = (sum(output[key] for output in outputs) for key in ("tp_hard", "fn_hard", "fp_hard"))
         dice = 2 * found / np.maximum(2 * found + missed + wrong, 1)
         iterations = (epoch + 1) * trainer.num_iterations_per_epoch

@@ -199,7 +199,7 @@ def test_averages_of_weights_are_validated(toys):
 def test_learning_curves_have_the_same_batches(toys):
     """Equal where the recipe is; another recipe has the same length and another loss, bfloat16 nearly the same one."""
     command = [sys.executable, BENCHMARKS / "finetune_curve.py", "-d", "915", "-tr", "nnUNetTrainerMiMScratch"]
-    command += ["--iterations", "2", "--json", "--set", "lr=0.01"]
+    command += ["--iterations", "2", "--val_iterations", "1", "--json", "--set", "lr=0.01"]
     curves = []
     for settings in ([], ["--autocast", "float32"], ["foreground_prior=0.04"], ["--autocast", "bfloat16"]):
         done = subprocess.run([*command, *settings], env=toys.env, capture_output=True, encoding="utf-8")
