@@ -113,11 +113,11 @@ times as many."""
 
 @document
 class Transferred(TypedDict):
-    """What is needed of mim_transfer.json: names of parameters."""
+    """What is needed of mim_transfer.json: names of parameters, of adapted ones with what was done."""
 
-    loaded: list[Any]
-    adapted: list[Any]
-    fresh: list[Any]
+    loaded: list[str]
+    adapted: dict[str, Any]
+    fresh: list[str]
 
 
 TRANSFERRED = TypeAdapter(Transferred)

@@ -10,8 +10,9 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_mim.demo.phantoms import write_phantom_dataset
-from nnunet_mim.demo.report import ORGANS, _dice_of_organs, _organs_section
+from nnunet_mim.demo.report import ORGANS, TRANSFERRED, _dice_of_organs, _organs_section
 from nnunet_mim.demo.stages import DATASET_ID, QUICK, Folders
+from nnunet_mim.trainers.transfer import TransferReport
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def folders(tmp_path):
     second = folders.predictions / "case_0001.nii.gz"
     sitk.WriteImage(sitk.ReadImage(str(second)) * 0, str(second))
     folders.finetuning.mkdir(parents=True)
-    (folders.finetuning / "mim_transfer.json").write_text(json.dumps({"loaded": [1], "adapted": [], "fresh": [1, 2]}))
+    (folders.finetuning / "mim_transfer.json").write_text(json.dumps({"loaded": ["a"], "adapted": {}, "fresh": ["b", "c"]}))
     return folders
 
 
@@ -41,3 +42,10 @@ def test_organs_that_are_found_and_that_are_not(folders):
     assert len(found.collections) == 2 * len(ORGANS), "contours of the reference and of what was found"
     assert 4 <= len(missed.collections) <= len(ORGANS), "of the reference alone"
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["liver", "spleen"]
+
+
+def test_the_page_takes_what_a_trainer_writes() -> None:
+    """mim_transfer.json holds the fields of a TransferReport, names and what was done to adapted ones."""
+    made = TransferReport("tiny-ct", loaded=["a"], adapted={"b": "cut"}, fresh=["c"], unfit={"c": "size"})
+    written = json.loads(json.dumps({name: getattr(made, name) for name in ("loaded", "adapted", "fresh")}))
+    assert TRANSFERRED.validate_python(written) == written
