@@ -24,7 +24,8 @@ def folders(tmp_path):
     second = folders.predictions / "case_0001.nii.gz"
     sitk.WriteImage(sitk.ReadImage(str(second)) * 0, str(second))
     folders.finetuning.mkdir(parents=True)
-    (folders.finetuning / "mim_transfer.json").write_text(json.dumps({"loaded": ["a"], "adapted": {}, "fresh": ["b", "c"]}))
+    transferred = {"loaded": ["a"], "adapted": {}, "fresh": ["b", "c"]}
+    (folders.finetuning / "mim_transfer.json").write_text(json.dumps(transferred))
     return folders
 
 
