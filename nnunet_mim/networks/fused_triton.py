@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096
-"""elements of a tile of a program, at most"""
+TILE = 2048
+"""elements of a tile of a program, at most: 16 of a thread. With 4096 the oldest Triton takes 255 registers of 255"""
 COLUMNS = 128
 """channels of a program of bias and GELU"""
 PROGRAMS = 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +21,15 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_mim.errors import MiMError, last_line
+from nnunet_mim.nnunet.datasets import raw_files, required_folder
+from nnunet_mim.nnunet.documents import read_dataset_json
 from nnunet_mim.nnunet.intensities import WIDE_CT_WINDOW
 from nnunet_mim.nnunet.orientation import REORIENTING
 from nnunet_mim.preparation.mim_plans import make_mim_plans
 from nnunet_mim.preparation.prepare_case import CONFIGURATION
+from nnunet_mim.system.files import write_atomically
 
-DATASET_JSON, FINGERPRINT = "dataset.json", "dataset_fingerprint.json"
+DATASET_JSON, FINGERPRINT, SPLITS = "dataset.json", "dataset_fingerprint.json", "splits_final.json"
 PLANNING = {"nnUNet_n_proc_DA": "1"}
 """with 0, which is right for training, nnU-Net's planner fails"""
 
@@ -134,18 +138,28 @@ def write_nnunet_plans(dataset: str, processes: int) -> None:
     `nnUNetv2_plan_and_preprocess --no_pp --verify_dataset_integrity` does.
     """
     number = int(dataset[7:10])
+    raw, preprocessed = (Path(required_folder(name), dataset) for name in ("nnUNet_raw", "nnUNet_preprocessed"))
+    dataset_json = read_dataset_json(raw / DATASET_JSON)
+    listed = {**dataset_json, "dataset": raw_files(raw, dataset_json)}
     try:
-        with redirect_stdout(StringIO()), _environment(**PLANNING):
+        with _temporary_folders(dataset, listed) as temporary:
+            for folder, source in ((temporary.parents[1] / "nnUNet_raw" / dataset, raw), (temporary, preprocessed)):
+                if (source / SPLITS).is_file():
+                    shutil.copy(source / SPLITS, folder)
             bar = sys.stderr.isatty()
             extract_fingerprint_dataset(
                 number, num_processes=processes, check_dataset_integrity=True, verbose=False, show_progress_bar=bar
             )
             plan_experiment_dataset(number)
+            written = {path.name: path.read_bytes() for path in temporary.iterdir()}
     except (Exception, SystemExit) as error:
         command = f"nnUNetv2_plan_and_preprocess -d {number} --no_pp --verify_dataset_integrity"
         raise MiMError(
             f"nnU-Net cannot plan {dataset} ({type(error).__name__}: {last_line(error)}): `{command}` says more"
         ) from error
+    preprocessed.mkdir(parents=True, exist_ok=True)
+    for name, content in {**written, DATASET_JSON: (raw / DATASET_JSON).read_bytes()}.items():
+        write_atomically(preprocessed / name, content)
 
 
 @contextmanager
