@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.crossval_split import generate_crossval_split
-
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.source import Source
 from nnunet_mim.system.untrusted import MAX_LOG, limited, parse_json, read_json
@@ -81,6 +79,8 @@ def split_of(source: Source, fold: int, setting: str = "-f") -> tuple[tuple[str,
                 f"{source.dataset} has {len(source.cases)} cases, too few for nnU-Net's {N_FOLDS} folds: "
                 f"{'leave out -f, or ' if setting == '-f' else ''}write a split of your own into {splits_file}"
             )
+        from nnunetv2.utilities.crossval_split import generate_crossval_split  # scikit-learn takes a second to import
+
         splits = generate_crossval_split(list(source.cases), seed=12345, n_splits=N_FOLDS)
     else:
         return (), ()

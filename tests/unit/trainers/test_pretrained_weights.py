@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from nnunet_mim.errors import MiMError
-from nnunet_mim.trainers.nnUNetTrainerMiM import _refuse_pretrained_weights
+from nnunet_mim.trainers.trainer import _refuse_pretrained_weights
 
 FLAG = "-pretrained_weights"
 REFUSED = f"{FLAG} is not for nnUNetTrainerMiM"
