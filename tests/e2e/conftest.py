@@ -6,7 +6,11 @@ import os
 import subprocess
 import sys
 import zlib
+from contextlib import redirect_stderr
+from importlib.metadata import entry_points
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -44,6 +48,17 @@ class Workplace:
         )
         assert (done.returncode != 0) == fails, f"{name} {arguments}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stderr if fails else done.stdout
+
+    def refused(self, name, *arguments, **env):
+        """What a command of this package that has to fail says, run in this process: to start one takes seconds."""
+        (entry,) = entry_points(group="console_scripts", name=name)
+        with patch.dict(os.environ, {**self.env, **env}), redirect_stderr(StringIO()) as said:
+            try:
+                code = entry.load()(list(map(str, arguments)))
+            except SystemExit as end:  # argparse's own errors
+                code = end.code
+        assert code == 2, f"{name} {arguments}: {code}"
+        return said.getvalue()
 
     def plan(self, number):
         """nnU-Net's fingerprint and plans of a dataset; nothing is preprocessed."""

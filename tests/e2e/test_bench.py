@@ -107,13 +107,14 @@ def test_a_failed_training_is_named_and_tried_again_on_request(workplace):
     assert said.count("mean Dice") == 2
 
 
-def test_cases_that_the_pretraining_has_seen_are_refused_or_marked(workplace):
+def test_cases_that_the_pretraining_has_seen_are_refused_or_marked(workplace, monkeypatch):
     """Fold 1 validates on a case that the pretraining of fold 0 has trained on, as a copy in another dataset."""
     text = (
         BENCH.replace("results", "leak").replace("[912, 913]", "{913: {folds: [1]}}").replace("[25%, 100%]", "[100%]")
     )
     (workplace.folder / "leak.yaml").write_text(text)
-    said = workplace("mim_benchmark", "run", "leak.yaml", fails=True)
+    monkeypatch.chdir(workplace.folder)
+    said = workplace.refused("mim_benchmark", "run", "leak.yaml")
     assert "error: the pretraining of arm MiM has seen 1 of the validation cases of Dataset913_Two fold 1" in said
     assert not (workplace.folder / "leak" / "cells").exists(), "before any training"
     said = workplace("mim_benchmark", "run", "leak.yaml", "--allow-seen")
@@ -156,10 +157,13 @@ def test_a_training_with_the_command_for_nnssl_checkpoints(workplace):
         ),
     ],
 )
-def test_bad_files_before_any_training(workplace, change, says):
+def test_bad_files_before_any_training(workplace, monkeypatch, change, says):
     """Also on a machine with a GPU."""
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     (workplace.folder / "bad.yaml").write_text(BENCH.replace("results", "bad").replace(*change))
-    said = workplace("mim_benchmark", "run", "bad.yaml", fails=True, CUDA_VISIBLE_DEVICES="")
+    said = workplace.refused("mim_benchmark", "run", "bad.yaml", CUDA_VISIBLE_DEVICES="")
     assert says in said
     assert said.count("error: ") == 1
     assert "Traceback" not in said

@@ -83,4 +83,4 @@ def test_trained_reported_interrupted_and_resumed(workplace):
     assert json.loads((cell / "result.json").read_text())["auroc"].keys() == {"ill"}
     content["labels"] = ["2", "all"]
     bench.write_text(yaml.safe_dump(content))
-    assert "labels 2: " in workplace("mim_benchmark", "run", bench, fails=True)
+    assert "labels 2: " in workplace.refused("mim_benchmark", "run", bench)

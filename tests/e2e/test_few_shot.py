@@ -25,12 +25,22 @@ def workplace(workplace_of):
     return work
 
 
-def protocol(work, *arguments, fails=False):
-    command = [*work.command("mim_benchmark"), "few_shot", "-d", "908", "--labels", "2", "all"]
-    command += ["--seeds", "1", "--iterations", "4", "--iterations_per_epoch", "2", "--val_iterations", "1"]
-    done = subprocess.run([*command, "-device", "cpu", *arguments], env=work.env, capture_output=True, encoding="utf-8")
-    assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
+SHORT = (
+    "few_shot", "-d", "908", "--labels", "2", "all", "--seeds", "1", "--iterations", "4", "--iterations_per_epoch", "2",
+    "--val_iterations", "1", "-device", "cpu",
+)  # fmt: skip
+
+
+def protocol(work, *arguments):
+    """Run it. Returns what it printed."""
+    command = [*work.command("mim_benchmark"), *SHORT, *arguments]
+    done = subprocess.run(command, env=work.env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def refused(work, *arguments):
+    return work.refused("mim_benchmark", *SHORT, *arguments)
 
 
 def test_trained_once_reported_and_resumed(workplace):
@@ -87,8 +97,8 @@ def test_trained_once_reported_and_resumed(workplace):
     said = workplace("mim_benchmark", "run", output / "bench.yaml")
     assert "4 trainings of 4 iterations: 4 finished, 0 to do" in said
     kept = (output / "bench.yaml").read_text()
-    assert "another experiment (length" in protocol(workplace, "--iterations", "6", fails=True)
-    assert "another experiment (settings" in protocol(workplace, "--set", "lr=0.1", fails=True)
+    assert "another experiment (length" in refused(workplace, "--iterations", "6")
+    assert "another experiment (settings" in refused(workplace, "--set", "lr=0.1")
     assert (output / "bench.yaml").read_text() == kept, "what was refused is not kept"
 
 
@@ -98,9 +108,7 @@ def test_a_test_set_is_predicted_by_finished_trainings(workplace):
     arms = ("--labels", "2", "--arms", "Scratch", "-o", str(output))
     protocol(workplace, *arms)
     workplace.write_dataset(TEST, 7, 32)  # the first five are images of the training data
-    assert f"{TEST} case_0 is the same image as {DATASET} case_0" in protocol(
-        workplace, *arms, "--test", "909", fails=True
-    )
+    assert f"{TEST} case_0 is the same image as {DATASET} case_0" in refused(workplace, *arms, "--test", "909")
     raw = workplace.folder / "nnUNet_raw" / TEST
     for i in range(5):
         (raw / "imagesTr" / f"case_{i}_0000.nii.gz").unlink()
@@ -138,7 +146,7 @@ def test_a_test_set_is_predicted_by_finished_trainings(workplace):
     ],
 )
 def test_bad_arguments_before_any_training(workplace, arguments, says):
-    said = protocol(workplace, *arguments, fails=True)
+    said = refused(workplace, *arguments)
     assert says in said
     assert [line for line in said.splitlines() if line.startswith("error: ")] == said.strip().splitlines()[-1:]
     assert "Traceback" not in said

@@ -78,10 +78,11 @@ def test_a_pretrained_residual_encoder_is_finetuned_by_stock_nnunet(workplace, p
     assert set(after) <= set(before)
     moved = [float((after[n] - before[n]).abs().max()) for n in after if "conv.weight" in n and "seg_layers" not in n]
     assert max(moved) < 0.1, "two steps from the pretrained weights, not from random ones"
-    said = workplace("mim_pretrain", *RUN, "--view", "32", "--encoder", "resenc", "--preset", "tiny", "-o", "x",
-                     "--recompute", "1", fails=True)  # fmt: skip
+    said = workplace.refused(
+        "mim_pretrain", *RUN, "--view", "32", "--encoder", "resenc", "--preset", "tiny", "-o", "x", "--recompute", "1"
+    )
     assert "--recompute is for --encoder hybrid" in said
-    said = workplace("mim_plan", "-d", "909", "--encoder", "resenc", "-o", "Other", fails=True)
+    said = workplace.refused("mim_plan", "-d", "909", "--encoder", "resenc", "-o", "Other")
     assert "the plans name PlainConvUNet, not ResidualEncoderUNet" in said
 
 

@@ -48,13 +48,14 @@ def test_fused_kernels_fit_the_registers(gpu_benchmark):
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("preset", list(PRESETS))
-@pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
-def test_every_kernel_fits_the_registers(gpu_benchmark, preset, arch):
-    flags = "kernel_machine_code.py", "--presets", preset, "--archs", arch
-    check(gpu_benchmark(*flags, "--dtypes", "bf16", "fp16", "fp32"), 3 * (2 * 3 + 1))
-    check(gpu_benchmark(*flags, "--dtypes", "fp16", "--finetuning"), 3 * 2)
-    fused = gpu_benchmark("kernel_machine_code.py", "--fused", "--presets", preset, "--archs", arch)["rows"]
+def test_every_kernel_fits_the_registers(gpu_benchmark, preset):
+    archs = "80", "90", "100", "120"
+    flags = "kernel_machine_code.py", "--presets", preset, "--archs", *archs
+    check(gpu_benchmark(*flags, "--dtypes", "bf16", "fp16", "fp32"), len(archs) * 3 * (2 * 3 + 1))
+    check(gpu_benchmark(*flags, "--dtypes", "fp16", "--finetuning"), len(archs) * 3 * 2)
+    fused = gpu_benchmark(*flags, "--fused")["rows"]
     assert [row for row in fused if row["spilled"] or row["registers"] > REGISTERS] == []
 
 
