@@ -19,6 +19,9 @@ import SimpleITK as sitk
 REPOSITORY = Path(__file__).parents[2]
 DATA = Path(os.environ.get("MIM_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
 
+PLANNED: dict[tuple[int, ...], dict[str, str]] = {}
+"""files that nnU-Net's planning has written, by the images"""
+
 
 class Workplace:
     """nnU-Net's three folders, and commands run in them."""
@@ -61,9 +64,17 @@ class Workplace:
         return said.getvalue()
 
     def plan(self, number):
-        """nnU-Net's fingerprint and plans of a dataset; nothing is preprocessed."""
-        options = ("-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
-        self("nnUNetv2_plan_and_preprocess", "-d", number, *options, nnUNet_n_proc_DA="1")  # 0 breaks the planner
+        """nnU-Net's fingerprint and plans of a dataset; nothing is preprocessed. Equal images are planned once."""
+        (raw,) = (self.folder / "nnUNet_raw").glob(f"Dataset{number}_*")
+        images = tuple(zlib.crc32(path.read_bytes()) for path in sorted(raw.rglob("*")) if path.is_file())
+        folder = self.folder / "nnUNet_preprocessed" / raw.name
+        if images not in PLANNED:
+            options = ("-c", "3d_fullres", "-npfp", "1", "-np", "1", "--no_pp")
+            self("nnUNetv2_plan_and_preprocess", "-d", number, *options, nnUNet_n_proc_DA="1")  # 0 breaks the planner
+            PLANNED[images] = {path.name: path.read_text().replace(raw.name, "DATASET") for path in folder.iterdir()}
+        folder.mkdir(exist_ok=True)
+        for name, text in PLANNED[images].items():
+            (folder / name).write_text(text.replace("DATASET", raw.name))
 
     def write_dataset(self, dataset, n_cases, side):
         """Write `n_cases` training images of side³ voxels around an organ, one label, and one more image in `new`."""
