@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, plan_experiment_dataset
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.datasets import raw_files
 from nnunet_mim.preparation.common_plans import write_nnunet_plans
 
 DATASET = "Dataset021_Raw"
@@ -25,15 +27,14 @@ def raw(preparing, ct, monkeypatch):
     return folder
 
 
-def test_plans_are_those_of_nnunet_and_no_process_is_forked(raw, nnunet_folders, monkeypatch):
-    """A forked child of a process with threads can wait for ever; nnU-Net forks where dataset.json lists no files."""
+@pytest.mark.long
+def test_plans_are_those_of_nnunet(raw, nnunet_folders):
     preprocessed = nnunet_folders / "nnUNet_preprocessed"
     extract_fingerprint_dataset(21, num_processes=1, check_dataset_integrity=True, show_progress_bar=False)
     plan_experiment_dataset(21)
     (preprocessed / DATASET).rename(preprocessed / "by_nnunet")
     assert not (preprocessed / DATASET).exists()
 
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", None)
     write_nnunet_plans(DATASET, 1)
     expected, written = (
         {path.name: path.read_bytes() for path in (preprocessed / name).iterdir()} for name in ("by_nnunet", DATASET)
@@ -66,3 +67,19 @@ def test_other_splits_than_those_of_before_are_refused(raw, nnunet_folders, monk
         write_nnunet_plans(DATASET, 1)
     assert [path.name for path in preprocessed.iterdir()] == [splits.name]
     assert splits.read_bytes() == before
+
+
+def test_no_process_is_forked_to_find_the_files(raw, nnunet_folders, monkeypatch):
+    """The child of a process with threads can wait for ever; nnU-Net forks where dataset.json lists no files."""
+    monkeypatch.setattr("nnunet_mim.preparation.common_plans.extract_fingerprint_dataset", write_fingerprint)
+    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", None)
+    found = []
+    monkeypatch.setattr(
+        "nnunet_mim.preparation.common_plans.plan_experiment_dataset",
+        lambda number: found.append(
+            get_filenames_of_train_images_and_targets(os.environ["nnUNet_raw"] + f"/{DATASET}")
+        ),
+    )
+    write_nnunet_plans(DATASET, 1)
+    assert found == [raw_files(raw, json.loads((raw / "dataset.json").read_text()))]
+    assert len(found[0]) == 2
