@@ -133,7 +133,7 @@ class PretrainConfig:
     encoder: str = setting(
         "hybrid",
         "what is pretrained: hybrid (convolutions and a transformer, for nnUNetTrainerMiM) or resenc (nnU-Net's "
-        "residual encoder U-Net as the plans describe it, for stock nnU-Net with -pretrained_weights)",
+        "residual encoder U-Net as the plans describe it, for nnUNetv2_train with -pretrained_weights)",
         "--encoder",
         choices=ENCODERS,
     )

@@ -115,7 +115,7 @@ def refuse_seen_cases(seen: Seen, test: str = "") -> None:
         where = f"cases of {test}" if test else f"validation cases of {dataset} fold {fold}"
         seen_here = f"{len(cases)} of the {where}, {cases[0]} first{others}"
         seen_here += f" ({likely})" if likely else ""
-        without = "" if test else f" (-f {fold})"
+        without = "" if test else f" (mim_pretrain with -f {fold})"
         remedy = f"pretrain without them{without}, evaluate on other cases, or mark them in tables (--allow-seen)"
         raise MiMError(f"the pretraining of arm {arm} has seen {seen_here}: {remedy}")
 

@@ -125,9 +125,9 @@ def run_provenance(
     }
 
 
-def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:
+def save_atomically(checkpoint: dict[str, Any], path: Path, afterwards: str = "repeat the command") -> None:
     """Write a checkpoint so that `path` holds either the former file or the whole new one; a long list of cases goes
-    into a file beside it, see `put_aside`.
+    into a file beside it, see `put_aside`. `afterwards` is what a user does once there is space.
 
     Raises:
         MiMError: the disk is full or not writable; the former file is left as it was.
@@ -139,7 +139,7 @@ def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:
         with atomic_file(path, temporary) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        raise MiMError(f"cannot write {path} ({error}): free some disk space and continue with --c") from error
+        raise MiMError(f"cannot write {path} ({error}): free some disk space and {afterwards}") from error
 
 
 def load_checkpoint(path: str | Path, provenance_required: bool = True) -> dict[str, Any]:
