@@ -244,6 +244,14 @@ def is_state_dict(value: Any) -> TypeGuard[dict[str, Tensor]]:
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
+def settings_of(checkpoint: Mapping[str, Any], path: Path | str) -> PretrainConfig:
+    """The settings of the run that a checkpoint is of. Raises MiMError, naming the file, where they cannot be."""
+    try:
+        return PretrainConfig.from_dict(checkpoint["mim_config"])
+    except MiMError as error:
+        raise MiMError(f"{path}, mim_config: {error}") from error
+
+
 @dataclass(frozen=True)
 class PretrainedCheckpoint:
     """What finetuning takes from a checkpoint: the hybrid encoder, the U-Net around it, and where they come from."""

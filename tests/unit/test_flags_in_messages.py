@@ -143,7 +143,7 @@ def main():
     number = 501
     print(f"run {command(number)} first")
     print("or take " + hint(True))
-    print(["nnUNetv2_predict", "-d", "5", "-i", "A", "-o", "B", "-c", "C", *(["--nope_listed", "3"] if WEIGHTS else [])])
+    print(["nnUNetv2_predict", *"-d 5 -i A -o B -c C".split(), *(["--nope_listed", "3"] if WEIGHTS else [])])
 """,
     "remedies": """
 WEIGHTS = "mim_classify predict --target T -i A -o B.csv -d 5 --nope-hyphened"
