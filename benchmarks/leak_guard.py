@@ -10,7 +10,7 @@ those of Dataset504, and for pairs of all that are not both of the first half. F
 (MIM_TEST_DATA).
 
 The last line of --json holds the share of copies that are found under "variants" for the wide window, which is that of
-mim_prepare, and under "narrow_window" for the narrow one, which is not expected to find all.
+mim_prepare, and under "narrow_window" for the narrow one.
 """
 
 import argparse
