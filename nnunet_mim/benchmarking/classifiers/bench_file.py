@@ -35,7 +35,8 @@ def named_as_entries() -> Iterator[None]:
     try:
         yield
     except MiMError as error:
-        named = re.sub(r"(?<!\S)--(\w+)", lambda flag: names.get(flag[1], flag[0]), str(error))
+        command = r"\b(?:mim_|nnUNetv2_)\w+(?: --?\w+(?: (?!-)[^\s,;`]+)*)+"  # to be typed as it is
+        named = re.sub(rf"{command}|(?<!\S)--(\w+)", lambda found: names.get(found[1], found[0]), str(error))
         raise MiMError(named) from error
 
 

@@ -13,6 +13,7 @@ from nnunet_mim.benchmarking.classifiers.bench_file import (
     ClassifierBench,
     ClassifierDataset,
     classifier_bench_of,
+    named_as_entries,
 )
 from nnunet_mim.classification.options import ClassifyConfig, DataOptions
 from nnunet_mim.errors import MiMError
@@ -151,3 +152,10 @@ def test_the_example_of_the_documentation_is_read(tmp_path):
     bench = classifier_bench_of(yaml.safe_load(example), tmp_path)
     assert {arm.mode for arm in bench.arms} == {"probe", "finetune", "scratch"}
     assert bench.control == "probe_random"
+
+
+def test_errors_of_trainings_name_entries_and_not_flags():
+    message = "column is empty: choose another --target, fewer --folds, or run mim_pretrain -d 7 --preset tiny --nope"
+    with pytest.raises(MiMError) as error, named_as_entries():
+        raise MiMError(message)
+    assert str(error.value) == message.replace("--target", "target").replace("--folds", "folds")
