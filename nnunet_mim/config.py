@@ -133,7 +133,7 @@ class PretrainConfig:
     encoder: str = setting(
         "hybrid",
         "what is pretrained: hybrid (convolutions and a transformer, for nnUNetTrainerMiM) or resenc (nnU-Net's "
-        "residual encoder U-Net as the plans describe it, for stock nnU-Net with -pretrained_weights)",
+        "residual encoder U-Net as the plans describe it, for nnUNetv2_train with -pretrained_weights)",
         "--encoder",
         choices=ENCODERS,
     )
@@ -264,10 +264,11 @@ class PretrainConfig:
             raise MiMError("--view and --scale need three numbers, betas two, and in_channels is at least 1")
         token = self.network.token_size
         if any(v < 2 * p or v % (2 * p) for v, p in zip(self.view_size, token, strict=True)):
-            raise MiMError(f"--view {self.view_size} must be a multiple of twice the token size {token} on every axis")
+            view = f"--view {self.view_size} (the plans' order of axes)"
+            raise MiMError(f"{view} must be a multiple of twice the token size {token} on every axis")
         check_view_size(self.view_size)
         if any(s not in (1, 2) for s in self.scale):
-            raise MiMError(f"--scale must be 1 or 2 per axis, got {self.scale}")
+            raise MiMError(f"--scale must be 1 or 2 per axis, got {self.scale} (the plans' order of axes)")
         if not set(self.mirror_axes) <= {0, 1, 2}:
             raise MiMError(f"--mirror_axes takes array axes 0, 1 and 2, got {self.mirror_axes}")
         if self.seed < 0:

@@ -162,7 +162,8 @@ def build_levels(levels: tuple[LevelConfig, ...], view_size: Size3, token_size: 
         for f, v in zip(level.fov, view_size, strict=True):
             if f % v and v % f:
                 raise MiMError(
-                    f"level {i + 1}: field of view {level.fov} and view {view_size} must divide on every axis"
+                    f"level {i + 1}: field of view {level.fov} and view {view_size} must divide on every axis "
+                    "(the plans' order of axes)"
                 )
         built.append(Level(level.fov, view_size, token_size, n_regions, level.mask_ratio, n_children))
         if built[-1].n_visible_tokens < 1:
@@ -276,5 +277,5 @@ def _mul(a: Size3, b: Size3) -> Size3:
 
 def _div(a: Size3, b: Size3, name_a: str, name_b: str) -> Size3:
     if any(x % y for x, y in zip(a, b, strict=True)):
-        raise MiMError(f"{name_a} {a} is not divisible by {name_b} {b}")
+        raise MiMError(f"{name_a} {a} is not divisible by {name_b} {b} (the plans' order of axes)")
     return tuple(x // y for x, y in zip(a, b, strict=True))  # type: ignore[return-value]

@@ -149,12 +149,14 @@ def prepare(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Plan, report, or train and report an experiment of a file."""
     from nnunet_mim.benchmarking.bench_file import Bench, read_bench
+    from nnunet_mim.benchmarking.classifiers.bench_file import named_as_entries
 
     bench = read_bench(Path(options.bench))
     if isinstance(bench, Bench):
         _execute(bench, options, options.retry)
     else:
-        _execute_classifiers(bench, options)
+        with named_as_entries():
+            _execute_classifiers(bench, options)
 
 
 def few_shot(options: argparse.Namespace) -> None:

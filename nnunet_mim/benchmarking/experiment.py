@@ -18,6 +18,7 @@ from nnunet_mim.benchmarking.bench_file import Bench
 from nnunet_mim.benchmarking.bench_report import PAGE, write_bench_report
 from nnunet_mim.benchmarking.cell import Cell
 from nnunet_mim.benchmarking.classifiers.bench_file import ClassifierBench
+from nnunet_mim.benchmarking.external import check_references
 from nnunet_mim.benchmarking.guard import Seen, look_for_seen_cases, refuse_seen_cases
 from nnunet_mim.benchmarking.matrix import Matrix, Place, Results, build_matrix
 from nnunet_mim.benchmarking.outcome import Outcome
@@ -133,12 +134,16 @@ def prepare(bench: Bench, only_report: bool = False) -> tuple[Outcome, dict[str,
 
 
 def _check_references(matrix: Matrix, results: Collection[Place]) -> None:
-    """MiMError where the reference of a validation case is missing, which nnU-Net notices after hours of training."""
+    """MiMError where the reference of a validation case is missing, or that of a test set is no label of its image,
+    which would be noticed after hours of training.
+    """
     todo = [cell for place, cell in matrix.cells.items() if place not in results]
     for path, source in {cell.reference(case): cell.arm.source for cell in todo for case in cell.val_cases}.items():
         if not path.is_file():
             remedy = f"run {source.preprocess_command}, or copy it from labelsTr"
             raise MiMError(f"{path}, a validation case's reference, is missing: {remedy}")
+    for test in matrix.tests if todo else ():
+        check_references(test)
 
 
 def check_device(bench: Bench | ClassifierBench) -> None:

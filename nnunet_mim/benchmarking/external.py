@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import SimpleITK as sitk
 from nnunetv2.paths import nnUNet_raw
 
 from nnunet_mim.errors import MiMError
 from nnunet_mim.nnunet.datasets import dataset_name, raw_files, raw_images
 from nnunet_mim.nnunet.documents import read_dataset_json
+from nnunet_mim.nnunet.image_files import READ_SECONDS, damaged, file_problem
+from nnunet_mim.nnunet.labels import declared_values, geometry_differences, whole_numbers
+from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_memory
+from nnunet_mim.system.machine import physical_memory, usable_cores
+from nnunet_mim.system.progress import ProgressBar
 
 SAME_IN_BOTH = ("labels", "channel_names", "file_ending")
 """entries of dataset.json that a network can only be tested with where they agree"""
+MOST_PROCESSES = 8
+"""references that are read at once"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,43 @@ def find_external(given: str, trained: Mapping[str, Mapping[str, Any]]) -> Exter
     images = {case: tuple(map(Path, entry["images"])) for case, entry in sorted(files.items())}
     _refuse_copies(name, images, trained)
     return ExternalSet(name, images, references)
+
+
+def check_references(test: ExternalSet) -> None:
+    """Refuse references that labels for training could not be: of another size than their image, with values that
+    dataset.json does not declare or that are no whole numbers, or damaged. Guarded workers read several at once.
+
+    Raises MiMError that names the first case.
+    """
+    file = Path(str(nnUNet_raw), test.dataset, "dataset.json")
+    check = partial(_reference_problem, frozenset(declared_values(read_dataset_json(file), file)))
+    cases, cores = sorted(test.references), min(MOST_PROCESSES, usable_cores())
+    items = [(test.references[case], test.images[case][0]) for case in cases]
+    limits, problems = Limits(READ_SECONDS, share_of_memory(physical_memory(), cores)), {}
+    with closing(guarded_map(check, items, cores, limits)) as outcomes:
+        bar = ProgressBar(outcomes, desc=f"references of {test.dataset}", total=len(items), unit="case")
+        for index, outcome in bar:
+            if isinstance(outcome, Failure):
+                problems[index] = f"label cannot be read ({outcome.reason}): {items[index][0]}"
+            elif outcome:
+                problems[index] = outcome
+    if problems:
+        first, more = min(problems), f" (one of {len(problems)} cases)" if len(problems) > 1 else ""
+        remedy = "correct the label, or move the case out of the dataset"
+        raise MiMError(f"test: {test.dataset} {cases[first]}: {problems[first]}{more}: {remedy}")
+
+
+def _reference_problem(values: frozenset[int], item: tuple[Path, Path]) -> str:
+    """Why a reference (the first file of `item`) is no label of its image; empty where it is one. May crash or hang."""
+    label, image = item
+    for file in item:
+        if problem := file_problem(str(file)) or (damaged(file) if file == label else None):
+            return f"{problem}: {file}"
+    differences = geometry_differences(label, image)
+    if "size" in differences:
+        return f"label {differences['size']}: {label}"
+    found = whole_numbers(sitk.GetArrayFromImage(sitk.ReadImage(str(label))), values)
+    return f"{found}: {label}" if isinstance(found, str) else ""
 
 
 def _refuse_copies(name: str, images: Mapping[str, tuple[Path, ...]], trained: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from nnunet_mim.benchmarking.cell import Arm
 from nnunet_mim.benchmarking.external import ExternalSet
 from nnunet_mim.benchmarking.matrix import Matrix
-from nnunet_mim.checkpoint.fingerprint import fingerprint
+from nnunet_mim.checkpoint.fingerprint import fingerprints_of_copy
 from nnunet_mim.checkpoint.format import read_safely
 from nnunet_mim.checkpoint.identity import LeakedCases, comparison_note, leaked_cases, probably_same, voxel_sha256
 from nnunet_mim.checkpoint.metadata import check_provenance
@@ -34,7 +34,7 @@ from nnunet_mim.system.guarded import Failure, Limits, guarded_map, share_of_mem
 from nnunet_mim.system.machine import physical_memory
 from nnunet_mim.system.untrusted import read_json
 
-VERSION = 3
+VERSION = 4
 """version of the comparison; what other versions have found does not count"""
 IMAGE_KEYS = {"configuration", "spacing", "normalization", "intensity_properties"}
 """what a checkpoint says of the images that it was trained on, where they can be prepared anew"""
@@ -115,7 +115,7 @@ def refuse_seen_cases(seen: Seen, test: str = "") -> None:
         where = f"cases of {test}" if test else f"validation cases of {dataset} fold {fold}"
         seen_here = f"{len(cases)} of the {where}, {cases[0]} first{others}"
         seen_here += f" ({likely})" if likely else ""
-        without = "" if test else f" (-f {fold})"
+        without = "" if test else f" (mim_pretrain with -f {fold})"
         remedy = f"pretrain without them{without}, evaluate on other cases, or mark them in tables (--allow-seen)"
         raise MiMError(f"the pretraining of arm {arm} has seen {seen_here}: {remedy}")
 
@@ -210,11 +210,11 @@ def _with_images(
 def _identity_of(
     item: tuple[str, Sequence[str], str, Mapping[str, Any], bool]
 ) -> tuple[str, str, np.ndarray | None] | Failure:
-    """Hash of an image, and hash and fingerprint of it as a pretraining would have prepared it; for guarded workers.
+    """Hash of an image, and hash and `fingerprints_of_copy` of it as a pretraining would have prepared it.
 
     Args:
         item: name of the case, its files, nnU-Net's reader, provenance of the checkpoint without its cases, and whether
-            the fingerprint is wanted.
+            the fingerprints are wanted. For guarded workers.
     """
     case, files, reader, provenance, with_fingerprint = item
     for file in files:
@@ -226,8 +226,10 @@ def _identity_of(
         prepared = preprocess(image, provenance)[0]
     except MiMError as error:
         return Failure(str(error))
-    rows = fingerprint(prepared, Units.of(provenance), provenance["spacing"]) if with_fingerprint else None
-    return voxel_sha256(voxels), voxel_sha256(prepared), rows
+    hashes = voxel_sha256(voxels), voxel_sha256(prepared)
+    if not with_fingerprint:
+        return *hashes, None
+    return *hashes, fingerprints_of_copy(prepared, Units.of(provenance), provenance["spacing"])
 
 
 def _reader(name: str) -> BaseReaderWriter:

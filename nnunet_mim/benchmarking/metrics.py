@@ -79,7 +79,7 @@ def case_metrics(
     """
     sizes = [header_of(file).GetSize()[::-1] for file in (prediction, reference)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"{prediction} has {sizes[0]} voxels, {reference} {sizes[1]}")
+        raise ValueError(f"{prediction} has {sizes[0]} voxels, {reference} {sizes[1]} (z, y, x)")
     values = {0, *np.hstack([0, *labels]).tolist(), *(() if ignore is None else (ignore,))}
     with TemporaryDirectory() as scratch:
         found = read_label(reader, str(reference), str(prediction), values, f"{scratch}/reference")

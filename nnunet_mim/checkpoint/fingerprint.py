@@ -28,7 +28,12 @@ THRESHOLDS = (0.99, 0.985)
 are expected to reach them, by an exponential fit to the tail of the 3,655 pairs that they were chosen on"""
 GATES = (0.96, 0.93)
 """similarities before shifts and stretches are allowed for; pairs below are not looked at. Copies had 0.977 and 0.949
-or more (but for 24 HU less in a narrow window)"""
+or more (but for shifted HU in a narrow window, see SHIFTS_HU)"""
+SHIFTS_HU = (-16.0, 16.0)
+"""HU that a copy may have been moved by: the second measure
+is tried with each, as a narrow CT window hides such copies"""
+AIR_HU = 0.1
+"""voxels so near to the lower end of a CT window have been cut off there: they may be air, and count as no tissue"""
 DEGREE = 12
 """maximum total degree of the Hermite functions"""
 SCALE = 2.5
@@ -70,18 +75,43 @@ def fingerprint(voxels: np.ndarray, intensities: Intensities, spacing: Sequence[
         FINGERPRINT_SHAPE int8: coefficients for both measures of tissue. All 0 where one cannot be taken: the CT window
         lacks a part of it, the channel is no CT, or the image is too small or shows no tissue.
     """
-    rows = np.zeros(FINGERPRINT_SHAPE, np.int8)
+    return _fingerprints(voxels, intensities, spacing, ())[0]
+
+
+def fingerprints_of_copy(voxels: np.ndarray, intensities: Intensities, spacing: Sequence[float]) -> np.ndarray:
+    """Describe a case that may be a copy of others, for `copied_from`; arguments as of `fingerprint`.
+
+    Returns (1 + len(SHIFTS_HU), *FINGERPRINT_SHAPE) int8: its fingerprint, and it with each shift of the second one.
+    """
+    return _fingerprints(voxels, intensities, spacing, SHIFTS_HU)
+
+
+def _fingerprints(
+    voxels: np.ndarray, intensities: Intensities, spacing: Sequence[float], shifts: Sequence[float]
+) -> np.ndarray:
+    """(1 + len(shifts), *FINGERPRINT_SHAPE) int8: what `fingerprints_of_copy` returns, for these shifts."""
+    rows = np.zeros((1 + len(shifts), *FINGERPRINT_SHAPE), np.int8)
     window = intensities.hounsfield_window()
     if window is None or min(n * mm for n, mm in zip(voxels.shape[1:], spacing, strict=True)) < MIN_MM:
         return rows
     std, mean = intensities.scale()
     steps = tuple(slice(None, None, max(1, round(n / SAMPLES))) for n in voxels.shape[1:])
     hounsfield = np.asarray(voxels[0][steps], np.float32) * np.float32(std) + np.float32(mean)
-    for row, (low, high) in zip(rows, TISSUE_HU, strict=True):
+    for measure, (low, high) in enumerate(TISSUE_HU):
         if window[0] <= low and high <= window[1]:
-            coefficients = _expansion(((hounsfield - low) / (high - low)).clip(0, 1))
-            row[:] = np.rint(coefficients * (127 / max(np.abs(coefficients).max(), 1e-9)))
+            rows[:, measure] = _row((hounsfield - low) / (high - low))
+            for row, shift in enumerate(shifts if measure == len(TISSUE_HU) - 1 else (), 1):
+                tissue = (hounsfield - low - shift) / (high - low)
+                if low + shift < window[0]:
+                    tissue[hounsfield <= window[0] + AIR_HU] = 0
+                rows[row, measure] = _row(tissue)
     return rows
+
+
+def _row(tissue: np.ndarray) -> np.ndarray:
+    """(N_COEFFICIENTS,) int8 of a measure of tissue (X, Y, Z), which is cut off below 0 and above 1."""
+    coefficients = _expansion(tissue.clip(0, 1))
+    return np.rint(coefficients * (127 / max(np.abs(coefficients).max(), 1e-9))).astype(np.int8)
 
 
 def _expansion(tissue: np.ndarray) -> np.ndarray:
@@ -107,6 +137,22 @@ def _hermite_functions(x: np.ndarray) -> np.ndarray:
     for n in range(1, DEGREE):
         values.append(np.sqrt(2 / (n + 1)) * x * values[n] - np.sqrt(n / (n + 1)) * values[n - 1])
     return np.stack(values)
+
+
+def copied_from(copies: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Find for every image the one that it is probably a copy of, also where its HU were shifted.
+
+    Args:
+        copies: (N, 1 + len(SHIFTS_HU), *FINGERPRINT_SHAPE) int8 of `fingerprints_of_copy`.
+        known: (M, *FINGERPRINT_SHAPE) int8.
+
+    Returns:
+        (N,) places in `known`; -1 where there is none.
+    """
+    found = np.full(len(copies), -1)
+    for rows in np.moveaxis(copies, 1, 0):
+        found = np.where(found < 0, most_similar(rows, known), found)
+    return found
 
 
 def most_similar(first: np.ndarray, second: np.ndarray, only_earlier: bool = False) -> np.ndarray:

@@ -125,9 +125,9 @@ def run_provenance(
     }
 
 
-def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:
+def save_atomically(checkpoint: dict[str, Any], path: Path, afterwards: str = "repeat the command") -> None:
     """Write a checkpoint so that `path` holds either the former file or the whole new one; a long list of cases goes
-    into a file beside it, see `put_aside`.
+    into a file beside it, see `put_aside`. `afterwards` is what a user does once there is space.
 
     Raises:
         MiMError: the disk is full or not writable; the former file is left as it was.
@@ -139,7 +139,7 @@ def save_atomically(checkpoint: dict[str, Any], path: Path) -> None:
         with atomic_file(path, temporary) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        raise MiMError(f"cannot write {path} ({error}): free some disk space and continue with --c") from error
+        raise MiMError(f"cannot write {path} ({error}): free some disk space and {afterwards}") from error
 
 
 def load_checkpoint(path: str | Path, provenance_required: bool = True) -> dict[str, Any]:
@@ -242,6 +242,14 @@ def check_weights(
 def is_state_dict(value: Any) -> TypeGuard[dict[str, Tensor]]:
     """Whether a value is a dict of tensors by name."""
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def settings_of(checkpoint: Mapping[str, Any], path: Path | str) -> PretrainConfig:
+    """The settings of the run that a checkpoint is of. Raises MiMError, naming the file, where they cannot be."""
+    try:
+        return PretrainConfig.from_dict(checkpoint["mim_config"])
+    except MiMError as error:
+        raise MiMError(f"{path}, mim_config: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_mim.checkpoint.fingerprint import FINGERPRINT_SHAPE, fingerprint, from_text, most_similar
+from nnunet_mim.checkpoint.fingerprint import FINGERPRINT_SHAPE, copied_from, fingerprints_of_copy, from_text
 from nnunet_mim.nnunet.intensities import Intensities
 
 Records = Sequence[Mapping[str, str]]
@@ -73,18 +73,20 @@ def leaked_cases(
             if voxel_sha256(voxels) in hashes:
                 same.append(case)
             elif with_fingerprint:
-                fingerprints[case] = fingerprint(voxels, intensities, spacing)
+                fingerprints[case] = fingerprints_of_copy(voxels, intensities, spacing)
     not_compared = tuple(case for case, rows in fingerprints.items() if not rows.any())
     return LeakedCases(tuple(same), probably_same(seen, fingerprints), not_compared)
 
 
 def probably_same(seen: Records, fingerprints: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Which cases of these fingerprints look like one of the records, and like which: `Dataset501_Name case_1`."""
+    """Which cases look like one of the records by their `fingerprints_of_copy`, and like which, such as
+    `Dataset501_Name case_1`.
+    """
     if not fingerprints:
         return {}
     with_fingerprint = [record for record in seen if record.get("fingerprint")]
     known = np.array([from_text(record["fingerprint"]) for record in with_fingerprint], np.int8)
-    found = most_similar(np.array(list(fingerprints.values())), known.reshape(-1, *FINGERPRINT_SHAPE))
+    found = copied_from(np.array(list(fingerprints.values())), known.reshape(-1, *FINGERPRINT_SHAPE))
     records = {case: with_fingerprint[row] for case, row in zip(fingerprints, found.tolist(), strict=True) if row >= 0}
     return {case: f"{record['dataset']} {record['case'] or '(name left out)'}" for case, record in records.items()}
 

@@ -43,9 +43,9 @@ def export(
         raise MiMError(f"to write safetensors the package is missing: {INSTALL}") from error
     if checkpoint["mim_config"].get("encoder", "hybrid") != "hybrid":
         raise MiMError(
-            "mim_export is for the encoder of nnUNetTrainerMiM; of --encoder resenc share the checkpoint file and "
-            "its plans: nnU-Net's -pretrained_weights takes it as it is; whoever takes it runs mim_inspect on it, "
-            "since nnU-Net runs what is in such a file"
+            "mim_export is for the encoder of nnUNetTrainerMiM; of mim_pretrain with --encoder resenc share the "
+            "checkpoint file and its plans: nnUNetv2_train takes it with -pretrained_weights as it is; whoever takes "
+            "it runs mim_inspect on it, since nnU-Net runs what is in such a file"
         )
     if folder.exists():
         raise MiMError(f"{folder} exists already: choose another one with -o")

@@ -131,7 +131,7 @@ def _train_networks(job: Job, folds: Sequence[int], machine: MachineOptions, dev
             job = run.job  # the window is the same for all folds
             size = " x ".join(map(str, run.job.config.window))
             cases = f"{len(run.split.train)} training and {len(run.split.held_out)} inner cases"
-            say(f"fold {fold}: {cases}, windows of {size} voxels, {run.total} steps")
+            say(f"fold {fold}: {cases}, windows of {size} voxels (the plans' order of axes), {run.total} steps")
             say("\n".join([f"encoder: {run.encoder.origin}", *run.encoder.notes]))
             train_fold(run, fabric, how.workers or 0, machine.resume)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnunet_mim.checkpoint.format import PretrainedCheckpoint, load_checkpoint
+from nnunet_mim.checkpoint.format import PretrainedCheckpoint, load_checkpoint, settings_of
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, find_checkpoint, lasting_name
 from nnunet_mim.checkpoint.units import unit_differences, units_warning
 from nnunet_mim.classification.options import RANDOM, ClassifyConfig
@@ -196,7 +196,7 @@ def _random_resenc(source: Source) -> LoadedEncoder:
 
 def _pretrained_resenc(source: Source, path: str) -> LoadedEncoder:
     stored = load_checkpoint(path, provenance_required=False)
-    config = PretrainConfig.from_dict(stored["mim_config"])
+    config = settings_of(stored, path)
     if config.encoder != "resenc":
         raise MiMError(f"{path} holds the hybrid encoder: leave out --encoder resenc")
     if config.in_channels != source.in_channels:

@@ -167,7 +167,7 @@ class ClassifyConfig:
             window = LARGEST_WINDOW
         object.__setattr__(self, "window", window)
         if window and (len(window) != 3 or min(window) < 1):
-            raise MiMError(f"--window takes one number above 0 or three, got {self.window}")
+            raise MiMError(f"--window takes one number above 0 or three (the plans' order of axes), got {self.window}")
         if self.folds < 2:
             raise MiMError(f"--folds must be at least 2, got {self.folds}")
         if not 0 <= self.margin < math.inf:

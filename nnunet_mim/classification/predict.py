@@ -172,7 +172,8 @@ def load_classifier(folder: Path, folds: Sequence[str], device: str) -> TrainedC
             if isinstance(error, MiMError) and str(folder) in str(error):
                 raise
             reason = " ".join(str(error).split())[:200]
-            raise MiMError(f"cannot read {path} ({reason}): train this fold again, or choose others with -f") from error
+            others = "predict with others (mim_classify predict with -f)"
+            raise MiMError(f"cannot read {path} ({reason}): train this fold again, or {others}") from error
     return TrainedClassifier(tuple(loaded), config, settings["targets"])
 
 

@@ -102,7 +102,9 @@ class CaseReader:
         self.cases = source.dataset_class(str(source.folder), list(source.cases))
         if roi and roi != LABELS_AS_ROI:
             if not Path(roi).is_dir():
-                raise MiMError(f"--roi {roi} is no folder: give labels, or a folder of masks")
+                raise MiMError(
+                    f"--roi {roi} is no folder: give mim_classify train labels or a folder of masks, or bring it back"
+                )
             self.ending = read_dataset_json(source.folder.parent / "dataset.json")["file_ending"]
         self._masks: dict[str, _Mask] = {}
         """masks of a folder, which a guarded worker has read, by case"""

@@ -48,7 +48,7 @@ class TrainingState:
         """Write a checkpoint that `restore` reads. `run`: what has to be the same when it goes on, plain values."""
         values = {name: getattr(self, name) for name in ("iteration", "losses", "skipped", "history", "best")}
         content = {"weights": weights_of(self.model), "optimizer": self.optimizer.state_dict(), "run": dict(run)}
-        save_atomically({**content, **values}, path)
+        save_atomically({**content, **values}, path, "continue with --c")
 
     def restore(self, path: Path, run: Mapping[str, Any]) -> None:
         """Take over a checkpoint. Raises MiMError for one that is damaged, or of another training."""

@@ -95,7 +95,7 @@ def _views_section(folders: Folders, facts: Facts) -> Section:
     section = views_sections(facts, {name: upright(pictures, facts.spacing, orientation)})[0]
     text = f"""\
 Body {name}, held out of the pretraining. {section.text} All views have {join(facts.config.view_size)} voxels; tokens of
-{join(facts.token_size)} voxels are hidden, in level 1 whole blocks of them."""
+{join(facts.token_size)} voxels (in the order of the plans) are hidden, in level 1 whole blocks of them."""
     return replace(section, title="A mask in a mask", text=text)
 
 

@@ -70,7 +70,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         raise MiMError(f"no {args.device} device found: leave out -device")
     if args.spacing is not None and min(args.spacing) <= 0:
-        raise MiMError(f"--spacing {' '.join(f'{s:g}' for s in args.spacing)}: millimetres must be above 0")
+        given = " ".join(f"{s:g}" for s in args.spacing)
+        raise MiMError(f"--spacing {given} (array order): millimetres must be above 0")
     path = Path(args.checkpoint)
     facts = Facts(load_checkpoint(args.checkpoint), path)
     print(description(facts, path))

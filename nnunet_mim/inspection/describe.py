@@ -18,7 +18,7 @@ WIDTH = 110
 def description(facts: Facts, path: Path) -> str:
     """What a checkpoint is and how to finetune from it."""
     config, rows = facts.config, facts_table(facts)
-    sizes = f"views {join(config.view_size)}, tokens {join(facts.token_size)} voxels"
+    sizes = f"views {join(config.view_size)}, tokens {join(facts.token_size)} voxels, in the order of the plans"
     rows.insert(1, ["sizes", f"{sizes}; {config.in_channels} channel(s)"])
     verdict = facts.verdict().sentence if facts.history else "no measurements: it was not trained by this package"
     rows.append(["verdict", verdict])
@@ -35,7 +35,7 @@ def description(facts: Facts, path: Path) -> str:
 
 def shipped_text() -> str:
     """The weights that come with the package: name, network, spacing, size, licence, checksum, and how to use them."""
-    rows = [["name", "preset", "spacing in mm (array order)", "MB", "licence", "SHA-256"]]
+    rows = [["name", "preset", "spacing in mm (order of the plans)", "MB", "licence", "SHA-256"]]
     for name in shipped_weights():
         config, weights = read_json(SHIPPED / name / CONFIG), SHIPPED / name / WEIGHTS
         licence = re.search("^license: (.+)$", (SHIPPED / name / CARD).read_text(encoding="utf-8"), re.MULTILINE)

@@ -280,7 +280,8 @@ def _count(x: Tensor, size: int) -> int:
     """Number of pieces of `size` values in x."""
     n_voxels, pieces = x.numel() // x.shape[-1], x.numel() // size
     if max(n_voxels, pieces) >= 2**31:  # the kernels count in 32 bits
-        raise MiMError(f"{n_voxels} voxels in one pass are too many: lower --views_per_pass")
+        remedy = "in mim_pretrain lower --views_per_pass, in finetuning the patch size of the plans"
+        raise MiMError(f"{n_voxels} voxels in one pass are too many: {remedy}")
     return pieces
 
 

@@ -141,7 +141,7 @@ def check_resenc(architecture: Mapping[str, Any]) -> None:
         )
     check_named_classes(architecture)
     if any(step != 1 for step in architecture["arch_kwargs"]["strides"][0]):
-        raise MiMError(f"--encoder resenc: the first stride of {CLASS_NAME} must be 1: plan the dataset again")
+        raise MiMError(f"the first stride of {CLASS_NAME} must be 1 (mim_plan with --encoder resenc): plan it again")
 
 
 def check_named_classes(architecture: Mapping[str, Any], plain: bool = False) -> None:

@@ -53,7 +53,7 @@ class PlanSettings:
                     f"{value}"
                 )
         if self.spacing is not None and min(self.spacing) <= 0:
-            raise MiMError(f"--set spacing must be above 0, got {self.spacing}")
+            raise MiMError(f"--set spacing (mm, the plans' order of axes) must be above 0, got {self.spacing}")
         if self.batch_size is not None and (type(self.batch_size) is not int or self.batch_size < 1):
             raise MiMError(f"--set batch_size must be a whole number above 0, got {self.batch_size}")
         window = self.ct_window
@@ -149,9 +149,10 @@ def _fit_network(
     median = config["median_image_size_in_voxels"]
     patch = chosen.patch_size
     if patch is not None and any(type(n) is not int or n < s or n % s for n, s in zip(patch, step, strict=True)):
-        raise MiMError(f"--set patch_size must be multiples of the token size {list(step)}, got {patch}")
+        token = f"{list(step)} (the plans' order of axes)"
+        raise MiMError(f"--set patch_size must be multiples of the token size {token}, got {patch}")
     config["patch_size"] = list(patch or _suitable_patch(config["patch_size"], median, step))
-    check_patch("the patch", config["patch_size"], "give a smaller one with --set patch_size=X,Y,Z")
+    check_patch("the patch", config["patch_size"], "give a smaller one with --set patch_size=96,96,96")
     config["batch_size"] = chosen.batch_size or config["batch_size"]
     if network is not None:
         widths = checkpoint.unet_widths if checkpoint is not None else None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.paths import nnUNet_results
 
-from nnunet_mim.checkpoint.format import load_checkpoint
+from nnunet_mim.checkpoint.format import load_checkpoint, settings_of
 from nnunet_mim.checkpoint.identity import case_key
 from nnunet_mim.checkpoint.locate import FINAL, LATEST, lasting_name
 from nnunet_mim.config import PretrainConfig, network_from_dict
@@ -223,6 +223,7 @@ def _resumable_checkpoint(folder: Path) -> dict[str, Any]:
     stored = load_checkpoint(folder / LATEST)
     if "resume_state" not in stored:
         raise MiMError(f"{folder / LATEST} holds no resume state: it cannot be continued")
+    settings_of(stored, folder / LATEST)
     return stored
 
 

@@ -57,7 +57,7 @@ class TrainingState:
 
     def save(self, run: Run, file: Path, resumable: bool = False) -> None:
         """Write a checkpoint; arguments as in `checkpoint`."""
-        save_atomically(self.checkpoint(run, resumable), file)
+        save_atomically(self.checkpoint(run, resumable), file, "continue with --c")
 
 
 def initial_state(run: Run, fabric: Fabric) -> TrainingState:

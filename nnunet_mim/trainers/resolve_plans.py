@@ -165,7 +165,8 @@ def _new_architecture(
         origin = f"the default preset {DEFAULT_PRESET}"
     note = (
         f"Plans {plans['plans_name']} name another network, replaced by HybridUNet of {origin}: embed_dims "
-        f"{network.embed_dims}, depths {network.depths}, heads {network.num_heads}, token {network.token_size}"
+        f"{network.embed_dims}, depths {network.depths}, heads {network.num_heads}, token {network.token_size} "
+        "(the plans' order of axes)"
     )
     widths = checkpoint.unet_widths if checkpoint is not None else None
     return plans_architecture(network, config["patch_size"], widths), [note, *notes]
@@ -196,6 +197,6 @@ def _deep_supervision_note(architecture: dict[str, Any], patch_size: list[int]) 
     if all(n % s == 0 for n, s in zip(patch_size, steps, strict=True)):
         return []
     return [
-        f"Patch size {list(patch_size)} is no multiple of {steps}: low-resolution targets of deep supervision are off "
-        f"by up to half a voxel of theirs; plans of mim_plan have a patch size that fits"
+        f"Patch size {list(patch_size)} is no multiple of {steps} (the plans' order of axes): low-resolution targets "
+        f"of deep supervision are off by up to half a voxel of theirs; plans of mim_plan have a patch size that fits"
     ]

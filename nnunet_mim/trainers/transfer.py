@@ -51,7 +51,7 @@ class TransferReport:
     def summary(self) -> str:
         """Which parts of the network were pretrained, in one sentence."""
         if not self.has_unet:
-            return "pretrained: encoder (the checkpoint holds no U-Net, which pretraining makes with --decoder unet)"
+            return "pretrained: encoder (the checkpoint holds no U-Net, which mim_pretrain makes with --decoder unet)"
         missing = sorted({".".join(name.split(".")[:3]) for name in self.fresh if not name.startswith(HEADS)})
         without = f"; from random weights, as the checkpoint's do not fit: {', '.join(missing)}" if missing else ""
         return f"pretrained: encoder, stem, skips, bottleneck and decoder, but the heads{without}"

@@ -1,7 +1,11 @@
 """Hand-made pretraining checkpoints and stock plans of a toy dataset."""
 
+import argparse
+import importlib
+import importlib.metadata
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from nnunet_mim.preparation import cli as plan_cli
 from nnunet_mim.preparation import prepare_cli
 from nnunet_mim.pretraining import cli as pretrain_cli
 
+ROOT = Path(__file__).parents[2]
+SCRIPTS = dict(re.findall(r'^(mim_\w+) = "([\w.:]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
 DATASET = "Dataset007_Toy"
 DECODER = {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), num_heads=2, **DECODER)
@@ -112,3 +118,31 @@ def parsed_commands():
         return [parsers[command.split()[0]]().parse_args(command.split()[1:]) for command in commands]
 
     return parse
+
+
+class ParserFoundError(Exception):
+    """Carries the parser of a command out of it."""
+
+
+@pytest.fixture(scope="session")
+def parser_of():
+    """parser_of(name): the argparse parser of one of our commands or nnU-Net's; None for a name that is no command."""
+    theirs = importlib.metadata.distribution("nnunetv2").entry_points
+    entries = {**{e.name: e.value for e in theirs}, **SCRIPTS}
+    found = {}
+
+    def capture(self, *_, **__):
+        raise ParserFoundError(self)
+
+    def find(name):
+        if name not in found and name in entries:
+            module, function = entries[name].split(":")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(argparse.ArgumentParser, "parse_known_args", capture)
+                with pytest.raises(ParserFoundError) as error:
+                    getattr(importlib.import_module(module), function)()
+            found[name] = error.value.args[0]
+        return found.get(name)
+
+    find.scripts = SCRIPTS
+    return find

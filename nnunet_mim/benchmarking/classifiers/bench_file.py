@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +25,19 @@ OF_THE_MATRIX = {
 }
 """settings of `mim_classify train` that other entries stand for, and what to do instead"""
 SETTINGS = [entry.name for entry in fields(ClassifyConfig) if entry.name not in OF_THE_MATRIX]
+
+
+@contextmanager
+def named_as_entries() -> Iterator[None]:
+    """Let a MiMError raised inside, as by `mim_classify train`, name the entries of the file in place of flags."""
+    names = {**{name: name for name in SETTINGS}, "labelled": "labels", "seed": "seeds", "target": "target"}
+    names |= {"where": "where", "mode": "mode"}
+    try:
+        yield
+    except MiMError as error:
+        command = r"\b(?:mim_|nnUNetv2_)\w+(?: --?\w+(?: (?!-)[^\s,;`]+)*)+"  # to be typed as it is
+        named = re.sub(rf"{command}|(?<!\S)--(\w+)", lambda found: names.get(found[1], found[0]), str(error))
+        raise MiMError(named) from error
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,8 @@ def classifier_bench_of(content: Mapping[str, Any], folder: Path) -> ClassifierB
     for labels in bench.labels:
         for arm in arms:
             try:
-                bench.config(arm, labels, 0)
+                with named_as_entries():
+                    bench.config(arm, labels, 0)
             except MiMError as error:
                 raise MiMError(f"arms: {arm.name}: {error}") from error
     return bench

@@ -172,7 +172,8 @@ def _describe_case(source: Source, case: str) -> CaseInfo | str:
         reason = " ".join(str(error).split())[:200]
         return f"cannot read {path} ({type(error).__name__}: {reason}): {remedy(source, case)}"
     if data.ndim != 4 or data.shape[0] != source.in_channels:
-        return f"{path} has shape {data.shape}, the plans say {source.in_channels} channels: {remedy(source, case)}"
+        shape = f"{data.shape} (channels, then the plans' axes)"
+        return f"{path} has shape {shape}, the plans say {source.in_channels} channels: {remedy(source, case)}"
     if not np.isfinite(data).all():
         return f"{path} holds NaN or infinite voxels: correct the image, then {remedy(source, case)}"
     return replace(describe_voxels(source, case, data), stamp=stamp)

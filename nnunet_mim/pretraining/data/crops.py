@@ -225,7 +225,7 @@ def read_crop(case: Case, start: np.ndarray, size: np.ndarray) -> tuple[np.ndarr
     try:
         voxels = np.asarray(_open_voxels(case)[inside], dtype=np.float32)
         if voxels.shape[1:] != tuple(high - low):
-            raise ValueError(f"it has become smaller than {case.info.shape} voxels")
+            raise ValueError(f"it has become smaller than {case.info.shape} voxels (the plans' order of axes)")
     except Exception as error:
         raise MiMError(f"cannot read {path} ({type(error).__name__}: {error}): preprocess this case again") from error
     margins = np.stack([valid[:, 0], size - valid[:, 1]], axis=-1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from nnunet_mim.checkpoint.format import settings_of
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, UNPICKLED
 from nnunet_mim.checkpoint.metadata import require_description
 from nnunet_mim.checkpoint.units import Units
@@ -42,8 +43,8 @@ class Facts:
     def __init__(self, checkpoint: Mapping[str, Any], path: Path | str = "the checkpoint") -> None:
         self.checkpoint = checkpoint
         self.provenance: Mapping[str, Any] = checkpoint["provenance"]
+        self.config = settings_of(checkpoint, path)
         try:
-            self.config = PretrainConfig.from_dict(checkpoint["mim_config"])
             levels_of(self.config)
         except MiMError as error:
             raise MiMError(f"{path}, mim_config: {error}") from error

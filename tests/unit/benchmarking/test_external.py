@@ -9,11 +9,12 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from nnunet_mim.benchmarking import experiment
 from nnunet_mim.benchmarking import training as training_module
 from nnunet_mim.benchmarking.bench_file import ArmSpec, Bench, DatasetSpec
 from nnunet_mim.benchmarking.bench_report import write_bench_report
 from nnunet_mim.benchmarking.cell import Arm, Cell
-from nnunet_mim.benchmarking.external import ExternalSet, find_external, link_images
+from nnunet_mim.benchmarking.external import ExternalSet, check_references, find_external, link_images
 from nnunet_mim.benchmarking.guard import Findings, look_for_seen_cases, refuse_seen_cases, seen_tests
 from nnunet_mim.benchmarking.matrix import Matrix, Place
 from nnunet_mim.benchmarking.outcome import MARK, Outcome
@@ -252,6 +253,61 @@ def test_a_case_that_was_pretrained_on_is_found(raw, tmp_path):
     assert found[TRAINED, 0, "MiM"].same == ("y",)
     with pytest.raises(MiMError, match=rf"arm MiM has seen 1 of the cases of {TEST}, y first: pretrain without them,"):
         refuse_seen_cases(found, TEST)
+
+
+def _rewrite(path, change):
+    image = sitk.ReadImage(str(path))
+    voxels = change(sitk.GetArrayFromImage(image))
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path))
+
+
+def _with_value(value, dtype=np.uint8):
+    def change(voxels):
+        voxels = voxels.astype(dtype)
+        voxels[2, 3, 4] = value
+        return voxels
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_with_value(7), r"y: label with values that dataset\.json does not declare \(7\): .*y\.nii\.gz"),
+        (_with_value(0.5, np.float32), r"y: label with values that dataset\.json does not declare \(0\.5\)"),
+        (_with_value(1.0002, np.float32), None),
+        (lambda voxels: voxels[1:], r"y: label has 9 x 8 x 6 voxels, its image 9 x 8 x 7 \(x, y, z\)"),
+    ],
+)
+def test_references_are_checked_as_labels_for_training(raw, change, says):
+    test = find_external("2", {TRAINED: DESCRIPTION})
+    check_references(test)
+    _rewrite(test.references["y"], change)
+    if says is None:
+        check_references(test)
+        return
+    with pytest.raises(MiMError, match=f"^test: {TEST} {says}.*: correct the label, or move the case out"):
+        check_references(test)
+
+
+def test_the_first_of_several_bad_references_is_named(raw):
+    test = find_external("2", {TRAINED: DESCRIPTION})
+    _rewrite(test.references["y"], _with_value(7))
+    content = test.references["x"].read_bytes()
+    test.references["x"].write_bytes(content[: len(content) // 2])
+    with pytest.raises(MiMError, match=r"Dataset002_Test x: damaged .*x\.nii\.gz \(one of 2 cases\): correct"):
+        check_references(test)
+
+
+def test_references_are_checked_before_anything_is_trained(raw, monkeypatch):
+    """And only where something is to be trained."""
+    test = find_external("2", {TRAINED: DESCRIPTION})
+    _rewrite(test.references["x"], _with_value(2))
+    cell = SimpleNamespace(val_cases=(), arm=SimpleNamespace(source=None))
+    matrix = SimpleNamespace(cells={"a": cell}, tests=(test,))
+    with pytest.raises(MiMError, match=r"Dataset002_Test x: .*\(2\)"):
+        experiment._check_references(matrix, {})
+    experiment._check_references(matrix, {"a"})
 
 
 def test_bench_yaml_takes_test_sets(raw, tmp_path):

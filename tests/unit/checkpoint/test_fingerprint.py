@@ -14,7 +14,10 @@ from nnunet_mim.checkpoint import fingerprint as module
 from nnunet_mim.checkpoint.fingerprint import (
     FINGERPRINT_SHAPE,
     SCALE,
+    SHIFTS_HU,
+    copied_from,
     fingerprint,
+    fingerprints_of_copy,
     from_text,
     most_similar,
     to_text,
@@ -26,12 +29,16 @@ WIDE, STOCK, LIVER = (-1000.0, 1000.0), (-103.0, 164.0), (-17.0, 201.0)
 """CT windows (HU)"""
 
 
-def of(hounsfield, spacing=(4.5, 4.5, 4.5), window=WIDE):
+def of(hounsfield, spacing=(4.5, 4.5, 4.5), window=WIDE, made_by=fingerprint):
     """Fingerprint of an image in a CT window."""
     low, high = window
     properties = {"percentile_00_5": low, "percentile_99_5": high, "mean": 40.0, "std": 120.0}
     voxels = (np.asarray(hounsfield, np.float32)[None].clip(low, high) - 40) / 120
-    return fingerprint(voxels, Intensities(("CTNormalization",), {"0": properties}), spacing)
+    return made_by(voxels, Intensities(("CTNormalization",), {"0": properties}), spacing)
+
+
+def copies_of(*image):
+    return of(*image, made_by=fingerprints_of_copy)
 
 
 def probably_same(a, b):
@@ -156,3 +163,37 @@ def test_text_and_back(bodies):
     assert to_text(np.zeros_like(rows)) == ""
     for text in ("", None, "no base64!", "AAAA", "ä"):
         assert not from_text(text).any()
+
+
+@pytest.mark.parametrize("shift", [-32, 24])
+def test_shifted_hu_are_found_in_a_narrow_window_too(real, shift):
+    """They are looked for where the first measure is lacking on one side, and without them one such copy is missed."""
+    coarse = [zoom(voxels, mm / 5, order=1, grid_mode=True, mode="nearest") for voxels, mm in real]
+    known = np.array([of(voxels, (5.0, 5.0, 5.0)) for voxels in coarse])
+    for number, (voxels, mm) in enumerate(real):
+        rows = copies_of(voxels + shift, mm, LIVER)
+        assert rows.shape == (1 + len(SHIFTS_HU), *FINGERPRINT_SHAPE)
+        assert (rows[0] == of(voxels + shift, mm, LIVER)).all()
+        assert copied_from(rows[None], known).tolist() == [number]
+        assert copied_from(copies_of(voxels, mm, LIVER)[None], np.delete(known, number, axis=0)).tolist() == [-1]
+    alone = np.array([of(voxels + shift, mm, LIVER) for voxels, mm in real])
+    assert -1 in most_similar(alone, known), "all would be found without them"
+
+
+def test_shifts_do_not_count_where_both_images_have_the_first_measure(bodies):
+    rows = copies_of(bodies[0])
+    assert rows[:, 0].any(axis=1).all()
+    assert (rows[:, 0] == rows[0, 0]).all()
+    assert (rows[1:, 1] != rows[0, 1]).any(axis=1).all()
+    elsewhere = rows.copy()
+    elsewhere[:, 0] = of(bodies[1])[0]
+    known = of(bodies[0])[None]
+    assert copied_from(rows[None], known).tolist() == [0]
+    assert copied_from(elsewhere[None], known).tolist() == [-1], "the second measure has decided"
+
+
+def test_nothing_is_like_nothing_with_shifts(bodies):
+    empty = copies_of(np.full((64, 64, 64), -1000.0))
+    assert not empty.any()
+    assert copied_from(empty[None], np.array([of(body) for body in bodies])).tolist() == [-1]
+    assert copied_from(copies_of(bodies[0])[None], np.zeros((0, *FINGERPRINT_SHAPE), np.int8)).tolist() == [-1]

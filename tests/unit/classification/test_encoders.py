@@ -122,6 +122,11 @@ def test_the_residual_encoder(resenc_source, tmp_path, make_checkpoint):
     with pytest.raises(MiMError, match="not the encoder of nnUNetTrainerMiM"):
         load_encoder(resenc_source, ClassifyConfig(checkpoint=str(path)), "all")
 
+    stored["mim_config"]["seed"] = -1
+    torch.save(stored, path)
+    with pytest.raises(MiMError, match=rf"{path}, mim_config: --seed must be 0 or more, got -1"):
+        load_encoder(resenc_source, config, "all")
+
 
 @pytest.mark.parametrize("encoder", ["hybrid", "resenc"])
 def test_a_mask_channel_changes_nothing_at_first(source, encoder):

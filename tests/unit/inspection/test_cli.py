@@ -36,7 +36,8 @@ def test_what_a_checkpoint_is(write_checkpoint, tmp_path, capsys, monkeypatch) -
     monkeypatch.chdir(tmp_path)
     text = said(capsys, write_checkpoint(loss_history=history(8), iterations=250_000))
     for part in (
-        "views 32 × 32 × 32, tokens 16 × 16 × 16 voxels; 1 channel", "Dataset900_Tiny: 1 cases trained on",
+        "views 32 × 32 × 32, tokens 16 × 16 × 16 voxels, in the order of the plans; 1 channel",
+        "Dataset900_Tiny: 1 cases trained on",
         "3 × 2.5 × 4 mm", "-1000 to 1000 HU", "level 1  64 × 64 × 64  192 × 160 × 256", "tinyPlans",
         "nnUNetv2_train 900 3d_fullres 0 -tr nnUNetTrainerMiM -p tinyPlans", "mim_plan -d DATASET -pc",
     ):  # fmt: skip

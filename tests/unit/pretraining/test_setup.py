@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_mim.checkpoint.locate import UNPICKLED
+from nnunet_mim.checkpoint.locate import LATEST, UNPICKLED
 from nnunet_mim.config import PRESETS
 from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.hybrid_unet import plans_architecture
@@ -15,6 +15,7 @@ from nnunet_mim.nnunet.source import find_source, prepare_command
 from nnunet_mim.pretraining import cli, loop
 from nnunet_mim.pretraining.data.crops import CropDataset, read_crop
 from nnunet_mim.pretraining.options import DataOptions
+from nnunet_mim.pretraining.setup import _resumable_checkpoint
 
 ARGS = ("-d", "900", "-p", "tinyPlans", "-device", "cpu", "--batch", "1", "--workers", "0", "--children", "2", "1")
 SMALL = (*ARGS, "--preset", "tiny", "--view", "32", "--scale", "2", "2", "2", "--iterations", "1")
@@ -319,3 +320,13 @@ def test_a_command_that_prepares_anew_keeps_the_network_of_the_plans(write_datas
     with_plans(folder, tiny)
     (given,) = parsed_commands(prepare_command([find_source("900", "tinyPlans", "3d_fullres")]))
     assert given.preset == "tiny"
+
+
+def test_settings_of_an_interrupted_run_that_cannot_be_name_the_file(make_checkpoint, tmp_path):
+    path, _ = make_checkpoint(tmp_path / "run" / LATEST, resume_state={"optimizer": {}})
+    assert _resumable_checkpoint(path.parent)["resume_state"] == {"optimizer": {}}
+    stored = torch.load(path, weights_only=True)
+    stored["mim_config"]["decoder_phase"] = 0.0
+    torch.save(stored, path)
+    with pytest.raises(MiMError, match=rf"^{path}, mim_config: --decoder_phase must be above 0 and at most 1, got 0"):
+        _resumable_checkpoint(path.parent)

@@ -13,6 +13,7 @@ from nnunet_mim.benchmarking.classifiers.bench_file import (
     ClassifierBench,
     ClassifierDataset,
     classifier_bench_of,
+    named_as_entries,
 )
 from nnunet_mim.classification.options import ClassifyConfig, DataOptions
 from nnunet_mim.errors import MiMError
@@ -91,13 +92,13 @@ def test_the_control_is_the_first_from_random_weights(bench_of):
         ({"arms": {"a": {"mode": "finetune", "checkpoint": "none"}}}, "arms: a: finetuning needs a checkpoint"),
         ({"arms": {"a": {**PROBE, "trainer": "x"}}}, "arms: a: unknown entry 'trainer'"),
         ({"arms": {"a": {**PROBE, "settings": {"seed": 1}}}}, "arms: a: settings: 'seed' is no .*give the entry seeds"),
-        ({"arms": {"a": {**PROBE, "settings": {"mask_channel": True, "roi": "labels"}}}}, "arms: a: --mask_channel is"),
+        ({"arms": {"a": {**PROBE, "settings": {"mask_channel": True, "roi": "labels"}}}}, "arms: a: mask_channel is"),
         ({"settings": {"labelled": "10%"}}, "settings: 'labelled' is no setting here: give the entry labels"),
         ({"settings": {"margn": 3}}, "unknown setting 'margn' in settings: did you mean 'margin'"),
         ({"settings": {"margin": "wide"}}, "arms: probe_mim: setting 'margin' must be like 10.0"),
-        ({"settings": {"margin": -1}}, "arms: probe_mim: --margin must be 0 mm or more"),
+        ({"settings": {"margin": -1}}, "arms: probe_mim: margin must be 0 mm or more"),
         ({"settings": 3}, "settings: give names and values"),
-        ({"labels": ["ten"]}, "--labelled takes a number above 0"),
+        ({"labels": ["ten"]}, "labels takes a number above 0"),
         ({"labels": []}, "labels: give different ones, at least one"),
         ({"labels": ["all", "all"]}, "labels: give different ones"),
         ({"seeds": 0}, "seeds 0: give a whole number from 1"),
@@ -151,3 +152,10 @@ def test_the_example_of_the_documentation_is_read(tmp_path):
     bench = classifier_bench_of(yaml.safe_load(example), tmp_path)
     assert {arm.mode for arm in bench.arms} == {"probe", "finetune", "scratch"}
     assert bench.control == "probe_random"
+
+
+def test_errors_of_trainings_name_entries_and_not_flags():
+    message = "column is empty: choose another --target, fewer --folds, or run mim_pretrain -d 7 --preset tiny --nope"
+    with pytest.raises(MiMError) as error, named_as_entries():
+        raise MiMError(message)
+    assert str(error.value) == message.replace("--target", "target").replace("--folds", "folds")
