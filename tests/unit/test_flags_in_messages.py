@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TRAINERS = "nnunet_mim.trainers.nnUNetTrainerMiM"
+TRAINERS = "nnunet_mim.trainers.trainer"
 STYLE = "reporting.page"
 """module with CSS, whose properties look like flags"""
 PRINTED_BY = {
