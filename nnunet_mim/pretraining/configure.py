@@ -72,7 +72,7 @@ def _with_residual_encoder(settings: Mapping[str, Any], source: Source) -> dict[
         check_architecture("setting 'architecture'", architecture, remedy)
     else:
         architecture = configuration_of(source.plans, source.configuration).get("architecture", {})
-    check_resenc(architecture)
+    check_resenc(architecture, "setting 'architecture'" if settings.get("architecture") else str(source.plans_file))
     if "view_size" in settings:
         check_view(architecture, _triple(settings["view_size"]))
     return {**settings, "architecture": architecture}

@@ -1,7 +1,10 @@
 """Hand-made pretraining checkpoints and stock plans of a toy dataset."""
 
+import os
 import re
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +99,62 @@ def plans():
         "configurations": {"2d": {**configuration, "patch_size": [32, 32]}, "3d_fullres": configuration},
         "mim_finetune": {"num_epochs": 2, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1},
     }
+
+
+RESENC = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+
+
+def residual_encoder():
+    """A small residual encoder U-Net, as a block of nnU-Net's plans."""
+    kwargs = {
+        "n_stages": 4, "features_per_stage": [2, 3, 4, 4], "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3]] * 4, "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
+        "n_blocks_per_stage": [1] * 4, "n_conv_per_stage_decoder": [1] * 3, "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }  # fmt: skip
+    imported = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    return {"network_class_name": RESENC, "arch_kwargs": kwargs, "_kw_requires_import": imported}
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    """Blocks of plans that run a command where nnU-Net builds the network that they name.
+
+    `clean` is a sound block, poisoned(place) one that is not, `file` what the command makes; `trap` makes it when it is
+    unpickled.
+    """
+    file = tmp_path / "canary"
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "mim_canary.py").write_text(f"open({str(file)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.delitem(sys.modules, "mim_canary", raising=False)
+
+    def poisoned(place):
+        block = residual_encoder()
+        kwargs = block["arch_kwargs"]
+        if place == "network_class_name":
+            block[place] = "mim_canary.ResidualEncoderUNet"
+        elif place in ("conv_op", "norm_op"):  # called with a number of channels first, which a command is not
+            kwargs[place] = "mim_canary.Layer"
+        elif place == "_kw_requires_import":
+            kwargs["block"] = "mim_canary.Block"
+            block[place] = [*block[place], "block"]
+        else:
+            command = {"args": f"touch {file}", "shell": True}
+            kwargs |= {place: "subprocess.check_output", f"{place}_kwargs": command}
+        return block
+
+    return SimpleNamespace(clean=residual_encoder(), poisoned=poisoned, file=file, trap=_Trap(file))
+
+
+class _Trap:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
 
 
 @pytest.fixture

@@ -75,7 +75,8 @@ def one_line(run):
 
 def pretraining_network(plans, settings):
     source = SimpleNamespace(
-        plans=check_plans(plans, "plans.json"), configuration="3d_fullres", plans_name="P", dataset="Dataset007_Toy"
+        plans=check_plans(plans, "plans.json"), configuration="3d_fullres", plans_name="P", dataset="Dataset007_Toy",
+        plans_file="plans.json",
     )
     settings = with_network_of_plans(merge_settings(settings), [source], False)
     return build_network(PretrainConfig.from_dict({**settings, "network": vars(PRESETS["tiny"])}))
