@@ -3,11 +3,13 @@
 import os
 import re
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from nnunet_mim.config import NetworkConfig, PretrainConfig
 from nnunet_mim.networks.mask_in_mask import MaskInMask
@@ -18,6 +20,47 @@ from nnunet_mim.pretraining import cli as pretrain_cli
 DATASET = "Dataset007_Toy"
 DECODER = {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
 NETWORK = NetworkConfig((6, 6, 12, 12), (1, 1, 1, 2), num_heads=2, **DECODER)
+
+
+@pytest.fixture(scope="session")
+def junk():
+    """Documents with junk in them.
+
+    `places(content)` are the paths of all values below the top of nested dicts and lists; `put(content, path, value)`
+    is a copy with another value there, or without one where it is `...`; `at(content, share)` the path that far down.
+    """
+
+    def places(value, path=()):
+        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, child in children:
+            yield (*path, key)
+            yield from places(child, (*path, key))
+
+    def put(content, path, value):
+        top = {"top": deepcopy(content)}
+        *way, last = ("top", *path)
+        holder = top
+        for key in way:
+            holder = holder[key]
+        if value is ...:
+            del holder[last]
+        else:
+            holder[last] = deepcopy(value)
+        return top.get("top")
+
+    def at(content, share):
+        found = list(places(content))
+        return found[int(share * len(found))]
+
+    return SimpleNamespace(places=places, put=put, at=at)
+
+
+@pytest.fixture(params=["few", pytest.param("many", marks=pytest.mark.long)])
+def examples(request):
+    """examples(few, many): decorates a property that hypothesis tries, as often as this says; many with -m long."""
+    quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    number = ("few", "many").index(request.param)
+    return lambda *counts: settings(max_examples=counts[number], suppress_health_check=quiet)
 
 
 @pytest.fixture

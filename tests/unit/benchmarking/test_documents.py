@@ -1,7 +1,6 @@
 """What trainings of an experiment keep in JSON: with junk in any place it is taken, or refused in one line."""
 
 import json
-from copy import deepcopy
 
 import pytest
 
@@ -20,26 +19,16 @@ RESULT = {
 }  # fmt: skip
 
 
-def mutations(content):
-    """A document with junk in place of each of its values, and in place of itself."""
+@pytest.fixture
+def mutations(junk):
+    """mutations(content): a document with junk in place of each of its values, and in place of itself."""
 
-    def places(value, path):
-        yield path
-        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, child in children:
-            yield from places(child, (*path, key))
+    def every(content):
+        yield from (value for value in JUNK if value is not ...)
+        for path in junk.places(content):
+            yield from (junk.put(content, path, value) for value in JUNK)
 
-    for path in places(content, ("top",)):
-        for junk in JUNK[path == ("top",) :]:
-            changed = deepcopy({"top": content})
-            holder = changed
-            for key in path[:-1]:
-                holder = holder[key]
-            if junk is ...:
-                del holder[path[-1]]
-            else:
-                holder[path[-1]] = junk
-            yield changed["top"]
+    return every
 
 
 def use_cost(file):
@@ -79,7 +68,7 @@ DOCUMENTS = {
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_no_mutation_ends_in_a_traceback(tmp_path, name):
+def test_no_mutation_ends_in_a_traceback(tmp_path, mutations, name):
     whole, use = DOCUMENTS[name]
     file = tmp_path / "a.json"
     file.write_text(json.dumps(whole))
@@ -95,7 +84,7 @@ def test_no_mutation_ends_in_a_traceback(tmp_path, name):
         assert str(tmp_path) in said, content
 
 
-def test_no_pointer_ends_in_a_traceback(tmp_path):
+def test_no_pointer_ends_in_a_traceback(tmp_path, mutations):
     for content in [*mutations({"checkpoint": "a"}), {"checkpoint": "x" * 5000}, {"checkpoint": "\ud800"}]:
         (tmp_path / POINTER).write_text(json.dumps(content))
         assert _final_checkpoint(tmp_path) is None
