@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from nnunet_mim.config import NetworkConfig, PretrainConfig
+from nnunet_mim.errors import MiMError
 from nnunet_mim.networks.mask_in_mask import MaskInMask
 from nnunet_mim.preparation import cli as plan_cli
 from nnunet_mim.preparation import prepare_cli
@@ -28,6 +30,8 @@ def junk():
 
     `places(content)` are the paths of all values below the top of nested dicts and lists; `put(content, path, value)`
     is a copy with another value there, or without one where it is `...`; `at(content, share)` the path that far down.
+    `taken(read, path)` is what a function reads from a file, or None where it refuses it in one line that names it;
+    neither takes five seconds.
     """
 
     def places(value, path=()):
@@ -52,7 +56,18 @@ def junk():
         found = list(places(content))
         return found[int(share * len(found))]
 
-    return SimpleNamespace(places=places, put=put, at=at)
+    def taken(read, path):
+        began = time.monotonic()
+        try:
+            found, said = read(path), str(path)
+        except MiMError as error:
+            found, said = None, str(error)
+        assert time.monotonic() - began < 5
+        assert str(path) in said
+        assert said.isprintable()
+        return found
+
+    return SimpleNamespace(places=places, put=put, at=at, taken=taken)
 
 
 @pytest.fixture(params=["few", pytest.param("many", marks=pytest.mark.long)])
