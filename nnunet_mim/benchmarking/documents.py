@@ -31,8 +31,10 @@ def _distance(value: float) -> float:
     return value
 
 
-Share, Distance = Annotated[float, AfterValidator(_share)], Annotated[float, AfterValidator(_distance)]
-"""NaN where a metric has no value"""
+Share = Annotated[float, AfterValidator(_share)]
+"""from 0 to 1, or NaN where a metric has no value"""
+Distance = Annotated[float, AfterValidator(_distance)]
+"""mm, or NaN"""
 
 
 @document
