@@ -192,7 +192,7 @@ def test_metadata(stored, junk, examples, tmp_path):
     junk_values = st.sampled_from(range(len(WHOLE + OF_TORCH)))
     taken = []
 
-    @examples(40, 400)
+    @examples(30, 400)
     @given(share=SHARES, number=junk_values)
     def holds(share, number):
         content = change(junk, documents, share, (WHOLE + OF_TORCH)[number])
@@ -218,7 +218,7 @@ def test_config_of_an_export(stored, exported, junk, examples):
     """Another checksum, or another key, is refused too."""
     whole = json.loads((exported / CONFIG).read_text())
 
-    @examples(40, 400)
+    @examples(30, 400)
     @given(share=SHARES, number=st.sampled_from(range(len(WHOLE))))
     def holds(share, number):
         content = change(junk, whole, share, WHOLE[number])

@@ -119,6 +119,7 @@ def test_a_folder_that_another_user_owns(dataset, tmp_path, capsys, name):
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is of Linux")
 
 
+@pytest.mark.long
 @needs_full
 def test_a_disk_that_is_full_while_a_checkpoint_is_written(dataset, tmp_path, capsys, monkeypatch):
     """The first byte that does not fit: what was there before stays, and the line says how to go on."""
