@@ -254,12 +254,13 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.network is None:
             if self.preset not in PRESETS:
-                raise MiMError(f"unknown preset '{self.preset}': choose one of {', '.join(PRESETS)}")
+                raise MiMError(f"unknown preset '{printable(self.preset)}': choose one of {', '.join(PRESETS)}")
             object.__setattr__(self, "network", PRESETS[self.preset])
         named = (("encoder", ENCODERS), ("decoder", DECODERS), ("ladder", LADDERS), ("alignment", ALIGNMENTS))
         for name, choices in named:
             if getattr(self, name) not in choices:
-                raise MiMError(f"unknown {name} '{getattr(self, name)}': choose one of {', '.join(choices)}")
+                given = printable(getattr(self, name))
+                raise MiMError(f"unknown {name} '{given}': choose one of {', '.join(choices)}")
         if len(self.view_size) != 3 or len(self.scale) != 3 or len(self.betas) != 2 or self.in_channels < 1:
             raise MiMError("--view and --scale need three numbers, betas two, and in_channels is at least 1")
         token = self.network.token_size
@@ -290,10 +291,18 @@ class PretrainConfig:
             raise MiMError(f"probe_cases needs two numbers above 0, got {self.probe_cases}")
         if self.learning_rate <= 0 or not 0 <= self.warmup_fraction < 1:
             raise MiMError("learning_rate must be above 0 and warmup_fraction in [0, 1)")
+        if not (self.weight_decay >= 0 and self.grad_clip > 0 and 0 <= self.body_fraction <= 1):
+            raise MiMError("weight_decay must be 0 or more, grad_clip above 0 and body_fraction in [0, 1]")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise MiMError(f"betas must be in [0, 1), got {self.betas}")
+        if not (self.temperature > 0 and self.alignment_weight >= 0):
+            raise MiMError("temperature must be above 0 and alignment_weight 0 or more")
         if len(self.mask_ratios) != 3 or len(self.level_weights) != 3 or len(self.n_children) != 2:
             raise MiMError("mask_ratios and level_weights need three entries, n_children two: one per level or edge")
         if min(self.n_children) < 1:
             raise MiMError(f"n_children must be at least 1, got {self.n_children}")
+        if min(self.level_weights) < 0 or not all(0 < ratio < 1 for ratio in self.mask_ratios):
+            raise MiMError("level_weights must be 0 or more, and mask_ratios above 0 and below 1")
 
     @property
     def unet_begins(self) -> int:
@@ -326,8 +335,9 @@ class PretrainConfig:
         _check_known(stored, cls)
         values = {name: _frozen(value) for name, value in stored.items() if name != "network"}
         for entry in fields(cls):
-            if entry.name in values and entry.name != "architecture":
-                check_value(entry.name, values[entry.name], entry.default)
+            if entry.name in values and entry.name != "network":
+                default = {} if entry.name == "architecture" else entry.default
+                check_value(entry.name, values[entry.name], default)
         if "network" in stored:
             values["network"] = network_from_dict(stored["network"])
         try:
@@ -347,7 +357,9 @@ def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without those of former versions that are constants now. Raises MiMError where one has another value."""
     for name, value in RETIRED.items():
         if settings.get(name, value) != value:
-            raise MiMError(f"setting {name} can only be {value} in this version of nnunet_mim, not {settings[name]}")
+            raise MiMError(
+                f"setting {name} can only be {value} in this version of nnunet_mim, not {printable(settings[name])}"
+            )
     return {name: value for name, value in settings.items() if name not in RETIRED}
 
 
@@ -361,8 +373,8 @@ def network_from_dict(stored: dict[str, Any]) -> NetworkConfig:
 
 def _check_known(stored: dict[str, Any], cls: type) -> None:
     known = {f.name for f in fields(cls)}
-    if unknown := sorted(set(stored) - known):
-        raise MiMError(f"unknown settings {', '.join(unknown)}: written by another version of nnunet_mim")
+    if unknown := sorted(map(str, set(stored) - known)):
+        raise MiMError(f"unknown settings {printable(', '.join(unknown))}: written by another version of nnunet_mim")
 
 
 def _plain(value: Any) -> Any:

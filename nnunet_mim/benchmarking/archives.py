@@ -12,15 +12,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import nibabel
 import numpy as np
-from pydantic import TypeAdapter
-from typing_extensions import TypedDict
+from pydantic import Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
 
 from nnunet_mim.errors import MiMError, last_line
-from nnunet_mim.nnunet.documents import FileName, document
+from nnunet_mim.nnunet.documents import Count, FileName, checked, document
 from nnunet_mim.nnunet.image_files import damaged, file_problem, header_of
 from nnunet_mim.nnunet.labels import geometry_differences
 from nnunet_mim.preparation.screening import shape_problem, spacing_problem
@@ -40,6 +40,8 @@ MSD_CASES = {
 MSD_FOLDERS = ("imagesTr", "labelsTr", "imagesTs")
 MSD_KEYS = ("modality", "labels", "numTraining", "training")
 """keys of dataset.json that are read"""
+ABOUT = ("name", "description", "reference", "licence", "release", "relase", "tensorImageSize")
+"""keys that are kept for nnU-Net's dataset.json, one of them misspelt in the archives; nnU-Net acts on none"""
 BTCV_CASES = tuple(f"img{number:04d}" for number in (*range(1, 11), *range(21, 41)))
 BTCV_NAMES = (
     "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
@@ -54,6 +56,10 @@ ITEM_LIMITS = Limits(seconds=600, memory=16 << 30)
 """an image and a label of 512 x 512 x 1000 take ten seconds and two gigabytes"""
 
 
+LabelNumber = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})$")]
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
 @document
 class ListedCase(TypedDict):
     """An entry of `training` in an archive's dataset.json."""
@@ -65,9 +71,16 @@ class ListedCase(TypedDict):
 class Description(TypedDict):
     """dataset.json of an MSD archive."""
 
-    labels: dict[str, str]
-    numTraining: int
+    labels: Annotated[dict[LabelNumber, Text], Field(min_length=2)]
+    numTraining: Count
     training: list[ListedCase]
+    name: NotRequired[Text]
+    description: NotRequired[Text]
+    reference: NotRequired[Text]
+    licence: NotRequired[Text]
+    release: NotRequired[Text]
+    relase: NotRequired[Text]
+    tensorImageSize: NotRequired[Text]
 
 
 DESCRIPTION = TypeAdapter(Description)
@@ -134,7 +147,7 @@ def find_msd(folder: Path, partial: bool = False) -> Archive:
     if not problems and len(cases) == published != stated and not partial:
         problems = [f"{folder}/dataset.json says {stated} training cases, {published} are published and there: {AGAIN}"]
     dataset = f"Dataset0{folder.name.removeprefix('Task')}"
-    about = {key: value for key, value in description.items() if key not in ("modality", "training", "test")}
+    about = {key: description[key] for key in ABOUT if key in description}
     return Archive(folder, dataset, values, tuple(cases), published, about, tuple(tests.values()), tuple(problems))
 
 
@@ -164,13 +177,10 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise MiMError(f"{path} has no {', '.join(lacking)}, so it is not the one of the archive: {AGAIN}")
     if content["modality"] != {"0": "CT"}:
         raise MiMError(f"{path} says {content['modality']}, not CT alone: give one of {', '.join(MSD_CASES)}")
-    try:
-        DESCRIPTION.validate_python(content)
-        values = sorted(int(value) for value in content["labels"])
-    except ValueError:  # that of the schema is one
-        values = []
-    if values != list(range(len(values))) or len(values) < 2:
-        raise MiMError(f"labels or training in {path} are not as in the archive: {AGAIN}")
+    checked(str(path), content, DESCRIPTION, AGAIN)
+    names = content["labels"]
+    if {*names} != {*map(str, range(len(names)))} or names["0"] != "background" or len({*names.values()}) < len(names):
+        raise MiMError(f"{path}: labels are not background and others, numbered from 0, each once: {AGAIN}")
     return content
 
 

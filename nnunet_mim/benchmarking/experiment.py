@@ -192,7 +192,8 @@ def measure(cell: Cell, device: str) -> float:
     manager = PlansManager(dict(source.plans))
     configuration = manager.get_configuration(source.configuration)
     heads = manager.get_label_manager(cell.dataset_json).num_segmentation_heads
-    network = _network(configuration.configuration["architecture"], source.in_channels, heads).to(device)
+    architecture = configuration.configuration["architecture"]
+    network = _network(architecture, str(source.plans_file), source.in_channels, heads).to(device)
     patch = tuple(configuration.patch_size)
     training = _median_seconds(network, (configuration.batch_size, source.in_channels, *patch), device, True)
     network.eval()
@@ -203,13 +204,16 @@ def measure(cell: Cell, device: str) -> float:
     return steps + len(cell.val_cases) * patches * views(cell) * forward
 
 
-def _network(architecture: Mapping[str, Any], in_channels: int, heads: int) -> torch.nn.Module:
-    """The network that plans describe: this package's or one of nnU-Net's own. Raises MiMError for another name."""
+def _network(architecture: Mapping[str, Any], place: str, in_channels: int, heads: int) -> torch.nn.Module:
+    """The network that plans, whose file is `place`, describe: this package's or one of nnU-Net's own.
+
+    Raises MiMError for another name.
+    """
     name, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
     if name == f"{HybridUNet.__module__}.{HybridUNet.__name__}":
         return HybridUNet(in_channels, heads, True, **kwargs)
-    check_named_classes(architecture, plain=True)
-    check_architecture("the architecture of the plans", dict(architecture), "plan the dataset again", plain=True)
+    check_named_classes(architecture, place, plain=True)
+    check_architecture(f"{place}: architecture", dict(architecture), "plan the dataset again", plain=True)
     imported = architecture["_kw_requires_import"]
     return get_network_from_plans(name, kwargs, imported, in_channels, heads, deep_supervision=True)
 

@@ -20,13 +20,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_mim.benchmarking.bench_file import TRAIN
 from nnunet_mim.benchmarking.cell import Cell
-from nnunet_mim.benchmarking.documents import KEY_SCHEMA, RESULT_SCHEMA, read_kept
+from nnunet_mim.benchmarking.documents import KEY_SCHEMA, read_kept, read_result
 from nnunet_mim.benchmarking.external import ExternalSet, link_images
 from nnunet_mim.benchmarking.metrics import compared
 from nnunet_mim.benchmarking.seeded_training import attempts_of
 from nnunet_mim.checkpoint.locate import ENV_CHECKPOINT, FINAL, LATEST
 from nnunet_mim.checkpoint.torch_file import ALLOWING
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.pretraining.stopping import EXIT_CODE
 from nnunet_mim.system.files import write_atomically
 from nnunet_mim.system.locks import exclusive_lock
@@ -74,7 +74,7 @@ class KeptTraining:
         now.pop("checkpoint", None)
         changed = [f"{name} {stored.get(name)} -> {now[name]}" for name in now if stored.get(name) != now[name]]
         if changed:
-            differences = "; ".join(changed)[:300]
+            differences = printable("; ".join(changed), 300)
             raise MiMError(f"{self.folder} holds another experiment ({differences}): give another output, or delete it")
         return True
 
@@ -161,7 +161,7 @@ class Training(KeptTraining):
         """
         if not self.is_this_one() or not (self.folder / RESULT).is_file():
             return None
-        result = read_kept(self.folder / RESULT, RESULT_SCHEMA)
+        result = read_result(self.folder / RESULT, self.cell.val_cases)
         tested = result.get("tests", {})
         if any(tested.get(test.dataset, {}).keys() != test.references.keys() for test in self.tests):
             return None

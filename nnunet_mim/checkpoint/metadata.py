@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from nnunet_mim.nnunet.documents import Axes, Positive, checked, document, is_wi
 from nnunet_mim.nnunet.intensities import CT_NORMALIZATION, WINDOW_FIELDS
 
 Number = Annotated[int, Field(ge=0)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{0,64}$")]
+Fold = Number | Annotated[str, Field(pattern=r"^(all|[0-9]{1,9})$")]
 REMEDY = "take another copy, or a checkpoint of this version of nnunet_mim"
 NEEDED = ("datasets", "plans_name", "configuration", "fold", "spacing", "normalization", "intensity_properties",
           "iterations", "loss_history", "cases")  # fmt: skip
@@ -25,8 +28,17 @@ class Record(TypedDict):
 
     dataset: str
     case: str
-    sha256: str
-    image_sha256: NotRequired[str]
+    sha256: Hash
+    image_sha256: NotRequired[Hash]
+    fingerprint: NotRequired[Annotated[str, Field(pattern=r"^[0-9A-Za-z+/]*=*$")]]
+
+
+@document
+class SkippedStep(TypedDict):
+    """A step whose gradient was not finite, and what it was computed from."""
+
+    iteration: Number
+    cases: list[str]
 
 
 @document
@@ -36,7 +48,7 @@ class Provenance(TypedDict):
     datasets: NotRequired[list[str]]
     plans_name: NotRequired[str]
     configuration: NotRequired[str]
-    fold: NotRequired[int | str]
+    fold: NotRequired[Fold]
     spacing: NotRequired[Annotated[list[Positive], Field(max_length=3)]]
     transpose_forward: NotRequired[Axes]
     image_reader_writer: NotRequired[str]
@@ -45,7 +57,7 @@ class Provenance(TypedDict):
     iterations: NotRequired[Number]
     loss_history: NotRequired[list[dict[str, float | None]]]
     crops_seen: NotRequired[dict[str, Number]]
-    skipped_steps: NotRequired[list[Any]]
+    skipped_steps: NotRequired[list[SkippedStep]]
     cases: NotRequired[list[Record]]
     converted_from: NotRequired[str]
     note: NotRequired[str]
@@ -61,7 +73,8 @@ def check_provenance(provenance: Any, path: str) -> None:
         0, 1, 2,
     ]:  # fmt: skip
         raise MiMError(f"{path}: spacing or transpose_forward in provenance are not of three axes: {REMEDY}")
-    if any(row.get("iteration", 0) is None for row in provenance.get("loss_history", ())):
+    iterations = [row.get("iteration") for row in provenance.get("loss_history", ())]
+    if not all(number is not None and 0 <= number < math.inf for number in iterations):
         raise MiMError(f"{path}: a row of loss_history in provenance has no number of an iteration: {REMEDY}")
     windows = provenance.get("intensity_properties", {})
     for channel, scheme in enumerate(provenance.get("normalization", ())):

@@ -185,6 +185,7 @@ def _pretrained_hybrid(source: Source, path: str) -> LoadedEncoder:
 
 def _random_resenc(source: Source) -> LoadedEncoder:
     block = configuration_of(source.plans, source.configuration)
+    check_resenc(block.get("architecture", {}), str(source.plans_file))
     network = replace(NetworkConfig(), strides=suitable_strides(source.spacing))
     config = PretrainConfig(
         network=network, encoder="resenc", architecture=block.get("architecture", {}), in_channels=source.in_channels,

@@ -12,9 +12,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from nnunet_mim.classification.labels import LabelTable
 from nnunet_mim.errors import MiMError
-from nnunet_mim.nnunet.splits import is_split
+from nnunet_mim.nnunet.documents import read_splits
 from nnunet_mim.system.files import write_atomically
-from nnunet_mim.system.untrusted import read_json
 
 SPLITS_FILE = "splits_classification.json"
 NNUNET_SPLITS = "splits_final.json"
@@ -108,14 +107,14 @@ def find_folds(folder: Path, table: LabelTable, n_folds: int) -> Folds:
 
 def _read(path: Path, table: LabelTable) -> Folds:
     """The folds in a file. Raises MiMError where they cannot be used for this table."""
-    splits = read_json(path)
     remedy = f"correct {path.name}, or delete {SPLITS_FILE} to have new folds"
-    if not isinstance(splits, list) or len(splits) < 2 or not all(map(is_split, splits)):
-        raise MiMError(f'{path} is no list like [{{"train": ["a", "b"], "val": ["c"]}}, …]: {remedy}')
+    splits = read_splits(path, remedy)
+    if len(splits) < 2:
+        raise MiMError(f"{path} holds one fold, and at least two are needed: {remedy}")
     row_of = {case: row for row, case in enumerate(table.cases)}
     training, validation = (
-        tuple(tuple(sorted({row_of[case] for case in split[part] if case in row_of})) for split in splits)
-        for part in ("train", "val")
+        tuple(tuple(sorted({row_of[case] for case in names if case in row_of})) for names in parts)
+        for parts in ([split["train"] for split in splits], [split["val"] for split in splits])
     )
     for fold, (train, val) in enumerate(zip(training, validation, strict=True)):
         patients = {table.patients[row] for row in train}

@@ -130,27 +130,31 @@ class ResEncMaskInMask(Alignment):
         return F.adaptive_avg_pool3d(skips[self.feature_stage], (gx, gy, gz)).flatten(2).transpose(1, 2)
 
 
-def check_resenc(architecture: Mapping[str, Any]) -> None:
-    """Raise MiMError unless plans name nnU-Net's residual encoder U-Net."""
+def check_resenc(architecture: Mapping[str, Any], place: str = "") -> None:
+    """Raise MiMError unless plans name nnU-Net's residual encoder U-Net; `place`, such as a file, begins its line."""
+    before = f"{place}: " if place else ""
     name = str(architecture.get("network_class_name", "")).rsplit(".", 1)[-1]
     if name != CLASS_NAME:
         raise MiMError(
-            f"--encoder resenc: the plans name {name or 'no network'}, not {CLASS_NAME}: run nnUNetv2_plan_experiment "
-            "-d DATASET -pl nnUNetPlannerResEncL, then mim_plan -d DATASET -p nnUNetResEncUNetLPlans --encoder resenc "
-            "-o NAME, and pretrain with -p NAME"
+            f"{before}--encoder resenc: the plans name {name or 'no network'}, not {CLASS_NAME}: run "
+            "nnUNetv2_plan_experiment -d DATASET -pl nnUNetPlannerResEncL, then mim_plan -d DATASET -p "
+            "nnUNetResEncUNetLPlans --encoder resenc -o NAME, and pretrain with -p NAME"
         )
-    check_named_classes(architecture)
+    check_named_classes(architecture, place)
     if any(step != 1 for step in architecture["arch_kwargs"]["strides"][0]):
-        raise MiMError(f"the first stride of {CLASS_NAME} must be 1 (mim_plan with --encoder resenc): plan it again")
+        raise MiMError(
+            f"{before}the first stride of {CLASS_NAME} must be 1 (mim_plan with --encoder resenc): plan it again"
+        )
 
 
-def check_named_classes(architecture: Mapping[str, Any], plain: bool = False) -> None:
+def check_named_classes(architecture: Mapping[str, Any], place: str = "", plain: bool = False) -> None:
     """Refuse a block of plans that names anything but nnU-Net's residual encoder U-Net and its layers of torch.nn.
 
     nnU-Net imports what plans name, and calls it with the arguments beside it: a file could run any function.
 
     Args:
         architecture: as in plans.
+        place: the file that it stands in, which begins the message; empty: the caller names it.
         plain: allow nnU-Net's default network, PlainConvUNet, as well.
 
     Raises:
@@ -169,10 +173,10 @@ def check_named_classes(architecture: Mapping[str, Any], plain: bool = False) ->
         if kwargs.get(name) is not None and str(kwargs[name]) not in paths
     ]
     if wrong:
-        whole = "networks" if plain else CLASS_NAME
+        before, whole = f"{place}: " if place else "", "networks" if plain else CLASS_NAME
         raise MiMError(
-            f"the architecture names {ascii(wrong[0])[:80]}, which is no part of nnU-Net's {whole}: nothing was run; "
-            "do not use this file, or plan the dataset again"
+            f"{before}the architecture names {ascii(wrong[0])[:80]}, which is no part of nnU-Net's {whole}: nothing "
+            "was run; do not use this file, or plan the dataset again"
         )
 
 

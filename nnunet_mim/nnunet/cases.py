@@ -7,11 +7,11 @@ texts, plain containers and arrays of numbers.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import re
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,8 @@ MAX_BYTES = 256 * 2**20
 """of a case's properties; the places of 100 classes take 32 MB"""
 MAX_OPCODES = 200_000
 """steps of a pickle, a few for every value and every array; 100 classes take 3,000"""
+FRAME_HEAD = 9
+"""bytes of the step that says how many bytes follow; the unpickler in Python takes fewer, nnU-Net's does not"""
 
 
 class Blosc2Cases(nnUNetDatasetBlosc2):
@@ -70,8 +72,11 @@ def read_properties(path: Path) -> dict[str, Any]:
     """
     try:
         content = limited(path, MAX_BYTES)
-        if next(islice(pickletools.genops(content), MAX_OPCODES, None), None):
-            raise ValueError("it holds more values than properties of a case have")
+        for number, (operation, argument, place) in enumerate(pickletools.genops(content)):
+            if number == MAX_OPCODES:
+                raise ValueError("it holds more values than properties of a case have")
+            if operation.name == "FRAME" and (place or 0) + FRAME_HEAD + int(argument or 0) > len(content):
+                raise ValueError("it is cut short")
         properties = _PlainUnpickler(io.BytesIO(content)).load()
     except MiMError as error:
         raise MiMError(f"{path} is refused: {error}") from error
@@ -90,23 +95,53 @@ def _dtype(name: Any, *_: Any) -> np.dtype:
     return np.dtype(name, False, True)  # type: ignore[call-overload]  # a copy, which the pickle may turn
 
 
-def _empty_array(*_: Any) -> np.ndarray:
-    """What NumPy fills with the content of an array afterwards, whatever size is asked for."""
+def _array(*_: Any) -> np.ndarray:
+    """What NumPy's class of arrays stands for; a pickle names it, and does not call it."""
+    raise ValueError("it calls for an array without content")
+
+
+def _reconstruct(kind: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """An empty array, which NumPy fills with its content afterwards."""
+    if kind is not _array or shape != (0,) or dtype != b"b":
+        raise ValueError("it calls for an array in another way than NumPy does")
     return np.ndarray((0,), np.int8)
 
 
 def _scalar(dtype: np.dtype, content: bytes) -> Any:
-    return np.frombuffer(content, dtype, 1)[0]
+    return np.frombuffer(content, _checked_dtype(dtype), 1)[0]
 
 
 def _from_buffer(content: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
-    return np.frombuffer(content, dtype).reshape(shape, order=order)
+    return np.frombuffer(content, _checked_dtype(dtype)).reshape(shape, order=order)
+
+
+def _checked_dtype(dtype: Any) -> np.dtype:
+    if not isinstance(dtype, np.dtype):
+        raise ValueError("it holds an array of no dtype")
+    return dtype
+
+
+def _check_state(value: Any, state: Any) -> None:
+    """Raise ValueError unless a pickle gives a dtype or an array the state that NumPy itself would.
+
+    NumPy believes the flags of a dtype, and with others takes numbers for addresses of objects.
+    """
+    if isinstance(value, np.dtype):
+        if state != value.newbyteorder(state[1]).__reduce__()[2]:
+            raise ValueError("it describes numbers in another way than NumPy does")
+    elif type(value) is np.ndarray:
+        _, shape, dtype, _, content = state
+        size = _checked_dtype(dtype).itemsize * math.prod(shape)
+        if any(type(n) is not int or n < 0 for n in shape) or type(content) is not bytes or len(content) != size:
+            raise ValueError("it holds an array of another size than its content")
+    else:
+        raise ValueError(f"it changes a {type(value).__name__}")
 
 
 ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "dtype"): _dtype,
-    ("numpy", "ndarray"): _empty_array,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty_array for core in ("core", "_core")},
+    ("numpy", "ndarray"): _array,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
 }
@@ -121,7 +156,15 @@ class _PlainUnpickler(pickle._Unpickler):
         content = self.read(int.from_bytes(self.read(8), "little"))  # type: ignore[attr-defined]
         self.append(bytearray(content))  # type: ignore[attr-defined]
 
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
+    def load_build(self) -> None:
+        """Give the value below the last one the last one as its state. Raises ValueError as `_check_state`."""
+        value, state = self.stack[-2:]  # type: ignore[attr-defined]
+        _check_state(value, state)
+        super().load_build()  # type: ignore[misc]
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8, pickle.BUILD[0]: load_build,
+    }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name stands for. Raises MiMError for any other than those of NumPy's arrays."""

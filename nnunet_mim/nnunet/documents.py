@@ -182,6 +182,15 @@ class DatasetDescription(TypedDict):
     overwrite_image_reader_writer: NotRequired[str]
 
 
+@document
+class Split(TypedDict):
+    """An entry of splits_final.json."""
+
+    train: list[CaseName]
+    val: list[CaseName]
+
+
+SPLITS = TypeAdapter(Annotated[list[Split], Field(min_length=1)])
 ARCHITECTURE, CONFIGURATION = TypeAdapter(Architecture), TypeAdapter(CompleteConfiguration)
 PLANS = TypeAdapter(Plans)
 FINGERPRINT = TypeAdapter(Fingerprint)
@@ -309,6 +318,13 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     reader = content.get("overwrite_image_reader_writer", "None")
     if reader != "None":  # nnU-Net's word for none
         check_name(f"{path}: overwrite_image_reader_writer", "image reader", reader, "name one, or leave it out")
+    return content
+
+
+def read_splits(path: Path, remedy: str) -> list[Split]:
+    """The content of splits_final.json, or of a file like it. Raises MiMError for one that nnU-Net would not write."""
+    content: Any = read_json(path)
+    checked(str(path), content, SPLITS, f'it is no list like [{{"train": ["a", "b"], "val": ["c"]}}, …]: {remedy}')
     return content
 
 

@@ -66,6 +66,11 @@ class Source:
         return preprocess_command(self.folder, self.plans, self.plans_name, self.configuration)
 
     @property
+    def plans_file(self) -> Path:
+        """The file of its plans."""
+        return self.folder.parent / f"{self.plans_name}.json"
+
+    @property
     def index_file(self) -> Path:
         """Where the case index is cached: beside, never inside, the folder of cases (nnU-Net reads all files there)."""
         return self.folder.parent / "mim_case_index" / f"{self.folder.name}.npz"
@@ -97,9 +102,7 @@ def plans_in(base: Path) -> list[str]:
     return [name for name, content in contents.items() if isinstance(content, dict) and "configurations" in content]
 
 
-def find_source(
-    dataset: str, plans_name: str, configuration: str, settings: tuple[str, str] = ("-p", "-c")
-) -> Source:
+def find_source(dataset: str, plans_name: str, configuration: str, settings: tuple[str, str] = ("-p", "-c")) -> Source:
     """Find a preprocessed dataset by its number (`501`) or name (`Dataset501_Name`).
 
     `settings` are what the user names plans and configuration with, for messages.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from nnunet_mim.errors import MiMError
+from nnunet_mim.nnunet.documents import read_splits
 from nnunet_mim.nnunet.source import Source
-from nnunet_mim.system.untrusted import MAX_LOG, limited, parse_json, read_json
+from nnunet_mim.system.untrusted import MAX_LOG, limited, parse_json
 
 N_FOLDS = 5
 """number of folds of nnU-Net's own split"""
@@ -61,18 +63,14 @@ def split_of(source: Source, fold: int, setting: str = "-f") -> tuple[tuple[str,
     """Training and validation cases of a fold, preprocessed or not; both empty for a dataset without labels.
 
     Reads `splits_final.json`, or computes what nnU-Net would write there. Raises MiMError where the file is not as
-    nnU-Net writes it, there is no such fold, no validation case in it, or there are too few cases for nnU-Net's split.
+    nnU-Net writes it, there is no such fold, no validation case or one case twice in it, or there are too few cases for
+    nnU-Net's split.
     `setting` is what the user chooses the fold with, for messages.
     """
     base = source.folder.parent
     splits_file = _splits_file(source)
     if splits_file.is_file():
-        splits = read_json(splits_file)
-        if not isinstance(splits, list) or not all(map(is_split, splits)):
-            raise MiMError(
-                f'{splits_file} is no list like [{{"train": ["a", "b"], "val": ["c"]}}, …]: correct it, or delete it '
-                "to have nnU-Net's own split"
-            )
+        splits = read_splits(splits_file, "correct it, or delete it to have nnU-Net's own split")
     elif (base / "gt_segmentations").is_dir():
         if len(source.cases) < N_FOLDS:
             raise MiMError(
@@ -90,7 +88,12 @@ def split_of(source: Source, fold: int, setting: str = "-f") -> tuple[tuple[str,
     if not len(splits[fold]["val"]):
         where = f"fold {fold} in {splits_file}"
         raise MiMError(f"{where} has no validation case: name some, or choose another with {setting}")
-    return tuple(splits[fold]["train"]), tuple(splits[fold]["val"])
+    train, val = (tuple(splits[fold][part]) for part in ("train", "val"))
+    if len({*train, *val}) < len(train) + len(val):
+        (name, _), *_ = Counter((*train, *val)).most_common(1)
+        where = f"fold {fold} in {splits_file} names {name} twice"
+        raise MiMError(f"{where}: leave it once, in train or in val")
+    return train, val
 
 
 def _splits_file(source: Source) -> Path:
@@ -108,9 +111,3 @@ def labelled_count(labels: str, total: int, what: str) -> int:
         numbers = f"numbers from 1 to {total} ({what})"
         raise MiMError(f"labels {labels}: give {numbers}, percentages from 1% to 100%, or all")
     return -(-total * int(number) // maximum)
-
-
-def is_split(entry: Any) -> bool:
-    """Whether an entry of splits_final.json has names of training and of validation cases."""
-    parts = [entry.get(part) for part in ("train", "val")] if isinstance(entry, dict) else [None]
-    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in parts)

@@ -14,6 +14,7 @@ from typing import Any
 from nnunet_mim.checkpoint.format import PretrainedCheckpoint
 from nnunet_mim.config import CHECKPOINTS, ENCODERS, PRESETS
 from nnunet_mim.errors import MiMError, exit_code, printable_lines
+from nnunet_mim.networks.resenc import check_resenc
 from nnunet_mim.nnunet.datasets import dataset_name, required_folder
 from nnunet_mim.nnunet.documents import read_dataset_json, read_fingerprint, read_plans
 from nnunet_mim.nnunet.orientation import MIRRORING_IS_OFF, REORIENTING, mirroring_is_unsafe
@@ -80,6 +81,9 @@ def _run(options: argparse.Namespace) -> None:
     hybrid = options.encoder == "hybrid"
     if not hybrid and (options.pc or options.preset):
         raise MiMError("--encoder resenc keeps the network of the base plans: leave out -pc and --preset")
+    if not hybrid:
+        block = configuration_of(base_plans, options.c).get("architecture", {})
+        check_resenc(block, str(dataset / f"{options.p}.json"))
     checkpoint = PretrainedCheckpoint.load(options.pc) if options.pc else None
     if checkpoint is not None and options.preset and PRESETS[options.preset] != checkpoint.network:
         raise MiMError(f"--preset {options.preset} is not the network of {options.pc}: leave --preset out")
@@ -182,8 +186,7 @@ def _parser() -> OneLineParser:
     )
     add = parser.add_argument
     add("-d", required=True, metavar="DATASET", help="dataset number or name")
-    add("-pc", metavar="CHECKPOINT",
-        help=f"pretraining: {CHECKPOINTS}")
+    add("-pc", metavar="CHECKPOINT", help=f"pretraining: {CHECKPOINTS}")
     add("-p", default=NNUNET_PLANS, metavar="PLANS", help=f"base plans (default: {NNUNET_PLANS})")
     add("-o", "-overwrite_plans_name", dest="o", default="nnUNetMiMPlans", metavar="NAME",
         help="name of the new plans (default: nnUNetMiMPlans)")  # fmt: skip

@@ -120,7 +120,7 @@ def run(typed: argparse.Namespace) -> Path:
         raise MiMError("no CUDA device found: add -device cpu (slow; try --view 64, with stock plans --preset tiny)")
     devices, nodes = device_count(options.num_gpus)
     options = options.resolved(devices)
-    from_file = read_yaml(Path(typed.config)) if typed.config else {}
+    from_file = _settings_of_file(Path(typed.config)) if typed.config else {}
     flags, further = given_flags(typed, PretrainConfig), parse_settings(typed.set)
     check_given_once(flags, further)
     settings = merge_settings(from_file, flags, further)
@@ -154,6 +154,24 @@ def run(typed: argparse.Namespace) -> Path:
     say(f"next: {next_command(folder / FINAL, where, sources[0].dataset, job.config.encoder)}")
     end_process_group()
     return folder / FINAL
+
+
+def _settings_of_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file. MiMError names the file where one is unknown, of another kind, or no network."""
+    from nnunet_mim.networks.resenc import check_resenc
+    from nnunet_mim.nnunet.documents import check_architecture
+    from nnunet_mim.pretraining.configure import merge_settings
+
+    content = read_yaml(path)
+    try:
+        merge_settings(content)
+    except MiMError as error:
+        raise MiMError(f"{path}: {error}") from None
+    if content.get("architecture"):
+        remedy = "leave it out, and the network is that of the plans"
+        check_architecture(f"{path}: architecture", content["architecture"], remedy)
+        check_resenc(content["architecture"], str(path))
+    return content
 
 
 def next_command(checkpoint: Path, where: DataOptions, dataset: str, encoder: str) -> str:

@@ -19,7 +19,7 @@ from nnunet_mim.config import (
     network_from_dict,
     without_retired,
 )
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.geometry import suitable_scale, suitable_strides, suitable_view
 from nnunet_mim.networks.resenc import check_resenc, check_view, fitting_view
 from nnunet_mim.nnunet.documents import check_architecture
@@ -58,7 +58,9 @@ def _check(settings: Mapping[str, Any], default: Any, prefix: str) -> None:
     defaults = {entry.name: getattr(default, entry.name) for entry in fields(default)}
     for name, value in settings.items():
         if name not in defaults:
-            raise MiMError(f"unknown setting '{prefix}{name}': mim_pretrain --list_settings shows all of them")
+            raise MiMError(
+                f"unknown setting '{prefix}{printable(name)}': mim_pretrain --list_settings shows all of them"
+            )
         one_for_all_axes = name == "view_size" and isinstance(value, int)
         if name != "network" and not one_for_all_axes:
             check_value(f"{prefix}{name}", value, defaults[name])
@@ -72,7 +74,7 @@ def _with_residual_encoder(settings: Mapping[str, Any], source: Source) -> dict[
         check_architecture("setting 'architecture'", architecture, remedy)
     else:
         architecture = configuration_of(source.plans, source.configuration).get("architecture", {})
-    check_resenc(architecture)
+    check_resenc(architecture, "setting 'architecture'" if settings.get("architecture") else str(source.plans_file))
     if "view_size" in settings:
         check_view(architecture, _triple(settings["view_size"]))
     return {**settings, "architecture": architecture}
@@ -192,7 +194,7 @@ def _network_of(settings: Mapping[str, Any], strides: tuple[Size3, ...] | None =
     """Sizes of the preset, with these strides, and what `network` changes. Raises MiMError as `_build_config`."""
     preset = settings.get("preset", PretrainConfig.preset)
     if preset not in PRESETS:
-        raise MiMError(f"unknown preset '{preset}': choose one of {', '.join(PRESETS)}")
+        raise MiMError(f"unknown preset '{printable(preset)}': choose one of {', '.join(PRESETS)}")
     defaults = asdict(PRESETS[preset]) | ({"strides": strides} if strides is not None else {})
     return network_from_dict({**defaults, **settings.get("network", {})})
 

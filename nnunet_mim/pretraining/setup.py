@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from nnunetv2.paths import nnUNet_results
 
-from nnunet_mim.checkpoint.format import load_checkpoint, settings_of
+from nnunet_mim.checkpoint.format import is_state_dict, load_checkpoint, settings_of
 from nnunet_mim.checkpoint.identity import case_key
 from nnunet_mim.checkpoint.locate import FINAL, LATEST, lasting_name
 from nnunet_mim.config import PretrainConfig, network_from_dict
-from nnunet_mim.errors import MiMError
+from nnunet_mim.errors import MiMError, printable
 from nnunet_mim.geometry import level_number, levels_of, views_per_crop
 from nnunet_mim.nnunet.datasets import dataset_names, require_environment
 from nnunet_mim.nnunet.source import (
@@ -221,8 +221,17 @@ def _level_without_token(config: PretrainConfig, shapes: np.ndarray) -> tuple[in
 def _resumable_checkpoint(folder: Path) -> dict[str, Any]:
     """The checkpoint that `--c` continues from. Raises MiMError where it is damaged or cannot be continued."""
     stored = load_checkpoint(folder / LATEST)
-    if "resume_state" not in stored:
-        raise MiMError(f"{folder / LATEST} holds no resume state: it cannot be continued")
+    state = stored.get("resume_state")
+    optimizer = state.get("optimizer") if isinstance(state, dict) else None
+    if not isinstance(optimizer, dict) or not all(map(is_state_dict, optimizer.values())):
+        raise MiMError(f"{folder / LATEST} holds no resume state: start anew with -o TAG and --init {folder / LATEST}")
+    for name, moments in optimizer.items():
+        weight = stored["network_weights"].get(name)
+        if weight is None or any(moment.shape not in (weight.shape, ()) for moment in moments.values()):
+            raise MiMError(
+                f"{folder / LATEST}: the resume state of {printable(name)} is of another network: start anew with -o "
+                f"TAG and --init {folder / LATEST}"
+            )
     settings_of(stored, folder / LATEST)
     return stored
 

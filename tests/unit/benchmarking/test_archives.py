@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nnunet_mim.benchmarking import archives
 from nnunet_mim.benchmarking.archives import BTCV_CASES, MSD_CASES, _geometry_problem, find_btcv, find_msd
@@ -136,7 +138,7 @@ BROKEN = {
     "not CT": (lambda msd, v: change_description(msd, modality={"0": "MRI"}), "not CT alone"),
     "strange labels": (
         lambda msd, v: change_description(msd, labels={"spleen": 1}),
-        "labels or training in",
+        "dataset.json: labels.spleen.[key]: string should match pattern",
     ),
     "no labelsTr": (lambda msd, v: shutil.rmtree(msd / "labelsTr"), "Task09_Spleen has no labelsTr: extract"),
     "no imagesTr": (lambda msd, v: shutil.rmtree(msd / "imagesTr"), "Task09_Spleen has no imagesTr: extract"),
@@ -242,29 +244,53 @@ def test_btcv_names(btcv):
     assert archive.labels["left adrenal gland"] == 13
 
 
-JUNK = [..., None, True, -1, 5, 1.5, "", "x", "\0", [], [[]], ["a", "b"], {}, {"0": ["a"], "1": "b"}, {"0": {}}]
+JUNK = (
+    ..., None, True, -1, 0, 5, 1.5, 2**40, "", "x", "\0", "01", "spleen", [], [[]], ["a", "b"], {},
+    {"0": ["a"], "1": "b"}, {"0": {}}, {"0": "background", "1": "spleen"}, {"0": "background", "2": "spleen"},
+    {"0": "background", "1": "a", "2": "a"}, {"0": "background", "01": "a"}, {"0": "background", "\u0661": "x"},
+    {"1": "background", "0": "x"},
+)  # fmt: skip
+ADDED = ("dataset", "regions_class_order", "overwrite_image_reader_writer", "file_ending", "channel_names")
+"""keys that nnU-Net acts on, and no archive has"""
 
 
-def test_no_description_ends_in_a_traceback(volumes, tmp_path):
-    """Every place of the archive's dataset.json, with junk in it."""
+def is_as_in_archives(content):
+    """Whether all that is read of a dataset.json is as the Decathlon's pages describe it."""
+    labels, listed = content["labels"], content["training"]
+    texts = [content[key] for key in ("name", "description", "licence", "release", "tensorImageSize") if key in content]
+    texts += [labels[str(n)] for n in range(len(labels))]  # KeyError: they are not numbered from 0
+    return (
+        content["modality"] == {"0": "CT"}
+        and len(labels) > 1
+        and labels["0"] == "background"
+        and len(set(labels.values())) == len(labels)
+        and type(content["numTraining"]) is int
+        and 0 < content["numTraining"] <= 1_000_000
+        and all(type(entry["image"]) is str and "\0" not in entry["image"] and entry["image"] for entry in listed)
+        and all(type(text) is str and text and text.isprintable() for text in texts)
+    )
+
+
+def test_no_description_is_misread(volumes, tmp_path, junk, examples):
+    """Junk in any place of the archive's dataset.json is refused in one line, or is not read at all."""
     msd = volumes.write_msd(tmp_path / "Task09_Spleen", 3)
     whole = json.loads((msd / "dataset.json").read_text())
-    inside = [("labels", "1"), ("modality", "0"), ("training", 0), ("training", 0, "image")]
-    for *path, last in [*((key,) for key in whole), *inside]:
-        for junk in JUNK:
-            content = json.loads(json.dumps(whole))
-            holder = content
-            for key in path:
-                holder = holder[key]
-            if junk is ...:
-                del holder[last]
-            else:
-                holder[last] = junk
-            (msd / "dataset.json").write_text(json.dumps(content))
-            said = "taken"
-            try:
-                archive = find_msd(msd, partial=True)
-                assert all(isinstance(name, str) for name in archive.labels)
-            except MiMError as error:
-                said = str(error)
-            assert said == "taken" or (str(msd) in said and len(said.splitlines()) == 1), (path, last, junk)
+
+    good = find_msd(msd, partial=True)
+
+    @examples(150, 2000)
+    @given(share=st.floats(0, 1, exclude_max=True), value=st.sampled_from(JUNK), added=st.sampled_from(("", *ADDED)))
+    def holds(share, value, added):
+        path = (added,) if added else junk.at(whole, share)
+        content = junk.put(whole, path, value) if not added or value is not ... else whole
+        (msd / "dataset.json").write_text(json.dumps(content))
+        archive = junk.taken(lambda path: find_msd(path, partial=True), msd)
+        if archive is None:
+            return
+        assert is_as_in_archives(content)
+        assert archive.labels == {name: int(value) for value, name in content["labels"].items()}
+        assert [case.name for case in archive.cases] == [case.name for case in good.cases]
+        assert not {*archive.about} & {*ADDED}
+        assert archive.about == {key: content[key] for key in good.about if key in content}
+
+    holds()

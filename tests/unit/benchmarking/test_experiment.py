@@ -43,7 +43,8 @@ def source_of(patch=(16, 16, 16), recipe=None):
     }  # fmt: skip
     plans = {"configurations": {"3d_fullres": configuration}, "label_manager": "LabelManager",
              "transpose_forward": [0, 1, 2], "mim_finetune": recipe or {}}  # fmt: skip
-    return SimpleNamespace(plans=plans, configuration="3d_fullres", in_channels=1, plans_name="P", dataset="D")
+    facts = {"configuration": "3d_fullres", "in_channels": 1, "plans_name": "P", "dataset": "D"}
+    return SimpleNamespace(plans=plans, plans_file="D/P.json", **facts)
 
 
 def cell_of(trainer="nnUNetTrainer", settings=None, source=None):
@@ -79,7 +80,7 @@ def test_nothing_that_plans_name_is_run_for_an_estimate(tmp_path, monkeypatch, p
     (architecture if place == "network_class_name" else architecture["arch_kwargs"])[place] = "canary.Net"
     cell = cell_of(source=source)
     cell.__dict__["dataset_json"] = {"labels": {"background": 0, "x": 1}}
-    with pytest.raises(MiMError, match=r"names 'canary\.Net'"):
+    with pytest.raises(MiMError, match=r"^D/P\.json: the architecture names 'canary\.Net'"):
         measure(cell, "cpu")
     assert not (tmp_path / "sung").exists()
 

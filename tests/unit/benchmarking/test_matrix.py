@@ -161,8 +161,8 @@ class Trainings:
         self.done.append(folder)
         metrics = {"dice": 0.5, "hd95": 1.0, "nsd": 0.5, "n_ref": 1, "n_pred": 1}
         result = {
-            "cases": {"v": {"1": metrics}}, "curve": [0.5], "names": {"1": "organ"}, "tolerance": training.tolerance,
-            "cost": {},
+            "cases": {case: {"1": metrics} for case in cell.val_cases}, "curve": [0.5], "names": {"1": "organ"},
+            "tolerance": training.tolerance, "cost": {},
         }  # fmt: skip
         (folder / "key.json").write_text(json.dumps(cell.key()))
         (folder / "result.json").write_text(json.dumps(result))

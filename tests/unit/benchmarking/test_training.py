@@ -138,7 +138,7 @@ def test_plans_of_the_same_name_but_other_content(make_cell, source, commands, t
 
 
 KEPT = {
-    "cases": {"v": {"1": {"dice": 0.5, "hd95": 2.0, "nsd": 0.5, "n_ref": 3, "n_pred": 2}}}, "curve": [0.1, 0.2],
+    "cases": {"c": {"1": {"dice": 0.5, "hd95": 2.0, "nsd": 0.5, "n_ref": 3, "n_pred": 2}}}, "curve": [0.1, 0.2],
     "names": {"1": "organ"}, "tolerance": 1.0,
     "cost": {"began": 1.0, "seconds": 5.0, "peak_bytes": 7, "parameters": 9, "device": "cpu"},
 }  # fmt: skip

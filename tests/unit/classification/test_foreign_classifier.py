@@ -63,7 +63,7 @@ def change_weights(export, function):
     change(export / "fold_0" / "settings.json", "encoder", "sha256", value=sha256)
 
 
-def test_what_is_wrong_is_named_in_one_line(export, tmp_path, capsys):
+def test_what_is_wrong_is_named_in_one_line(export, tmp_path, capsys, canary):
     """One training serves all changes, which are made to a copy each."""
     settings, probe = ("fold_0", "settings.json"), ("fold_0", "probe.json")
     changes = {
@@ -83,6 +83,11 @@ def test_what_is_wrong_is_named_in_one_line(export, tmp_path, capsys):
         "probe of other features": lambda e: change(e.joinpath(*probe), "lesion", "mean", value=[0.0]),
         "no fold": lambda e: shutil.rmtree(e / "fold_0"),
     }
+    for place in ("nonlin", "norm_op", "dropout_op", "conv_op", "network_class_name", "_kw_requires_import"):
+        block = {"kind": "resenc", "config": {"encoder": "resenc", "architecture": canary.poisoned(place)}}
+        changes[f"a command as {place}"] = lambda e, block=block: change(
+            e.joinpath(*settings), "encoder", "architecture", value=block
+        )
     given = ("-i", tmp_path / "images", "-device", "cpu", "-o", tmp_path / "out.csv")
     for name, make in {"nothing": lambda _: None, **changes}.items():
         copy = tmp_path / name
@@ -92,6 +97,7 @@ def test_what_is_wrong_is_named_in_one_line(export, tmp_path, capsys):
         line = capsys.readouterr().err.strip().splitlines()[-1:]
         assert code == (0 if name == "nothing" else 2), (name, line)
         assert name == "nothing" or (line[0].startswith("error: ") and str(copy) in line[0]), (name, line)
+        assert not canary.file.exists(), name
 
 
 TRAINED = {

@@ -1,7 +1,6 @@
 """Tables of labels, folds and the files of a classifier changed at random: taken as they are meant, or one line."""
 
 import contextlib
-import copy
 import json
 import shutil
 import time
@@ -71,30 +70,6 @@ def changed_cell(row, column, value):
     return "\n".join(lines) + "\n"
 
 
-def places(value, path=()):
-    """Every place in a document."""
-    if path:
-        yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield from places(child, (*path, key))
-
-
-def changed(content, share, value):
-    """The document with the value at one place exchanged, or left out."""
-    content = copy.deepcopy(content)
-    found = list(places(content))
-    *path, last = found[int(share * len(found))]
-    holder = content
-    for key in path:
-        holder = holder[key]
-    if value is ...:
-        del holder[last]
-    else:
-        holder[last] = value
-    return content
-
-
 FOLDS = [
     {"train": [f"c{n:02}" for n in range(12) if n // 4 != k], "val": [f"c{n:02}" for n in range(12) if n // 4 == k]}
     for k in range(3)
@@ -137,9 +112,9 @@ def classifier_of(folder, name, content, mode):
     """Whatever the files of a fold say, reading them ends in one line."""
     fold = folder / "fold_0"
     fold.mkdir(exist_ok=True)
-    documents = copy.deepcopy(DOCUMENTS)
-    documents["settings.json"]["config"]["mode"] = mode
-    for file, own in {**documents, name: content}.items():
+    settings = DOCUMENTS["settings.json"]
+    settings = {**settings, "config": {**settings["config"], "mode": mode}}
+    for file, own in {**DOCUMENTS, "settings.json": settings, name: content}.items():
         (fold / file).write_text(json.dumps(own))
     weights = save({"stem.weight": torch.zeros(2)})
     for file in (fold / "model.safetensors", folder / "encoder_000000000000.safetensors"):
@@ -189,8 +164,8 @@ def test_cells(tmp_path, row, column, value):
 
 @settings(max_examples=60, **QUIET)
 @given(**PLACES)
-def test_folds(tmp_path, share, value):
-    folds_of(tmp_path, changed(FOLDS, share, value))
+def test_folds(tmp_path, junk, share, value):
+    folds_of(tmp_path, junk.put(FOLDS, junk.at(FOLDS, share), value))
 
 
 @settings(max_examples=60, **QUIET)
@@ -201,8 +176,9 @@ def test_predictions(tmp_path, changes):
 
 @settings(max_examples=30, **QUIET)
 @given(**FILES)
-def test_files_of_a_classifier(tmp_path, share, value, name, mode):
-    classifier_of(tmp_path, name, changed(DOCUMENTS[name], share, value), mode)
+def test_files_of_a_classifier(tmp_path, junk, share, value, name, mode):
+    whole = DOCUMENTS[name]
+    classifier_of(tmp_path, name, junk.put(whole, junk.at(whole, share), value), mode)
 
 
 @pytest.mark.long
@@ -215,8 +191,8 @@ def test_cells_at_length(tmp_path, row, column, value):
 @pytest.mark.long
 @settings(max_examples=200, **QUIET)
 @given(**PLACES)
-def test_folds_at_length(tmp_path, share, value):
-    folds_of(tmp_path, changed(FOLDS, share, value))
+def test_folds_at_length(tmp_path, junk, share, value):
+    folds_of(tmp_path, junk.put(FOLDS, junk.at(FOLDS, share), value))
 
 
 @pytest.mark.long
@@ -229,5 +205,6 @@ def test_predictions_at_length(tmp_path, changes):
 @pytest.mark.long
 @settings(max_examples=600, **QUIET)
 @given(**FILES)
-def test_files_of_a_classifier_at_length(tmp_path, share, value, name, mode):
-    classifier_of(tmp_path, name, changed(DOCUMENTS[name], share, value), mode)
+def test_files_of_a_classifier_at_length(tmp_path, junk, share, value, name, mode):
+    whole = DOCUMENTS[name]
+    classifier_of(tmp_path, name, junk.put(whole, junk.at(whole, share), value), mode)

@@ -19,41 +19,6 @@ HUGE = 10**9
 JUNK = [..., None, True, -1, 0, 5, 1.5, float("nan"), HUGE, "", "x", "\0", [], [[]], [1, 2], {}, {"x": 1}]
 
 
-def residual_encoder():
-    kwargs = {
-        "n_stages": 4, "features_per_stage": [2, 3, 4, 4], "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[3, 3, 3]] * 4, "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
-        "n_blocks_per_stage": [1] * 4, "n_conv_per_stage_decoder": [1] * 3, "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    }  # fmt: skip
-    return {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-        "arch_kwargs": kwargs, "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }  # fmt: skip
-
-
-def places(value, path=()):
-    if path:
-        yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield from places(child, (*path, key))
-
-
-def mutated(content, path, junk):
-    content = deepcopy(content)
-    holder = content
-    for key in path[:-1]:
-        holder = holder[key]
-    if junk is ...:
-        del holder[path[-1]]
-    else:
-        holder[path[-1]] = junk
-    return content
-
-
 def with_architecture(plans, block, **changes):
     plans = deepcopy(plans)
     fullres = {**plans["configurations"]["3d_fullres"], "architecture": block, **changes}
@@ -75,7 +40,11 @@ def one_line(run):
 
 def pretraining_network(plans, settings):
     source = SimpleNamespace(
-        plans=check_plans(plans, "plans.json"), configuration="3d_fullres", plans_name="P", dataset="Dataset007_Toy"
+        plans=check_plans(plans, "plans.json"),
+        configuration="3d_fullres",
+        plans_name="P",
+        dataset="Dataset007_Toy",
+        plans_file="plans.json",
     )
     settings = with_network_of_plans(merge_settings(settings), [source], False)
     return build_network(PretrainConfig.from_dict({**settings, "network": vars(PRESETS["tiny"])}))
@@ -84,48 +53,51 @@ def pretraining_network(plans, settings):
 RESENC = {"encoder": "resenc", "preset": "tiny", "view_size": [32, 32, 32]}
 
 
-def test_every_mutation_of_a_residual_encoder(plans):
+def test_every_mutation_of_a_residual_encoder(plans, junk, canary):
     """In plans and in the settings of a run alike."""
-    block = residual_encoder()
-    for path in places(block):
-        for junk in JUNK:
-            wrong = mutated(block, path, junk)
+    block = canary.clean
+    for path in junk.places(block):
+        for value in JUNK:
+            wrong = junk.put(block, path, value)
             found = one_line(lambda wrong=wrong: pretraining_network(with_architecture(plans, wrong), RESENC))
             given = {**RESENC, "architecture": wrong}
             again = one_line(lambda given=given: pretraining_network(with_architecture(plans, block), given))
-            assert (found is None) == (again is None), (path, junk)
+            assert (found is None) == (again is None), (path, value)
     assert pretraining_network(with_architecture(plans, block), RESENC) is not None
 
 
 @pytest.mark.parametrize(
-    ("architecture", "words"),
+    ("change", "words"),
     [
-        ({"network_class_name": residual_encoder()["network_class_name"]}, "has no arch_kwargs: leave it out"),
-        ({**residual_encoder(), "network_class_name": 5}, "network_class_name"),
-        ({**residual_encoder(), "arch_kwargs": {}}, "has no n_stages: leave it out"),
+        ({"arch_kwargs": ..., "_kw_requires_import": ...}, "has no arch_kwargs: leave it out"),
+        ({"network_class_name": 5}, "network_class_name"),
+        ({"arch_kwargs": {}}, "has no n_stages: leave it out"),
     ],
 )
-def test_an_architecture_in_the_settings_that_is_incomplete(plans, architecture, words):
-    settings = {**RESENC, "architecture": architecture}
+def test_an_architecture_in_the_settings_that_is_incomplete(plans, canary, junk, change, words):
+    block = canary.clean
+    for name, value in change.items():
+        block = junk.put(block, (name,), value)
     with pytest.raises(MiMError, match=words):
-        pretraining_network(with_architecture(plans, residual_encoder()), settings)
+        pretraining_network(with_architecture(plans, canary.clean), {**RESENC, "architecture": block})
 
 
 OURS = plans_architecture(PRESETS["tiny"], (32, 32, 32))
 
 
-@pytest.mark.parametrize("path", list(places(OURS["arch_kwargs"])), ids=lambda path: ".".join(map(str, path)))
-def test_sizes_of_our_own_network_are_bounded(plans, path):
+def test_sizes_of_our_own_network_are_bounded(plans, junk):
     """A pretraining, mim_plan and a finetuning refuse plans before they build anything of them."""
-    block = {**OURS, "arch_kwargs": mutated(OURS["arch_kwargs"], path, HUGE)}
-    wrong = with_architecture(plans, block)
-    for run in (
-        lambda: pretraining_network(wrong, {}),
-        lambda: make_mim_plans(check_plans(wrong, "plans.json"), {}, {"channel_names": {"0": "CT"}}, "P"),
-        lambda: resolve_plans(wrong, "3d_fullres", 0, {}, "nnUNetTrainerMiMScratch", pretrained=False),
-    ):
-        with pytest.raises(MiMError, match=rf"arch_kwargs: {path[0]}.*: write the plans again with mim_plan"):
-            run()
+    for path in junk.places(OURS["arch_kwargs"]):
+        wrong = with_architecture(plans, junk.put(OURS, ("arch_kwargs", *path), HUGE))
+        for run in (
+            lambda wrong=wrong: pretraining_network(wrong, {}),
+            lambda wrong=wrong: make_mim_plans(
+                check_plans(wrong, "plans.json"), {}, {"channel_names": {"0": "CT"}}, "P"
+            ),
+            lambda wrong=wrong: resolve_plans(wrong, "3d_fullres", 0, {}, "nnUNetTrainerMiMScratch", pretrained=False),
+        ):
+            with pytest.raises(MiMError, match=rf"arch_kwargs: {path[0]}.*: write the plans again with mim_plan"):
+                run()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

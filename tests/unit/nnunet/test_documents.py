@@ -26,7 +26,11 @@ FINGERPRINT = {
     "spacings": [[3.0, 1.0, 1.0], [3.0, 2.0, 1.0]], "shapes_after_crop": [[60, 180, 180], [60, 90, 180]],
     "median_relative_size_after_cropping": 1.0,
 }  # fmt: skip
-JUNK = [None, True, -1, 0, 7, 1.5, float("nan"), float("inf"), 10**30, "", "x", "../..", "\0", [], [[]], [1, 2], {}]
+DOCUMENTS = ("nnUNetPlans", "dataset_fingerprint", "dataset")
+SHARES = st.floats(0, 1, exclude_max=True)
+JUNK = (
+    ..., None, True, -1, 0, 7, 1.5, float("nan"), float("inf"), 10**30, "", "x", "../..", "\0", [], [[]], [1, 2], {},
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -157,28 +161,6 @@ def test_a_fingerprint_with_a_spacing_of_0_is_refused(tmp_path):
     refused(read_fingerprint, tmp_path / "f.json", content, "spacings.0.1", "nnUNetv2_extract_fingerprint")
 
 
-def places(value, path=()):
-    """Every place in a document: keys and positions from its top."""
-    if path:
-        yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield from places(child, (*path, key))
-
-
-def mutated(content, path, junk):
-    """A copy with one value replaced, or left out where `junk` is Ellipsis."""
-    content = deepcopy(content)
-    holder = content
-    for key in path[:-1]:
-        holder = holder[key]
-    if junk is ...:
-        del holder[path[-1]]
-    else:
-        holder[path[-1]] = junk
-    return content
-
-
 def quietly(run, *arguments):
     """Return code and what went to the standard error."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
@@ -186,10 +168,9 @@ def quietly(run, *arguments):
     return code, error.getvalue()
 
 
-def take_or_refuse(toy, name, path, junk):
+def take_or_refuse(toy, name, content):
     """mim_plan, the source of a pretraining and the start of a finetuning take a file, or refuse it in one line."""
     folder, documents = toy
-    content = mutated(documents[name], path, junk)
     try:
         (folder / f"{name}.json").write_text(json.dumps(content))
         code, error = quietly(main, ["-d", "7", "--preset", "tiny"])
@@ -215,23 +196,22 @@ FOUND = [
 """mutations of plans that once ended in a traceback"""
 
 
-@pytest.mark.parametrize(("path", "junk"), FOUND)
-def test_mutations_that_once_ended_in_a_traceback(toy, path, junk):
-    take_or_refuse(toy, "nnUNetPlans", path, junk)
+@pytest.mark.parametrize(("path", "value"), FOUND)
+def test_mutations_that_once_ended_in_a_traceback(toy, junk, path, value):
+    take_or_refuse(toy, "nnUNetPlans", junk.put(toy[1]["nnUNetPlans"], path, value))
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(data=st.data())
-def test_no_mutation_ends_in_a_traceback(toy, data):
-    name = data.draw(st.sampled_from(sorted(toy[1])))
-    path = data.draw(st.sampled_from(list(places(toy[1][name]))))
-    take_or_refuse(toy, name, path, data.draw(st.sampled_from([..., *JUNK])))
+@given(name=st.sampled_from(DOCUMENTS), share=SHARES, value=st.sampled_from(JUNK))
+def test_no_mutation_ends_in_a_traceback(toy, junk, name, share, value):
+    content = toy[1][name]
+    take_or_refuse(toy, name, junk.put(content, junk.at(content, share), value))
 
 
 @pytest.mark.long
-def test_every_mutation(toy):
+def test_every_mutation(toy, junk):
     """All places of all documents with all junk."""
     for name, content in toy[1].items():
-        for path in places(content):
-            for junk in (..., *JUNK):
-                take_or_refuse(toy, name, path, junk)
+        for path in junk.places(content):
+            for value in JUNK:
+                take_or_refuse(toy, name, junk.put(content, path, value))

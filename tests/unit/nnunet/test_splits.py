@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_mim.errors import MiMError
@@ -100,3 +102,45 @@ def test_a_log_of_mim_prepare_is_read_up_to_a_limit(source, kind):
     for read in (lambda: left_out_cases(source), lambda: CaseLog(log)):
         with pytest.raises(MiMError, match=rf"cannot read {log} \(.*\): restore it"):
             read()
+
+
+def test_a_case_that_a_fold_names_twice(source):
+    """In both parts it would be validated on what it was trained on; twice in one it would weigh double."""
+    for split in ({"train": CASES, "val": ["case_1"]}, {"train": [*CASES[:4], "case_1"], "val": CASES[4:]}):
+        path = write(source, [{"train": CASES[1:], "val": CASES[:1]}, split])
+        assert split_of(source, 0)[1] == ("case_0",)
+        with pytest.raises(MiMError, match=r"splits_final\.json names case_1 twice: leave it once") as error:
+            split_of(source, 1)
+        assert str(path) in str(error.value)
+
+
+JUNK = (
+    ..., None, True, -1, 0, 2**70, 0.5, float("nan"), "", "x", "case_0", "case_5", "../case_0", "case_0\n", "\x1b[2J",
+    [], {}, [[]], [1], ["case_0"], ["case_5"], ["case_0", "case_0"], {"train": ["case_0"], "val": ["case_1"]}, [None],
+    {"train": [], "val": []}, {"a": 1},
+)  # fmt: skip
+SPLITS = [{"train": [c for n, c in enumerate(CASES) if n % 3 != k], "val": list(CASES[k::3])} for k in range(3)]
+
+
+def test_no_split_is_misread(source, junk, examples):
+    """Junk in any place of splits_final.json: what is taken names cases, each of them once in the fold."""
+    path = write(source, SPLITS)
+
+    @examples(150, 3000)
+    @given(share=st.floats(0, 1, exclude_max=True), value=st.sampled_from(JUNK), fold=st.integers(-1, 3))
+    @example(0, {"train": ["case_0"], "val": ["case_1"]}, 0)
+    def holds(share, value, fold):
+        content = junk.put(SPLITS, junk.at(SPLITS, share), value)
+        write(source, content)
+        found = junk.taken(lambda _: (split_of(source, fold), fold_validation_cases(source, fold)), path)
+        if found is None:
+            return
+        assert 0 <= fold < len(content)
+        assert all({*part} >= {"train", "val"} for part in content)
+        train, val = content[fold]["train"], content[fold]["val"]
+        assert len({*train, *val}) == len(train) + len(val)
+        assert {*train, *val} <= {*CASES}
+        assert found == ((tuple(train), tuple(val)), tuple(val))
+        assert val
+
+    holds()

@@ -180,3 +180,26 @@ def test_a_truncated_checkpoint_is_refused(write_dataset, interrupted_run, small
     latest.write_bytes(latest.read_bytes()[:5000])
     assert small_runs.here("--iterations", "3", "--save_every", "1", "-o", "cut", "--c") == 2
     assert "checkpoint_latest.pth is no readable checkpoint" in capsys.readouterr().err
+
+
+def test_a_state_that_cannot_be_continued_is_named(write_dataset, interrupted_run, small_runs, capsys):
+    """What others have changed is refused before anything is loaded from it."""
+    write_dataset(n=2)
+    interrupted_run("-o", "run", *SETTINGS, "--set", "probe_every=0", after=2)
+    file = small_runs.folder("run") / "checkpoint_latest.pth"
+    stored = torch.load(file, weights_only=True)
+    optimizer = stored["resume_state"]["optimizer"]
+    first, *others = optimizer
+    kept = {name: optimizer[name] for name in others}
+    states = {
+        "none": {}, "list": [], "text": {"optimizer": "x"}, "another name": {"optimizer": {"x": optimizer[first]}},
+        "no tensors": {"optimizer": {**kept, first: {**optimizer[first], "exp_avg": "x"}}},
+        "another shape": {"optimizer": {**kept, first: {**optimizer[first], "exp_avg": torch.zeros(3, 1, 2)}}},
+    }  # fmt: skip
+    for kind, state in states.items():
+        torch.save({**stored, "resume_state": state}, file)
+        capsys.readouterr()
+        assert small_runs.here("-o", "run", *SETTINGS, "--set", "probe_every=0", "--c") == 2, kind
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {file}"), kind
+        assert "--init" in line
