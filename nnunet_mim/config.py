@@ -111,6 +111,8 @@ FLAT_FRACTION = 0.005
 """a token whose standard deviation is below this share of the intensity window is no target: 10 HU of 2000, air"""
 LARGEST_VIEW = 512
 """voxels per axis; a view of 512 has 150 times the voxels of one of 96"""
+LARGEST_FAMILY = 64
+"""children of a view; 64 64 would make 4,161 views of a crop"""
 SKIP_WINDOW = 200
 """steps that `max_skipped` is counted over"""
 RETIRED = {"flat_fraction": FLAT_FRACTION, "skip_window": SKIP_WINDOW}
@@ -299,8 +301,8 @@ class PretrainConfig:
             raise MiMError("temperature must be above 0 and alignment_weight 0 or more")
         if len(self.mask_ratios) != 3 or len(self.level_weights) != 3 or len(self.n_children) != 2:
             raise MiMError("mask_ratios and level_weights need three entries, n_children two: one per level or edge")
-        if min(self.n_children) < 1:
-            raise MiMError(f"n_children must be at least 1, got {self.n_children}")
+        if min(self.n_children) < 1 or max(self.n_children) > LARGEST_FAMILY:
+            raise MiMError(f"n_children must be from 1 to {LARGEST_FAMILY}, got {self.n_children}")
         if min(self.level_weights) < 0 or not all(0 < ratio < 1 for ratio in self.mask_ratios):
             raise MiMError("level_weights must be 0 or more, and mask_ratios above 0 and below 1")
 
