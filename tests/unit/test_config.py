@@ -101,7 +101,6 @@ def test_networks_that_cannot_be_built_are_refused(wrong):
         {"view_size": (0, 96, 96)},
         {"view_size": (96, 96, 528)},
         {"n_children": (4, 65)},
-        {"n_children": (0, 4)},
         {"scale": (2, 2, 3)},
         {"iterations": 0},
         {"batch_size": 0},
