@@ -304,7 +304,7 @@ class PretrainConfig:
         if min(self.n_children) < 1 or max(self.n_children) > LARGEST_FAMILY:
             raise MiMError(f"n_children must be from 1 to {LARGEST_FAMILY}, got {self.n_children}")
         if min(self.level_weights) < 0 or not all(0 < ratio < 1 for ratio in self.mask_ratios):
-            raise MiMError("level_weights must be 0 or more, and mask_ratios above 0 and below 1")
+            raise MiMError("level_weights must be 0 or more, and every mask ratio above 0 and below 1")
 
     @property
     def unet_begins(self) -> int:

@@ -42,12 +42,12 @@ class Tags(HTMLParser):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A checkpoint in which every text is hostile."""
+    """A checkpoint in which every text is hostile that can be: a fold is a number or all."""
     torch.manual_seed(0)
     config = PretrainConfig(preset="tiny", network=NETWORK, view_size=(32, 32, 32), init_checkpoint=HOSTILE)
     window = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 250.0}
     provenance = {
-        "datasets": [HOSTILE], "plans_name": HOSTILE, "configuration": HOSTILE, "fold": HOSTILE,
+        "datasets": [HOSTILE], "plans_name": HOSTILE, "configuration": HOSTILE, "fold": "all",
         "spacing": [3.0, 3.0, 3.0], "normalization": [HOSTILE], "intensity_properties": {"0": window},
         "iterations": 10, "loss_history": [], "converted_from": HOSTILE, "note": HOSTILE,
         "cases": [{"dataset": HOSTILE, "case": HOSTILE, "sha256": "0"}],
