@@ -76,10 +76,10 @@ def _sections(evaluation: Evaluation, folder: Path, source: Source | None) -> li
     labels = first.target.labels
     classes = [1] if len(evaluation.classes) == 2 else range(len(evaluation.classes))
     n_patients = len(set(first.patients))
-    counts = ", ".join(f"{int((labels == k).sum())} {name}" for k, name in enumerate(evaluation.classes))
+    counts = ", ".join(f"{name}: {int((labels == k).sum())}" for k, name in enumerate(evaluation.classes))
     intro = (
-        f"{len(labels)} cases of {n_patients} patients: {counts}. Every case is predicted by a classifier that was not "
-        f"trained on its patient. Intervals: 95 %, bootstrap over patients ({N_DRAWS} draws)."
+        f"{len(labels)} cases of {n_patients} patients ({counts}). Every case is predicted by a classifier that was "
+        f"not trained on its patient. Intervals: 95 %, bootstrap over patients ({N_DRAWS} draws)."
     )
     curves = [
         curves_figure(labels == k, {name: arm.calibrated[:, k] for name, arm in shown.items()}, _title(evaluation, k))

@@ -91,7 +91,7 @@ def confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: Sequenc
         axes.text(column, row, str(count), ha="center", va="center", color="w" if share[row, column] > 0.5 else "k")
     axes.set_xticks(range(len(classes)), classes)
     axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="told", ylabel="true")
+    axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(title, fontsize=10)
     figure.set_label(f"Confusion matrix of {title}: rows are true classes, columns told ones.")
     return figure

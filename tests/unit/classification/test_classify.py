@@ -104,7 +104,7 @@ def test_whole_cases_and_several_targets(folders, results, capsys):
     assert roc_auc_score(lesions.target.labels[lesions.target.known], lesions.positive[lesions.target.known]) >= 0.9
     page = (arms / "report.html").read_text()
     assert "35 cases of 9 patients" in page
-    assert "36 cases of 9 patients: 12 a, 12 b, 12 c" in page
+    assert "36 cases of 9 patients (a: 12, b: 12, c: 12)" in page
     assert "kind: probe_random has an AUROC of 0." in capsys.readouterr().out
 
 
