@@ -9,6 +9,7 @@ from nnunet_mim.benchmarking.bench_figures import bars_figure, case_pictures, ca
 from nnunet_mim.benchmarking.matrix import Place
 from nnunet_mim.benchmarking.outcome import MARK, Outcome
 from nnunet_mim.benchmarking.published_numbers import WARNING, published_table
+from nnunet_mim.benchmarking.statistics import interval_text
 from nnunet_mim.reporting.page import Section, figure_png, markdown_text, write_page
 from nnunet_mim.system.files import write_atomically
 
@@ -51,7 +52,7 @@ def _differences(outcome: Outcome) -> str:
     """Every difference to the control in a sentence; empty where there is none."""
     parts = []
     for (dataset, labels, arm), (found, _) in outcome.comparisons.items():
-        difference = f"{found.difference:+.1f} Dice [{found.interval[0]:+.1f}, {found.interval[1]:+.1f}]"
+        difference = f"{found.difference:+.1f} Dice {interval_text(found.interval, 1)}"
         parts.append(f"{outcome.name(dataset, arm)} on {outcome.place(dataset)} with labels {labels}: {difference}")
     return f"Against {outcome.matrix.control}: {'; '.join(parts)}." if parts else ""
 
@@ -72,9 +73,10 @@ def _how_to_read(outcome: Outcome) -> str:
 
 def _heading(outcome: Outcome, dataset: str) -> str:
     """A dataset with its folds and number of validation cases."""
-    folds, cases = outcome.matrix.folds(dataset), "test cases" if outcome.test else "validation cases"
+    folds, n_cases = outcome.matrix.folds(dataset), outcome.case_count(dataset)
     numbers = f"fold{'s' if len(folds) > 1 else ''} {', '.join(map(str, folds))}"
-    return f"{outcome.place(dataset)}, {numbers}, {outcome.case_count(dataset)} {cases}"
+    cases = f"{'test' if outcome.test else 'validation'} case{'s' if n_cases != 1 else ''}"
+    return f"{outcome.place(dataset)}, {numbers}, {n_cases} {cases}"
 
 
 def _tables(outcome: Outcome, dataset: str) -> dict[str, tables.Table]:

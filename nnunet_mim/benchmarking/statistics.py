@@ -33,10 +33,18 @@ def compare(arm: np.ndarray, control: np.ndarray, seed: int = 0) -> Comparison:
     if not differences.size:
         return Comparison(math.nan, NO_INTERVAL, NO_INTERVAL, math.nan)
     by_case = differences.mean(axis=0)
-    draws = np.random.default_rng(seed).integers(len(by_case), size=(RESAMPLES, len(by_case)))
-    low, high = np.percentile(by_case[draws].mean(axis=1), [2.5, 97.5])
-    mean = float(differences.mean())
-    return Comparison(mean, _t_interval(differences), (float(low), float(high)), wilcoxon(by_case))
+    bootstrap = NO_INTERVAL
+    if len(by_case) > 1:
+        draws = np.random.default_rng(seed).integers(len(by_case), size=(RESAMPLES, len(by_case)))
+        low, high = np.percentile(by_case[draws].mean(axis=1), [2.5, 97.5])
+        bootstrap = float(low), float(high)
+    return Comparison(float(differences.mean()), _t_interval(differences), bootstrap, wilcoxon(by_case))
+
+
+def interval_text(interval: tuple[float, float], digits: int) -> str:
+    """`[-1.20, +3.40]`, or `(no interval)` where there is none, as with a single case."""
+    low, high = interval
+    return f"[{low:+.{digits}f}, {high:+.{digits}f}]" if math.isfinite(low + high) else "(no interval)"
 
 
 def _t_interval(differences: np.ndarray) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from nnunet_mim.benchmarking.matrix import Place, false_alarms
 from nnunet_mim.benchmarking.outcome import MARK, Outcome
-from nnunet_mim.benchmarking.statistics import mean_sd
+from nnunet_mim.benchmarking.statistics import interval_text, mean_sd
 from nnunet_mim.errors import printable
 from nnunet_mim.reporting.page import markdown_text
 from nnunet_mim.system.files import csv_text
@@ -48,8 +48,8 @@ def comparison_table(outcome: Outcome, dataset: str) -> Table:
         table.append([
             *_row_name(outcome, dataset, labels, arm),
             str(len(seeds)),
-            f"{result.difference:+.2f} [{result.interval[0]:+.2f}, {result.interval[1]:+.2f}]",
-            f"[{result.bootstrap[0]:+.2f}, {result.bootstrap[1]:+.2f}]",
+            f"{result.difference:+.2f} {interval_text(result.interval, 2)}",
+            interval_text(result.bootstrap, 2),
             _p_text(result.p),
             _p_text(corrected[dataset, labels, arm]),
         ])  # fmt: skip

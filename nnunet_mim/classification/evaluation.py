@@ -137,7 +137,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        known = math.isfinite(self.low + self.high)
+        return f"{self.value:.3f} ({f'{self.low:.3f} to {self.high:.3f}' if known else 'no interval'})"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from nnunet_mim.benchmarking.classifiers.matrix import ClassifierPlace
 from nnunet_mim.benchmarking.classifiers.outcome import ClassifierOutcome
 from nnunet_mim.benchmarking.outcome import MARK
+from nnunet_mim.benchmarking.statistics import interval_text
 from nnunet_mim.benchmarking.tables import Table, markdown_table
 from nnunet_mim.classification.baselines import COVARIATES, PREVALENCE, describe_baselines, is_baseline
 from nnunet_mim.classification.evaluation import FIGURE_NAMES, N_DRAWS
@@ -53,7 +54,7 @@ def comparison_table(outcome: ClassifierOutcome, dataset: str, target: str) -> T
     table = [["labels", "first", "second", "seeds", "AUROC, first minus second", "p", "p corrected"]]
     for key, gap, n_seeds in outcome.comparisons:
         if (key.dataset, key.target) == (dataset, target):
-            difference = f"{gap.interval.value:+.3f} [{gap.interval.low:+.3f}, {gap.interval.high:+.3f}]"
+            difference = f"{gap.interval.value:+.3f} {interval_text((gap.interval.low, gap.interval.high), 3)}"
             names = [_name(outcome, dataset, name) for name in (gap.first, gap.second)]
             ps = [f"{gap.p:.4f}", f"{gap.corrected_p:.4f}"]
             table.append([_labels_text(outcome, dataset, key.labels), *names, str(n_seeds), difference, *ps])
@@ -175,7 +176,7 @@ def _summary(outcome: ClassifierOutcome, failed: Mapping[ClassifierPlace, str]) 
     parts = []
     for key, gap, _ in outcome.comparisons:
         if gap.second == matrix.control:
-            interval = f"{gap.interval.value:+.3f} [{gap.interval.low:+.3f}, {gap.interval.high:+.3f}]"
+            interval = f"{gap.interval.value:+.3f} {interval_text((gap.interval.low, gap.interval.high), 3)}"
             where = f"{key.target} in {key.dataset} with labels {key.labels}"
             parts.append(f"{_name(outcome, key.dataset, gap.first)} on {where}: {interval} AUROC")
     return f"{state}. Against {matrix.control}: {'; '.join(parts)}." if parts else f"{state}."

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from nnunet_mim.benchmarking import statistics
-from nnunet_mim.benchmarking.statistics import _t_interval, compare, mean_sd, wilcoxon
+from nnunet_mim.benchmarking.statistics import _t_interval, compare, interval_text, mean_sd, wilcoxon
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,13 @@ def test_a_constant_gain_has_no_spread():
     assert found.difference == pytest.approx(0.02)
     assert found.interval == pytest.approx((0.02, 0.02))
     assert found.bootstrap == pytest.approx((0.02, 0.02))
+
+
+def test_a_single_case_has_a_difference_and_no_interval():
+    found = compare(np.array([[0.7]]), np.array([[0.5]]))
+    assert found.difference == pytest.approx(0.2)
+    assert [interval_text(bounds, 1) for bounds in (found.interval, found.bootstrap)] == ["(no interval)"] * 2
+    assert interval_text((-1.25, 3.5), 2) == "[-1.25, +3.50]"
 
 
 def test_wilcoxon_by_hand():

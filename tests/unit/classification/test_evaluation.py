@@ -140,3 +140,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         found = interval(0.0, ev.auroc(labels == 1, score, draws))
         held += found.low <= truth <= found.high
     assert 0.91 <= held / 300 <= 0.98
+
+
+def test_a_figure_that_no_draw_has_is_without_an_interval():
+    assert str(interval(0.5, np.array([np.nan, np.nan]))) == "0.500 (no interval)"
+    assert str(interval(0.5, np.array([0.25, 0.25]))) == "0.500 (0.250 to 0.250)"
