@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from nnunet_mim.errors import MiMError, last_line
+from nnunet_mim.errors import MiMError, last_line, printable
 from nnunet_mim.nnunet.documents import Count, FileName, checked, document
 from nnunet_mim.nnunet.image_files import damaged, file_problem, header_of
 from nnunet_mim.nnunet.labels import geometry_differences
@@ -176,7 +176,8 @@ def _read_description(path: Path) -> dict[str, Any]:
     if lacking:
         raise MiMError(f"{path} has no {', '.join(lacking)}, so it is not the one of the archive: {AGAIN}")
     if content["modality"] != {"0": "CT"}:
-        raise MiMError(f"{path} says {content['modality']}, not CT alone: give one of {', '.join(MSD_CASES)}")
+        stated = printable(str(content["modality"])[:100])
+        raise MiMError(f"{path} says {stated}, not CT alone: give one of {', '.join(MSD_CASES)}")
     checked(str(path), content, DESCRIPTION, AGAIN)
     names = content["labels"]
     if {*names} != {*map(str, range(len(names)))} or names["0"] != "background" or len({*names.values()}) < len(names):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nnunet_mim.benchmarking import archives
@@ -279,6 +279,7 @@ def test_no_description_is_misread(volumes, tmp_path, junk, examples):
     good = find_msd(msd, partial=True)
 
     @examples(150, 2000)
+    @example(share=0.21875, value="\x00", added="")
     @given(share=st.floats(0, 1, exclude_max=True), value=st.sampled_from(JUNK), added=st.sampled_from(("", *ADDED)))
     def holds(share, value, added):
         path = (added,) if added else junk.at(whole, share)
