@@ -2,8 +2,9 @@
 
     python benchmarks/record_screen.py PAGE.md 'mim_plan -d 501 -pc tiny-ct' 'nnUNetv2_preprocess -d 501 …'
 
-Folders of nnU-Net's variables and the current one are written as the variables' names. Of a bar that is drawn anew the
-last state stays. Of a long output the first and last lines stay, LINES in all. Stops at the first command that fails.
+Folders of nnU-Net's variables, of the environment and the current one are written as the variables' names. Of a bar that
+is drawn anew the last state stays. Of a long output the first and last lines stay, LINES in all. Stops at the first
+command that fails.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 LINES = 40
 WIDTH = 120
-FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+FOLDERS = ("VIRTUAL_ENV", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 def run(command: str) -> tuple[str, int, float]:
