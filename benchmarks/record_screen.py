@@ -2,7 +2,7 @@
 
     python benchmarks/record_screen.py PAGE.md 'mim_plan -d 501 -pc tiny-ct' 'nnUNetv2_preprocess -d 501 …'
 
-Folders of nnU-Net's variables, of the environment and the current one are written as the variables' names. Of a bar that
+Folders of nnU-Net's variables, of the environment and the current one are written as the names. Of a bar that
 is drawn anew the last state stays. Of a long output the first and last lines stay, LINES in all. Stops at the first
 command that fails.
 """
