@@ -134,21 +134,13 @@ def test_what_is_poisoned_below_is_taken_where_it_is_sound(write_file, write_exp
     assert not canary.file.exists()
 
 
-def test_checkpoints(write_file, refused, tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("written_by", ["write_file", "write_export"])
+def test_checkpoints_and_exports(request, written_by, refused, tmp_path):
+    write, out = request.getfixturevalue(written_by), tmp_path / "out"
     for place in PLACES:
-        file = write_file(place)
+        poisoned = write(place)
         for main in (mim_inspect, mim_export, mim_convert):
-            refused(main, file, "-o", out, file=file)
-    assert not out.exists()
-
-
-def test_exports(write_export, refused, tmp_path):
-    out = tmp_path / "out"
-    for place in PLACES:
-        folder = write_export(place)
-        for main in (mim_inspect, mim_export, mim_convert):
-            refused(main, folder, "-o", out, file=folder)
+            refused(main, poisoned, "-o", out, file=poisoned)
     assert not out.exists()
 
 
